@@ -1,0 +1,110 @@
+"""The words of the task, each written once: conditions, levels, severities, series types, condition groups, row ids.
+
+Orders matter here. `COLUMNS` is the order of the competition's `train.csv`; `SEVERITIES` is the order of the severity
+classes 0, 1, 2 and of the three probability columns of every prediction table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEVERITIES = ("normal_mild", "moderate", "severe")  # class 0, 1, 2
+SEVERITY_NAMES = ("Normal/Mild", "Moderate", "Severe")  # as train.csv spells them
+SEVERITY_WEIGHTS = (1.0, 2.0, 4.0)  # of a row in the official score, by its label
+MISSING = -1  # severity of a row without a label
+
+LEVELS = ("l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1")  # from head to foot
+LEVEL_NAMES = ("L1/L2", "L2/L3", "L3/L4", "L4/L5", "L5/S1")
+
+SIDES = ("left", "right")  # the patient's
+
+T1 = "Sagittal T1"
+T2 = "Sagittal T2/STIR"
+AXIAL = "Axial T2"
+SERIES_TYPES = (T1, T2, AXIAL)
+PLANES = {T1: "sagittal", T2: "sagittal", AXIAL: "axial"}  # series type -> anatomical plane
+
+SPINAL_CANAL = "spinal_canal_stenosis"
+FORAMINAL = "neural_foraminal_narrowing"
+SUBARTICULAR = "subarticular_stenosis"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of the five conditions that are graded at each level."""
+
+    name: str  # as in row ids, e.g. left_neural_foraminal_narrowing
+    title: str  # as in train_label_coordinates.csv, e.g. Left Neural Foraminal Narrowing
+    group: str  # nfn, scs or ss
+    side: str | None  # left, right, or None for the canal
+
+
+@dataclass(frozen=True)
+class Group:
+    """A condition without its side: what one detector is trained for and what the score averages over."""
+
+    key: str  # nfn, scs, ss: names of detectors and of their files
+    score: str  # foraminal, spinal, subarticular: names of the parts of the score
+    series_type: str  # the series on which readers grade it
+    base: str  # condition without side
+
+
+GROUPS = {
+    "nfn": Group("nfn", "foraminal", T1, FORAMINAL),
+    "scs": Group("scs", "spinal", T2, SPINAL_CANAL),
+    "ss": Group("ss", "subarticular", AXIAL, SUBARTICULAR),
+}
+
+
+def _condition(group: Group, side: str | None) -> Condition:
+    name = group.base if side is None else f"{side}_{group.base}"
+    return Condition(name, name.replace("_", " ").title(), group.key, side)
+
+
+CONDITIONS = {
+    c.name: c
+    for c in (
+        _condition(GROUPS["scs"], None),
+        *(_condition(GROUPS["nfn"], side) for side in SIDES),
+        *(_condition(GROUPS["ss"], side) for side in SIDES),
+    )
+}
+COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)  # the 25 of train.csv
+
+
+def row_id(study_id: int | str, condition: str, level: str) -> str:
+    """Name of one row of the submission, e.g. `4003253_left_subarticular_stenosis_l4_l5`."""
+    return f"{study_id}_{condition}_{level}"
+
+
+def parse_row_id(row: str) -> tuple[str, str, str]:
+    """Study id, condition and level of a row id; ValueError where it is none."""
+    study, _, column = row.partition("_")
+    for condition in CONDITIONS:
+        level = column.removeprefix(f"{condition}_")
+        if study and column != level and level in LEVELS:
+            return study, condition, level
+    raise ValueError(f"{row!r} is not a row id: expected <study_id>_<condition>_<level>, e.g. 1_{COLUMNS[0]}")
+
+
+def study_row_ids(study_id: int | str) -> list[str]:
+    """The 25 row ids of a study, in the order of `COLUMNS`."""
+    return [f"{study_id}_{column}" for column in COLUMNS]
+
+
+def mirrored(condition: str) -> str:
+    """The condition on the other side of the body; the canal is its own mirror image."""
+    side = CONDITIONS[condition].side
+    if side is None:
+        return condition
+    return condition.replace(side, SIDES[1 - SIDES.index(side)], 1)
+
+
+def level_from_name(name: str) -> str:
+    """`L4/L5`, as the competition's tables write it, to `l4_l5`; ValueError where it is none of the five levels."""
+    return LEVELS[LEVEL_NAMES.index(name)]
+
+
+def severity_from_name(name: str) -> int:
+    """`Normal/Mild`, `Moderate`, `Severe` to 0, 1, 2; ValueError where it is none of these."""
+    return SEVERITY_NAMES.index(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path` (made if need be); on success it replaces `path`, on error it goes."""
+    """Give a temporary path in the folder of `path` (made if need be); on success it replaces `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, since writers such as pandas and numpy choose a format by it.

@@ -1,0 +1,188 @@
+"""The competition's score, and what it is measured against.
+
+The score weighs a row by its label (1, 2, 4), so the best row to submit is proportional to w_k p_k, not to the natural
+probability p_k. Everywhere in this repository a prediction table holds natural probabilities; `weight_rows` alone makes
+the weighted row, for `submission.csv` and for the score.
+
+The score is the mean of four weighted log losses (evaluation page of the competition "RSNA 2024 Lumbar Spine
+Degenerative Classification"): the spinal, the foraminal and the subarticular rows, sides pooled, and one row a study
+that asks for any severe spinal stenosis.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.vocabulary import (
+    CONDITIONS,
+    GROUPS,
+    MISSING,
+    SEVERITIES,
+    SEVERITY_WEIGHTS,
+    parse_row_id,
+)
+
+PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
+GROUP_PARTS = PARTS[:3]  # one a condition group
+WEIGHTS = np.array(SEVERITY_WEIGHTS)
+PROBABILITIES = list(SEVERITIES)
+SUM_TOLERANCE = 1e-4  # a row read back from a file of six decimals still sums to 1
+SMALLEST = np.finfo(np.float64).eps  # log loss clips here, as scikit-learn does: a hard 0 costs 36 x the weight
+
+
+def weight_rows(natural: np.ndarray) -> np.ndarray:
+    """Natural probabilities (..., 3) to the rows the score rewards: w_k p_k, each row normalised to 1."""
+    weighted = np.asarray(natural, dtype=np.float64) * WEIGHTS
+    return weighted / weighted.sum(axis=-1, keepdims=True)
+
+
+def weight_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A prediction table (row_id and three natural probabilities) as the competition's submission."""
+    rows = pd.DataFrame(weight_rows(table[PROBABILITIES].to_numpy()), columns=PROBABILITIES)
+    rows.insert(0, "row_id", table["row_id"].to_numpy())
+    return rows
+
+
+def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
+    """The official score and its parts: spinal, foraminal, subarticular, any_severe, total (lower is better).
+
+    `solution`: row_id and severity in {0, 1, 2}; rows without a label are absent. `submission`: row_id and the three
+    weighted numbers; matched by row_id in any order, rows that the solution lacks are ignored. A part without rows is
+    NaN, and so is total then. ValueError where a row is missing, doubled, negative, not finite or does not sum to 1.
+    """
+    return StudyLosses(solution, submission).score()
+
+
+class StudyLosses:
+    """Weighted losses and weights of each study in each part of the score, from which resamples are scored at once.
+
+    `studies` (n,) are the ids; `losses` and `weights` (n, 4) hold the sums over a study's rows in the order of `PARTS`
+    without total, so that a part is sum(losses) / sum(weights) over whatever studies are drawn.
+    """
+
+    def __init__(self, solution: pd.DataFrame, submission: pd.DataFrame):
+        rows = _matched(solution, submission)
+        truth = rows["severity"].to_numpy()
+        numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
+        weight = WEIGHTS[truth]
+        loss = -weight * np.log(np.clip(numbers[np.arange(len(rows)), truth], SMALLEST, 1 - SMALLEST))
+        keys = [parse_row_id(row) for row in rows["row_id"]]
+        part = np.array([GROUPS[CONDITIONS[condition].group].score for _, condition, _ in keys], dtype=object)
+        self.studies, study = np.unique([s for s, _, _ in keys], return_inverse=True)
+        self.losses = np.zeros((len(self.studies), len(PARTS) - 1))
+        self.weights = np.zeros_like(self.losses)
+        for column, name in enumerate(GROUP_PARTS):
+            mine = part == name
+            np.add.at(self.losses[:, column], study[mine], loss[mine])
+            np.add.at(self.weights[:, column], study[mine], weight[mine])
+        self._add_any_severe(part == "spinal", study, truth, numbers[:, 2], weight)
+
+    def _add_any_severe(
+        self, spinal: np.ndarray, study: np.ndarray, truth: np.ndarray, severe: np.ndarray, weight: np.ndarray
+    ) -> None:
+        n = len(self.studies)
+        label, prediction, heaviest = np.zeros(n), np.zeros(n), np.zeros(n)
+        np.maximum.at(label, study[spinal], (truth[spinal] == 2).astype(float))
+        np.maximum.at(prediction, study[spinal], severe[spinal])
+        np.maximum.at(heaviest, study[spinal], weight[spinal])  # stays 0 for a study without a spinal row
+        prediction = np.clip(prediction, SMALLEST, 1 - SMALLEST)
+        self.losses[:, -1] = -heaviest * np.where(label == 1, np.log(prediction), np.log1p(-prediction))
+        self.weights[:, -1] = heaviest
+
+    def score(self) -> dict[str, float]:
+        """The parts of the score and their mean."""
+        return dict(zip(PARTS, self.resampled(np.ones((1, len(self.studies))))[0].tolist(), strict=True))
+
+    def resampled(self, counts: np.ndarray) -> np.ndarray:
+        """Scores (draws, 5) in the order of `PARTS`, for how often each study was drawn, counts (draws, n)."""
+        weights = counts @ self.weights
+        parts = np.divide(counts @ self.losses, weights, out=np.full(weights.shape, np.nan), where=weights > 0)
+        return np.column_stack([parts, parts.mean(axis=1)])
+
+
+def _matched(solution: pd.DataFrame, submission: pd.DataFrame) -> pd.DataFrame:
+    """The solution's rows with the submission's numbers beside them; ValueError names rows that do not fit."""
+    for name, table, columns in (
+        ("solution", solution, ["row_id", "severity"]),
+        ("submission", submission, ["row_id", *PROBABILITIES]),
+    ):
+        lacking = [column for column in columns if column not in table.columns]
+        if lacking:
+            raise ValueError(f"the {name} lacks the columns {lacking}")
+        _refuse(f"rows doubled in the {name}", table.loc[table["row_id"].duplicated(), "row_id"])
+    _refuse("severities that are not 0, 1 or 2", solution.loc[~solution["severity"].isin([0, 1, 2]), "row_id"])
+    rows = solution[["row_id", "severity"]].merge(submission[["row_id", *PROBABILITIES]], on="row_id", how="left")
+    _refuse(
+        "rows of the solution missing from the submission",
+        rows.loc[~rows["row_id"].isin(submission["row_id"]), "row_id"],
+    )
+    rows["severity"] = rows["severity"].astype(int)
+    numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
+    bad = ~np.isfinite(numbers).all(axis=1)
+    _refuse("rows with numbers that are not finite", rows.loc[bad, "row_id"])
+    _refuse("rows with negative numbers", rows.loc[(numbers < 0).any(axis=1), "row_id"])
+    _refuse("rows that do not sum to 1", rows.loc[np.abs(numbers.sum(axis=1) - 1) > SUM_TOLERANCE, "row_id"])
+    return rows
+
+
+def _refuse(what: str, rows: pd.Series) -> None:
+    if len(rows):
+        named = ", ".join(map(str, rows.head(5)))
+        raise ValueError(f"{len(rows)} {what}: {named}{', ...' if len(rows) > 5 else ''}")
+
+
+def prior(labels: pd.DataFrame) -> pd.DataFrame:
+    """What counting labels tells: per condition and level the natural probabilities (n + 0.5) / (N + 1.5).
+
+    `labels`: condition, level, severity (-1 = missing, not counted). Returned: condition, level and three columns for
+    every column of the competition that `labels` names; half a count a class keeps it finite where no severe label is.
+    """
+    counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
+    counts = counts.groupby([labels["condition"], labels["level"]]).sum() + 0.5
+    return counts.div(counts.sum(axis=1), axis=0).reset_index()
+
+
+def prior_rows(train: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The prediction table that `prior(train)` gives for `rows` (row_id, condition, level)."""
+    table = rows[["row_id", "condition", "level"]].merge(prior(train), on=["condition", "level"], how="left")
+    return table[["row_id", *PROBABILITIES]]
+
+
+def prior_out_of_fold(labels: pd.DataFrame) -> pd.DataFrame:
+    """The prior of each training row, counted on the other folds; `labels` as in tables/labels.parquet."""
+    parts = [prior_rows(labels[labels["fold"] != fold], rows) for fold, rows in labels.groupby("fold")]
+    return pd.concat(parts, ignore_index=True)
+
+
+def solution_of(labels: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a label table that have a label, as the score takes them: row_id, severity."""
+    return labels.loc[labels["severity"] != MISSING, ["row_id", "severity"]].reset_index(drop=True)
+
+
+def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, float]) -> dict[str, float]:
+    """(L_prior - L_model) / (L_prior - L_oracle) of each part: 0 is the prior, 1 the limit of the labels."""
+    return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in PARTS}
+
+
+def total_interval(losses: StudyLosses, draws: int = 1000, seed: int = 0, share: float = 0.95) -> list[float]:
+    """Bootstrap interval [low, high] of the total score over studies; models compared share the draws of a seed."""
+    n = len(losses.studies)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    totals = losses.resampled(counts)[:, -1]
+    return np.nanquantile(totals, [(1 - share) / 2, (1 + share) / 2]).tolist()
+
+
+def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error of natural probabilities (n, 3) against labels (n,): mean over the classes.
+
+    For each class rows are put into `bins` of equal width by its probability; the error is the mean, weighted by the
+    rows in a bin, of |mean probability - share of the class| (Naeini et al., AAAI 2015, in its class-wise form).
+    """
+    errors = []
+    for k in range(len(SEVERITIES)):
+        bin_of = np.minimum((natural[:, k] * bins).astype(int), bins - 1)
+        expected = np.bincount(bin_of, weights=natural[:, k], minlength=bins)
+        observed = np.bincount(bin_of, weights=severity == k, minlength=bins)
+        errors.append(np.abs(expected - observed).sum() / len(severity))
+    return float(np.mean(errors))

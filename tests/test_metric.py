@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import log_loss
+
+from lsdc_utils import metric
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, parse_row_id
+
+CASES = json.loads((Path(__file__).parent / "data" / "metric_cases.json").read_text())["cases"]
+
+
+def tables(rows):
+    solution = pd.DataFrame([(row, label) for row, label, _ in rows], columns=["row_id", "severity"])
+    submission = pd.DataFrame([(row, *numbers) for row, _, numbers in rows], columns=["row_id", *SEVERITIES])
+    return solution, submission
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_worked_cases(case):
+    ours = metric.score(*tables(case["rows"]))
+    for part, expected in case["expected"].items():
+        if expected is None:
+            assert np.isnan(ours[part])
+        else:
+            assert ours[part] == pytest.approx(expected, abs=1e-6), part
+
+
+def test_no_severe_spinal_label_anywhere():
+    """The public implementation raises here; any_severe knows both classes even where one does not occur."""
+    rows = next(case["rows"] for case in CASES if case["name"] == "good_model")
+    rows = [(row, min(label, 1) if "spinal" in row else label, numbers) for row, label, numbers in rows]
+    solution, submission = tables(rows)
+    spinal = submission[submission["row_id"].str.contains("spinal")]
+    study = spinal["row_id"].str.split("_").str[0]
+    labels = solution.set_index("row_id").loc[spinal["row_id"], "severity"].to_numpy()
+    weights = pd.Series(metric.WEIGHTS[labels], index=spinal.index).groupby(study).max()
+    severe = spinal["severe"].groupby(study).max()
+    expected = log_loss(np.zeros(len(severe)), severe, sample_weight=weights, labels=[0, 1])
+    assert metric.score(solution, submission)["any_severe"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_order_and_extra_rows_do_not_matter():
+    solution, submission = tables(CASES[0]["rows"])
+    extra = pd.DataFrame([("99_" + COLUMNS[0], 1.0, 0.0, 0.0)], columns=submission.columns)
+    shuffled = pd.concat([submission.sample(frac=1, random_state=1), extra])
+    assert metric.score(solution, shuffled) == metric.score(solution, submission)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((0.5, 0.5, 0.5), "sum to 1"),
+        ((1.5, -0.5, 0.0), "negative"),
+        ((np.nan, 0.5, 0.5), "finite"),
+        ((np.inf, 0.0, 0.0), "finite"),
+    ],
+)
+def test_bad_rows_are_named(numbers, said):
+    solution, submission = tables(CASES[0]["rows"])
+    submission.loc[2, list(SEVERITIES)] = numbers
+    with pytest.raises(ValueError, match=said) as error:
+        metric.score(solution, submission)
+    assert submission.loc[2, "row_id"] in str(error.value)
+
+
+def test_missing_and_doubled_rows_are_named():
+    solution, submission = tables(CASES[0]["rows"])
+    with pytest.raises(ValueError, match="missing") as error:
+        metric.score(solution, submission.drop(3))
+    assert submission.loc[3, "row_id"] in str(error.value)
+    for doubled in (
+        (pd.concat([solution, solution[:1]]), submission),
+        (solution, pd.concat([submission, submission[:1]])),
+    ):
+        with pytest.raises(ValueError, match="doubled"):
+            metric.score(*doubled)
+
+
+def test_a_group_without_rows_is_nan():
+    solution, submission = tables(CASES[0]["rows"])
+    spinal = solution["row_id"].str.contains("spinal")
+    parts = metric.score(solution[~spinal], submission)
+    assert np.isnan([parts["spinal"], parts["any_severe"], parts["total"]]).all()
+    assert np.isfinite([parts["foraminal"], parts["subarticular"]]).all()
+
+
+def test_weighted_rows_are_the_best_rows():
+    """For rows drawn from p, no other constant row does better than w_k p_k (checked against a grid)."""
+    p = np.array([0.7, 0.2, 0.1])
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, size=20000, p=p)
+
+    def loss(row):
+        return -(metric.WEIGHTS[labels] * np.log(row[labels])).sum()
+
+    best = loss(metric.weight_rows(p))
+    for a in np.linspace(0.05, 0.9, 18):
+        for b in np.linspace(0.05, 0.94 - a, 10) if a < 0.89 else ():
+            assert loss(np.array([a, b, 1 - a - b])) > best * 0.999
+    assert best < loss(p)
+
+
+def labels_table(n, rng, columns=COLUMNS):
+    rows = [
+        (f"{study}_{column}", severity)
+        for study in range(n)
+        for column, severity in zip(columns, rng.integers(0, 3, len(columns)), strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["row_id", "severity"])
+    table[["study_id", "condition", "level"]] = [parse_row_id(row) for row in table["row_id"]]
+    table["fold"] = table["study_id"].astype(int) % 2
+    return table
+
+
+def test_prior_is_finite_without_a_severe_label_and_blind_to_its_own_fold():
+    labels = labels_table(12, np.random.default_rng(1))
+    labels.loc[labels["condition"] == "spinal_canal_stenosis", "severity"] = 0
+    rows = metric.prior_out_of_fold(labels)
+    assert set(rows["row_id"]) == set(labels["row_id"])
+    assert np.allclose(rows[metric.PROBABILITIES].sum(axis=1), 1)
+    assert (rows[metric.PROBABILITIES] > 0).all(axis=None)
+    assert np.isfinite(list(metric.score(metric.solution_of(labels), metric.weight_table(rows)).values())).all()
+    changed = labels.copy()
+    changed.loc[changed["fold"] == 0, "severity"] = 2
+    again = metric.prior_out_of_fold(changed).set_index("row_id").loc[rows["row_id"]].reset_index()
+    mine = labels.set_index("row_id").loc[rows["row_id"], "fold"].to_numpy() == 0
+    pd.testing.assert_frame_equal(again[mine], rows[mine])
+    assert not np.allclose(again.loc[~mine, metric.PROBABILITIES], rows.loc[~mine, metric.PROBABILITIES])
+
+
+def test_missing_labels_do_not_count():
+    labels = labels_table(6, np.random.default_rng(2))
+    labels.loc[::3, "severity"] = -1
+    assert len(metric.solution_of(labels)) == (labels["severity"] >= 0).sum()
+    counted = metric.prior(labels[labels["severity"] >= 0])
+    pd.testing.assert_frame_equal(metric.prior(labels), counted)
+
+
+def test_skill_and_interval():
+    solution, submission = tables(max(CASES, key=lambda case: len(case["rows"]))["rows"])
+    losses = metric.StudyLosses(solution, submission)
+    low, high = metric.total_interval(losses)
+    assert low < losses.score()["total"] < high
+    assert metric.total_interval(losses) == [low, high]
+    parts = dict.fromkeys(metric.PARTS, 0.5)
+    assert metric.skill(parts, parts, dict.fromkeys(metric.PARTS, 0.2))["total"] == 0
+    assert metric.skill(dict.fromkeys(metric.PARTS, 0.2), parts, dict.fromkeys(metric.PARTS, 0.2))["total"] == 1
+
+
+def test_calibration_error_tells_calibrated_from_sharpened():
+    rng = np.random.default_rng(3)
+    p = rng.dirichlet([2, 1, 1], size=50000)
+    labels = (rng.random(len(p))[:, None] > p.cumsum(axis=1)).sum(axis=1)
+    assert metric.calibration_error(p, labels) < 0.01
+    sharpened = p**3 / (p**3).sum(axis=1, keepdims=True)
+    assert metric.calibration_error(sharpened, labels) > 0.05

@@ -1,0 +1,168 @@
+"""One look for every figure: fonts, colours that colour-blind readers tell apart, slices with scale and orientation.
+
+The colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/) or close to them. Colour never stands alone:
+severities also have a marker each. Figures keep their white ground, so that they read the same on a light and on a
+dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from lsdc_utils.vocabulary import MISSING, SEVERITY_NAMES
+
+# By class as tables hold it: 0, 1, 2, and -1 for a missing label (so these are dicts: a tuple's [-1] would be severe).
+SEVERITY_COLOURS = {0: "#4C9BD6", 1: "#F5B32A", 2: "#CC3311", MISSING: "#9A9A9A"}
+SEVERITY_MARKERS = {0: "o", 1: "s", 2: "^", MISSING: "x"}
+
+MODEL_COLOURS = {
+    "prior": "#8C8C8C",
+    "yolo": "#E69F00",
+    "vit3d": "#0072B2",
+    "ensemble": "#1A1A1A",
+    "ensemble_calibrated": "#56B4E9",
+    "oracle": "#009E73",
+}
+GROUP_COLOURS = {"nfn": "#CC79A7", "scs": "#0072B2", "ss": "#E69F00"}  # keys of vocabulary.GROUPS
+
+_SCALE_LENGTHS = (5, 10, 20, 50, 100)  # mm
+_DIRECTIONS = (("L", "R"), ("P", "A"), ("H", "F"))  # where +x, -x, +y, -y, +z, -z of LPS point to
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults: text of 11 points, 110 dots an inch, light grid, grey images, PDF text as text."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (9.0, 4.5),
+            "figure.dpi": 110,
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans",
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E2E2E2",
+            "grid.linewidth": 0.8,
+            "lines.linewidth": 1.8,
+            "image.cmap": "gray",
+            "axes.prop_cycle": cycler(
+                color=["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#1A1A1A"]
+            ),
+            "pdf.fonttype": 42,
+            "svg.fonttype": "none",
+        }
+    )
+
+
+def edge_letters(affine: np.ndarray) -> dict[str, str]:
+    """Letters at the `left`, `right`, `top` and `bottom` edge of an image: A, P, H, F, L, R (PS3.3 C.7.6.1.1.1).
+
+    `affine` (4, 4) maps (x = column, y = row, 0, 1) to LPS mm. A second letter follows where the axis leans by 30
+    degrees or more towards it.
+    """
+    letters = {}
+    for column, (back, forth) in enumerate((("left", "right"), ("top", "bottom"))):
+        axis = np.asarray(affine, float)[:3, column]
+        axis = axis / np.linalg.norm(axis)
+        order = [k for k in np.argsort(-np.abs(axis)) if abs(axis[k]) >= 0.5]
+        letters[forth] = "".join(_DIRECTIONS[k][int(axis[k] < 0)] for k in order)
+        letters[back] = "".join(_DIRECTIONS[k][int(axis[k] > 0)] for k in order)
+    return letters
+
+
+def spacing(affine: np.ndarray) -> tuple[float, float]:
+    """Millimetres from one pixel to the next along x (columns) and along y (rows)."""
+    x, y = np.linalg.norm(np.asarray(affine, float)[:3, :2], axis=0)
+    return float(x), float(y)
+
+
+def to_pixels(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Patient points (n, 3) in LPS mm to (n, 3): x, y in pixels of the slice, and signed mm off its plane."""
+    affine = np.asarray(affine, float)
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    axes = np.column_stack([affine[:3, 0], affine[:3, 1], normal / np.linalg.norm(normal)])
+    return np.linalg.solve(axes, (np.atleast_2d(points) - affine[:3, 3]).T).T
+
+
+def show_slice(
+    ax: Axes,
+    pixels: np.ndarray,
+    affine: np.ndarray,
+    points: np.ndarray | None = None,
+    severities: Sequence[int] | None = None,
+    boxes: np.ndarray | None = None,
+    window: tuple[float, float] | None = None,
+    title: str = "",
+) -> None:
+    """Draw one slice in its true proportions, with a millimetre scale, orientation letters, and what was found on it.
+
+    pixels (rows, cols); affine (4, 4): (x = column, y = row, 0, 1) to LPS mm; points (n, 2) as x, y in pixels or (n, 3)
+    in LPS mm; boxes (n, 4) as x0, y0, x1, y1 in pixels; severities (n,) gives colour and marker to points and boxes
+    (without it all are drawn as missing); window: darkest and brightest value (default: 0 to 255 for 8 bits, else
+    percentiles .5 and 99.5).
+    """
+    pixels = np.asarray(pixels)
+    if window is None:
+        window = (0, 255) if pixels.dtype == np.uint8 else tuple(np.percentile(pixels, (0.5, 99.5)))
+    step_x, step_y = spacing(affine)
+    ax.imshow(pixels, cmap="gray", vmin=window[0], vmax=window[1], aspect=step_y / step_x, interpolation="bilinear")
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.set_title(title)
+    rows, cols = pixels.shape
+    for k, point in enumerate(np.zeros((0, 2)) if points is None else np.atleast_2d(points)):
+        x, y = to_pixels(affine, point)[0, :2] if len(point) == 3 else point
+        severity = MISSING if severities is None else int(severities[k])
+        edge = {} if severity == MISSING else {"markeredgecolor": "white", "markeredgewidth": 0.8}
+        ax.plot(x, y, SEVERITY_MARKERS[severity], color=SEVERITY_COLOURS[severity], markersize=7, **edge)
+    for k, (x0, y0, x1, y1) in enumerate(np.zeros((0, 4)) if boxes is None else np.atleast_2d(boxes)):
+        colour = SEVERITY_COLOURS[MISSING if severities is None else int(severities[k])]
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.6))
+    ax.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
+    _annotate(ax, affine, cols)
+
+
+def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
+    """Orientation letters at the four edges, a scale bar near the lower left corner of a slice `cols` pixels wide."""
+    text = {
+        "color": "white",
+        "fontsize": 10,
+        "transform": ax.transAxes,
+        "bbox": {"fc": "#000000A0", "ec": "none", "pad": 1},
+    }
+    letters = edge_letters(affine)
+    ax.text(0.015, 0.5, letters["left"], ha="left", va="center", **text)
+    ax.text(0.985, 0.5, letters["right"], ha="right", va="center", **text)
+    ax.text(0.5, 0.985, letters["top"], ha="center", va="top", **text)
+    ax.text(0.5, 0.015, letters["bottom"], ha="center", va="bottom", **text)
+    width = cols * spacing(affine)[0]
+    length = max([mm for mm in _SCALE_LENGTHS if mm <= 0.3 * width], default=_SCALE_LENGTHS[0])
+    ax.plot([0.03, 0.03 + length / width], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
+    ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)
+
+
+def severity_legend(ax: Axes, missing: bool = False, **options) -> None:
+    """Put a legend of the severities on `ax`; `missing` adds rows without a label; options go to `ax.legend`."""
+    names = {**dict(enumerate(SEVERITY_NAMES)), **({MISSING: "no label"} if missing else {})}
+    handles = [
+        Line2D(
+            [], [], linestyle="none", marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], markersize=8, label=name
+        )
+        for k, name in names.items()
+    ]
+    ax.legend(handles=handles, **options)

@@ -1,0 +1,195 @@
+"""Series as stacks of 8-bit slices in patient space, and what networks read from them: level crops and study grids.
+
+All coordinates are LPS millimetres: x grows to the patient's left, y to posterior, z to the head. Values between slices
+are linear in the position along the slices' normal; slice thickness and instance numbers are never used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.files import atomic
+
+WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
+LONE_SLICE_REACH = 2.5  # mm off its plane that a slice without neighbours answers for; usual steps are 4 to 5 mm
+WIDEST_GAP = 2.2  # in steps of the block: one lost slice is bridged, a wider gap is not
+
+
+class VolumeError(ValueError):
+    """Slices or points that cannot be brought into patient space; the message names the study and the series."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One series, windowed to 8 bit: slices of one size (smaller ones padded right and below) with their places."""
+
+    study_id: int
+    series_id: int
+    series_type: str  # one of vocabulary.SERIES_TYPES
+    pixels: np.ndarray  # (n, rows, cols) uint8
+    shapes: np.ndarray  # (n, 2) int32: rows and columns of each slice before padding
+    affines: np.ndarray  # (n, 4, 4) float64: (column, row, 0, 1) -> LPS mm
+    instance_numbers: np.ndarray  # (n,) int32
+    blocks: np.ndarray  # (n,) int32: slices of one block are parallel
+
+
+def read_stack(folder: str | Path, study_id: int, series_id: int, series_type: str) -> Stack:
+    """Read a series' DICOM folder and window it by its own percentiles; dicom.DicomError where nothing is usable."""
+    from lsdc_utils import dicom
+
+    series = dicom.read_series(folder)
+    shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
+    # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
+    seen = np.concatenate([image[::4, ::4].ravel() for image in series.pixels])
+    low, high = np.percentile(seen, WINDOW)
+    pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
+    scale = 255 / max(float(high - low), 1e-6)
+    for target, image in zip(pixels, series.pixels, strict=True):
+        windowed = np.clip((image.astype(np.float32) - low) * scale, 0, 255)
+        target[: image.shape[0], : image.shape[1]] = np.rint(windowed)
+    return Stack(
+        study_id=int(study_id),
+        series_id=int(series_id),
+        series_type=series_type,
+        pixels=pixels,
+        shapes=shapes,
+        affines=np.stack([s.affine for s in series.slices]).astype(np.float64),
+        instance_numbers=np.array([s.instance_number for s in series.slices], dtype=np.int32),
+        blocks=np.array([s.block for s in series.slices], dtype=np.int32),
+    )
+
+
+def save_stack(stack: Stack, path: str | Path) -> None:
+    """Write a stack as .npz, atomically. Not compressed: the noise of an MR image gains little and costs the reader."""
+    with atomic(path) as temporary:
+        np.savez(temporary, **{field.name: getattr(stack, field.name) for field in fields(Stack)})
+
+
+def load_stack(path: str | Path) -> Stack:
+    """Read a stack that `save_stack` wrote."""
+    with np.load(path, allow_pickle=False) as content:
+        values = {field.name: content[field.name] for field in fields(Stack)}
+    numbers = {name: int(values[name]) for name in ("study_id", "series_id")}
+    return Stack(**{**values, **numbers, "series_type": str(values["series_type"])})
+
+
+def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
+    """The stacks saved as <slices_dir>/<study>/<series>.npz, by series id; empty where the study has none."""
+    files = (Path(slices_dir) / str(study_id)).glob("[0-9]*.npz")
+    return [load_stack(path) for path in sorted(files, key=lambda path: int(path.stem))]
+
+
+def read_study(root: str | Path, split: str, series_rows: pd.DataFrame, study_id: int) -> list[Stack]:
+    """Read the DICOM series of one study that `series_rows` (study_id, series_id, series_type) lists, by series id.
+
+    A series that cannot be read is left out with a warning: the study is graded from the others.
+    """
+    from lsdc_utils import competition, dicom
+
+    stacks = []
+    rows = series_rows[series_rows["study_id"] == study_id].sort_values("series_id")
+    for series_id, series_type in zip(rows["series_id"], rows["series_type"], strict=True):
+        folder = competition.series_folder(root, split, study_id, series_id)
+        try:
+            stacks.append(read_stack(folder, study_id, series_id, series_type))
+        except dicom.DicomError as error:
+            warnings.warn(f"study {study_id}, series {series_id} left out: {error}", stacklevel=2)
+    return stacks
+
+
+def coarsen(stack: Stack, spacing: float) -> Stack:
+    """Average whole pixels until they measure about `spacing` mm in the plane; images as coarse as that stay.
+
+    Sampling fine pixels at a coarser step without averaging would take their noise and alias their edges.
+    """
+    pixel = np.linalg.norm(stack.affines[:, :3, :2], axis=1).max()
+    factor = int(spacing / pixel + 0.25)
+    rows, cols = stack.pixels.shape[1] // max(factor, 1), stack.pixels.shape[2] // max(factor, 1)
+    if factor < 2 or not rows or not cols:
+        return stack
+    whole = stack.pixels[:, : rows * factor, : cols * factor].reshape(-1, rows, factor, cols, factor)
+    pixels = np.rint(whole.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
+    affines = stack.affines.copy()
+    affines[:, :3, 3] += affines[:, :3, :2].sum(axis=2) * (factor - 1) / 2  # centre of the first averaged pixel
+    affines[:, :3, :2] *= factor
+    return replace(stack, pixels=pixels, affines=affines, shapes=np.maximum(stack.shapes // factor, 1))
+
+
+def sample(stack: Stack, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey values at patient points: bilinear in the slice, linear between the slices of a block by their positions.
+
+    points: (..., 3) LPS mm. Returns values (...) float32 in 0..255, 0 outside, and inside (...) bool. A point is inside
+    where it lies in the images and between slices, or within half a step of the last one; where tilted blocks overlap,
+    the block with the nearest slice answers.
+    """
+    flat = np.asarray(points, dtype=np.float32).reshape(-1, 3)
+    values = np.zeros(len(flat), dtype=np.float32)
+    nearest = np.full(len(flat), np.inf, dtype=np.float32)
+    for block in np.unique(stack.blocks):
+        found, distance = _sample_block(stack, np.flatnonzero(stack.blocks == block), flat)
+        better = distance < nearest
+        values[better], nearest[better] = found[better], distance[better]
+    shape = np.shape(points)[:-1]
+    return values.reshape(shape), np.isfinite(nearest).reshape(shape)
+
+
+def _sample_block(stack: Stack, members: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (m,) of a block of parallel slices at points (m, 3), and mm to its nearest slice, inf outside."""
+    affines = stack.affines[members]
+    columns, rows = affines[0, :3, 0], affines[0, :3, 1]
+    normal = np.cross(columns, rows)
+    normal /= np.linalg.norm(normal)
+    order = np.argsort(affines[:, :3, 3] @ normal, kind="stable")
+    members, affines = members[order], affines[order]
+    places = (affines[:, :3, 3] @ normal).astype(np.float32)
+    gaps = np.diff(places)
+    step = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 2 * LONE_SLICE_REACH
+
+    along = points @ normal.astype(np.float32)
+    above = np.clip(np.searchsorted(places, along), min(1, len(places) - 1), len(places) - 1)
+    below = np.maximum(above - 1, 0)
+    gap = places[above] - places[below]
+    share = np.clip((along - places[below]) / np.maximum(gap, 1e-6), 0, 1)
+    share = np.where(gap > WIDEST_GAP * step, np.rint(share), share)
+    distance = np.minimum(np.abs(along - places[below]), np.abs(along - places[above]))
+    between = (along >= places[below]) & (along <= places[above]) & (gap <= WIDEST_GAP * step)
+    inside = between | (distance <= step / 2)
+
+    values = np.zeros(len(points), dtype=np.float32)
+    for slices, weight in ((below, 1 - share), (above, share)):
+        used = np.flatnonzero(inside & (weight > 0))
+        found, seen = _sample_slices(stack, members[slices[used]], points[used])
+        values[used] += found * weight[used]
+        inside[used[~seen]] = False
+    values[~inside] = 0
+    return values, np.where(inside, distance, np.inf)
+
+
+def _sample_slices(stack: Stack, index: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear values (m,) of slice index[i] at points[i] projected onto it, and whether they are in the image."""
+    axes = stack.affines[:, :3, :2]
+    to_pixel = axes / (axes**2).sum(axis=1, keepdims=True)  # (n, 3, 2): direction over spacing, of columns and rows
+    first = np.einsum("ni,nij->nj", stack.affines[:, :3, 3], to_pixel).astype(np.float32)
+    if np.allclose(to_pixel, to_pixel[:1], rtol=1e-5, atol=1e-7):
+        place = points @ to_pixel[0].astype(np.float32)
+    else:
+        place = np.einsum("mi,mij->mj", points, to_pixel.astype(np.float32)[index])
+    place = place - first[index]
+    last = stack.shapes[:, ::-1].astype(np.float32)[index] - 1  # x counts columns, y rows
+    inside = ((place >= -0.5) & (place <= last + 0.5)).all(axis=1)
+    place = np.clip(place, 0, last)
+    low = np.minimum(place.astype(np.int64), np.maximum(last - 1, 0).astype(np.int64))
+    share = place - low.astype(np.float32)
+    step = (last > 0).astype(np.int64)
+    cols = stack.pixels.shape[2]
+    start = (index * stack.pixels.shape[1] + low[:, 1]) * cols + low[:, 0]
+    flat = stack.pixels.reshape(-1)
+    right, down = step[:, 0], step[:, 1] * cols
+    top = flat[start] * (1 - share[:, 0]) + flat[start + right] * share[:, 0]
+    bottom = flat[start + down] * (1 - share[:, 0]) + flat[start + down + right] * share[:, 0]
+    return top * (1 - share[:, 1]) + bottom * share[:, 1], inside

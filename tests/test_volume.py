@@ -1,0 +1,135 @@
+"""Stacks: reading, keeping, sampling in patient space, and the crops and grids that networks see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lsdc_utils import volume
+from lsdc_utils.vocabulary import AXIAL, T2
+
+
+def ramp(points: np.ndarray) -> np.ndarray:
+    """A grey value that is linear in patient space, so that linear interpolation must return it exactly."""
+    return 100 + np.asarray(points) @ np.array([0.7, -0.5, 0.4])
+
+
+def make_affines(n, spacing, step, columns, rows, centre, size):
+    """Affines (n, 4, 4) of parallel slices whose middle lies at `centre`."""
+    columns, rows = np.asarray(columns, float), np.asarray(rows, float)
+    normal = np.cross(columns, rows)
+    affines = np.tile(np.eye(4), (n, 1, 1))
+    for i in range(n):
+        affines[i, :3, 0], affines[i, :3, 1], affines[i, :3, 2] = columns * spacing, rows * spacing, normal
+        middle = np.asarray(centre, float) + normal * step * (i - (n - 1) / 2)
+        affines[i, :3, 3] = middle - (columns * (size[1] - 1) + rows * (size[0] - 1)) * spacing / 2
+    return affines
+
+
+def make_stack(function, affines, size, series_type=T2, blocks=None, series_id=1, study_id=7):
+    """A stack whose pixels are `function` of their patient coordinates."""
+    rows, cols = np.meshgrid(np.arange(size[0]), np.arange(size[1]), indexing="ij")
+    pixel = np.stack([cols, rows, np.zeros(size), np.ones(size)], axis=-1)
+    points = np.einsum("nij,rcj->nrci", affines, pixel)[..., :3]
+    n = len(affines)
+    return volume.Stack(
+        study_id=study_id,
+        series_id=series_id,
+        series_type=series_type,
+        pixels=np.clip(np.rint(function(points)), 0, 255).astype(np.uint8),
+        shapes=np.tile(np.array(size, np.int32), (n, 1)),
+        affines=affines,
+        instance_numbers=np.arange(1, n + 1, dtype=np.int32),
+        blocks=np.zeros(n, np.int32) if blocks is None else blocks,
+    )
+
+
+SAGITTAL = {"columns": (0, 1, 0), "rows": (0, 0, -1)}  # columns to posterior, rows to the feet
+AXIAL_PLANE = {"columns": (1, 0, 0), "rows": (0, 1, 0)}
+
+
+@pytest.fixture
+def sagittal():
+    size = (60, 50)
+    return make_stack(ramp, make_affines(11, 1.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL), size)
+
+
+def test_sample_returns_a_linear_field(sagittal):
+    points = np.random.default_rng(0).uniform([-15, 5, -50], [18, 55, 10], (200, 3))
+    values, inside = volume.sample(sagittal, points.reshape(10, 20, 3))
+    assert inside.all() and values.shape == (10, 20) and values.dtype == np.float32
+    assert np.abs(values.ravel() - ramp(points)).max() < 1.0  # pixels are whole grey levels
+
+
+def test_sample_is_the_same_for_slices_in_any_order(sagittal):
+    points = np.random.default_rng(1).uniform([-30, -20, -70], [30, 80, 30], (500, 3))
+    turn = slice(None, None, -1)
+    reverse = volume.replace(sagittal, pixels=sagittal.pixels[turn].copy(), affines=sagittal.affines[turn].copy())
+    for one, other in zip(volume.sample(sagittal, points), volume.sample(reverse, points), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_outside_is_zero_and_said_so(sagittal):
+    beyond = np.array(
+        [[2 + 5.4 * 4.5, 30, -20], [2, 30 + 40, -20], [2, 30, 40.0]]
+    )  # the first: .4 of a step off
+    values, inside = volume.sample(sagittal, beyond)
+    assert inside.tolist() == [True, False, False]
+    assert values[1:].tolist() == [0, 0]
+    assert not volume.sample(sagittal, np.array([2 + 5.6 * 4.5, 30, -20]))[1]
+
+
+def test_one_lost_slice_is_bridged_and_a_wide_gap_is_not(sagittal):
+    point = np.array([[2.0, 30, -20]])  # on the sixth slice
+    keep = np.array([0, 1, 2, 3, 4, 6, 7, 8, 9, 10])
+    lost = volume.replace(
+        sagittal,
+        **{k: getattr(sagittal, k)[keep] for k in ("pixels", "shapes", "affines", "instance_numbers", "blocks")},
+    )
+    values, inside = volume.sample(lost, point)
+    assert inside.all() and abs(values[0] - ramp(point)[0]) < 1
+    keep = np.array([0, 1, 2, 3, 7, 8, 9, 10])
+    gap = volume.replace(
+        sagittal,
+        **{k: getattr(sagittal, k)[keep] for k in ("pixels", "shapes", "affines", "instance_numbers", "blocks")},
+    )
+    assert not volume.sample(gap, point)[1].any()
+
+
+def test_tilted_blocks_answer_by_their_nearest_slice():
+    size, turn = (40, 40), np.deg2rad(25)
+    flat = make_affines(4, 1.5, 4.0, centre=(0, 0, 30), size=size, **AXIAL_PLANE)
+    rows = (0, np.cos(turn), -np.sin(turn))
+    tilted = make_affines(4, 1.5, 4.0, centre=(0, 0, -10), size=size, columns=(1, 0, 0), rows=rows)
+    stack = make_stack(ramp, np.concatenate([flat, tilted]), size, AXIAL, np.repeat([0, 1], 4).astype(np.int32))
+    points = np.array([[3, 4, 31], [3, 4, -10], [-5, -10, -8.0], [0, 0, 14]])
+    values, inside = volume.sample(stack, points)
+    assert inside.tolist() == [True, True, True, False]
+    np.testing.assert_allclose(values[:3], ramp(points[:3]), atol=1)
+
+
+def test_padding_of_a_smaller_slice_is_outside(sagittal):
+    shapes = sagittal.shapes.copy()
+    shapes[:, 1] = 20
+    narrow = volume.replace(sagittal, shapes=shapes)
+    x, y, z, _ = narrow.affines[5] @ np.array([[19, 10, 0, 1], [22, 10, 0, 1]]).T
+    assert volume.sample(narrow, np.stack([x, y, z], axis=-1))[1].tolist() == [True, False]
+
+
+def test_coarsened_pixels_stay_where_they_are(sagittal):
+    size = (120, 100)
+    fine = make_stack(ramp, make_affines(5, 0.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL), size)
+    coarse = volume.coarsen(fine, 1.5)
+    assert coarse.pixels.shape == (5, 40, 33)
+    points = np.random.default_rng(0).uniform([-6, 20, -40], [10, 40, 0], (100, 3))
+    np.testing.assert_allclose(volume.sample(coarse, points)[0], ramp(points), atol=1)
+    assert volume.coarsen(sagittal, 1.5) is sagittal
+
+
+def test_a_stack_is_kept_whole(sagittal, tmp_path):
+    volume.save_stack(sagittal, tmp_path / "7" / "1.npz")
+    (back,) = volume.load_study(tmp_path, 7)
+    for field in volume.fields(volume.Stack):
+        np.testing.assert_array_equal(getattr(back, field.name), getattr(sagittal, field.name))
+    assert isinstance(back.study_id, int) and isinstance(back.series_type, str)
+    assert volume.load_study(tmp_path, 8) == []

@@ -11,6 +11,9 @@ that asks for any severe spinal stenosis.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
@@ -51,44 +54,20 @@ def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     weighted numbers; matched by row_id in any order, rows that the solution lacks are ignored. A part without rows is
     NaN, and so is total then. ValueError where a row is missing, doubled, negative, not finite or does not sum to 1.
     """
-    return StudyLosses(solution, submission).score()
+    return study_losses(solution, submission).score()
 
 
+@dataclass(frozen=True)
 class StudyLosses:
-    """Weighted losses and weights of each study in each part of the score, from which resamples are scored at once.
+    """What each study adds to each part of the score, so that any resample of studies is scored at once.
 
-    `studies` (n,) are the ids; `losses` and `weights` (n, 4) hold the sums over a study's rows in the order of `PARTS`
-    without total, so that a part is sum(losses) / sum(weights) over whatever studies are drawn.
+    `studies` (n,) are the ids; `losses` and `weights` (n, 4) are sums over a study's rows in the order of `PARTS`
+    without total: a part is sum(losses) / sum(weights) over whatever studies are drawn.
     """
 
-    def __init__(self, solution: pd.DataFrame, submission: pd.DataFrame):
-        rows = _matched(solution, submission)
-        truth = rows["severity"].to_numpy()
-        numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
-        weight = WEIGHTS[truth]
-        loss = -weight * np.log(np.clip(numbers[np.arange(len(rows)), truth], SMALLEST, 1 - SMALLEST))
-        keys = [parse_row_id(row) for row in rows["row_id"]]
-        part = np.array([GROUPS[CONDITIONS[condition].group].score for _, condition, _ in keys], dtype=object)
-        self.studies, study = np.unique([s for s, _, _ in keys], return_inverse=True)
-        self.losses = np.zeros((len(self.studies), len(PARTS) - 1))
-        self.weights = np.zeros_like(self.losses)
-        for column, name in enumerate(GROUP_PARTS):
-            mine = part == name
-            np.add.at(self.losses[:, column], study[mine], loss[mine])
-            np.add.at(self.weights[:, column], study[mine], weight[mine])
-        self._add_any_severe(part == "spinal", study, truth, numbers[:, 2], weight)
-
-    def _add_any_severe(
-        self, spinal: np.ndarray, study: np.ndarray, truth: np.ndarray, severe: np.ndarray, weight: np.ndarray
-    ) -> None:
-        n = len(self.studies)
-        label, prediction, heaviest = np.zeros(n), np.zeros(n), np.zeros(n)
-        np.maximum.at(label, study[spinal], (truth[spinal] == 2).astype(float))
-        np.maximum.at(prediction, study[spinal], severe[spinal])
-        np.maximum.at(heaviest, study[spinal], weight[spinal])  # stays 0 for a study without a spinal row
-        prediction = np.clip(prediction, SMALLEST, 1 - SMALLEST)
-        self.losses[:, -1] = -heaviest * np.where(label == 1, np.log(prediction), np.log1p(-prediction))
-        self.weights[:, -1] = heaviest
+    studies: np.ndarray
+    losses: np.ndarray
+    weights: np.ndarray
 
     def score(self) -> dict[str, float]:
         """The parts of the score and their mean."""
@@ -99,6 +78,51 @@ class StudyLosses:
         weights = counts @ self.weights
         parts = np.divide(counts @ self.losses, weights, out=np.full(weights.shape, np.nan), where=weights > 0)
         return np.column_stack([parts, parts.mean(axis=1)])
+
+
+def study_losses(solution: pd.DataFrame, submission: pd.DataFrame) -> StudyLosses:
+    """The losses behind `score`, with its arguments and its errors."""
+    rows = _matched(solution, submission)
+    return Scorer(rows).losses(rows[PROBABILITIES].to_numpy(dtype=np.float64))
+
+
+class Scorer:
+    """The score of a fixed set of labelled rows, ready to be asked for many predictions.
+
+    `solution` (n rows): row_id, severity in {0, 1, 2}; predictions (n, 3) come in its order and are not checked again.
+    """
+
+    def __init__(self, solution: pd.DataFrame):
+        keys = [parse_row_id(row) for row in solution["row_id"]]
+        self.studies, self._study = np.unique([study for study, _, _ in keys], return_inverse=True)
+        parts = np.array([GROUPS[CONDITIONS[condition].group].score for _, condition, _ in keys])
+        self._part = np.array([GROUP_PARTS.index(part) for part in parts], dtype=int)
+        self._truth = solution["severity"].to_numpy(dtype=int)
+        self._weight = WEIGHTS[self._truth]
+        self._spinal = self._part == GROUP_PARTS.index("spinal")
+        self._any_severe = self._highest(self._truth == 2)
+        self._weights = self._sums(self._weight)
+        self._weights[:, -1] = self._highest(self._weight)  # 0 for a study without a spinal row
+
+    def losses(self, numbers: np.ndarray) -> StudyLosses:
+        """The losses of weighted predictions (n, 3)."""
+        of_truth = np.clip(numbers[np.arange(len(numbers)), self._truth], SMALLEST, 1 - SMALLEST)
+        losses = self._sums(-self._weight * np.log(of_truth))
+        severe = np.clip(self._highest(numbers[:, 2]), SMALLEST, 1 - SMALLEST)
+        losses[:, -1] = -self._weights[:, -1] * np.where(self._any_severe == 1, np.log(severe), np.log1p(-severe))
+        return StudyLosses(self.studies, losses, self._weights)
+
+    def _sums(self, values: np.ndarray) -> np.ndarray:
+        """Values (n,) summed by study and group part, with an empty last column: (studies, 4)."""
+        n_parts = len(PARTS) - 1
+        cell = self._study * n_parts + self._part
+        return np.bincount(cell, weights=values, minlength=len(self.studies) * n_parts).reshape(-1, n_parts)
+
+    def _highest(self, values: np.ndarray) -> np.ndarray:
+        """The highest value (not negative) over each study's spinal rows: (studies,)."""
+        highest = np.zeros(len(self.studies))
+        np.maximum.at(highest, self._study[self._spinal], values[self._spinal])
+        return highest
 
 
 def _matched(solution: pd.DataFrame, submission: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +194,36 @@ def total_interval(losses: StudyLosses, draws: int = 1000, seed: int = 0, share:
     n = len(losses.studies)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     totals = losses.resampled(counts)[:, -1]
-    return np.nanquantile(totals, [(1 - share) / 2, (1 + share) / 2]).tolist()
+    # A resample may hold no severe canal or no row of a group at all; only a solution that lacks a group is all NaN.
+    totals = totals[np.isfinite(totals)]
+    return np.quantile(totals, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(totals) else [np.nan, np.nan]
+
+
+def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict:
+    """One block of `scores.json`: every model's scores, their skill and the interval of their totals.
+
+    `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
+    have no value (a group without a labelled row) are None, since JSON has no NaN.
+    """
+    losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
+    scores = {model: of_study.score() for model, of_study in losses.items()}
+    skills = None
+    if "oracle" in scores:
+        skills = {m: skill(parts, scores["prior"], scores["oracle"]) for m, parts in scores.items()}
+    return {
+        "n_studies": int(solution["row_id"].map(lambda row: parse_row_id(row)[0]).nunique()),
+        "scores": {model: _none_for_nan(parts) for model, parts in scores.items()},
+        "skill": skills and {model: _none_for_nan(parts) for model, parts in skills.items()},
+        "interval": {model: {"total": _finite(total_interval(of_study))} for model, of_study in losses.items()},
+    }
+
+
+def _none_for_nan(parts: dict[str, float]) -> dict[str, float | None]:
+    return dict(zip(parts, _finite(parts.values()), strict=True))
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    return [value if np.isfinite(value) else None for value in values]
 
 
 def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10) -> float:

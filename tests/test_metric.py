@@ -141,7 +141,7 @@ def test_missing_labels_do_not_count():
 
 def test_skill_and_interval():
     solution, submission = tables(max(CASES, key=lambda case: len(case["rows"]))["rows"])
-    losses = metric.StudyLosses(solution, submission)
+    losses = metric.study_losses(solution, submission)
     low, high = metric.total_interval(losses)
     assert low < losses.score()["total"] < high
     assert metric.total_interval(losses) == [low, high]
@@ -157,3 +157,17 @@ def test_calibration_error_tells_calibrated_from_sharpened():
     assert metric.calibration_error(p, labels) < 0.01
     sharpened = p**3 / (p**3).sum(axis=1, keepdims=True)
     assert metric.calibration_error(sharpened, labels) > 0.05
+
+
+def test_score_block_has_numbers_that_json_can_hold():
+    solution, submission = tables(next(case["rows"] for case in CASES if case["name"] == "good_model"))
+    flat = submission.assign(normal_mild=1 / 3, moderate=1 / 3, severe=1 / 3)
+    block = metric.score_block(solution, {"prior": flat, "ensemble": submission, "oracle": submission})
+    assert block["n_studies"] == 4
+    assert block["skill"]["ensemble"]["total"] == 1 and block["skill"]["prior"]["total"] == 0
+    low, high = block["interval"]["ensemble"]["total"]
+    assert low <= block["scores"]["ensemble"]["total"] <= high
+    spinal = solution[solution["row_id"].str.contains("spinal")]
+    partial = metric.score_block(spinal, {"prior": flat, "ensemble": submission})
+    assert partial["skill"] is None and partial["scores"]["ensemble"]["total"] is None
+    json.dumps(partial, allow_nan=False)

@@ -14,10 +14,17 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils.files import atomic
+from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 LONE_SLICE_REACH = 2.5  # mm off its plane that a slice without neighbours answers for; usual steps are 4 to 5 mm
 WIDEST_GAP = 2.2  # in steps of the block: one lost slice is bridged, a wider gap is not
+
+# Where the canal points of an average spine lie, mm to posterior and to the head of L3/L4: the competition's label
+# points (mean x over width and y over height of the image) on a usual field of view of 280 mm.
+SPINE_Y = np.array([10.0, 4.0, 0.0, 1.0, 9.0])
+SPINE_Z = np.array([64.0, 32.0, 0.0, -31.0, -56.0])
+LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of vocabulary.SIDES
 
 
 class VolumeError(ValueError):
@@ -193,3 +200,106 @@ def _sample_slices(stack: Stack, index: np.ndarray, points: np.ndarray) -> tuple
     top = flat[start] * (1 - share[:, 0]) + flat[start + right] * share[:, 0]
     bottom = flat[start + down] * (1 - share[:, 0]) + flat[start + down + right] * share[:, 0]
     return top * (1 - share[:, 1]) + bottom * share[:, 1], inside
+
+
+def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Centres (5, 3) of a study's levels in the canal, LPS mm, and the directions (5, 3, 3) of a frame at each.
+
+    points: the canal points of one study: level, X, Y, Z and, where they are detections, confidence. Rows of a frame
+    are unit vectors to the left, to posterior and to the head along the canal. Missing levels are set between their
+    neighbours by the shape of an average spine. X is smoothed along the spine, because a point clicked on the
+    neighbouring slice is 4 mm off the midline. VolumeError where there is no point at all.
+    """
+    known = points[points["level"].isin(LEVELS) & np.isfinite(points[["X", "Y", "Z"]]).all(axis=1)]
+    if known.empty:
+        raise VolumeError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
+    weight = known["confidence"].clip(lower=1e-6) if "confidence" in known else pd.Series(1.0, known.index)
+    weighted = known[["X", "Y", "Z"]].mul(weight, axis=0).groupby(known["level"]).sum()
+    weighted = weighted.div(weight.groupby(known["level"]).sum(), axis=0).reindex(LEVELS).to_numpy()
+
+    order = np.arange(len(LEVELS))
+    found = np.isfinite(weighted[:, 0])
+    average = np.stack([np.zeros(len(LEVELS)), SPINE_Y, SPINE_Z], axis=1)
+    offset = weighted - average
+    offset = np.stack([np.interp(order, order[found], offset[found, axis]) for axis in range(3)], axis=1)
+    centres = average + offset
+    z = centres[:, 2]
+    centres[:, 0] = _smooth(z, centres[:, 0], 1)
+    slope_y = np.gradient(average[:, 1] + _smooth(z, offset[:, 1], 2), z)
+    slope_x = np.gradient(centres[:, 0], z)
+    head = _unit(np.stack([slope_x, slope_y, np.ones(len(LEVELS))], axis=1))
+    left = _unit(np.array([1.0, 0, 0]) - head * head[:, :1])
+    return centres, np.stack([left, np.cross(head, left), head], axis=1)
+
+
+def _smooth(z: np.ndarray, values: np.ndarray, degree: int) -> np.ndarray:
+    """A polynomial in z through values (n,) of levels, held back by a ridge: spines bend less than clicks err."""
+    scaled = (z - z.mean()) / 50  # mm: about half a lumbar spine
+    basis = np.stack([scaled**power for power in range(degree + 1)], axis=1)
+    ridge = np.diag([0.0] + [0.5] * degree)  # a click's variance over that of a slope of 3 mm in 50 mm
+    return basis @ np.linalg.solve(basis.T @ basis + ridge, basis.T @ values)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def crop_points(
+    centres: np.ndarray, axes: np.ndarray, size: tuple, spacing: tuple, offset: tuple, margin: int
+) -> np.ndarray:
+    """Patient points (5, 2, l, p, h, 3) of the half crops of each level and side, LPS mm.
+
+    `size` voxels of `spacing` mm go outwards, to posterior and to the head; `offset` mm is the way from the level's
+    centre to the crop's middle along these; `margin` voxels are added all round, for crops cut off-centre.
+    """
+    steps = [(np.arange(n + 2 * margin) - (n + 2 * margin - 1) / 2) * d for n, d in zip(size, spacing, strict=True)]
+    grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1) + np.asarray(offset, dtype=np.float64)
+    outward = np.stack([axes * np.array([side, 1.0, 1.0])[:, None] for side in LATERAL], axis=1)  # (5, 2, 3, 3)
+    points = np.einsum("lphi,vsij->vslphj", grid, outward) + centres[:, None, None, None, None]
+    return points.astype(np.float32)
+
+
+def level_crops(
+    stacks: list[Stack], points: pd.DataFrame, size: tuple, spacing: tuple, offset: tuple, margin: int = 0
+) -> np.ndarray:
+    """Half crops uint8 (5 levels, 2 sides, 3 series types, l, p, h) of one study round its canal points.
+
+    The right side is cut mirrored, so that both sides look alike and the first axis of a crop leads outwards: no side
+    needs to be learnt, and a mirrored study gives the same crops with the sides exchanged. A series that the study
+    lacks, or that does not reach, is 0. Arguments as in `level_frames` and `crop_points`.
+    """
+    places = crop_points(*level_frames(points), size, spacing, offset, margin)
+    return np.stack([_fill(stacks, kind, places, min(spacing)) for kind in SERIES_TYPES], axis=2)
+
+
+def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
+    """The whole study as one grid uint8 (3 series types, size, size, size) to the left, to posterior, to the head.
+
+    The grid spans what the sagittal series cover (all series, where there is none), so its voxels differ from study to
+    study and from axis to axis. VolumeError where there are no stacks.
+    """
+    if not stacks:
+        raise VolumeError("a grid needs at least one series that can be read")
+    sagittal = [stack for stack in stacks if stack.series_type in SERIES_TYPES[:2]] or stacks
+    corners = np.concatenate([_corners(stack) for stack in sagittal])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    steps = [(np.arange(size) + 0.5) / size * (b - a) + a for a, b in zip(low, high, strict=True)]
+    places = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)
+    return np.stack([_fill(stacks, kind, places, float((high - low)[1:].min()) / size) for kind in SERIES_TYPES])
+
+
+def _corners(stack: Stack) -> np.ndarray:
+    """Patient points (n, 4, 3) at the corners of each slice, as (4n, 3)."""
+    rows, cols = stack.shapes[:, 0] - 1, stack.shapes[:, 1] - 1
+    zero, one = np.zeros(len(rows)), np.ones(len(rows))
+    pixel = np.array([[x, y, zero, one] for x in (zero, cols) for y in (zero, rows)])
+    return np.einsum("nij,cjn->nci", stack.affines, pixel)[..., :3].reshape(-1, 3)
+
+
+def _fill(stacks: list[Stack], series_type: str, places: np.ndarray, spacing: float) -> np.ndarray:
+    """Grey values uint8 (...) at places (..., 3) from the series of one type; of several, the fullest answers."""
+    sampled = [sample(coarsen(stack, spacing), places) for stack in stacks if stack.series_type == series_type]
+    result = np.zeros(places.shape[:-1], dtype=np.uint8)
+    for values, inside in sorted(sampled, key=lambda answer: answer[1].sum()):
+        result[inside] = np.rint(values[inside])
+    return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lsdc_utils import volume
-from lsdc_utils.vocabulary import AXIAL, T2
+from lsdc_utils.vocabulary import AXIAL, LEVELS, T1, T2
 
 
 def ramp(points: np.ndarray) -> np.ndarray:
@@ -70,9 +71,7 @@ def test_sample_is_the_same_for_slices_in_any_order(sagittal):
 
 
 def test_outside_is_zero_and_said_so(sagittal):
-    beyond = np.array(
-        [[2 + 5.4 * 4.5, 30, -20], [2, 30 + 40, -20], [2, 30, 40.0]]
-    )  # the first: .4 of a step off
+    beyond = np.array([[2 + 5.4 * 4.5, 30, -20], [2, 30 + 40, -20], [2, 30, 40.0]])  # the first: .4 of a step off
     values, inside = volume.sample(sagittal, beyond)
     assert inside.tolist() == [True, False, False]
     assert values[1:].tolist() == [0, 0]
@@ -133,3 +132,67 @@ def test_a_stack_is_kept_whole(sagittal, tmp_path):
         np.testing.assert_array_equal(getattr(back, field.name), getattr(sagittal, field.name))
     assert isinstance(back.study_id, int) and isinstance(back.series_type, str)
     assert volume.load_study(tmp_path, 8) == []
+
+
+def spine(n_missing=0, tilt=0.0, x=3.0):
+    """Canal points of one study, leaning by `tilt` mm a mm in the coronal plane, the last `n_missing` levels absent."""
+    z = volume.SPINE_Z - 40
+    table = {"study_id": 7, "level": LEVELS, "X": x + tilt * z, "Y": volume.SPINE_Y + 30, "Z": z}
+    return pd.DataFrame(table).iloc[: len(LEVELS) - n_missing]
+
+
+def test_frames_follow_the_canal_and_fill_missing_levels():
+    centres, axes = volume.level_frames(spine(tilt=0.1))
+    np.testing.assert_allclose(centres, spine(tilt=0.1)[["X", "Y", "Z"]], atol=1.0)
+    np.testing.assert_allclose(axes @ axes.transpose(0, 2, 1), np.tile(np.eye(3), (5, 1, 1)), atol=1e-9)
+    assert (np.linalg.det(axes) > 0.99).all() and (axes[:, [0, 1, 2], [0, 1, 2]] > 0.9).all()
+    assert axes[0, 2, 1] > 0 > axes[4, 2, 1] and (np.abs(axes[:, 2, 0] - 0.1) < 0.03).all()
+    filled, _ = volume.level_frames(spine(n_missing=2))
+    np.testing.assert_allclose(filled, volume.level_frames(spine())[0], atol=1e-6)
+    with pytest.raises(volume.VolumeError, match="no canal point"):
+        volume.level_frames(spine().iloc[:0])
+
+
+def test_a_click_on_the_next_slice_moves_the_midline_little():
+    clicked = spine()
+    clicked.loc[[1, 3], "X"] += 4.5
+    centres, _ = volume.level_frames(clicked)
+    assert np.abs(centres[:, 0] - 3).max() < 2.5
+
+
+def mirror_study(stack):
+    """The same study mirrored in space (x -> -x): pixels stay, geometry turns round."""
+    return volume.replace(stack, affines=np.diag([-1.0, 1, 1, 1]) @ stack.affines)
+
+
+def test_a_mirrored_study_gives_the_same_half_crops_with_sides_exchanged():
+    rng = np.random.default_rng(0)
+    stacks = []
+    for kind, plane, step in ((T1, SAGITTAL, 4.5), (T2, SAGITTAL, 4.5), (AXIAL, AXIAL_PLANE, 4.0)):
+        size, n = (96, 96), 15 if plane is SAGITTAL else 40
+        affines = make_affines(n, 2.0, step, centre=(3, 30, -40), size=size, **plane)
+        stack = make_stack(lambda p: p[..., 0] * 0 + 100, affines, size, kind)
+        stacks.append(volume.replace(stack, pixels=rng.integers(0, 255, stack.pixels.shape).astype(np.uint8)))
+    shape = {"size": (8, 12, 8), "spacing": (3.0, 3.0, 4.0), "offset": (10.0, -2.0, 2.0), "margin": 1}
+    points = spine(tilt=0.05)
+    crops = volume.level_crops(stacks, points, **shape)
+    mirrored = volume.level_crops([mirror_study(s) for s in stacks], points.assign(X=-points["X"]), **shape)
+    assert crops.shape == (5, 2, 3, 10, 14, 10) and (crops > 0).mean() > 0.9
+    assert np.abs(mirrored[:, ::-1].astype(int) - crops).max() <= 1  # rounding of coordinates
+    grid = volume.study_grid(stacks, 16).astype(int)
+    turned = volume.study_grid([mirror_study(s) for s in stacks], 16).astype(int)
+    assert np.abs(turned[:, ::-1] - grid).max() <= 1
+    with pytest.raises(volume.VolumeError):
+        volume.study_grid([], 16)
+
+
+def test_crops_are_where_they_say_and_series_that_lack_are_blank():
+    size = (96, 96)
+    stack = make_stack(ramp, make_affines(21, 2.0, 4.5, centre=(3, 30, -40), size=size, **SAGITTAL), size, T2)
+    points, shape = spine(), ((4, 4, 4), (3.0, 2.0, 2.0), (6.0, 0.0, 0.0), 0)
+    crops = volume.level_crops([stack], points, *shape)
+    places = volume.crop_points(*volume.level_frames(points), *shape)
+    np.testing.assert_allclose(crops[:, :, 1], np.clip(ramp(places), 0, 255), atol=1.5)
+    assert (crops[:, :, [0, 2]] == 0).all()
+    assert (places[:, 0, ..., 0] > 4).all() and (places[:, 1, ..., 0] < 2).all()  # left grows in x, right mirrored
+    assert (np.diff(places[:, 0, ..., 0], axis=1) > 0).all() and (np.diff(places[:, 1, ..., 0], axis=1) < 0).all()

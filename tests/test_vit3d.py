@@ -1,0 +1,144 @@
+"""The 3D vision transformer: its ordinal head, its loss, its symmetry, and that it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lsdc_utils import metric, vit3d
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, parse_row_id
+
+SMALL = vit3d.VitConfig(size=(8, 8, 8), margin=1, stem=0, patch=(4, 4, 4), width=32, depth=1, heads=2)
+GRID = dataclasses.replace(SMALL, input="study_grid", size=(16, 16, 16), margin=0)
+
+
+def draw_studies(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Half crops (n, 5, 2, 3, 10, 10, 10) with a bright cube on one series a condition group, and labels (n, 25).
+
+    The more severe, the smaller the cube; the canal's is cut in half by the midline, so it shows on both sides.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(3, (n, len(COLUMNS)), p=[0.6, 0.25, 0.15]).astype(np.int8)
+    volumes = rng.integers(20, 60, (n, 5, 2, 3, 10, 10, 10)).astype(np.uint8)
+    for column, name in enumerate(COLUMNS):
+        _, condition, level = parse_row_id(f"1_{name}")
+        group, side = CONDITIONS[condition].group, CONDITIONS[condition].side
+        sides = (0, 1) if side is None else (("left", "right").index(side),)
+        for study in range(n):
+            edge = (6, 4, 2)[labels[study, column]]
+            for s in sides:
+                target = volumes[study, LEVELS.index(level), s, vit3d.HALF_OUTPUTS.index(group)]
+                target[2 : 2 + edge, 2 : 2 + edge, 2 : 2 + edge] = 200
+    return volumes, labels
+
+
+def test_cumulative_link_gives_probabilities_in_order():
+    torch.manual_seed(0)
+    model = vit3d.Vit3d(SMALL)
+    labels = np.repeat([[0] * 25, [1] * 25, [2] * 25], [70, 20, 10], axis=0).astype(np.int8)
+    model.start_at_prior(labels)
+    volumes = torch.randint(0, 255, (2, 5, 2, 3, 8, 8, 8))
+    start = model(volumes).exp()
+    expected = (np.array([140, 40, 20]) + 0.5) / 201.5  # both sides pooled
+    np.testing.assert_allclose(start[0, -1].detach(), expected, atol=1e-5)
+    torch.nn.init.normal_(model.head.weight, std=2)
+    torch.nn.init.normal_(model.head.bias, std=2)
+    found = model(volumes).exp()
+    assert torch.allclose(found.sum(-1), torch.ones(2, 25), atol=1e-5)
+    latents = model.latents(volumes)
+    order = latents[:, 5].argsort()  # same thresholds: a higher latent is never less severe
+    assert (found[order, 5, 2].diff() >= 0).all() and (found[order, 5, 0].diff() <= 0).all()
+
+
+def test_loss_is_the_score_of_the_three_groups():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([-1, 0, 1, 2], (30, 25), p=[0.1, 0.6, 0.2, 0.1]).astype(np.int8)
+    natural = rng.dirichlet([2, 1, 1], (30, 25))
+    losses = vit3d.row_losses(torch.from_numpy(natural).log(), torch.from_numpy(labels)).numpy()
+    found = (losses * vit3d.row_weights(labels)).sum(1).mean()
+    rows = vit3d.to_rows(range(30), natural)
+    solution = pd.DataFrame({"row_id": rows["row_id"], "severity": labels.ravel()})
+    parts = metric.score(solution[solution["severity"] >= 0], metric.weight_table(rows))
+    assert found == pytest.approx(np.mean([parts[name] for name in metric.GROUP_PARTS]), abs=1e-6)
+
+
+def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
+    rows = [
+        {"study_id": 3, "condition": "spinal_canal_stenosis", "level": "l5_s1", "severity": 2},
+        {"study_id": 3, "condition": "right_subarticular_stenosis", "level": "l1_l2", "severity": -1},
+    ]
+    found = vit3d.label_matrix(pd.DataFrame(rows), [9, 3])
+    assert (found[0] == -1).all() and found[1, COLUMNS.index("spinal_canal_stenosis_l5_s1")] == 2
+    assert (found == 2).sum() == 1
+
+
+def test_exchanged_halves_exchange_left_and_right_columns():
+    """A mirrored study gives the same half crops with the sides exchanged: mirror symmetry by construction."""
+    torch.manual_seed(0)
+    model = vit3d.Vit3d(dataclasses.replace(SMALL, context=1))
+    torch.nn.init.normal_(model.head.weight)
+    volumes = torch.randint(0, 255, (2, 5, 2, 3, 8, 8, 8))
+    torch.testing.assert_close(model(volumes.flip(2)), model(volumes)[:, list(vit3d.MIRROR)], atol=1e-5, rtol=1e-4)
+
+
+def test_mirrored_grids_carry_exchanged_labels():
+    rng = np.random.default_rng(0)
+    volumes = rng.integers(0, 255, (16, 3, 16, 16, 16)).astype(np.uint8)
+    labels = np.tile(np.arange(25), (16, 1))
+    plain = dataclasses.replace(vit3d.Training(), intensity=0.0, drop_series=0.0)
+    values, truth, order = vit3d.augment(volumes, labels, GRID, plain, rng)
+    turned = truth[:, 5] != 5
+    assert 0 < turned.sum() < 16 and (truth == order).all()
+    assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [
+        "spinal_canal_stenosis_l1_l2",
+        "right_neural_foraminal_narrowing_l1_l2",
+        "left_subarticular_stenosis_l5_s1",
+    ]
+    for study in range(16):
+        expected = volumes[study, :, ::-1] if turned[study] else volumes[study]
+        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5)
+    (_, same), (_, exchanged) = vit3d.views(volumes, GRID, 2)
+    assert same == list(range(25)) and exchanged == list(vit3d.MIRROR)
+
+
+def test_training_learns_and_is_reproducible():
+    training = vit3d.Training(epochs=10, batch=4, lr=2e-3, ema=0.9)
+    train, test = draw_studies(48, seed=1), draw_studies(24, seed=2)
+    train[1][::7, 3:9] = -1
+    model, curves = vit3d.fit(*train, SMALL, training, held_out=test)
+    counts = np.stack([(train[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
+    prior = torch.from_numpy(counts / counts.sum(1, keepdims=True)).log().expand(24, 25, 3)
+    losses = vit3d.row_losses(prior, torch.from_numpy(test[1])).numpy()
+    prior_loss = (losses * vit3d.row_weights(test[1])).sum(1).mean()
+    assert curves["held_out_loss"].iloc[-1] < 0.6 * prior_loss
+    again, _ = vit3d.fit(*train, SMALL, training)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_grid_network_fits_a_step():
+    rng = np.random.default_rng(0)
+    volumes = rng.integers(0, 255, (4, 3, 16, 16, 16)).astype(np.uint8)
+    labels = rng.choice(3, (4, 25)).astype(np.int8)
+    model, _ = vit3d.fit(volumes, labels, GRID, vit3d.Training(epochs=1, batch=2))
+    found = vit3d.probabilities([model], volumes, views_count=2)
+    mirrored = vit3d.probabilities([model], volumes[:, :, ::-1], views_count=2)
+    np.testing.assert_allclose(found, mirrored[:, list(vit3d.MIRROR)], atol=1e-6)
+
+
+def test_weights_come_back_and_strangers_are_refused(tmp_path):
+    model = vit3d.Vit3d(SMALL)
+    torch.nn.init.normal_(model.head.weight)
+    path = tmp_path / "vit3d_fold0.safetensors"
+    vit3d.save(model, path, 0, vit3d.Training())
+    volumes, _ = draw_studies(2, seed=0)
+    expected = vit3d.probabilities([model], volumes, views_count=3)
+    np.testing.assert_array_equal(vit3d.probabilities([vit3d.load(path)], volumes, views_count=3), expected)
+    assert np.allclose(expected.sum(-1), 1) and list(SEVERITIES) == list(vit3d.to_rows([1], expected[:1]))[1:]
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ValueError, match="sha256"):
+        vit3d.load(path)

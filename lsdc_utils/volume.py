@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import competition, dicom
 from lsdc_utils.files import atomic
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
@@ -47,8 +48,6 @@ class Stack:
 
 def read_stack(folder: str | Path, study_id: int, series_id: int, series_type: str) -> Stack:
     """Read a series' DICOM folder and window it by its own percentiles; dicom.DicomError where nothing is usable."""
-    from lsdc_utils import dicom
-
     series = dicom.read_series(folder)
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
     # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
@@ -96,8 +95,6 @@ def read_study(root: str | Path, split: str, series_rows: pd.DataFrame, study_id
 
     A series that cannot be read is left out with a warning: the study is graded from the others.
     """
-    from lsdc_utils import competition, dicom
-
     stacks = []
     rows = series_rows[series_rows["study_id"] == study_id].sort_values("series_id")
     for series_id, series_type in zip(rows["series_id"], rows["series_type"], strict=True):

@@ -1,0 +1,528 @@
+"""The command line behind run_all.sh: reads profile and arguments, starts Snakemake, and tells what goes on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from .files import atomic
+from .steps import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, STEP_PARAMETERS, Step, all_steps, declared, unfinished_cell
+
+PROFILES = NOTEBOOKS / "profiles"
+OUTPUTS = ROOT / "outputs"
+NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
+PARTS = {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular", "any_severe": "any severe",
+         "total": "total"}  # fmt: skip
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message says what can."""
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------
+
+
+def _converted(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of `default`; UsageError where it has another. A lone number makes a list of one."""
+    if isinstance(default, list) and not isinstance(value, list):
+        value = [value]
+    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
+            value = float(value)
+    if type(value) is not type(default):
+        expected = f"expected {type(default).__name__} like {default!r}"
+        raise UsageError(f"{key}: {value!r} is {type(value).__name__}, {expected}")
+    if isinstance(default, list) and default:
+        return [_converted(key, item, default[0]) for item in value]
+    if isinstance(default, dict):
+        if set(value) != set(default):
+            raise UsageError(f"{key}: has the keys {sorted(value)}, expected {sorted(default)}")
+        return {name: _converted(f"{key}.{name}", value[name], default[name]) for name in default}
+    return value
+
+
+def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
+    """`KEY=VALUE` to key and value in the type of the default; UsageError where key or type is wrong.
+
+    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or key not in defaults:
+        near = ", ".join(sorted(defaults))
+        raise UsageError(f"{text!r} is no KEY=VALUE with a known key; keys are: {near}")
+    if isinstance(defaults[key], str):
+        return key, raw
+    if isinstance(defaults[key], list) and not raw.startswith("["):
+        raw = f"[{raw}]"
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{key}: {raw!r} cannot be read: {error}") from error
+    return key, _converted(key, value, defaults[key])
+
+
+def _read_profile(name: str) -> dict[str, Any]:
+    file = PROFILES / f"{name}.yml"
+    if not file.is_file():
+        raise UsageError(f"no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yml')))}")
+    return yaml.safe_load(file.read_text()) or {}
+
+
+def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
+    """Every parameter of a run: those of profile demo, then what `profile` changes, then KEY=VALUE."""
+    parameters = _read_profile("demo")
+    for key, value in (_read_profile(profile) if profile != "demo" else {}).items():
+        if key not in parameters:
+            raise UsageError(f"profile {profile}: unknown key {key!r}")
+        parameters[key] = _converted(key, value, parameters[key])
+    parameters.update(parse_override(text, parameters) for text in overrides)
+    names = set().union(*(declared(notebook) for notebook in NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
+    if names != set(parameters):
+        raise UsageError(
+            f"profile demo and the notebooks' parameters cells differ in: {sorted(names ^ set(parameters))}"
+        )
+    if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
+        raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
+    return parameters
+
+
+def select_steps(steps: list[Step], asked: str) -> list[Step]:
+    """Steps that `asked` names: one step, or all of a notebook by name or number; UsageError where there is none."""
+    found = [step for step in steps if asked in (step.name, step.notebook, step.notebook[:2])]
+    if not found:
+        raise UsageError(f"no step {asked!r}; steps are: {', '.join(step.name for step in steps)}")
+    return found
+
+
+# ---- a run and its processes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asks for."""
+
+    folder: Path  # outputs/<run>
+    parameters: dict[str, Any]
+    resume: str  # the command that goes on with this run
+    cores: int
+    until: str | None = None
+    force: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[Step]:
+        return all_steps(self.parameters)
+
+
+def shown(path: Path) -> str:
+    """A path as a person at the prompt would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
+def visible_gpus() -> list[str]:
+    """Indices or UUIDs of the GPUs that jobs may use; none where there is no NVIDIA driver."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Living processes that belong to the run in `folder`, kernels in sessions of their own included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RUN_MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+def end_processes(folder: Path) -> None:
+    """End what is left of the run in `folder`, e.g. after its runner was killed: a step would go on and write."""
+    while left := processes_of(folder):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder; UsageError where another runner does. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"the run in {shown(folder)} is being worked on by another run_all.sh") from error
+        end_processes(folder)
+        yield
+
+
+def forced_steps(run: Run) -> list[Step]:
+    """Steps to run whatever their files say: those asked for, and 00 where the data that it recorded is gone."""
+    forced = [step for asked in run.force for step in select_steps(run.steps, asked)]
+    record = run.folder / "data.json"
+    if record.is_file():
+        data_dir = run.folder / json.loads(record.read_text())["data_dir"]
+        if not data_dir.is_dir():
+            forced.append(run.steps[0])
+    return forced
+
+
+def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
+    """The one call of Snakemake; targets are executed notebooks, so that its counts are counts of steps."""
+    targets = select_steps(run.steps, run.until) if run.until else run.steps[-1:]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", NOTEBOOKS / "Snakefile", "--directory", run.folder]
+    command += ["--configfile", config, "--cores", run.cores, "--resources", f"gpu={gpus}", "--scheduler", "greedy"]
+    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
+    command += ["--max-checksum-file-size", 2**30]  # a file written again with the same bytes re-runs nothing
+    if forced := forced_steps(run):
+        command += ["--forcerun", *(f"notebooks/{step.name}.ipynb" for step in forced)]
+    return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
+
+
+def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
+    """Environment of Snakemake and all that it starts."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder)}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return environment
+
+
+# ---- what Snakemake says -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """State of a run, as read from Snakemake's messages line by line."""
+
+    total: int = 0
+    finished: int = 0
+    running: dict[str, float] = field(default_factory=dict)  # step -> its start, seconds since the epoch
+    reasons: dict[str, str] = field(default_factory=dict)  # step -> why it runs
+    failed: list[str] = field(default_factory=list)
+    jobs: dict[str, str] = field(default_factory=dict)  # Snakemake's job id -> step
+    block: dict[str, str] = field(default_factory=dict)
+
+    def read(self, line: str) -> str | None:
+        """Take in one line; return what a person should see of it, if anything."""
+        if match := re.match(r"    (log|jobid|reason): (.*)$", line):
+            return self._read_field(match[1], match[2])
+        if match := re.match(r"total +(\d+)$", line):
+            self.total = int(match[1])
+        elif match := re.match(r"(?:local)?(rule) \w+:$|(Error) in rule \w+", line):
+            self.block = {"kind": match[1] or match[2]}
+        elif match := re.match(r"Finished jobid: (\d+)", line):
+            return self._finish(self.jobs[match[1]])
+        return None
+
+    def _read_field(self, name: str, value: str) -> str | None:
+        """One field of the paragraph on a job; the job is told about as soon as log and job id are known."""
+        known = {"log", "jobid"} <= set(self.block)
+        self.block[name] = value
+        if not {"log", "jobid"} <= set(self.block):
+            return None
+        step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
+        if self.block["kind"] == "Error":
+            self.running.pop(step, None)
+            self.failed.append(step)
+            return f"{step} failed"
+        self.jobs[self.block["jobid"]] = step
+        self.reasons[step] = self.block.get("reason", "")
+        if known:
+            return None
+        self.running[step] = time.time()
+        return f"[{self.finished + len(self.running)}/{self.total}] {step}"
+
+    def _finish(self, step: str) -> str:
+        self.finished += 1
+        return f"[{self.finished}/{self.total}] {step} done in {clock(time.time() - self.running.pop(step))}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def last_lines(log: Path, n: int = 1) -> list[str]:
+    """The last `n` lines of a log with anything on them; of a line drawn over by a progress bar, what was seen last."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        text = file.read().decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # colours
+    lines = [[part for part in line.split("\r") if part.strip()] for line in text.split("\n")]
+    return [parts[-1].rstrip() for parts in lines if parts][-n:]
+
+
+def status(run: Run, progress: Progress, began: float) -> str:
+    """One line on all running steps, each with the last line of its own log."""
+    steps = [f"{step}: {' '.join(last_lines(run.folder / 'logs' / f'{step}.log'))}" for step in progress.running]
+    return f"{clock(time.time() - began)}  " + " | ".join(steps)
+
+
+def follow(run: Run, process: subprocess.Popen, output: Path) -> Progress:
+    """Tell what goes on until Snakemake ends: each step's start and end, and a line on the running ones.
+
+    At a terminal that line is drawn over every second; elsewhere, as in a log, it is printed every 30 seconds.
+    """
+    progress, began, told = Progress(), time.time(), time.time()
+    terminal = sys.stdout.isatty()
+    with output.open(errors="replace") as messages:
+        while True:
+            ended = process.poll() is not None  # asked before reading, so that nothing said before the end is lost
+            for line in messages:
+                if message := progress.read(line.rstrip("\n")):
+                    print(f"{chr(13) + chr(27) + '[K' if terminal else ''}{clock(time.time() - began):>8}  {message}")
+            if terminal:
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r\033[K{status(run, progress, began)[:width]}", end="")
+            elif time.time() - told > 30 and progress.running:
+                told = time.time()
+                print(f"  {status(run, progress, began)}")
+            sys.stdout.flush()
+            if ended:
+                print("\r\033[K" if terminal else "", end="")
+                return progress
+            time.sleep(1.0 if terminal else 0.3)
+
+
+# ---- what is told at the end ---------------------------------------------------------------------------------------
+
+
+def failure(run: Run, step: Step) -> str:
+    """What a person needs who has to mend a failed step: notebook, cell, the log's end."""
+    logs = run.folder / "logs"
+    executed, log = logs / f"{step.name}.ipynb", logs / f"{step.name}.log"
+    lines = [
+        f"\n{step.name} failed",
+        f"  notebook   notebooks/{step.notebook}.ipynb",
+        f"  as far as it ran   {shown(executed)}",
+    ]
+    if executed.is_file():
+        import nbformat
+
+        notebook = nbformat.read(executed, as_version=4)
+        index = unfinished_cell(notebook)
+        if index is not None:
+            cell = notebook.cells[index]
+            lines += [f"  failing cell   number {index}, In [{cell.execution_count or ' '}]:"]
+            lines += [f"      {line}" for line in cell.source.splitlines()]
+    lines += [f"  last lines of {shown(log)}"]
+    lines += [f"      {line}" for line in last_lines(log, 15)]
+    return "\n".join(lines)
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """The blocks of scores.json as text: test before out of fold, or out of fold alone where test has no labels."""
+    titles = {"test": "test studies", "oof": "studies, each graded by models that had not seen it (out of fold)"}
+    lines = []
+    for name in ("test", "oof"):
+        block = scores.get(name)
+        if not block:
+            continue
+        lines += ["", f"Weighted log loss, {block['n_studies']} {titles[name]}; lower is better"]
+        skills = block.get("skill") or {}
+        lines += [
+            f"  {'':22}" + "".join(f"{title:>14}" for title in PARTS.values()) + ("         skill" if skills else "")
+        ]
+        for model, parts in block["scores"].items():
+            line = f"  {model:22}" + "".join(f"{_number(parts[part]):>14}" for part in PARTS)
+            lines += [line + (f"{_number(skills[model]['total']):>14}" if model in skills else "")]
+        low_high = block.get("interval", {}).get("ensemble", {}).get("total")
+        if low_high:
+            lines += [f"  ensemble, total: 95 % interval {low_high[0]:.3f} to {low_high[1]:.3f}"]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def tell_result(run: Run) -> None:
+    """Print the score table and the report's path, as far as they exist."""
+    scores, report = run.folder / "scores.json", run.folder / "report" / "index.html"
+    if scores.is_file():
+        print(score_table(json.loads(scores.read_text())))
+    if report.is_file():
+        print(f"\nreport: {report}")
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def dry_run(run: Run) -> int:
+    """Say which steps would run and why, and change nothing."""
+    with tempfile.TemporaryDirectory() as temporary:
+        config = Path(temporary) / "parameters.yml"
+        config.write_text(yaml.safe_dump(run.parameters))
+        folder = run.folder if run.folder.is_dir() else Path(temporary)
+        planned = Run(folder, run.parameters, run.resume, run.cores, run.until, run.force)
+        command = snakemake_command(planned, config, 0)
+        command.insert(command.index("--directory"), "--dry-run")
+        done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        return done.returncode
+    progress = Progress()
+    for line in (done.stdout + done.stderr).splitlines():
+        progress.read(line)
+    for step in run.steps:
+        if step.name in progress.reasons:
+            print(f"would run {step.name}: {progress.reasons[step.name]}")
+    print(f"{len(progress.reasons)} of {len(run.steps)} steps would run")
+    return 0
+
+
+def start(run: Run) -> int:
+    """Run what has to be run, and tell about it."""
+    gpus = visible_gpus()
+    with locked(run.folder):
+        config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
+        output.parent.mkdir(exist_ok=True)
+        with atomic(config) as temporary:
+            temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
+        print(
+            f"run {shown(run.folder)}: logs of its steps in {shown(output.parent)}, {run.cores} cores, {len(gpus)} GPUs"
+        )
+        with output.open("w") as log:
+            command = snakemake_command(run, config, len(gpus))
+            process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
+        try:
+            progress = follow(run, process, output)
+        except KeyboardInterrupt:
+            print(f"\nstopped; what is finished is kept. Go on with:\n  {run.resume}", file=sys.stderr)
+            return 130
+        finally:
+            end_processes(run.folder)
+    if process.returncode == 0:
+        print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
+        tell_result(run)
+        return 0
+    failed = [step for step in run.steps if step.name in progress.failed]
+    told = [failure(run, step) for step in failed] or ["\nSnakemake stopped:", *last_lines(output, 15)]
+    print(*told, f"\nGo on with:\n  {run.resume}", sep="\n", file=sys.stderr)
+    return process.returncode if process.returncode > 0 else 1
+
+
+def run_tests(everything: bool) -> int:
+    """Run the tests; those that take minutes each only where `everything` is asked for."""
+    command = [sys.executable, "-m", "pytest", *([] if everything else ["-m", "not slow"])]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def lab() -> int:
+    """Open JupyterLab in notebooks/, having set up the filter that keeps notebooks' outputs out of git."""
+    clean = shlex.join([sys.executable, "-m", "nbstripout", "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS])
+    for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
+        done = subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], capture_output=True)
+        if done.returncode:
+            print("not a git clone: the filter for notebooks is not installed", file=sys.stderr)
+            break
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment.pop("JUPYTER_PATH", None)
+    return subprocess.run(
+        [sys.executable, "-m", "jupyterlab", f"--notebook-dir={NOTEBOOKS}"], env=environment
+    ).returncode
+
+
+EPILOG = """other commands:
+  test [--all]   run the tests; --all: the slow proofs too
+  lab            JupyterLab in the environment
+
+steps are named by notebook (03_train_yolo), its number (03) or in full (03_train_yolo_scs_fold0)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of a run, the default command."""
+    made = argparse.ArgumentParser(
+        "./run_all.sh",
+        description="Run the pipeline, as far as it has not run yet.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="a parameter of notebooks/profiles/demo.yml, e.g. folds=0")
+    add("--profile", default="demo", help="values in notebooks/profiles/PROFILE.yml (default: demo)")
+    add("--data", type=Path, metavar="DIR", help="a folder in the competition's layout (default: a phantom is written)")
+    add("--run", metavar="NAME", help="results go to outputs/NAME (default: the profile's name)")
+    add("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores to use (default: all)")
+    add("--until", metavar="STEP", help="stop after this step")
+    add("--force", metavar="STEP", action="append", default=[], help="run this step again, and what depends on it")
+    add("--dry-run", action="store_true", help="say which steps would run and why")
+    return made
+
+
+def run_from(arguments: list[str]) -> tuple[Run, bool]:
+    """The run that the arguments ask for, and whether only to say what it would do; UsageError where they are wrong."""
+    asked = parser().parse_intermixed_args(arguments)
+    parameters = load_parameters(asked.profile, asked.overrides)
+    if asked.data:
+        if not asked.data.is_dir():
+            raise UsageError(f"--data {asked.data}: no such folder")
+        parameters["data_dir"] = str(asked.data.resolve())
+    name = asked.run or asked.profile
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in ("data", "sample"):
+        raise UsageError(f"--run {name}: expected a plain name for a folder under outputs/, other than data and sample")
+    if asked.cores < 1:
+        raise UsageError(f"--cores {asked.cores}: expected 1 or more")
+    resume = ["./run_all.sh", "--profile", asked.profile, "--run", name, "--cores", str(asked.cores), *asked.overrides]
+    resume += ["--data", str(asked.data.resolve())] if asked.data else []
+    resume += ["--until", asked.until] if asked.until else []
+    run = Run(OUTPUTS / name, parameters, shlex.join(resume), asked.cores, asked.until, tuple(asked.force))
+    for step in (*run.force, *([run.until] if run.until else [])):
+        select_steps(run.steps, step)
+    return run, asked.dry_run
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        if arguments[:1] == ["test"]:
+            made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
+            made.add_argument("--all", action="store_true", help="the slow proofs too")
+            return run_tests(made.parse_args(arguments[1:]).all)
+        if arguments[:1] == ["lab"]:
+            argparse.ArgumentParser("./run_all.sh lab", description="Open JupyterLab.").parse_args(arguments[1:])
+            return lab()
+        run, only_say = run_from(arguments)
+        return dry_run(run) if only_say else start(run)
+    except UsageError as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,283 @@
+"""Steps of a run: which notebook, with which parameters and from which source; `python -m lsdc_utils.steps` runs one.
+
+A step is one notebook executed once; the two training notebooks give a step for each fold (and condition). The
+Snakefile asks here what a step depends on besides files: its parameters and a hash of the code that it uses.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .vocabulary import GROUPS
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOK_ORDER = (
+    "00_get_data",
+    "01_eda",
+    "02_convert_labels",
+    "03_train_yolo",
+    "04_train_vit3d",
+    "05_ensemble_inference",
+    "06_report",
+)
+STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook with what sets it apart from the notebook's other steps."""
+
+    name: str  # e.g. 03_train_yolo_scs_fold0: names log, benchmark and executed notebook
+    notebook: str  # e.g. 03_train_yolo
+    given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training
+
+
+def yolo_step(condition: str, fold: int | str) -> Step:
+    """Training of the detector of one condition group (nfn, scs, ss) on one fold."""
+    given = {"condition": condition, "fold": int(fold)}
+    return Step(f"03_train_yolo_{condition}_fold{fold}", "03_train_yolo", given)
+
+
+def vit_step(fold: int | str) -> Step:
+    """Training of the 3D vision transformer on one fold."""
+    return Step(f"04_train_vit3d_fold{fold}", "04_train_vit3d", {"fold": int(fold)})
+
+
+def all_steps(parameters: dict[str, Any]) -> list[Step]:
+    """Every step of a run, in the order of the notebooks; `folds` says which folds are trained."""
+    folds = parameters["folds"]
+    trainings = {
+        "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
+        "04_train_vit3d": [vit_step(fold) for fold in folds],
+    }
+    return [step for name in NOTEBOOK_ORDER for step in trainings.get(name, [Step(name, name)])]
+
+
+def read_parameters(run_dir: str | Path) -> dict[str, Any]:
+    """Parameters of a run, as the command line resolved them: key -> value."""
+    return yaml.safe_load((Path(run_dir) / "parameters.yml").read_text())
+
+
+# ---- what a notebook declares and uses -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Source and tags of each code cell, without what papermill injected when it was executed."""
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    found = []
+    for cell in cells:
+        tags = tuple(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
+            found.append(("".join(cell["source"]), tags))
+    return tuple(found)
+
+
+@functools.cache
+def declared(notebook: str) -> dict[str, Any]:
+    """Names and defaults in the notebook's parameters cell; ValueError where a default is not a plain literal."""
+    names = {}
+    for source, tags in _code_cells(notebook):
+        if "parameters" not in tags:
+            continue
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if not isinstance(target, ast.Name) or node.value is None:
+                    raise ValueError(f"{notebook}.ipynb: line {node.lineno} of the parameters cell is no NAME = VALUE")
+                names[target.id] = ast.literal_eval(node.value)
+    return names
+
+
+def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
+    """What papermill injects into the step's notebook: every parameter that it declares, and no other."""
+    values = {**parameters, "run_dir": f"../outputs/{run_name}", **step.given}
+    missing = [name for name in declared(step.notebook) if name not in values]
+    if missing:
+        raise ValueError(f"{step.notebook}.ipynb declares parameters that no profile sets: {', '.join(missing)}")
+    return {name: values[name] for name in declared(step.notebook)}
+
+
+def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
+    """The parameters whose change re-runs the step, as JSON.
+
+    Of a value by condition, such as the epochs of the three detectors, only the step's own entry counts; the folder of
+    the run does not, so that a run may be renamed.
+    """
+    values = step_parameters(step, parameters, "")
+    del values["run_dir"]
+    condition = step.given.get("condition")
+    for name, value in values.items():
+        if condition and isinstance(value, dict) and set(value) == set(GROUPS):
+            values[name] = value[condition]
+    return json.dumps(values, sort_keys=True)
+
+
+@functools.cache
+def _normalised(source: str) -> str:
+    """Source without comments and layout, which change nothing; as it is where it is not plain Python (magics)."""
+    try:
+        return ast.dump(ast.parse(source))
+    except SyntaxError:
+        return source
+
+
+def _imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Names in lsdc_utils that `source`, code of the package `package`, imports anywhere, e.g. ("phantom", "body")."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        tree = ast.parse("\n".join(lines))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {(*module, alias.name) for alias in node.names}
+    return {name[1:] for name in found if name[0] == "lsdc_utils"}
+
+
+def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
+    """Files of lsdc_utils that running `source` may use: modules imported transitively, and data files beside them."""
+    files: set[Path] = set()
+    waiting = _imported(source, package)
+    while waiting:
+        name = waiting.pop()
+        for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
+            folder = ROOT / "lsdc_utils" / Path(*name[:depth])
+            file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            if not file.is_file() or file in files:
+                continue
+            files.add(file)
+            inside = name[:depth] if folder.is_dir() else name[: depth - 1]
+            if inside:
+                files |= {path for path in file.parent.iterdir() if path.suffix == ".json"}
+            waiting |= _imported(file.read_text(), inside)
+    return files
+
+
+@functools.cache
+def source_hash(notebook: str) -> str:
+    """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
+    cells = [source for source, tags in _code_cells(notebook) if "parameters" not in tags]
+    digest = hashlib.sha256("\0".join(_normalised(source) for source in cells).encode())
+    for file in sorted(set().union(*(module_files(source) for source in cells))):
+        text = file.read_text()
+        digest.update(f"\0{file.relative_to(ROOT)}\0{_normalised(text) if file.suffix == '.py' else text}".encode())
+    return digest.hexdigest()
+
+
+# ---- executing a step ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_gpu(run_dir: Path) -> Iterator[None]:
+    """Hold one of several visible GPUs for this process, as CUDA_VISIBLE_DEVICES; with one or none nothing is to do."""
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if len(devices) < 2:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        while True:
+            for device in devices:
+                lock = (run_dir / "logs" / f".gpu-{socket.gethostname()}-{device}").open("w")
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+                    held.callback(lock.close)
+                    os.environ["CUDA_VISIBLE_DEVICES"] = device
+                    yield
+                    return
+                lock.close()
+            time.sleep(1)
+
+
+def set_environment(parameters: dict[str, Any]) -> None:
+    """Prepare this process for a kernel of this very environment, with threads fixed by the parameters alone."""
+    os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
+        if "threads" in parameters:
+            os.environ[name] = str(parameters["threads"])
+
+
+def unfinished_cell(notebook: Any) -> int | None:
+    """Index of the cell with an error, else of the first code cell that did not run; None where all ran."""
+    code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
+    for i, cell in code:
+        if any(output.output_type == "error" for output in cell.outputs):
+            return i
+    return next((i for i, cell in code if cell.execution_count is None), None)
+
+
+def execute(run_dir: Path, step: Step) -> None:
+    """Execute the step's notebook, its output going live to logs/<step>.log.
+
+    The notebook lies beside the log while it runs, and there it stays where it fails; only when every cell ran it
+    moves to notebooks/. RuntimeError where a cell did not run; papermill's and the kernel's errors as they are.
+    """
+    import papermill  # takes a second, which the Snakefile and the command line need not wait
+
+    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
+    set_environment(parameters)
+    executed = run_dir / "logs" / f"{step.name}.ipynb"
+    done = run_dir / "notebooks" / executed.name
+    for file in (executed, done):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpu(run_dir):
+        try:
+            notebook = papermill.execute_notebook(
+                NOTEBOOKS / f"{step.notebook}.ipynb",
+                executed,
+                parameters,
+                kernel_name="python3",
+                cwd=NOTEBOOKS,
+                progress_bar=False,
+                stdout_file=log,
+                stderr_file=log,
+            )
+            left = unfinished_cell(notebook)
+            if left is not None:  # a cell that calls sys.exit(0), or a kernel that was killed, looks like success
+                raise RuntimeError(f"{step.notebook}.ipynb ended before its cell {left} had run")
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
+    os.replace(executed, done)
+
+
+def main() -> int:
+    """Run one step: `python -m lsdc_utils.steps RUN_DIR STEP`."""
+    run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
+    step = next(step for step in all_steps(read_parameters(run_dir)) if step.name == name)
+    try:
+        execute(run_dir, step)
+    except Exception as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Grades of the phantom: a latent narrowing for each of the 25 columns, and the label a reader gives it.
 
-A study's latent is a vector of 25 correlated normal numbers z; the narrowing of column c is u = Phi(a_c + b_c z_c), 0 for
-an open and 1 for a closed passage. A reader sees u with an error e and grades u + e against two cut-offs that are the
-same for every level and side of a condition group. `a_c` and `b_c` are solved so that the labels have the prevalence of
+A study's latent is a vector of 25 correlated normal numbers z; the narrowing of column c is u = Phi(a_c + b_c z_c), 0
+for an open and 1 for a closed passage. A reader sees u with an error e and grades u + e against two cut-offs that are
+the same for every level and side of a condition group. `a_c` and `b_c` are solved so that labels have the prevalence of
 the real column *after* that error, and the correlation of z so that any two columns of labels have the real Spearman
 correlation, also after it. Real figures: `facts.json`, counted from the competition's public tables.
 
@@ -27,8 +27,8 @@ COLUMN_GROUPS = np.array([c.group for c in CONDITIONS.values() for _ in LEVELS])
 
 # Narrowing at which an error-free reader turns from normal/mild to moderate and from moderate to severe.
 CUTS = {"scs": (0.50, 0.70), "nfn": (0.45, 0.70), "ss": (0.45, 0.65)}
-# Standard deviation of a reader's error in units of narrowing. Chosen for where it leaves the oracle: at the scores that
-# the best solutions of the competition reached (spinal .25, foraminal .44, subarticular .52, any severe .3).
+# Standard deviation of a reader's error in units of narrowing. Chosen for where it leaves the oracle: near the scores
+# that the best solutions of the competition reached (spinal .25, foraminal .44, subarticular .52, any severe .3).
 NOISE = {"scs": 0.112, "nfn": 0.116, "ss": 0.121}
 SHARED = 0.6  # share of the error's variance that one reader carries through all columns of a study: strict or lenient
 NARROWEST_EIGENVALUE = 1e-3  # of the latent correlation: kept off 0 so that its Cholesky factor is stable
@@ -42,7 +42,7 @@ _NOISE = np.array([NOISE[g] for g in COLUMN_GROUPS])  # (25,)
 
 @dataclass(frozen=True)
 class Grades:
-    """Grades of n studies in the order of `COLUMNS`: narrowing (n, 25), labels (n, 25) in {0, 1, 2}, oracle (n, 25, 3)."""
+    """Grades of n studies, columns as `COLUMNS`: narrowing (n, 25), labels (n, 25) in {0, 1, 2}, oracle (n, 25, 3)."""
 
     narrowing: np.ndarray
     labels: np.ndarray
@@ -90,7 +90,7 @@ def draw_narrowing(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def read(narrowing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels (n, 25) that one reader gives to the studies with this narrowing (n, 25); a second call is a second reader."""
+    """Labels (n, 25) that one reader gives to studies with this narrowing (n, 25); a second call is a second reader."""
     error = rng.standard_normal((len(narrowing), 1 + len(COLUMNS)))
     error = np.sqrt(SHARED) * error[:, :1] + np.sqrt(1 - SHARED) * error[:, 1:]
     return ((narrowing + _NOISE * error)[..., None] > _CUTS).sum(axis=-1)
@@ -163,7 +163,7 @@ def _lift_eigenvalues(matrix: np.ndarray) -> np.ndarray:
 
 
 def _of(group: str) -> np.ndarray:
-    return COLUMN_GROUPS == group
+    return np.equal(COLUMN_GROUPS, group)
 
 
 def _streams(seed: int | Sequence[int], n: int = 2) -> list[np.random.Generator]:
@@ -188,7 +188,9 @@ def _solve_column(column: int) -> tuple[float, float]:
 
     solved = root(miss, [-1.0, np.log(0.5)])
     if not solved.success:
-        raise ValueError(f"no latent gives the prevalence of {COLUMNS[column]}: its cut-offs or reader noise are too wide")
+        raise ValueError(
+            f"no latent gives the prevalence of {COLUMNS[column]}: its cut-offs or reader noise are too wide"
+        )
     return solved.x[0], np.exp(solved.x[1])
 
 
@@ -215,8 +217,7 @@ def _label_spearman(offset: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, 
         weights = np.exp((2 * rho * np.outer(_GRID, _GRID) - _GRID[:, None] ** 2 - _GRID**2) / (2 * (1 - rho**2)))
         weights /= weights.sum()
         together = sum(
-            w * rank[:, :, k] @ weights @ rank[:, :, k].T
-            for k, w in enumerate(shared_weights / shared_weights.sum())
+            w * rank[:, :, k] @ weights @ rank[:, :, k].T for k, w in enumerate(shared_weights / shared_weights.sum())
         )
         spearman[s] = (together - np.outer(mean, mean)) / np.outer(sd, sd)
     return spearman, steps

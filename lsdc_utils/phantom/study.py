@@ -1,0 +1,225 @@
+"""One study of the phantom: its series, what is wrong with them, where a reader clicked, and its DICOM files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from lsdc_utils.phantom.body import Body
+from lsdc_utils.phantom.headers import write_slice
+from lsdc_utils.phantom.scanner import Acquisition, plan_series, render
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, PLANES, SERIES_TYPES, T1, T2
+
+CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
+CLICK_OFF_SLICE = 0.25  # share of points clicked on a slice beside the nearest
+SERIES_PER_STUDY = len(SERIES_TYPES) + 1  # at most: the axial series may come twice
+COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
+
+
+@dataclass(frozen=True)
+class Dirt:
+    """How often each thing is wrong; the defaults are the rates of the real training set. 0 switches a kind off.
+
+    Where a series is missing, or its slices do not reach a level, nobody could grade: those labels are missing too.
+    Rates that no public table tells (`tilted_blocks`, `non_square`, `far_numbers`) are our assumption.
+    """
+
+    series_missing: float = 3 / 1975  # share of studies that lack a sagittal series, T1 twice as often as T2/STIR
+    second_axial: float = 335 / 1975  # share of studies with two axial series
+    axial_split: float = 182 / 335  # share of those whose points lie in both: one series above, one below
+    short_stack: float = 164 / 1975  # share of studies whose axial slices begin below L1/L2, every other below L2/L3
+    label_missing: float = 35 / 48803  # share of labels that are lost though a reader clicked their point
+    point_missing: float = 117 / 9870  # share of canal labels whose point is missing
+    sides_swapped: float = 29 / 1975  # share of studies in which some left and right subarticular points changed places
+    axial_reversed: float = 0.12  # share of axial series numbered from foot to head
+    sagittal_reversed: float = 0.36  # share of sagittal series numbered from the patient's left to right
+    far_numbers: float = 0.02  # share of series whose instance numbers begin far from 1
+    number_gaps: float = 5 / 974  # share of series with gaps in their instance numbers
+    non_square: float = 0.1  # share of series with more rows than columns or the other way round
+    tilted_blocks: float = 0.25  # share of studies whose axial slices come in a block a level, each tilted to its disc
+    colliding_uids: float = 1.0  # share of studies whose SOPInstanceUIDs are the same in each series
+    frames_differ: float = 1.0  # share of studies with a FrameOfReferenceUID a series, though patient space is one
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not 0 <= getattr(self, item.name) <= 1:
+                raise ValueError(f"phantom: {item.name} is a share from 0 to 1, not {getattr(self, item.name)}")
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All that decides a study's bytes: ids, narrowing and labels (25,), and the seed of its random streams."""
+
+    split: str  # train or test
+    study_id: int
+    series_ids: tuple[int, ...]  # as many as a study may have
+    narrowing: np.ndarray
+    labels: np.ndarray
+    seed: tuple[int, ...]
+    dirt: Dirt
+
+
+@dataclass
+class Study:
+    """What a study adds to the tables: labels (25,) with -1 where missing, rows of series, clicked and true points."""
+
+    labels: np.ndarray
+    measures: np.ndarray  # (25,) mm or mm2 on the body as built
+    series: list[dict] = field(default_factory=list)
+    clicked: list[dict] = field(default_factory=list)
+    true: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Series:
+    series_id: int
+    acquisition: Acquisition
+    numbers: np.ndarray  # (n,) instance number of each slice, in the acquisition's order
+    columns: np.ndarray  # (25,) bool: the columns that a reader grades on this series
+
+
+def make_study(plan: StudyPlan, images: Path | None) -> Study:
+    """Draw a study and, where `images` is a folder, write <images>/<study>/<series>/<instance>.dcm into it.
+
+    Body, dirt, series, clicks and noise have a random stream each, so that a kind of dirt changes nothing but itself.
+    """
+    body_rng, dirt_rng, series_rng, click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in range(5))
+    body = Body.draw(body_rng, plan.narrowing)
+    series = _plan_study(plan, body, dirt_rng, series_rng)
+    seen = np.any([s.columns for s in series], axis=0)
+    kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
+    study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures())
+    for one in series:
+        study.series.append({"series_id": one.series_id, "series_description": one.acquisition.series_type})
+        _click(study, one, body, click_rng)
+    _spoil_points(study, plan.dirt, dirt_rng)
+    if images is not None:
+        for k, one in enumerate(series):
+            _write_series(images / str(plan.study_id) / str(one.series_id), plan, one, k, body, image_rng)
+    return study
+
+
+def _plan_study(plan: StudyPlan, body: Body, dirt_rng: np.random.Generator, rng: np.random.Generator) -> list[_Series]:
+    dirt = plan.dirt
+    lacking = (T1, T1, T2)[dirt_rng.integers(3)] if dirt_rng.random() < dirt.series_missing else None
+    first = (1 + dirt_rng.integers(2)) if dirt_rng.random() < dirt.short_stack else 0
+    tilted = dirt_rng.random() < dirt.tilted_blocks
+    stacks = _axial_stacks(first, dirt, dirt_rng)
+    wanted = [(t, range(5), range(5)) for t in (T1, T2) if t != lacking] + [(AXIAL, *stack) for stack in stacks]
+    series = []
+    for series_id, (series_type, covered, graded) in zip(plan.series_ids, wanted, strict=False):
+        square = dirt_rng.random() >= dirt.non_square
+        acquisition = plan_series(
+            rng, body, series_type, levels=tuple(covered), tilted=bool(tilted and series_type == AXIAL), square=square
+        )
+        numbers = _instance_numbers(len(acquisition.affines), series_type, dirt, dirt_rng)
+        group = next(key for key, g in GROUPS.items() if g.series_type == series_type)
+        columns = [CONDITIONS[c].group == group and LEVELS.index(level) in graded for c, level in COLUMN_KEYS]
+        series.append(_Series(series_id, acquisition, numbers, np.array(columns)))
+    return series
+
+
+def _axial_stacks(first: int, dirt: Dirt, rng: np.random.Generator) -> list[tuple[range, range]]:
+    """Levels covered and levels graded of each axial series; `first` is the uppermost level that is reached."""
+    second, split, cut = rng.random(3)
+    everything = range(first, 5)
+    if second >= dirt.second_axial:
+        return [(everything, everything)]
+    if split >= dirt.axial_split:  # the same levels twice; readers clicked in the first
+        return [(everything, everything), (everything, range(0))]
+    below = first + 1 + int(cut * (4 - first))
+    return [(range(first, below),) * 2, (range(below, 5),) * 2]
+
+
+def _instance_numbers(n: int, series_type: str, dirt: Dirt, rng: np.random.Generator) -> np.ndarray:
+    """Instance number (n,) of each slice; slices come from right to left (sagittal) or from head to foot (axial)."""
+    backwards, far, gaps = rng.random(3)
+    numbers = np.arange(1, n + 1)
+    start, holes = rng.integers(100, 5000), rng.choice(n - 1, size=min(3, n - 1), replace=False)
+    if gaps < dirt.number_gaps:
+        for hole in holes:
+            numbers[hole + 1 :] += 1
+    if far < dirt.far_numbers:
+        numbers = numbers + start
+    reverse = dirt.axial_reversed if PLANES[series_type] == "axial" else dirt.sagittal_reversed
+    return numbers[::-1] if backwards < reverse else numbers
+
+
+def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) -> None:
+    """Add the true and the clicked point of each column graded on a series; a point outside its images is left out."""
+    acquisition = series.acquisition
+    affines, rows, columns = acquisition.affines, acquisition.rows, acquisition.cols
+    in_scanner = acquisition.to_scanner(body.points())
+    for column in np.flatnonzero(series.columns):
+        beside, toss = rng.normal(0, CLICK_SD, 2), rng.random(2)
+        x, y, away = _project(affines, in_scanner[column])
+        true = int(np.argmin(np.abs(away)))
+        clicked = true
+        if toss[0] < CLICK_OFF_SLICE:
+            other = true + (1 if toss[1] < 0.5 else -1)
+            parallel = 0 <= other < len(affines) and np.allclose(affines[other, :3, :2], affines[true, :3, :2])
+            clicked = other if parallel else true
+        spacing = np.linalg.norm(affines[clicked, :3, :2], axis=0)
+        spots = {"true": (true, x[true], y[true]), "clicked": (clicked, *([x[clicked], y[clicked]] + beside / spacing))}
+        for name, (k, px, py) in spots.items():
+            if 0 <= px <= columns - 1 and 0 <= py <= rows - 1:
+                row = {"series_id": series.series_id, "instance_number": int(series.numbers[k]), "column": int(column)}
+                getattr(study, name).append(row | {"x": round(float(px), 3), "y": round(float(py), 3)})
+
+
+def _project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Column x, row y and signed distance in mm (each (n,)) of a point (3,) from each of n slices' planes."""
+    offset = point - affines[:, :3, 3]
+    along_x, along_y = affines[:, :3, 0], affines[:, :3, 1]
+    normal = np.cross(along_x, along_y)
+    x = (offset * along_x).sum(axis=1) / (along_x**2).sum(axis=1)
+    y = (offset * along_y).sum(axis=1) / (along_y**2).sum(axis=1)
+    return x, y, (offset * normal).sum(axis=1) / np.linalg.norm(normal, axis=1)
+
+
+def _spoil_points(study: Study, dirt: Dirt, rng: np.random.Generator) -> None:
+    """Lose some canal points, and let some left and right subarticular points change places."""
+    lost = rng.random(len(LEVELS)) < dirt.point_missing
+    swapped = (rng.random() < dirt.sides_swapped) & (rng.random(len(LEVELS)) < 0.8)
+    keys = [COLUMN_KEYS[row["column"]] for row in study.clicked]
+    canal = [CONDITIONS[condition].group == "scs" for condition, _ in keys]
+    kept = []
+    for row, (condition, level), is_canal in zip(study.clicked, keys, canal, strict=True):
+        k = LEVELS.index(level)
+        if is_canal and lost[k]:
+            continue
+        if CONDITIONS[condition].group == "ss" and swapped[k]:
+            other = "right" if CONDITIONS[condition].side == "left" else "left"
+            row["column"] = COLUMN_KEYS.index((condition.replace(CONDITIONS[condition].side, other), level))
+        kept.append(row)
+    study.clicked = kept
+
+
+def _write_series(folder: Path, plan: StudyPlan, series: _Series, k: int, body: Body, rng: np.random.Generator) -> None:
+    folder.mkdir(parents=True)
+    acquisition = series.acquisition
+    pixels = render(body, acquisition, rng)
+    collide, differ = np.random.default_rng([*plan.seed, 5]).random(2)
+    study_id = plan.study_id
+    series_in_uid = 1 if collide < plan.dirt.colliding_uids else k + 1
+    header = {
+        "ContentDate": "20240503",
+        "ContentTime": "120000",
+        "SeriesDescription": "T1" if acquisition.series_type == T1 else "T2",
+        "PatientID": str(study_id),
+        "SliceThickness": f"{acquisition.thickness:.3g}",
+        "SpacingBetweenSlices": f"{acquisition.step:.4g}",
+        "StudyInstanceUID": str(study_id),
+        "SeriesInstanceUID": f"{study_id}.{series.series_id}",
+        "FrameOfReferenceUID": f"{study_id}.{k + 1 if differ < plan.dirt.frames_differ else 1}",
+    }
+    for image, affine, number in zip(pixels, acquisition.affines, series.numbers, strict=True):
+        normal = np.cross(affine[:3, 0], affine[:3, 1])
+        own = {
+            "SOPInstanceUID": f"{study_id}.{series_in_uid}.{number}",
+            "InstanceNumber": int(number),
+            "SliceLocation": f"{normal @ affine[:3, 3] / np.linalg.norm(normal):.4f}",
+        }
+        write_slice(folder / f"{number}.dcm", image, affine, header | own)

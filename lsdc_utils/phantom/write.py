@@ -1,0 +1,199 @@
+"""The phantom's data folder: studies written in parallel, the competition's tables, and the answers beside them.
+
+    train.csv                        study_id and the 25 columns in words, empty where a label is missing
+    train_label_coordinates.csv      study_id, series_id, instance_number, condition, level, x, y
+    train_series_descriptions.csv    study_id, series_id, series_description
+    test_series_descriptions.csv     the same for the test studies
+    sample_submission.csv            row_id, normal_mild, moderate, severe: every row of every test study
+    train_images/<study>/<series>/<instance>.dcm, test_images/...
+
+and what the competition keeps to itself, to be opened when predictions are made and no earlier:
+
+    solution.csv                row_id, severity (0, 1, 2): the test labels, rows without a label are absent
+    solution_coordinates.csv    study_id, series_id, instance_number, condition, level, x, y: true points, test studies
+    latents.csv                 row_id, split, narrowing (0 to 1), measure (mm or mm2 on the body as built), unit
+    oracle.csv                  row_id, split, normal_mild, moderate, severe: natural probabilities given the latents
+    phantom.json                the arguments and the fingerprint
+
+`latents.csv` and `oracle.csv` tell of both splits, row by row and with the split named; the others of test alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from lsdc_utils import vocabulary
+from lsdc_utils.files import write_json
+from lsdc_utils.phantom.labels import Grades, draw_grades
+from lsdc_utils.phantom.study import COLUMN_KEYS, SERIES_PER_STUDY, Dirt, Study, StudyPlan, make_study
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVEL_NAMES, LEVELS, MISSING, SEVERITIES, SEVERITY_NAMES
+
+SPLITS = ("train", "test")
+LARGEST_ID = 4_294_967_295  # ids of the real studies and series fill 32 bits
+COORDINATES = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
+
+
+def write_phantom(
+    root: str | Path, n_train: int, n_test: int, seed: int, *, workers: int = 1, images: bool = True, **dirt: float
+) -> Path:
+    """Write a phantom of n_train + n_test studies to the new folder `root` and return it.
+
+    `images=False` writes the same tables without a picture. `dirt`: rates that differ from the real ones, by the names
+    of `Dirt`, e.g. `tilted_blocks=0`. The same arguments give the same bytes whatever `workers` is. The folder appears
+    whole: it is built beside its place and moved there. ValueError where `root` exists or an argument makes no sense.
+    """
+    root, rates = Path(root), Dirt(**dirt)
+    if root.exists():
+        raise ValueError(f"{root} is there already: give the phantom a new folder, or use that one")
+    if min(n_train, n_test) < 0 or n_train + n_test == 0:
+        raise ValueError(f"a phantom of {n_train} + {n_test} studies cannot be written")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    building = root.parent / f".writing-{root.name}-{os.getpid()}"
+    try:
+        grades = [draw_grades(n, [seed, k]) for k, n in enumerate((n_train, n_test))]
+        plans = _plan_studies(grades, seed, rates)
+        building.mkdir()
+        for split in SPLITS if images else ():
+            (building / f"{split}_images").mkdir()
+        studies = list(_make_studies(plans, building if images else None, workers))
+        _write_tables(building, plans, studies, grades)
+        write_json(
+            building / "phantom.json",
+            {"n_train": n_train, "n_test": n_test, "seed": seed, "images": images, "dirt": asdict(rates)}
+            | {"fingerprint": fingerprint(n_train, n_test, seed, images=images, **dirt)},
+        )
+        _move_into_place(building, root)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return root
+
+
+def fingerprint(n_train: int, n_test: int, seed: int, *, images: bool = True, **dirt: float) -> str:
+    """Twelve hexadecimal digits that tell phantoms apart: a hash of the arguments and of the source that uses them."""
+    told = hashlib.sha256(json.dumps([n_train, n_test, seed, images, asdict(Dirt(**dirt))]).encode())
+    sources = [file for file in resources.files(__package__).iterdir() if file.name.endswith((".py", ".json"))]
+    for file in [Path(vocabulary.__file__), *sorted(sources, key=lambda file: file.name)]:
+        told.update(file.read_bytes())
+    return told.hexdigest()[:12]
+
+
+def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan]:
+    """Plans of the training studies, then of the test studies; ids mean nothing and are sorted within a split."""
+    counts = [len(g.labels) for g in grades]
+    rng = np.random.default_rng([seed, 2])
+    ids = 1_000_000 + rng.choice(LARGEST_ID - 1_000_000, sum(counts) * (1 + SERIES_PER_STUDY), replace=False)
+    study_ids, series_ids = ids[: sum(counts)], ids[sum(counts) :].reshape(-1, SERIES_PER_STUDY)
+    plans = []
+    for k, (split, n, drawn) in enumerate(zip(SPLITS, counts, grades, strict=True)):
+        mine = slice(len(plans), len(plans) + n)
+        for i, (study_id, series) in enumerate(zip(np.sort(study_ids[mine]), series_ids[mine], strict=True)):
+            plans.append(
+                StudyPlan(
+                    split=split,
+                    study_id=int(study_id),
+                    series_ids=tuple(map(int, series)),
+                    narrowing=drawn.narrowing[i],
+                    labels=drawn.labels[i],
+                    seed=(seed, k, i),
+                    dirt=dirt,
+                )
+            )
+    return plans
+
+
+def _make_studies(plans: list[StudyPlan], root: Path | None, workers: int) -> Iterator[Study]:
+    """Make the studies in order, in `workers` processes of one thread each, and say how far it is."""
+    make = partial(_make_one, root=root)
+    with threadpool_limits(1):
+        if workers <= 1:
+            yield from _counted(map(make, plans), len(plans))
+            return
+        # Spawned, not forked: a notebook's kernel has threads that a forked process would inherit in any state.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from _counted(pool.map(make, plans, chunksize=4), len(plans))
+
+
+def _make_one(plan: StudyPlan, root: Path | None) -> Study:
+    with threadpool_limits(1):
+        return make_study(plan, None if root is None else root / f"{plan.split}_images")
+
+
+def _counted(studies: Iterator[Study], n: int) -> Iterator[Study]:
+    for i, study in enumerate(studies, 1):
+        if i % max(20, n // 10) == 0 or i == n:
+            print(f"phantom: study {i}/{n}", flush=True)
+        yield study
+
+
+def _write_tables(root: Path, plans: list[StudyPlan], studies: list[Study], grades: list[Grades]) -> None:
+    pairs = list(zip(plans, studies, strict=True))
+    by_split = {split: [pair for pair in pairs if pair[0].split == split] for split in SPLITS}
+    for split, mine in by_split.items():
+        rows = [{"study_id": plan.study_id} | row for plan, study in mine for row in study.series]
+        columns = ["study_id", "series_id", "series_description"]
+        _csv(pd.DataFrame(rows, columns=columns), root / f"{split}_series_descriptions.csv")
+    _csv(_wide_labels(by_split["train"]), root / "train.csv")
+    clicked = [(plan.study_id, row) for plan, study in by_split["train"] for row in study.clicked]
+    true = [(plan.study_id, row) for plan, study in by_split["test"] for row in study.true]
+    _csv(_points(clicked), root / "train_label_coordinates.csv")
+    _csv(_points(true), root / "solution_coordinates.csv")
+    test = _row_ids([plan for plan, _ in by_split["test"]])
+    _csv(pd.DataFrame({"row_id": test} | dict.fromkeys(SEVERITIES, 1 / 3)), root / "sample_submission.csv")
+    severity = np.ravel([study.labels for _, study in by_split["test"]]).astype(int)
+    solution = pd.DataFrame({"row_id": test, "severity": severity})
+    _csv(solution[severity != MISSING], root / "solution.csv")
+    told = pd.DataFrame({"row_id": _row_ids(plans), "split": np.repeat([plan.split for plan in plans], len(COLUMNS))})
+    measures = np.round(np.ravel([study.measures for study in studies]), 4)
+    narrowing = np.concatenate([g.narrowing for g in grades]).ravel()
+    units = ["mm" if CONDITIONS[condition].group == "ss" else "mm2" for condition, _ in COLUMN_KEYS] * len(plans)
+    _csv(told.assign(narrowing=narrowing, measure=measures, unit=units), root / "latents.csv")
+    oracle = np.concatenate([g.oracle for g in grades]).reshape(-1, 3).round(9)
+    _csv(told.assign(**dict(zip(SEVERITIES, oracle.T, strict=True))), root / "oracle.csv")
+
+
+def _wide_labels(pairs: list[tuple[StudyPlan, Study]]) -> pd.DataFrame:
+    words = np.array([*SEVERITY_NAMES, ""], dtype=object)  # the last for MISSING, which is -1
+    labels = np.array([study.labels for _, study in pairs], dtype=int).reshape(-1, len(COLUMNS))
+    table = pd.DataFrame(words[labels], columns=list(COLUMNS))
+    table.insert(0, "study_id", [plan.study_id for plan, _ in pairs])
+    return table
+
+
+def _points(rows: list[tuple[int, dict]]) -> pd.DataFrame:
+    keys = [COLUMN_KEYS[row["column"]] for _, row in rows]
+    table = pd.DataFrame([{"study_id": study_id} | row for study_id, row in rows], columns=[*COORDINATES, "column"])
+    table["condition"] = [CONDITIONS[condition].title for condition, _ in keys]
+    table["level"] = [LEVEL_NAMES[LEVELS.index(level)] for _, level in keys]
+    return table[COORDINATES]
+
+
+def _row_ids(plans: list[StudyPlan]) -> list[str]:
+    return [row for plan in plans for row in vocabulary.study_row_ids(plan.study_id)]
+
+
+def _csv(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, lineterminator="\n")
+
+
+def _move_into_place(building: Path, root: Path) -> None:
+    """Rename the finished folder; where another process was quicker with the same phantom, its folder stays."""
+    try:
+        building.rename(root)
+    except OSError:
+        mine, theirs = building / "phantom.json", root / "phantom.json"
+        if not theirs.is_file() or theirs.read_bytes() != mine.read_bytes():
+            raise

@@ -19,11 +19,11 @@ from matplotlib.patches import Rectangle
 from lsdc_utils.vocabulary import MISSING, SEVERITY_NAMES
 
 # By class as tables hold it: 0, 1, 2, and -1 for a missing label (so these are dicts: a tuple's [-1] would be severe).
-SEVERITY_COLOURS = {0: "#4C9BD6", 1: "#F5B32A", 2: "#CC3311", MISSING: "#9A9A9A"}
+SEVERITY_COLOURS = {0: "#4C9BD6", 1: "#F5B32A", 2: "#CC3311", MISSING: "#ABABAB"}
 SEVERITY_MARKERS = {0: "o", 1: "s", 2: "^", MISSING: "x"}
 
 MODEL_COLOURS = {
-    "prior": "#8C8C8C",
+    "prior": "#B5B5B5",
     "yolo": "#E69F00",
     "vit3d": "#0072B2",
     "ensemble": "#1A1A1A",
@@ -31,6 +31,8 @@ MODEL_COLOURS = {
     "oracle": "#009E73",
 }
 GROUP_COLOURS = {"nfn": "#CC79A7", "scs": "#0072B2", "ss": "#E69F00"}  # keys of vocabulary.GROUPS
+
+PLAIN_COLOUR, PLAIN_MARKER = "#4DE8E0", "+"  # of points and boxes without a severity, to be seen on a slice
 
 _SCALE_LENGTHS = (5, 10, 20, 50, 100)  # mm
 _DIRECTIONS = (("L", "R"), ("P", "A"), ("H", "F"))  # where +x, -x, +y, -y, +z, -z of LPS point to
@@ -113,8 +115,8 @@ def show_slice(
 
     pixels (rows, cols); affine (4, 4): (x = column, y = row, 0, 1) to LPS mm; points (n, 2) as x, y in pixels or (n, 3)
     in LPS mm; boxes (n, 4) as x0, y0, x1, y1 in pixels; severities (n,) gives colour and marker to points and boxes
-    (without it all are drawn as missing); window: darkest and brightest value (default: 0 to 255 for 8 bits, else
-    percentiles .5 and 99.5).
+    (without it all are drawn plain); window: darkest and brightest value (default: 0 to 255 for 8 bits, else percentiles
+    .5 and 99.5).
     """
     pixels = np.asarray(pixels)
     if window is None:
@@ -125,16 +127,23 @@ def show_slice(
     ax.grid(False)
     ax.set_title(title)
     rows, cols = pixels.shape
-    for k, point in enumerate(np.zeros((0, 2)) if points is None else np.atleast_2d(points)):
+    for k, point in enumerate(() if points is None else np.atleast_2d(points)):
         x, y = to_pixels(affine, point)[0, :2] if len(point) == 3 else point
-        severity = MISSING if severities is None else int(severities[k])
-        edge = {} if severity == MISSING else {"markeredgecolor": "white", "markeredgewidth": 0.8}
-        ax.plot(x, y, SEVERITY_MARKERS[severity], color=SEVERITY_COLOURS[severity], markersize=7, **edge)
-    for k, (x0, y0, x1, y1) in enumerate(np.zeros((0, 4)) if boxes is None else np.atleast_2d(boxes)):
-        colour = SEVERITY_COLOURS[MISSING if severities is None else int(severities[k])]
+        colour, marker = _mark(severities, k)
+        edge = {"markeredgewidth": 1.8} if marker in "x+" else {"markeredgecolor": "white", "markeredgewidth": 0.8}
+        ax.plot(x, y, marker, color=colour, markersize=7, **edge)
+    for k, (x0, y0, x1, y1) in enumerate(() if boxes is None else np.atleast_2d(boxes)):
+        colour, _ = _mark(severities, k)
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.6))
     ax.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
     _annotate(ax, affine, cols)
+
+
+def _mark(severities: Sequence[int] | None, k: int) -> tuple[str, str]:
+    """Colour and marker of the k-th thing on a slice."""
+    if severities is None:
+        return PLAIN_COLOUR, PLAIN_MARKER
+    return SEVERITY_COLOURS[int(severities[k])], SEVERITY_MARKERS[int(severities[k])]
 
 
 def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
@@ -165,4 +174,4 @@ def severity_legend(ax: Axes, missing: bool = False, **options) -> None:
         )
         for k, name in names.items()
     ]
-    ax.legend(handles=handles, **options)
+    ax.legend(handles=handles, **{"frameon": True, **options})  # framed: it often lies on a dark slice

@@ -71,6 +71,9 @@ def test_points_in_pixels_and_in_patient_space_are_drawn_alike(ax):
     assert drawn[:2] == [(10, 20, "^"), (30, 40, "x")]
     np.testing.assert_allclose([d[:2] for d in drawn[2:]], points)
     assert len(ax.patches) == 4
+    figures.show_slice(ax, np.zeros((64, 64), np.uint8), AXIAL, np.zeros((0, 2)))  # nothing found
+    figures.show_slice(ax, np.zeros((64, 64), np.uint8), AXIAL, points[:1])
+    assert ax.lines[-2].get_marker() == figures.PLAIN_MARKER
 
 
 def test_legend_names_every_severity(ax):

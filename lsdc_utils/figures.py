@@ -115,8 +115,8 @@ def show_slice(
 
     pixels (rows, cols); affine (4, 4): (x = column, y = row, 0, 1) to LPS mm; points (n, 2) as x, y in pixels or (n, 3)
     in LPS mm; boxes (n, 4) as x0, y0, x1, y1 in pixels; severities (n,) gives colour and marker to points and boxes
-    (without it all are drawn plain); window: darkest and brightest value (default: 0 to 255 for 8 bits, else percentiles
-    .5 and 99.5).
+    (without it all are drawn plain); window: darkest and brightest value (default: 0 to 255 for 8 bits, else
+    percentiles .5 and 99.5).
     """
     pixels = np.asarray(pixels)
     if window is None:

@@ -204,6 +204,20 @@ def make_input(stacks: list[volume.Stack], points: pd.DataFrame, config: VitConf
     return volume.level_crops(stacks, points, config.size, config.spacing, config.offset, config.margin)
 
 
+def canal_points(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
+    """Canal points to cut training crops round: study_id, level, X, Y, Z (LPS mm), confidence.
+
+    A study that a table of `detected` holds takes its points from there, where they are out of fold, so that training
+    meets the errors that prediction will meet; every other study takes the label table's points.
+    """
+    columns = ["study_id", "level", "X", "Y", "Z", "confidence"]
+    clicked = labels[(labels["condition"].map(lambda c: CONDITIONS[c].group) == "scs") & labels["X"].notna()]
+    found = [table[columns] for table in detected]
+    known = {study for table in found for study in table["study_id"]}
+    clicked = clicked[~clicked["study_id"].isin(known)].assign(confidence=1.0)[columns]
+    return pd.concat([*found, clicked], ignore_index=True)
+
+
 def make_inputs(
     studies: Iterable[tuple[int, list[volume.Stack]]], points: pd.DataFrame, config: VitConfig
 ) -> tuple[list[int], np.ndarray]:
@@ -243,6 +257,27 @@ def row_losses(log_natural: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     that their weight of 0 removes."""
     weighted = F.log_softmax(log_natural + torch.tensor(SEVERITY_WEIGHTS, device=log_natural.device).log(), dim=-1)
     return -weighted.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+
+
+def planes(seen: np.ndarray, config: VitConfig) -> Iterator[tuple[str, np.ndarray, tuple, tuple[str, str]]]:
+    """For each series type one plane of a volume (3, l, p, h) to look at: its name, image, extent and axis labels.
+
+    Half crops: T1 where the foramen lies, T2 at the midline, axial at the level of the disc, extent in mm from the
+    level's centre. Grids: the middle planes, in voxels. Images are to be drawn with origin "lower".
+    """
+    halves = config.input == "level_crops"
+    spacing, offset = (config.spacing, config.offset) if halves else ((1.0,) * 3, tuple(n / 2 for n in config.size))
+    places = [(np.arange(n) - (n - 1) / 2) * d + o for n, d, o in zip(config.size, spacing, offset, strict=True)]
+    edges = [(p[0] - d / 2, p[-1] + d / 2) for p, d in zip(places, spacing, strict=True)]
+    foramen, midline, disc = (16.0, 0.0, 0.0) if halves else offset  # mm outwards, mm outwards, mm to the head
+    unit, outward = ("mm", "outwards") if halves else ("voxels", "to the left")
+    cuts = ((0, foramen), (0, midline), (2, disc))
+    for volume_of, kind, (axis, place) in zip(seen, SERIES_TYPES, cuts, strict=True):
+        image = volume_of.take(np.abs(places[axis] - place).argmin(), axis)  # (p, h) or (l, p)
+        across, up = (1, 2) if axis == 0 else (0, 1)
+        extent = (*edges[across], *edges[up]) if axis == 0 else (*edges[across], *edges[up][::-1])
+        names = [(outward, "to posterior", "to the head")[k] + f" ({unit})" for k in (across, up)]
+        yield kind, image.T if axis == 0 else image.T[::-1], extent, tuple(names)
 
 
 # ---- augmentation and views ----------------------------------------------------------------------------------------

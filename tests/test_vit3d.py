@@ -142,3 +142,18 @@ def test_weights_come_back_and_strangers_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
     with pytest.raises(ValueError, match="sha256"):
         vit3d.load(path)
+
+
+def test_detected_points_take_the_place_of_clicked_ones():
+    place = {"level": "l1_l2", "X": 1.0, "Y": 2.0, "Z": 3.0}
+    labels = pd.DataFrame(
+        [
+            {"study_id": study, "condition": condition, **place}
+            for study in (1, 2)
+            for condition in ("spinal_canal_stenosis", "left_subarticular_stenosis")
+        ]
+    )
+    detected = pd.DataFrame([{"study_id": 2, "side": None, **place, "X": 9.0, "confidence": 0.4}])
+    found = vit3d.canal_points(labels, [detected]).set_index("study_id")
+    assert found["X"].to_dict() == {1: 1.0, 2: 9.0} and found["confidence"].to_dict() == {1: 1.0, 2: 0.4}
+    assert len(vit3d.canal_points(labels)) == 2

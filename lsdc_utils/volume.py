@@ -25,6 +25,7 @@ WIDEST_GAP = 2.2  # in steps of the block: one lost slice is bridged, a wider ga
 # points (mean x over width and y over height of the image) on a usual field of view of 280 mm.
 SPINE_Y = np.array([10.0, 4.0, 0.0, 1.0, 9.0])
 SPINE_Z = np.array([64.0, 32.0, 0.0, -31.0, -56.0])
+SPINE_SLOPE = np.tan(np.deg2rad([11.0, 8.0, 2.0, -9.0, -26.0]))  # mm to posterior a mm up: usual tilts of the discs
 LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of vocabulary.SIDES
 
 
@@ -222,7 +223,7 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     centres = average + offset
     z = centres[:, 2]
     centres[:, 0] = _smooth(z, centres[:, 0], 1)
-    slope_y = np.gradient(average[:, 1] + _smooth(z, offset[:, 1], 2), z)
+    slope_y = SPINE_SLOPE + np.gradient(_smooth(z, offset[:, 1], 2), z)
     slope_x = np.gradient(centres[:, 0], z)
     head = _unit(np.stack([slope_x, slope_y, np.ones(len(LEVELS))], axis=1))
     left = _unit(np.array([1.0, 0, 0]) - head * head[:, :1])

@@ -145,7 +145,7 @@ def test_frames_follow_the_canal_and_fill_missing_levels():
     centres, axes = volume.level_frames(spine(tilt=0.1))
     np.testing.assert_allclose(centres, spine(tilt=0.1)[["X", "Y", "Z"]], atol=1.0)
     np.testing.assert_allclose(axes @ axes.transpose(0, 2, 1), np.tile(np.eye(3), (5, 1, 1)), atol=1e-9)
-    assert (np.linalg.det(axes) > 0.99).all() and (axes[:, [0, 1, 2], [0, 1, 2]] > 0.9).all()
+    assert (np.linalg.det(axes) > 0.99).all() and (axes[:, [0, 1, 2], [0, 1, 2]] > 0.85).all()
     assert axes[0, 2, 1] > 0 > axes[4, 2, 1] and (np.abs(axes[:, 2, 0] - 0.1) < 0.03).all()
     filled, _ = volume.level_frames(spine(n_missing=2))
     np.testing.assert_allclose(filled, volume.level_frames(spine())[0], atol=1e-6)

@@ -13,7 +13,7 @@ from lsdc_utils.phantom.scanner import Acquisition, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, PLANES, SERIES_TYPES, T1, T2
 
 CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
-CLICK_OFF_SLICE = 0.25  # share of points clicked on a slice beside the nearest
+CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest; at one level to the same side
 SERIES_PER_STUDY = len(SERIES_TYPES) + 1  # at most: the axial series may come twice
 COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
 
@@ -111,9 +111,8 @@ def _plan_study(plan: StudyPlan, body: Body, dirt_rng: np.random.Generator, rng:
     series = []
     for series_id, (series_type, covered, graded) in zip(plan.series_ids, wanted, strict=False):
         square = dirt_rng.random() >= dirt.non_square
-        acquisition = plan_series(
-            rng, body, series_type, levels=tuple(covered), tilted=bool(tilted and series_type == AXIAL), square=square
-        )
+        levels = tuple(covered)
+        acquisition = plan_series(rng, body, series_type, levels=levels, tilted=bool(tilted), square=bool(square))
         numbers = _instance_numbers(len(acquisition.affines), series_type, dirt, dirt_rng)
         group = next(key for key, g in GROUPS.items() if g.series_type == series_type)
         columns = [CONDITIONS[c].group == group and LEVELS.index(level) in graded for c, level in COLUMN_KEYS]
@@ -151,16 +150,17 @@ def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) 
     """Add the true and the clicked point of each column graded on a series; a point outside its images is left out."""
     acquisition = series.acquisition
     affines, rows, columns = acquisition.affines, acquisition.rows, acquisition.cols
-    in_scanner = acquisition.to_scanner(body.points())
+    seen = acquisition.to_scanner(body.points())
+    direction = rng.choice([-1, 1], len(LEVELS))
     for column in np.flatnonzero(series.columns):
-        beside, toss = rng.normal(0, CLICK_SD, 2), rng.random(2)
-        x, y, away = _project(affines, in_scanner[column])
+        beside, toss = rng.normal(0, CLICK_SD, 2), rng.random()
+        x, y, away = _project(affines, seen[column])
         true = int(np.argmin(np.abs(away)))
         clicked = true
-        if toss[0] < CLICK_OFF_SLICE:
-            other = true + (1 if toss[1] < 0.5 else -1)
-            parallel = 0 <= other < len(affines) and np.allclose(affines[other, :3, :2], affines[true, :3, :2])
-            clicked = other if parallel else true
+        if toss < CLICK_OFF_SLICE:
+            other = true + direction[column % len(LEVELS)]
+            if 0 <= other < len(affines) and acquisition.blocks[other] == acquisition.blocks[true]:
+                clicked = other
         spacing = np.linalg.norm(affines[clicked, :3, :2], axis=0)
         spots = {"true": (true, x[true], y[true]), "clicked": (clicked, *([x[clicked], y[clicked]] + beside / spacing))}
         for name, (k, px, py) in spots.items():

@@ -118,18 +118,18 @@ def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan
 def _make_studies(plans: list[StudyPlan], root: Path | None, workers: int) -> Iterator[Study]:
     """Make the studies in order, in `workers` processes of one thread each, and say how far it is."""
     make = partial(_make_one, root=root)
-    with threadpool_limits(1):
-        if workers <= 1:
+    if workers <= 1:
+        with threadpool_limits(1):
             yield from _counted(map(make, plans), len(plans))
-            return
-        # Spawned, not forked: a notebook's kernel has threads that a forked process would inherit in any state.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield from _counted(pool.map(make, plans, chunksize=4), len(plans))
+        return
+    # Spawned, not forked: a notebook's kernel has threads that a forked process would inherit in any state.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=threadpool_limits, initargs=(1,)) as pool:
+        yield from _counted(pool.map(make, plans, chunksize=4), len(plans))
 
 
 def _make_one(plan: StudyPlan, root: Path | None) -> Study:
-    with threadpool_limits(1):
-        return make_study(plan, None if root is None else root / f"{plan.split}_images")
+    return make_study(plan, None if root is None else root / f"{plan.split}_images")
 
 
 def _counted(studies: Iterator[Study], n: int) -> Iterator[Study]:

@@ -12,12 +12,14 @@ A table or the images may be absent, as long as one of the two tables of series 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +31,7 @@ SPLITS = ("train", "test")
 KEY = ["study_id", "condition", "level"]  # what a label and its point have in common
 FINDINGS = ["study_id", "series_id", "rule", "value", "action"]
 POINTS = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
+FEW_TASKS = 100  # so many series are read sooner than processes start
 NONE = -1  # series or instance number of a label without a point
 
 
@@ -259,13 +262,25 @@ def _read_sample(root: Path, series: pd.DataFrame, notes: _Notes) -> list[str]:
     return rows
 
 
+class _Point(NamedTuple):
+    """A row of the coordinates."""
+
+    study_id: int
+    series_id: int
+    instance_number: int
+    condition: str
+    level: str
+    x: float
+    y: float
+
+
 @dataclass(frozen=True)
 class _Task:
     """A series whose headers are to be read, with the label points on it."""
 
     root: Path
     row: dict[str, Any]  # study_id, series_id, series_type, split
-    points: pd.DataFrame  # POINTS
+    points: list[_Point]
 
 
 def scan(comp: Competition, workers: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -287,8 +302,8 @@ def scan(comp: Competition, workers: int | None = None) -> tuple[pd.DataFrame, p
         how="left",
         on=["split", "study_id", "series_id"],
     )
-    for _, problems in found:
-        notes.tables.extend([problems] if len(problems) else [])
+    problems = [(row["study_id"], row["series_id"], *problem) for row, several in found for problem in several]
+    notes.tables.append(pd.DataFrame(problems, columns=FINDINGS))
     _check_folders(comp, notes)
     whole = ["n_slices", "rows", "cols", "n_blocks", "first_instance", "last_instance", "n_skipped"]
     table[whole] = table[whole].astype("float64").fillna(0).astype("int64")
@@ -304,72 +319,79 @@ _HEADERS = (
 
 def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
     """One task a series, with its own points."""
-    points = dict(iter(comp.coordinates.groupby(["study_id", "series_id"])))
-    none = comp.coordinates.iloc[:0]
+    points = defaultdict(list)
+    for point in comp.coordinates.itertuples(index=False):
+        points["train", point.study_id, point.series_id].append(_Point(*point))
     rows = series[["study_id", "series_id", "series_type", "split"]].to_dict("records")
-    return [
-        _Task(
-            comp.root, row, points.get((row["study_id"], row["series_id"]), none) if row["split"] == "train" else none
-        )
-        for row in rows
-    ]
+    return [_Task(comp.root, row, points[row["split"], row["study_id"], row["series_id"]]) for row in rows]
 
 
 def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int | None) -> list[Any]:
     """`function` of every task, in their order, by several processes where that pays."""
-    workers = workers or len(os.sched_getaffinity(0))
-    if workers == 1 or len(tasks) < 20:
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(tasks) < FEW_TASKS:
         return [function(task) for task in tasks]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(function, tasks, chunksize=max(1, min(32, len(tasks) // (4 * workers)))))
+    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
+    # from a server that has imported this module once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(pool.map(function, tasks, chunksize=16))
 
 
-def _inspect(task: _Task) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Headers of one series as a line of the series table, and what is wrong with it."""
-    notes = _Notes()
+def _inspect(task: _Task) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """Headers of one series as a line of the series table, and what is wrong with it: rule, value, action."""
     row = dict(task.row)
     series_type = row.pop("series_type")
-    place = pd.DataFrame([row])
     try:
         series = dicom.read_series(
             series_folder(task.root, row["split"], row["study_id"], row["series_id"]), pixels=False
         )
     except dicom.DicomError as error:
-        notes.add(place, "series_unusable", str(error), "series left out")
-        return row, notes.table()
-    shapes = pd.Series([image.shape for image in series.slices])
-    spacing = np.array([image.spacing for image in series.slices])
-    numbers = np.array([image.instance_number for image in series.slices])
-    steps = series.steps()
-    turns = np.unique(np.sign(np.diff(numbers)))
-    row |= {"plane": series.plane, "n_slices": len(series.slices), "n_skipped": len(series.skipped)}
-    row |= dict(zip(("rows", "cols"), shapes.mode()[0], strict=True))
-    row |= dict(zip(("spacing_x", "spacing_y"), np.median(spacing, axis=0).tolist(), strict=True))
-    row |= {"slice_step": float(np.median(steps)) if len(steps) else np.nan, "n_blocks": series.slices[-1].block + 1}
-    row |= {"first_instance": int(numbers.min()), "last_instance": int(numbers.max())}
-    row["instance_order"] = {(1,): "up", (-1,): "down", (): "up"}.get(tuple(turns), "mixed")
-    for file, reason in series.skipped:
-        notes.add(place, "file_unusable", f"{file.name}: {reason}", "file left out")
+        return row, [("series_unusable", str(error), "series left out")]
+    found = [("file_unusable", f"{file.name}: {reason}", "file left out") for file, reason in series.skipped]
     if series.plane != words.PLANES[series_type]:
-        notes.add(place, "plane_differs", f"{series.plane}, described as {series_type}", "used as described")
-    if shapes.nunique() > 1:
-        notes.add(place, "shapes_mixed", ", ".join(f"{r} x {c}" for r, c in sorted(set(shapes))), "each kept as it is")
-    _check_places(task.points, series, notes)
-    return row, notes.table()
+        found.append(("plane_differs", f"{series.plane}, described as {series_type}", "used as described"))
+    shapes = Counter(image.shape for image in series.slices)
+    if len(shapes) > 1:
+        found.append(("shapes_mixed", ", ".join(f"{r} x {c}" for r, c in sorted(shapes)), "each kept as it is"))
+    row |= _measures(series) | dict(zip(("rows", "cols"), shapes.most_common(1)[0][0], strict=True))
+    return row, found + _check_places(task.points, series)
 
 
-def _check_places(points: pd.DataFrame, series: dicom.Series, notes: _Notes) -> None:
-    """Points against the images they lie on."""
+def _measures(series: dicom.Series) -> dict[str, Any]:
+    """What `scan` tells of a series besides the size of its images."""
+    spacing = np.median([image.spacing for image in series.slices], axis=0)
+    numbers = [image.instance_number for image in series.slices]
+    turns = {int(turn) for turn in np.sign(np.diff(numbers))}
+    steps = series.steps()
+    return {
+        "plane": series.plane,
+        "n_slices": len(series.slices),
+        "spacing_x": float(spacing[0]),
+        "spacing_y": float(spacing[1]),
+        "slice_step": float(np.median(steps)) if len(steps) else np.nan,
+        "n_blocks": series.slices[-1].block + 1,
+        "first_instance": min(numbers),
+        "last_instance": max(numbers),
+        "instance_order": "mixed" if len(turns) > 1 else "down" if turns == {-1} else "up",
+        "n_skipped": len(series.skipped),
+    }
+
+
+def _check_places(points: list[_Point], series: dicom.Series) -> list[tuple[str, str, str]]:
+    """Points against the images they lie on: rule, value, action."""
     shapes = {image.instance_number: image.shape for image in series.slices}
-    absent = points[~points.instance_number.isin(list(shapes))]
-    notes.add(
-        absent, "point_on_missing_instance", _names(absent) + " on " + absent.instance_number.astype(str), "no place"
-    )
-    there = points[points.instance_number.isin(list(shapes))]
-    rows = there.instance_number.map({number: shape[0] for number, shape in shapes.items()}).astype(float)
-    cols = there.instance_number.map({number: shape[1] for number, shape in shapes.items()}).astype(float)
-    outside = there[(there.x < -0.5) | (there.y < -0.5) | (there.x > cols - 0.5) | (there.y > rows - 0.5)]
-    notes.add(outside, "point_outside_image", _names(outside), "kept as given")
+    found = []
+    for point in points:
+        name = f"{point.condition}_{point.level}"
+        if point.instance_number not in shapes:
+            found.append(("point_on_missing_instance", f"{name} on {point.instance_number}", "no place"))
+            continue
+        rows, cols = shapes[point.instance_number]
+        if not (-0.5 <= point.x <= cols - 0.5 and -0.5 <= point.y <= rows - 0.5):
+            found.append(("point_outside_image", name, "kept as given"))
+    return found
 
 
 def _check_folders(comp: Competition, notes: _Notes) -> None:
@@ -397,25 +419,27 @@ def label_table(comp: Competition, workers: int | None = None) -> pd.DataFrame:
         comp.coordinates[["study_id", "series_id"]].drop_duplicates(), on=["study_id", "series_id"]
     )
     pointed = pointed[pointed.split == "train"]
-    places = [place for place in _map(_places, _tasks(comp, pointed), workers) if len(place)]
-    columns = [*KEY, "X", "Y", "Z"]
-    places = pd.concat(places, ignore_index=True) if places else pd.DataFrame(columns=columns)
-    table = table.merge(places.astype({"study_id": "int64", **dict.fromkeys("XYZ", "float64")}), how="left", on=KEY)
+    places = [place for several in _map(_places, _tasks(comp, pointed), workers) for place in several]
+    places = pd.DataFrame(places, columns=[*KEY, "X", "Y", "Z"])
+    table = table.merge(places.astype({"study_id": "int64"} | dict.fromkeys("XYZ", "float64")), how="left", on=KEY)
     ids = ["series_id", "instance_number"]
     table[ids] = table[ids].fillna(NONE).astype("int64")
     return table[["row_id", *KEY, "severity", *ids, "x", "y", "X", "Y", "Z"]]
 
 
-def _places(task: _Task) -> pd.DataFrame:
-    """Patient place of each point of a series (study_id, condition, level, X, Y, Z in mm); none without an image."""
+def _places(task: _Task) -> list[tuple[Any, ...]]:
+    """study_id, condition, level, X, Y, Z (mm) of each point of a series whose image is there."""
     folder = series_folder(task.root, task.row["split"], task.row["study_id"], task.row["series_id"])
     try:
         series = dicom.read_series(folder, pixels=False)
     except dicom.DicomError:
-        return task.points[KEY].iloc[:0]
-    points = task.points[task.points.instance_number.isin([image.instance_number for image in series.slices])]
-    places = [series.to_patient(p.instance_number, p.x, p.y) for p in points.itertuples()]
-    return points[KEY].assign(**dict(zip("XYZ", np.array(places).reshape(-1, 3).T, strict=True)))
+        return []
+    there = {image.instance_number for image in series.slices}
+    return [
+        (point.study_id, point.condition, point.level, *series.to_patient(point.instance_number, point.x, point.y))
+        for point in task.points
+        if point.instance_number in there
+    ]
 
 
 def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:

@@ -9,6 +9,7 @@ y to the back, z to the head. Pixel coordinates are x = column and y = row, 0 at
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -162,47 +163,45 @@ def _slice(file: Path, dataset: FileDataset) -> Slice:
     number = dataset.get("InstanceNumber")
     if number is None and not file.stem.isdigit():
         raise DicomError("has no InstanceNumber, and its name is no number either")
-    rows, columns = (int(_values(dataset, name, 1)[0]) for name in ("Rows", "Columns"))
+    rows, columns = int(_numbers(dataset, "Rows", 1)[0]), int(_numbers(dataset, "Columns", 1)[0])
     if rows < 1 or columns < 1:
         raise DicomError(f"has an image of {rows} x {columns} pixels")
     affine = _affine(
-        _values(dataset, "ImagePositionPatient", 3),
-        _values(dataset, "ImageOrientationPatient", 6),
-        _values(dataset, "PixelSpacing", 2),
+        _numbers(dataset, "ImagePositionPatient", 3),
+        _numbers(dataset, "ImageOrientationPatient", 6),
+        _numbers(dataset, "PixelSpacing", 2),
     )
     return Slice(file, 0, int(file.stem if number is None else number), affine, (rows, columns), 0)
 
 
-def _values(dataset: FileDataset, name: str, n: int) -> np.ndarray:
-    """The n finite numbers of a tag as float64; DicomError where it does not hold them."""
+def _numbers(dataset: FileDataset, name: str, n: int) -> list[float]:
+    """The n finite numbers of a tag; DicomError where it does not hold them."""
     try:
-        values = np.array(dataset[name].value, dtype=np.float64).reshape(-1)
+        value = dataset[name].value
+        numbers = [float(part) for part in value] if n > 1 else [float(value)]
     except (KeyError, TypeError, ValueError):
         raise DicomError(f"has no {name}, or one that is not made of numbers") from None
-    if len(values) != n or not np.isfinite(values).all():
-        raise DicomError(f"has {name} {values.tolist()} where {n} finite numbers are expected")
-    return values
+    if len(numbers) != n or not all(map(math.isfinite, numbers)):
+        raise DicomError(f"has {name} {numbers} where {n} finite numbers are expected")
+    return numbers
 
 
-def _affine(position: np.ndarray, orientation: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def _affine(position: list[float], orientation: list[float], spacing: list[float]) -> np.ndarray:
     """(4, 4) map of (column, row, mm along the normal, 1) to LPS mm (PS3.3, equation C.7.6.2.1-1).
 
     `orientation` is the direction of growing columns, then that of growing rows; `spacing` is the distance of rows,
     then that of columns.
     """
-    along_x, along_y = orientation[:3], orientation[3:]
-    lengths = np.linalg.norm(along_x), np.linalg.norm(along_y)
-    if abs(lengths[0] - 1) > 0.01 or abs(lengths[1] - 1) > 0.01 or abs(along_x @ along_y) > 0.01:
-        raise DicomError(f"has ImageOrientationPatient {orientation.tolist()}, not two directions at right angles")
-    if spacing.min() <= 0:
-        raise DicomError(f"has PixelSpacing {spacing.tolist()}")
-    affine = np.eye(4)
-    affine[:3, 0] = along_x * spacing[1]
-    affine[:3, 1] = along_y * spacing[0]
-    normal = np.cross(along_x, along_y)
-    affine[:3, 2] = normal / np.linalg.norm(normal)
-    affine[:3, 3] = position
-    return affine
+    (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
+    if abs(math.hypot(a, b, c) - 1) > 0.01 or abs(math.hypot(d, e, f) - 1) > 0.01 or abs(a * d + b * e + c * f) > 0.01:
+        raise DicomError(f"has ImageOrientationPatient {orientation}, not two directions at right angles")
+    if min(spacing) <= 0:
+        raise DicomError(f"has PixelSpacing {spacing}")
+    normal = b * f - c * e, c * d - a * f, a * e - b * d
+    length = math.hypot(*normal)
+    along_y, along_x = spacing
+    rows = zip((a, b, c), (d, e, f), normal, position, strict=True)
+    return np.array([[x * along_x, y * along_y, n / length, p] for x, y, n, p in rows] + [[0.0, 0.0, 0.0, 1.0]])
 
 
 def _decode(dataset: FileDataset) -> np.ndarray:

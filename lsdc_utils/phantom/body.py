@@ -7,11 +7,11 @@ Every point of the patient (LPS mm: x to the left, y to the back, z to the head)
 
 A narrowing n in [0, 1] sets one size on the body, by the same function at every level and in every build:
 
-- canal: area of the dural sac in the plane of the disc, 169 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
-  narrow and below about 75 mm2 as severely so (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The roots
-  keep their own 52 mm2, so CSF disappears where Schizas et al. (Spine 2010) see grades C and D.
-- foramen: area in its sagittal plane, 148 mm2 when open; it loses up to 0.35 of its height, from below, and up to 0.6 of
-  its width (40 to 160 mm2 in Hasegawa et al., Spine 1995; order of loss as graded by Lee et al., AJR 2010).
+- canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
+  narrow and below about 75 mm2 as severely so (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
+  roots keep their own 52 mm2, so CSF disappears where Schizas et al. (Spine 2010) see grades C and D.
+- foramen: area in its sagittal plane, 131 mm2 when open; it loses up to 0.35 of its height, from below, and up to
+  0.6 of its width (40 to 160 mm2 in Hasegawa et al., Spine 1995; order of loss as graded by Lee et al., AJR 2010).
 - recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
   (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
@@ -43,10 +43,11 @@ DEPTH = np.array([27.0, 28.0, 29.0, 30.0, 31.0, 32.0, 33.0, 33.5, 32.0, 19.0, 12
 SAC = (7.6, 7.1)  # half axes of the open sac at a disc: to the side, front to back
 SAC_SHRINK = 0.45
 ROOTS_AREA = 52.0  # mm2 of cauda equina in a cross-section
-FORAMEN = (15.5, -4.5, 4.4)  # top and bottom above the disc's middle, greatest half width
+FORAMEN = (15.5, -4.5, 5.0)  # top and bottom above the disc's middle, greatest half width
 FORAMEN_HEIGHT_LOSS, FORAMEN_WIDTH_LOSS = 0.35, 0.6
 RECESS = (9.9, 4.2, 3.3, 3.0)  # centre u and v, half axes u and v
 RECESS_SHRINK = 0.7
+WAVES = 20  # of the coarse and of the fine texture
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Body:
     """One patient as built. `tables` hold, over `AXIS`, the sizes along the spine; sided ones have shape (2, n)."""
 
     narrowing: Array  # (25,) in the order of vocabulary.COLUMNS
-    discs: Array  # (13,) s of the discs' middles, as DISC_NAMES
+    discs: Array  # (13,) s of the middles of the discs in DISC_NAMES
     centre: Array  # (n, 3) the curve in LPS mm
     tilt: Array  # (n,) radians, forwards-backwards
     lean: Array  # (n,) radians, to the side
     tables: dict[str, Array]
-    waves: Array  # (m, 4) wave vectors per mm and phases of the texture
+    waves: Array  # (2 WAVES, 4) wave vectors (1/mm) and phases of the texture, coarse ones first
     traits: dict[str, Any]
 
     @staticmethod
@@ -73,10 +74,11 @@ class Body:
         discs = -np.concatenate([[0], np.cumsum(spacing)])
         discs -= discs[DISC_NAMES.index("l3_l4")]
         centre, tilt, lean = _curve(discs, traits)
-        waves = np.column_stack(
-            [rng.normal(0, 1, (48, 3)) * np.repeat([0.12, 0.5], 24)[:, None], rng.uniform(0, 6.28, 48)]
-        )
-        return Body(narrowing, discs, centre, tilt, lean, _tables(rng, discs, narrowing, traits), waves, traits)
+        tables = _tables(rng, discs, narrowing, traits)
+        tables["skin"] = 0.7 * _smooth(centre[:, 1], 50) + traits["back"] + 1.25 * tables["fat"]
+        scales = np.repeat([[0.14, 0.14, 0.08], [0.55, 0.55, 0.22]], WAVES, axis=0)  # 1/mm: streaks run along the body
+        waves = np.column_stack([rng.normal(0, 1, scales.shape) * scales, rng.uniform(0, 6.28, len(scales))])
+        return Body(narrowing, discs, centre, tilt, lean, tables, waves, traits)
 
     def points(self) -> Array:
         """Where each finding truly lies: (25, 3) LPS mm in the order of COLUMNS."""
@@ -94,6 +96,11 @@ class Body:
         foramen = [foramen_area(n) for n in self.narrowing[5:15]]
         recess = 2 * self.tables["recess_b"][:, index].ravel()
         return np.concatenate([canal, foramen, recess])
+
+    def skin_depth(self, points: Array) -> Array:
+        """Depth (mm) of LPS points (..., 3) under the skin of the back; negative outside."""
+        skin = np.interp(points[..., 2], self.centre[:, 2], self.tables["skin"])
+        return skin - 0.0022 * (points[..., 0] - self.centre[0, 0]) ** 2 - points[..., 1]
 
     def to_patient(self, u: ArrayLike, v: ArrayLike, s: ArrayLike) -> Array:
         """Spine coordinates to LPS mm, shape (..., 3)."""
@@ -124,34 +131,31 @@ def _draw_traits(rng: np.random.Generator, switches: dict[str, bool | None]) -> 
     """What varies between patients without meaning for any grade."""
     slip = rng.random() < 0.12 if switches.get("slip") is None else switches["slip"]
     transitional = rng.random() < 0.08 if switches.get("transitional") is None else switches["transitional"]
+    hydration = rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2)
     return {
         "size": rng.normal(1, 0.055),
-        "canal": float(
-            np.clip(rng.normal(1, 0.07), 0.84, 1.2)
-        ),  # of the sac between discs: a small open canal is normal
-        "lordosis": rng.normal(1, 0.22),
+        "canal": np.clip(rng.normal(1, 0.07), 0.84, 1.2).item(),  # of the sac between discs; a small open one is normal
+        "lordosis": rng.normal(1, 0.2),
         "pelvis": rng.normal(0, 3),  # degrees added to every tilt
         "scoliosis": rng.normal(0, 3.0),  # mm
         "scoliosis_phase": rng.uniform(0, 6.28),
-        "slip": float(rng.choice([-6.0, -4.5, -3.5, 3.0]))
-        if slip
-        else 0.0,  # mm of the upper vertebra, negative forwards
-        "slip_level": int(rng.choice([2, 3, 4], p=[0.2, 0.5, 0.3])),
+        "slip": rng.choice([-6.0, -4.5, -3.5, 3.0]).item() if slip else 0.0,  # mm of the upper vertebra; forwards < 0
+        "slip_level": rng.choice([2, 3, 4], p=[0.2, 0.5, 0.3]).item(),
         "transitional": bool(transitional),
-        "conus": rng.normal(8, 9),  # mm of the tip above the disc L1/L2
-        "hydration": np.clip(rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2), 0.02, 1),
-        "fat": rng.uniform(8, 30),  # mm under the skin of the back
-        "skin": rng.normal(72, 6),  # mm from the bodies to the muscles' back
-        "muscle_fat": rng.uniform(0.05, 0.5),
+        "conus": rng.normal(8, 9),  # mm of the cord's tip above the disc L1/L2
+        "hydration": np.clip(hydration, 0.02, 1),
+        "back": rng.normal(52, 4),  # mm from the bodies to the fascia of the back
+        "fat": rng.uniform(6, 28),  # mm under the skin of the back
+        "front": rng.normal(135, 18),  # mm from the bodies to the skin of the belly
+        "muscle_fat": rng.uniform(0.0, 1.0),
+        "facet_fluid": rng.uniform(0.2, 1.0, (2, 13)),  # half width of a joint's cleft, mm
         "endplate": [
-            (int(rng.integers(FIRST, FIRST + 5)), rng.choice(["oedema", "fat"])) for _ in range(rng.poisson(0.6))
+            (rng.integers(FIRST, FIRST + 5).item(), rng.choice(["oedema", "fat"]).item())
+            for _ in range(rng.poisson(0.6))
         ],
-        "haemangioma": [
-            (rng.uniform(-10, 10), rng.uniform(-24, -8), rng.uniform(-70, 100), rng.uniform(3, 7))
-            for _ in range(rng.poisson(0.3))
-        ],
-        "vessel": rng.normal(1, 0.12),
-        "front": rng.normal(112, 14),  # mm from the bodies' back to the skin of the belly
+        "haemangioma": [rng.uniform([-10, -24, -70, 3], [10, -8, 100, 7]).tolist() for _ in range(rng.poisson(0.3))],
+        "voids": [rng.uniform([-3, -4, 5, 3], [3, 2, 130, 9]).tolist() for _ in range(rng.poisson(1.5))],
+        "vessel": rng.normal(1, 0.1),
     }
 
 
@@ -179,7 +183,7 @@ def _curve(discs: Array, traits: dict[str, Any]) -> tuple[Array, Array, Array]:
     wave = 2 * np.pi / 170
     side = traits["scoliosis"] * np.sin(wave * AXIS + traits["scoliosis_phase"])
     lean = traits["scoliosis"] * wave * np.cos(wave * AXIS + traits["scoliosis_phase"])
-    slip = traits["slip"] * (AXIS > discs[FIRST + traits["slip_level"]])
+    slip = traits["slip"] * (discs[FIRST + traits["slip_level"]] < AXIS)
     back = np.cumsum(np.sin(tilt)) * STEP + _smooth(slip, 4)
     up = np.cumsum(np.cos(tilt)) * STEP
     zero = np.argmin(np.abs(AXIS))
@@ -200,34 +204,30 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
     level_size = rng.normal(1, 0.025, discs.size)
     half = DISC_HALF * size * np.clip(rng.normal(0.95, 0.14, discs.size), 0.55, 1.2)
     if traits["transitional"]:
-        half[FIRST + 5] = (
-            0.45 * half[FIRST + 4]
-        )  # a remnant disc: below half the last full one's height it is not counted
+        half[FIRST + 5] = 0.45 * half[FIRST + 4]  # below half the height of the last full disc: a remnant, not counted
     t = AXIS - discs[near]
 
     def along(values: ArrayLike) -> Array:
         return np.interp(AXIS, order, np.asarray(values, float)[::-1])
 
-    above = np.where(AXIS >= discs[near], near - 1, near).clip(
-        0, discs.size - 2
-    )  # vertebra between discs above, above+1
+    above = np.where(t >= 0, near - 1, near).clip(0, discs.size - 2)  # a vertebra lies between discs above, above + 1
     middle = (discs[above] + discs[above + 1]) / 2
     tall = discs[above] - discs[above + 1]
     out: dict[str, Array] = {
-        "near": near,
         "disc_t": t,
         "disc_half": half[near],
         "vertebra_t": AXIS - middle,
         "pedicle_t": AXIS - (middle + 0.165 * tall),
         "half_width": along(HALF_WIDTH * size * level_size) * (1 - 0.09 * np.cos(np.pi * (AXIS - middle) / tall) ** 2),
+        "fat": traits["fat"] * along(np.interp(np.arange(13), [0, 4, 8, 12], [0.6, 0.8, 1.3, 1.5])),
         "depth": along(DEPTH * size * level_size) * (1 - 0.06 * np.cos(np.pi * (AXIS - middle) / tall) ** 2),
-        "above": above,
         "lumbar": np.interp(AXIS, [discs[FIRST + 4] - 14, discs[FIRST + 4] - 6], [0.0, 1.0]),
         "canal_w": along(np.interp(np.arange(13), [0, 3, 8, 10, 12], [9.5, 11, 13.5, 11, 6]) * level_size),
         "canal_d": along(np.interp(np.arange(13), [0, 3, 8, 10, 12], [17, 18.5, 18.5, 12, 6])),
         "hydration": np.concatenate([[0.7] * 4, traits["hydration"], [0.15] * 4])[near],
     }
     out |= _narrow_tables(AXIS, discs, narrowing, traits, along)
+    out["facet_fluid"] = traits["facet_fluid"][:, near]
     tip = discs[FIRST] + traits["conus"]
     out["cord"] = np.clip((AXIS - tip) / 22, 0, 1) ** 0.6
     return {name: np.ascontiguousarray(values, np.float32) for name, values in out.items()}
@@ -262,7 +262,7 @@ def _narrow_tables(axis: Array, discs: Array, narrowing: Array, traits: dict[str
 
 
 def foramen_half_width(t: Array, narrowing: Array) -> Array:
-    """Half the width (mm, front to back) of a foramen `t` mm above its disc's middle: a drop, wide above; <= 0 is outside."""
+    """Half the width (mm, front to back) of a foramen `t` mm above its disc's middle: a drop, wide above; 0 outside."""
     top, bottom, widest = FORAMEN
     low = bottom + FORAMEN_HEIGHT_LOSS * (top - bottom) * narrowing
     place = (t - low) / (top - low)

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
 from lsdc_utils.phantom.body import AXIS, FIRST, Array, Body
-from lsdc_utils.phantom.layers import paint
+from lsdc_utils.phantom.layers import Layer, Points, paint, paint_around, texture
 from lsdc_utils.vocabulary import PLANES, T1, T2
 
-SIGNAL = {  # share of the brightest tissue, by sequence
-    "t1": dict(air=0, fat=1.0, muscle=0.30, marrow=0.55, cortex=0.08, disc=0.30, nucleus=0.34, csf=0.16, cord=0.36, root=0.33,
-               ligament=0.15, vessel=0.06, bowel=0.36, fluid=0.22, oedema=0.30, haemangioma=0.85),
-    "t2": dict(air=0, fat=0.82, muscle=0.20, marrow=0.42, cortex=0.06, disc=0.13, nucleus=0.80, csf=1.0, cord=0.42, root=0.34,
-               ligament=0.11, vessel=0.05, bowel=0.34, fluid=0.85, oedema=0.62, haemangioma=0.75),
-    "stir": dict(air=0, fat=0.10, muscle=0.30, marrow=0.20, cortex=0.05, disc=0.13, nucleus=0.85, csf=1.0, cord=0.45, root=0.36,
-                 ligament=0.12, vessel=0.06, bowel=0.45, fluid=0.95, oedema=0.55, haemangioma=0.35),
-}  # fmt: skip
+SEQUENCES = ("t1", "t2", "stir")
+SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
+    "air": (0.0, 0.0, 0.0),
+    "fat": (1.0, 0.80, 0.10),
+    "muscle": (0.30, 0.18, 0.28),
+    "marrow": (0.55, 0.42, 0.18),
+    "cortex": (0.08, 0.06, 0.05),
+    "disc": (0.30, 0.12, 0.12),
+    "nucleus": (0.34, 0.82, 0.85),
+    "csf": (0.16, 1.0, 1.0),
+    "void": (0.16, 0.1, 0.1),
+    "cord": (0.36, 0.42, 0.42),
+    "root": (0.33, 0.33, 0.34),
+    "ligament": (0.14, 0.10, 0.10),
+    "vessel": (0.06, 0.05, 0.05),
+    "bowel": (0.36, 0.30, 0.40),
+    "fluid": (0.22, 0.90, 0.95),
+    "oedema": (0.30, 0.62, 0.55),
+    "haemangioma": (0.85, 0.75, 0.35),
+}
 STIR_SHARE = 0.25  # of the sagittal T2/STIR series
-SUBSAMPLES = 3  # through a slice, in the spine
+SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
 
 
 @dataclass(frozen=True)
 class Acquisition:
-    """A planned series. `affines` map (column, row, 0, 1) of each slice to LPS mm, slices from right to left or head to foot."""
+    """A planned series. `affines` map (column, row, 0, 1) of a slice to LPS mm.
+
+    Slices run from the patient's right to left (sagittal) or from head to foot (axial).
+    """
 
     series_type: str
     affines: Array  # (n, 4, 4)
@@ -42,9 +58,9 @@ class Acquisition:
         """Where this series sees points of the body (..., 3), LPS mm."""
         return points @ self.motion[:3, :3].T + self.motion[:3, 3]
 
-    def to_body(self, points: Array) -> Array:
-        """The inverse of `to_scanner`."""
-        return (points - self.motion[:3, 3]) @ self.motion[:3, :3]
+    def inverse_motion(self) -> Array:
+        """From the patient's place during this series back to the body as built, (4, 4)."""
+        return np.linalg.inv(self.motion)
 
 
 def plan_series(
@@ -130,7 +146,7 @@ def _plan_parallel(
     step = float(rng.choice([5.0, 5.5, 6.0]))
     axes = _axial_axes(np.deg2rad(rng.normal(-1, 3)))
     points = body.points()[list(levels)]
-    middle = body.points()[:5].mean(0) + [rng.normal(0, 3), rng.normal(0, 5), 0]
+    middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 3), rng.normal(0, 5), 0])
     depth = (points - middle) @ axes[2]
     offsets = np.arange(depth[0] - rng.uniform(5, 11), depth[-1] + rng.uniform(6, 12), step)
     return _stack(middle, axes, size, spacing, offsets), step, np.zeros(len(offsets), int)
@@ -164,39 +180,44 @@ def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Ar
         lattice = _Lattice.over(body, acquisition, acquisition.affines[chosen])
         for i in chosen:
             image[i] = _expose(body, acquisition, lattice, i - chosen[0])
-    return _receive(image, acquisition, body, rng)
+    return _receive(image, acquisition, rng)
 
 
 @dataclass(frozen=True)
 class _Lattice:
-    """Spine and body coordinates on a coarse lattice of a block's slices, to be refined by cubic splines.
+    """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
 
     They are smooth, so that finding them at every pixel would be waste.
     """
 
-    values: Array  # (6, a, b, c): u, v, s and x, y, z at knots through the stack, down the rows, along the columns
-    knots: Array  # (a,) depth of knots below the first slice, mm
-    down: Array  # (rows, b)
-    along: Array  # (cols, c)
+    values: Array  # (4, a, b, c): u, v, s, skin depth at knots through the stack, down the rows, along the columns
+    through: CubicSpline  # depth in mm from the first slice -> (a,) weights
+    down: Array  # (rows, b) weights
+    along: Array  # (cols, c) weights
+    affine: Array  # (4, 4) of the first slice, to the body; its third column is the unit step to the next slice
 
     @staticmethod
     def over(body: Body, acquisition: Acquisition, affines: Array) -> _Lattice:
-        normal = affines[0, :3, 2]  # the direction in which slices are counted
-        reach = (len(affines) - 1) * acquisition.step
-        margin = acquisition.thickness / 2
+        affine = acquisition.inverse_motion() @ affines[0]
+        reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
         knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
         rows, cols = _knots(acquisition.rows), _knots(acquisition.cols)
-        plane = affines[0, :3, 0] * cols[:, None] + affines[0, :3, 1] * rows[:, None, None] + affines[0, :3, 3]
-        points = acquisition.to_body(knots[:, None, None, None] * normal + plane)
-        values = np.stack([*body.to_spine(points), *np.moveaxis(points, -1, 0)])
-        return _Lattice(
-            values, knots, _weights(rows, np.arange(acquisition.rows)), _weights(cols, np.arange(acquisition.cols))
-        )
+        places = np.stack(np.broadcast_arrays(cols, rows[:, None], knots[:, None, None], 1.0), -1)
+        points = (places @ affine.T)[..., :3]
+        values = np.stack([*body.to_spine(points), body.skin_depth(points)])
+        down, along = _weights(rows, np.arange(acquisition.rows)), _weights(cols, np.arange(acquisition.cols))
+        return _Lattice(values, CubicSpline(knots, np.eye(len(knots))), down, along, affine)
 
-    def at(self, depth: float) -> Array:
-        """u, v, s, x, y, z (6, rows, cols) in the plane `depth` mm below the first slice, float32."""
-        flat = np.tensordot(_weights(self.knots, np.array([depth]))[0], self.values, (0, 1)).astype(np.float32)
-        return self.down @ flat @ self.along.T
+    def plane(self, depth: float) -> Array:
+        """Affine (4, 4), to the body, of the plane `depth` mm from the first slice."""
+        affine = self.affine.copy()
+        affine[:3, 3] += depth * affine[:3, 2]
+        return affine
+
+    def at(self, depth: float, box: tuple[slice, slice] = (slice(None), slice(None))) -> Array:
+        """u, v, s, skin depth (4, rows, cols) in the plane `depth` mm from the first slice, or a box of it; float32."""
+        flat = np.tensordot(self.through(depth), self.values, (0, 1)).astype(np.float32)
+        return self.down[box[0]] @ flat @ self.along[box[1]].T
 
 
 def _knots(n: int) -> Array:
@@ -209,83 +230,38 @@ def _weights(knots: Array, places: Array) -> Array:
 
 
 def _expose(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> Array:
-    """Signal (rows, cols) of slice k of a block, before the coil: a mean over the slice's thickness."""
-    signal = SIGNAL[acquisition.sequence]
-    depth = k * acquisition.step
-    around = surroundings(body, lattice.at(depth), signal, acquisition)
-    levels = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES - 0.5
-    total = np.zeros_like(around)
-    for part in levels * acquisition.thickness:
-        u, v, s = lattice.at(depth + part)[:3]
-        spine = np.flatnonzero((np.abs(u) < 58) & (v > -46) & (v < 60))
-        value = around.ravel()[spine]
-        u, v, s = (a.ravel()[spine] for a in (u, v, s))
-        for index, cover, tissue in paint(body, u, v, s, acquisition.spacing):
-            value[index] += cover * (np.float32(signal[tissue]) - value[index])
-        image = around.copy()
-        image.ravel()[spine] = value
-        total += image
-    return total / SUBSAMPLES
+    """Signal (rows, cols) of slice k of a block, before the coil: a mean over the slice's thickness in the spine."""
+    sequence = SEQUENCES.index(acquisition.sequence)
+    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
+    depth, soft = k * acquisition.step, acquisition.spacing
+    u, v, s, skin = lattice.at(depth)
+    coarse, fine = texture(body, lattice.plane(depth), *u.shape)
+    around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
+    image = np.zeros(u.size, np.float32)
+    _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
+    image = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
+    spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
+    if spine.any():
+        box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
+        n = SUBSAMPLES[PLANES[acquisition.series_type]]
+        parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
+        u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
+        value = np.tile(image[box].ravel(), n)
+        _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
+        image[box] = value.reshape(u.shape).mean(0)
+    return image
 
 
-def surroundings(body: Body, place: Array, signal: dict[str, float], acquisition: Acquisition) -> Array:
-    """Signal (rows, cols) of what lies around the spine: bowel and vessels in front, muscle, fat, skin and air."""
-    u, v, s, x, y, z = place
-    traits = body.traits
-    out = np.abs(u)
-    fine, coarse = texture(body, x, y, z)
-    image = signal["bowel"] + (signal["fat"] * 0.8 - signal["bowel"]) * np.clip(coarse * 0.8 + 0.45, 0, 1)
-
-    def put(depth: Array, tissue: str, share: float = 1.0) -> None:
-        nonlocal image
-        image = image + np.clip(depth / acquisition.spacing + 0.5, 0, 1) * share * (signal[tissue] - image)
-
-    half_depth = 17.0
-    put(11 - np.maximum(np.hypot(out * 0.7, v + half_depth) - 18, 0), "fat", 0.85)
-    low = np.clip((95 - s) / 120, 0.15, 1)
-    put((1 - np.sqrt(((out - 38) / (15 * low + 2)) ** 2 + ((v + 15) / (19 * low + 3)) ** 2)) * 14, "muscle")
-    back = traits["skin"] - 0.004 * out**2
-    put(np.minimum(v - 3, back - v), "muscle")
-    put(
-        np.minimum(np.minimum(v - 5, back - v), 60 - out),
-        "fat",
-        np.clip(fine + coarse - 1.6 + 2 * traits["muscle_fat"], 0, 0.7),
-    )
-    put(v - back, "fat")
-    wall = 1.0 - np.abs(v - back)
-    put(wall, "cortex", 0.8)
-    fork = np.clip((s + 40) / 8, 0, 1)
-    for side, radius in ((0.55, 8.5), (-0.9, 9.5)):
-        lateral = 12 * side * fork + np.sign(side) * (1 - fork) * (10 + 0.35 * np.clip(-40 - s, 0, 60))
-        ahead = -46 + 0.25 * np.clip(-40 - s, 0, 80)
-        put(radius * traits["vessel"] * (0.8 + 0.2 * fork) - np.hypot(u - lateral, v - ahead), "vessel")
-    surface = body.traits["skin"] + traits["fat"] - 0.006 * x**2 - y
-    put(-surface, "air")
-    put(-(y + traits["front"] - 0.004 * x**2), "air")
-    return (image * (1 + 0.1 * fine * (image > 0.02))).astype(np.float32)
+def _compose(value: Array, layers: Iterator[Layer], signal: dict[str, np.float32]) -> None:
+    """Lay tissues over `value` (n,), in place."""
+    for index, cover, tissue in layers:
+        below = value[index]
+        value[index] = below + cover * (signal[tissue] - below)
 
 
-def texture(body: Body, x: Array, y: Array, z: Array) -> tuple[Array, Array]:
-    """Fine and coarse texture of the body at places in LPS mm, mean 0, sd about 1; a sum of plane waves.
-
-    Planes are affine, so that each wave over an image is an outer product of one over rows and one over columns.
-    """
-    origin = np.array([x[0, 0], y[0, 0], z[0, 0]])
-    down = np.array([a[-1, 0] - a[0, 0] for a in (x, y, z)]) / (x.shape[0] - 1)
-    along = np.array([a[0, -1] - a[0, 0] for a in (x, y, z)]) / (x.shape[1] - 1)
-    fields = []
-    for waves in (body.waves[24:], body.waves[:24]):
-        rows = np.arange(x.shape[0])[:, None] * (waves[:, :3] @ down) + waves[:, :3] @ origin + waves[:, 3]
-        cols = np.arange(x.shape[1])[:, None] * (waves[:, :3] @ along)
-        left = np.concatenate([np.cos(rows), -np.sin(rows)], 1).astype(np.float32)
-        right = np.concatenate([np.cos(cols), np.sin(cols)], 1).astype(np.float32)
-        fields.append(left @ right.T * np.float32(np.sqrt(2 / len(waves))))
-    return fields[0], fields[1]
-
-
-def _receive(image: Array, acquisition: Acquisition, body: Body, rng: np.random.Generator) -> Array:
-    """What the coil and the receiver add: fall-off to the front, uneven field, saturation band, noise, scale; 12 bits."""
-    n, rows, cols = image.shape
+def _receive(image: Array, acquisition: Acquisition, rng: np.random.Generator) -> Array:
+    """What coil and receiver add: fall-off to the front, uneven field, saturation band, noise, scale; 12 bits."""
+    rows, cols = image.shape[1:]
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
     back = acquisition.affines[0, 1, 0] * np.arange(cols) + acquisition.affines[0, 1, 1] * np.arange(rows)[:, None]
     back = back - back.mean() + 20

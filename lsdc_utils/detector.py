@@ -59,6 +59,10 @@ class Config:
     size: tuple[int, int]  # rows and columns of the network's input, multiples of 32
     neighbours: bool  # channels are the slices before, at and behind; else the same slice thrice
     box_side: float  # side of a box as a fraction of the image's sides
+    # How it predicts, out of fold and on test studies alike:
+    views: tuple[tuple[float, bool], ...] = ((1.0, False),)  # scale, and whether flipped left to right
+    exchange: bool = True  # a flipped axial image shows the other side: change the classes' sides back
+    everywhere: bool = False  # look at all slices, not only where the condition can be
 
     def __post_init__(self) -> None:
         if self.condition not in GROUPS or self.scheme not in SCHEMES:
@@ -70,6 +74,13 @@ class Config:
             raise DetectorError(
                 f"strip {self.strip} of detector {self.condition}: need 0 <= left < right <= 1 and so on"
             )
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """A config from JSON or a notebook's parameters, where tuples are lists."""
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    tuples["views"] = tuple((float(scale), bool(flip)) for scale, flip in tuples.get("views", [(1.0, False)]))
+    return Config(**tuples)
 
 
 @dataclass
@@ -520,8 +531,7 @@ def load(path: str | Path) -> Detector:
     model = torch_safe_load(str(path), safe_only=True)[0]["model"].float().eval()
     model.model[-1].end2end = True  # the head that needs no suppression of doubles, named since the default changed
     model = model.fuse(verbose=False).to(memory_format=torch.channels_last)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in about["config"].items()}
-    config = Config(**values)
+    config = config_from(about["config"])
     if about["classes"] != list(classes(config)["name"]):
         raise DetectorError(f"{path}: its classes are not those of scheme {config.scheme!r} in this version")
     return Detector(model, config, about["fold"], about)
@@ -534,44 +544,37 @@ def detect(
     detector: Detector,
     stacks: Sequence[Stack],
     canal: pd.DataFrame | None = None,
-    views: Sequence[Sequence[float]] = ((1.0, 0),),
-    *,
-    exchange: bool = True,
-    everywhere: bool = False,
 ) -> Detections:
     """Detections of one study: patient points and the full class-score vectors of the one-to-one head.
 
     `canal`: points of the scs detector for this study, by which 'seen' foramina and recesses are looked for; None or
-    empty where there are none. `views`: pairs of scale and whether the image is flipped left to right. A flipped axial
-    image shows the other side, so scores of classes with a side change places unless `exchange` is False (as
-    published). `everywhere`: look at every slice instead of those where the condition can be.
+    empty where there are none. Slices and views are those of the detector's config.
     """
-    group, parts, count = GROUPS[detector.config.condition], [], 0
+    config = detector.config
+    group, parts, count = GROUPS[config.condition], [], 0
     for stack in (s for s in stacks if s.series_type == group.series_type):
-        whole = everywhere or detector.config.scheme == "sided"
-        wanted = np.flatnonzero(np.ones(len(stack.pixels), bool) if whole else _wanted(stack, detector.config, canal))
+        wanted = np.flatnonzero(_wanted(stack, config, canal))
         if not len(wanted):
             continue
-        inputs = channels(strips(stack, detector.config), stack.blocks, detector.config)[wanted]
-        for number, (scale, flip) in enumerate(views):
-            centres, scores = _forward(detector, inputs, float(scale), bool(flip), exchange)
-            points = _to_patient(stack, wanted, centres, detector.config)
+        inputs = channels(strips(stack, config), stack.blocks, config)[wanted]
+        for number, (scale, flip) in enumerate(config.views):
+            centres, scores = _forward(detector, inputs, scale, flip)
+            points = _to_patient(stack, wanted, centres, config)
             index = np.repeat(np.arange(len(wanted)), scores.shape[1]) + count
-            image = index * len(views) + number
+            image = index * len(config.views) + number
             parts.append((points.reshape(-1, 3), scores.reshape(-1, scores.shape[2]), image, index))
         count += len(wanted)
     if not parts:
         empty = np.empty(0, dtype=int)
-        return Detections(np.empty((0, 3)), np.empty((0, len(classes(detector.config)))), empty, empty)
+        return Detections(np.empty((0, 3)), np.empty((0, len(classes(config)))), empty, empty)
     return Detections(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def _wanted(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndarray:
     """Slices (n,) bool on which the condition can be seen, told from geometry and the canal points alone."""
-    known = canal is not None and len(canal) > 0
-    if config.condition == "scs":
+    if config.condition == "scs" and not config.everywhere:
         return _wide_canal(stack)
-    if not known:
+    if config.everywhere or canal is None or canal.empty:
         return np.ones(len(stack.pixels), dtype=bool)
     distances = plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float))
     nearest = np.abs(distances).min(axis=1)
@@ -581,10 +584,8 @@ def _wanted(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndar
 
 
 @torch.inference_mode()
-def _forward(
-    detector: Detector, inputs: np.ndarray, scale: float, flip: bool, exchange: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip fractions, scores (n, k, C)."""
+def _forward(detector: Detector, inputs: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip shares, scores (n, k, C)."""
     device = next(detector.model.parameters()).device
     head = detector.model.model[-1]
     rows, cols = detector.config.size
@@ -607,7 +608,7 @@ def _forward(
     centres, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     if flip:
         centres[..., 0] = 1 - centres[..., 0]
-        if exchange:
+        if detector.config.exchange:
             scores = scores[..., _other_side(detector.config)]
     return centres, scores
 
@@ -645,6 +646,8 @@ def decode(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z, confidence) of a study.
 
+    side is left, right, or '' for the canal; X, Y, Z are LPS mm.
+
     A row or point is there only where there is evidence. `canal`: the study's points by the scs detector.
     """
     if config.scheme == "sided":
@@ -655,7 +658,7 @@ def decode(
     for side, level, point, confidence, scores in find(detections, canal) if len(detections.scores) else []:
         condition = "_".join(filter(None, (side, GROUPS[config.condition].base)))
         rows.append((row_id(study_id, condition, level), *_normalised(scores)))
-        points.append((study_id, level, side, *point, confidence))
+        points.append((study_id, level, side or "", *point, confidence))
     return _tables(rows, points)
 
 
@@ -680,7 +683,7 @@ def _decode_sided(detections: Detections, study_id: int, config: Config) -> tupl
         rows.append((row_id(study_id, condition, level), *_normalised(best[numbers])))
         if len(detections.scores):
             place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
-            points.append((study_id, level, CONDITIONS[condition].side, *place, best[numbers].max()))
+            points.append((study_id, level, CONDITIONS[condition].side or "", *place, best[numbers].max()))
     return _tables(rows, points)
 
 
@@ -789,10 +792,6 @@ def grade(
     detectors: Sequence[Detector],
     studies: Iterable[tuple[int, Sequence[Stack]]],
     canal: pd.DataFrame | None = None,
-    views: Sequence[Sequence[float]] = ((1.0, 0),),
-    *,
-    exchange: bool = True,
-    everywhere: bool = False,
     tell: Callable[[str], None] = print,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and points of studies by detectors of one condition, averaged over them (the folds, for test studies).
@@ -804,7 +803,7 @@ def grade(
     for number, (study_id, stacks) in enumerate(studies, start=1):
         here = None if canal is None else canal[canal["study_id"] == study_id]
         for detector in detectors:
-            seen = detect(detector, stacks, here, views, exchange=exchange, everywhere=everywhere)
+            seen = detect(detector, stacks, here)
             found = decode(seen, study_id, detector.config, here)
             rows.append(found[0])
             points.append(found[1])
@@ -837,7 +836,7 @@ def point_errors(points: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     distance: in mm in space; in_plane: in the plane of the series (sagittal: y and z, axial: x and y).
     """
     known = labels.dropna(subset=["X", "Y", "Z"])
-    known = known.assign(side=known["condition"].map({c.name: c.side for c in CONDITIONS.values()}))
+    known = known.assign(side=known["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()}))
     both = known.merge(points, on=["study_id", "level", "side"], how="left", suffixes=("", "_found"))
     off = np.abs(both[["X_found", "Y_found", "Z_found"]].to_numpy(float) - both[["X", "Y", "Z"]].to_numpy(float))
     axial = both["condition"].map({c.name: c.group == "ss" for c in CONDITIONS.values()}).to_numpy()

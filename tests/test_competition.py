@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsdc_utils import competition
+from lsdc_utils import competition, phantom
 from lsdc_utils import vocabulary as words
 from lsdc_utils.competition import CompetitionError
 
@@ -286,3 +286,39 @@ def test_the_data_folder_of_a_run(tmp_path: Path) -> None:
     assert competition.data_dir(tmp_path / "run", str(tmp_path)) == tmp_path
     with pytest.raises(CompetitionError, match="does not exist"):
         competition.data_dir(tmp_path / "run", str(tmp_path / "gone"))
+
+
+def test_points_of_the_phantom_come_together_in_the_patient(tmp_path: Path) -> None:
+    dirt = ("tilted_blocks", "far_numbers", "number_gaps", "axial_reversed", "non_square")
+    clean = dict.fromkeys(("short_stack", "series_missing", "point_missing", "sides_swapped", "label_missing"), 0)
+    root = phantom.write_phantom(tmp_path / "data", 1, 0, seed=3, **dict.fromkeys(dirt, 1), **clean)
+    comp = competition.read(root)
+    series, _ = competition.scan(comp, workers=1)
+    axial = series[series.series_type == words.AXIAL]
+    assert axial.n_blocks.sum() == 5 and (axial.instance_order == "down").all()
+    assert (series.first_instance >= 100).all() and (series.rows != series.cols).all()
+    labels = competition.label_table(comp, workers=1)
+    assert labels[["X", "Y", "Z"]].notna().all(axis=None)
+    side = labels.condition.map({c.name: c.side for c in words.CONDITIONS.values()})
+    for _, part in labels.groupby("level"):
+        x = part.groupby(side[part.index].fillna("canal")).X.agg(["min", "max"])
+        assert x.loc["right", "max"] < x.loc["canal", "min"] <= x.loc["canal", "max"] < x.loc["left", "min"]
+        assert np.ptp(part.Z) < 25 and np.ptp(part.Y) < 25
+
+
+def test_dirt_of_the_phantoms_tables_is_found(tmp_path: Path) -> None:
+    switches = ("series_missing", "second_axial", "sides_swapped", "point_missing", "label_missing", "short_stack")
+    clean = dict.fromkeys(switches, 0)
+    faults = {  # switch of the phantom -> rule that finds it
+        "series_missing": "series_type_missing",
+        "second_axial": "series_type_repeated",
+        "sides_swapped": "sides_swapped",
+        "point_missing": "grade_without_point",
+        "label_missing": "point_without_grade",
+        "short_stack": "labels_missing",
+    }
+    for switch, rule in faults.items():
+        root = phantom.write_phantom(tmp_path / switch, 8, 0, seed=5, images=False, **clean | {switch: 0.5})
+        assert rule in rules(competition.read(root).findings)
+    root = phantom.write_phantom(tmp_path / "clean", 8, 0, seed=5, images=False, **clean)
+    assert competition.read(root).findings.empty

@@ -1,0 +1,98 @@
+"""The README's results from a finished run: `python -m lsdc_utils.report readme --run demo`.
+
+It fills the places between `<!-- scores demo -->` or `<!-- picture demo example -->` and the next `<!-- end -->`, and
+keeps what it wrote them from in docs/, where a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lsdc_utils import figures
+from lsdc_utils.files import atomic, write_json
+from lsdc_utils.report.pages import duration
+from lsdc_utils.report.pictures import run_pictures
+from lsdc_utils.report.run import ROOT, Run, read_run, score_table, summary
+
+PLACE = re.compile(r"(<!-- (scores|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def record_of(run: Run) -> dict[str, Any]:
+    """What the README says of a run, for docs/<run>.json; FileNotFoundError where the run has no report yet."""
+    return {
+        "facts": json.loads((run.folder / "report" / "provenance.json").read_text()),
+        "scores": run.scores,
+        "seconds": float(run.steps["seconds"].sum()),
+        "memory": float(run.steps["memory"].fillna(0).max()) if len(run.steps) else 0.0,
+    }
+
+
+def fill(text: str, run: str, record: dict[str, Any]) -> str:
+    """The README with the places of `run` filled from its record; places of other runs stay."""
+
+    def replacement(place: re.Match) -> str:
+        if place[3] != run:
+            return place[0]
+        content = picture_line(run, place[4], record) if place[2] == "picture" else score_lines(run, record)
+        return f"{place[1]}{content}\n{place[6]}"
+
+    return PLACE.sub(replacement, text)
+
+
+def score_lines(run: str, record: dict[str, Any]) -> str:
+    """Sentences, the score table, and whose numbers these are, as Markdown."""
+    table = score_table(record["scores"])
+    head = ["Model", *(f"{block}: {column}" for block, column in table.columns)]
+    lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
+    rows = ["| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines]
+    facts = record["facts"]
+    cost = f"its steps took {duration(record['seconds'])} in sum and at most {record['memory'] / 1024:.1f} GiB each"
+    about = f"Run `{run}`, {facts['Made']}, commit {facts['Commit']}, data: {facts['Data']}; {cost}."
+    return "\n\n".join([" ".join(summary(record["scores"])), "\n".join(rows), about])
+
+
+def picture_line(run: str, name: str, record: dict[str, Any]) -> str:
+    """A picture of docs/ with its caption, as Markdown."""
+    caption = record["captions"][name]
+    return f"![{caption}](docs/{run}-{name}.png)\n\n*{caption}*"
+
+
+def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
+    """Fill the places of a run in `readme`, with its record and the pictures asked for in docs/ beside it.
+
+    ValueError where the readme has no place for the run or asks for a picture that the run lacks.
+    """
+    text, docs = readme.read_text(), readme.parent / "docs"
+    wanted = [(place[2], place[4]) for place in PLACE.finditer(text) if place[3] == run.name]
+    if not wanted:
+        raise ValueError(f"{readme} has no place such as <!-- scores {run.name} --> ... <!-- end -->")
+    made = {picture.name: picture for picture in run_pictures(run)}
+    names = [name for kind, name in wanted if kind == "picture"]
+    if not set(names) <= set(made):
+        raise ValueError(f"{readme} asks for the pictures {names}; run {run.name} has {sorted(made)}")
+    record = {**record_of(run), "captions": {name: made[name].caption for name in names}}
+    for name in names:
+        with atomic(docs / f"{run.name}-{name}.png") as temporary:
+            made[name].figure.savefig(temporary)
+    write_json(docs / f"{run.name}.json", record)
+    with atomic(readme) as temporary:
+        temporary.write_text(fill(text, run.name, record))
+
+
+def main() -> None:
+    """Read the command line, write README.md and docs/."""
+    parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description="Write a run's results.")
+    parser.add_argument("command", choices=["readme"])
+    parser.add_argument("--run", default="demo", help="name of a run under outputs/")
+    given = parser.parse_args()
+    figures.use_style()
+    update_readme(read_run(ROOT / "outputs" / given.run))
+    print(f"README.md and docs/ now show run {given.run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The figures of a run's summary. Each comes with a caption, and a text for readers who cannot see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lsdc_utils import figures
+from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
+from lsdc_utils.report.run import (
+    BLOCK_NAMES,
+    PART_NAMES,
+    Run,
+    blocks,
+    graded_points,
+    labelled_rows,
+    model_name,
+    models,
+    number,
+    value,
+)
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES, Group
+from lsdc_utils.volume import Stack, load_study
+
+PLAIN = "#1A1A1A"  # of what has no colour of its own
+REACH = 6.0  # mm off a slice's plane that a point may lie to be drawn on it
+OUTSIDE = {"loc": "outside lower center", "ncols": 3}  # of legends, so that they cover nothing
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with the words that go with it."""
+
+    name: str
+    caption: str
+    alt: str
+    figure: Figure
+    wide: bool = False  # takes the whole width of a page
+
+
+def run_pictures(run: Run) -> list[Picture]:
+    """The figures of the summary, as far as the run has what they show."""
+    pictures = [plot_totals(run.scores), plot_parts(run.scores)]
+    labelled = labelled_rows(run)
+    if len(labelled):
+        pictures += [plot_grades(labelled), plot_reliability(labelled)]
+    example = plot_example(run)
+    return [example, *pictures] if example else pictures
+
+
+def plot_totals(scores: dict[str, Any]) -> Picture:
+    """Total score of each model with its interval: out of fold filled, test hollow."""
+    shown, said = models(scores)[::-1], []
+    figure = Figure(figsize=(6, 1.6 + 0.5 * len(shown)))
+    ax = figure.add_subplot()
+    for k, (name, block) in enumerate(blocks(scores).items()):
+        for y, model in enumerate(shown):
+            total = value(block, "scores", model)
+            if total is None:
+                continue
+            place, colour = y - 0.32 * k, figures.MODEL_COLOURS.get(model, PLAIN)
+            ax.plot(value(block, "interval", model) or [total] * 2, [place] * 2, color=colour, linewidth=2)
+            ax.plot(total, place, "os"[k], color=colour, markerfacecolor=[colour, "white"][k], markersize=8)
+            said.append(f"{model_name(model)}, {BLOCK_NAMES[name].lower()}: {number(total)}")
+    ax.set(yticks=np.arange(len(shown)), yticklabels=map(model_name, shown), ylim=(-0.8, len(shown) - 0.5))
+    ax.set(xlabel="Weighted log loss (lower is better)", title="Total score of each model")
+    fill = {"linestyle": "none", "color": PLAIN, "markersize": 8}
+    handles = [Line2D([], [], marker="os"[k], markerfacecolor=[PLAIN, "white"][k], **fill) for k in range(2)]
+    figure.legend(handles[: len(blocks(scores))], [BLOCK_NAMES[name] for name in blocks(scores)], **OUTSIDE)
+    caption = "Total score of each model; the line is the 95 % interval from resampling studies."
+    return Picture("totals", caption, "; ".join(said), figure)
+
+
+def plot_parts(scores: dict[str, Any]) -> Picture:
+    """The parts of the score of each model, out of fold: as skill where an oracle is known, else as scores."""
+    block = scores["oof"]
+    kind = "skill" if block.get("skill") else "scores"
+    known = [model for model in models(scores) if model in block[kind]]
+    shown = [model for model in known if kind == "scores" or model not in ("prior", "oracle")]
+    figure = Figure(figsize=(6, 4.6))
+    ax = figure.add_subplot()
+    width, said = 0.8 / max(len(shown), 1), []
+    for k, model in enumerate(shown):
+        numbers = [value(block, kind, model, part) for part in PARTS]
+        places = np.arange(len(PARTS)) + (k - (len(shown) - 1) / 2) * width
+        colour = figures.MODEL_COLOURS.get(model, PLAIN)
+        ax.bar(places, np.array(numbers, float), 0.9 * width, color=colour, label=model_name(model))
+        texts = [f"{PART_NAMES[part]} {number(found, 2)}" for part, found in zip(PARTS, numbers, strict=True)]
+        said.append(f"{model_name(model)}: {', '.join(texts)}")
+    if kind == "skill":
+        ax.axhline(0, color=PLAIN, linewidth=1)
+        ax.axhline(1, color=figures.MODEL_COLOURS["oracle"], linestyle="--", linewidth=1.2)
+    name = "Skill" if kind == "skill" else "Score"
+    ax.set(title=f"{name} by part, out of fold", ylabel=name)
+    ax.set_xticks(range(len(PARTS)), [PART_NAMES[part].replace(" ", "\n") for part in PARTS])
+    ax.grid(False, axis="x")
+    figure.legend(**OUTSIDE)
+    caption = "Lower is better." if kind == "scores" else "0 is counting labels, 1 (dashed) is the limit of the labels."
+    return Picture("parts", caption, ". ".join(said), figure)
+
+
+def plot_reliability(labelled: pd.DataFrame, bins: int = 8) -> Picture:
+    """How often a severity occurs among rows of like natural probability; `labelled`: `run.labelled_rows`."""
+    natural, severity = labelled[PROBABILITIES].to_numpy(), labelled["severity"].to_numpy()
+    figure = Figure(figsize=(6, 4.6))
+    ax = figure.add_subplot()
+    ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--")
+    for k, name in enumerate(SEVERITY_NAMES):
+        bin_of = pd.qcut(natural[:, k], bins, labels=False, duplicates="drop")
+        means = pd.DataFrame({"p": natural[:, k], "share": severity == k}).groupby(bin_of).mean()
+        style = {"marker": figures.SEVERITY_MARKERS[k], "color": figures.SEVERITY_COLOURS[k]}
+        ax.plot(means["p"], means["share"], label=name, **style)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="Natural probability of the ensemble", ylabel="Share of labels")
+    ax.set(title="Reliability of the ensemble, out of fold")
+    figure.legend(**OUTSIDE)
+    error = calibration_error(natural, severity)
+    caption = f"Points on the dashed line are calibrated; the expected calibration error is {error:.3f}."
+    return Picture("reliability", caption, f"Reliability of the three severities. {caption}", figure)
+
+
+def plot_grades(labelled: pd.DataFrame) -> Picture:
+    """Labels against grades (the severity of highest natural probability), a matrix a condition group."""
+    severity, grade = labelled["severity"].to_numpy(int), labelled[PROBABILITIES].to_numpy().argmax(axis=1)
+    group = np.array([CONDITIONS[condition].group for condition in labelled["condition"]])
+    figure, said = Figure(figsize=(9, 3.6)), []
+    for ax, key in zip(figure.subplots(1, len(GROUPS)), GROUPS, strict=True):
+        counts = np.zeros((3, 3), int)
+        np.add.at(counts, (severity[group == key], grade[group == key]), 1)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for place, share in np.ndenumerate(shares):
+            text = f"{counts[place]}\n{share:.0%}"
+            ax.text(*place[::-1], text, ha="center", va="center", color="white" if share > 0.55 else "black")
+        name = PART_NAMES[GROUPS[key].score]
+        ax.set_xticks(range(3), SEVERITY_NAMES, fontsize=9)
+        ax.set_yticks(range(3), SEVERITY_NAMES, fontsize=9, rotation=90, va="center")
+        ax.set(title=name, xlabel="Grade of the ensemble", ylabel="Label")
+        ax.grid(False)
+        said.append(f"{name}: {np.trace(counts)} of {counts.sum()} rows have the label's grade")
+    caption = "Out-of-fold rows by label and grade, the most probable severity; shares are of the label's row."
+    return Picture("grades", caption, "; ".join(said), figure, wide=True)
+
+
+def plot_example(run: Run) -> Picture | None:
+    """The training study with most severe labels, with its out-of-fold grades where the detectors found the levels.
+
+    One slice of each series type: where the worst finding lies. None where the run has no points or no slices.
+    """
+    points = graded_points(run)
+    if points.empty or run.labels.empty:
+        return None
+    severe = run.labels["severity"].eq(2).groupby(run.labels["study_id"]).sum()
+    study_id = int(severe[severe.index.isin(points["study_id"])].idxmax())
+    stacks = load_study(run.folder / "slices", study_id)
+    if not stacks:
+        return None
+    points = points[points["study_id"] == study_id]
+    figure = Figure(figsize=(9, 3.9))
+    for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
+        mine = points[points["group"] == group.key]
+        _show_worst(ax, [stack for stack in stacks if stack.series_type == group.series_type], mine, group)
+    names = {k: name for k, name in enumerate(SEVERITY_NAMES) if k in set(points["grade"])}
+    handles = [Line2D([], [], linestyle="none", marker=figures.SEVERITY_MARKERS[k], color=figures.SEVERITY_COLOURS[k],
+                      markersize=8) for k in names]  # fmt: skip
+    figure.legend(handles, names.values(), **OUTSIDE)
+    caption = (
+        f"Study {study_id}, graded by models that had not seen it: one slice of each series type, "
+        "with the ensemble's grades where the detectors found the levels."
+    )
+    counts = points["grade"].value_counts().reindex(names, fill_value=0)
+    said = ", ".join(f"{count} {names[k]}" for k, count in counts.items())
+    return Picture("example", caption, f"{caption} Grades at the points found: {said}.", figure, wide=True)
+
+
+def _show_worst(ax: Axes, stacks: list[Stack], points: pd.DataFrame, group: Group) -> None:
+    """Draw the slice nearest to the worst of `points` (several stacks: the best of all), with the points beside it."""
+    if not stacks or points.empty:
+        ax.set_axis_off()
+        ax.set_title(f"{group.series_type}: nothing found")
+        return
+    places = points[["X", "Y", "Z"]].to_numpy(float)
+    worst = np.lexsort([points["confidence"], points["grade"]])[-1]
+    slices = [
+        (stack, k, figures.to_pixels(stack.affines[k], places)[:, 2])
+        for stack in stacks
+        for k in range(len(stack.affines))
+    ]
+    stack, k, off = min(slices, key=lambda found: abs(found[2][worst]))
+    near = np.abs(off) <= REACH
+    rows, cols = stack.shapes[k]
+    title = f"{group.series_type}, at {LEVEL_NAMES[LEVELS.index(points['level'].iloc[worst])]}"
+    grades = points["grade"].to_numpy()[near]
+    figures.show_slice(ax, stack.pixels[k, :rows, :cols], stack.affines[k], places[near], grades, title=title)

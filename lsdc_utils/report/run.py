@@ -1,0 +1,239 @@
+"""What a run's files say: scores as tables and sentences, what each step cost, and where the run comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from lsdc_utils.metric import PARTS, PROBABILITIES
+from lsdc_utils.vocabulary import GROUPS, MISSING, SIDES, row_id
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_NAMES = {
+    "prior": "Prior (label counts)",
+    "yolo": "YOLOv10 detectors",
+    "vit3d": "3D ViT",
+    "ensemble": "Ensemble",
+    "ensemble_calibrated": "Ensemble, calibrated",
+    "oracle": "Oracle (limit of the labels)",
+}
+PART_NAMES = dict(zip(PARTS, ("Spinal canal", "Foraminal", "Subarticular", "Any severe canal", "Total"), strict=True))
+BLOCK_NAMES = {"oof": "Out of fold", "test": "Test"}
+PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "numpy", "pandas", "pydicom", "snakemake", "papermill")
+SEEDS = ("phantom_seed", "seed", "n_splits", "folds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run that its report is made from; tables that the run does not have are empty."""
+
+    folder: Path
+    scores: dict[str, Any]  # scores.json: {"oof": block, "test": block or None}
+    data: dict[str, Any]  # data.json: data_dir and kind
+    parameters: dict[str, Any]  # parameters.yml; empty where the notebooks were executed by hand
+    labels: pd.DataFrame  # tables/labels.parquet
+    rows: pd.DataFrame  # predictions/ensemble_oof.parquet: row_id and three natural probabilities
+    findings: pd.DataFrame  # tables/findings.csv
+    steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.folder.name
+
+    def asks_for(self, step: str) -> bool:
+        """Whether the parameters still ask for this step: a fold may have been trained that is not any more."""
+        fold = re.search(r"_fold(\d+)$", step)
+        return fold is None or int(fold[1]) in self.parameters.get("folds", [int(fold[1])])
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read a run's folder; FileNotFoundError names scores.json where 05_ensemble_inference has not written it."""
+    folder = Path(run_dir).resolve()
+    return Run(
+        folder=folder,
+        scores=json.loads((folder / "scores.json").read_text()),
+        data=json.loads(_text(folder / "data.json")),
+        parameters=yaml.safe_load(_text(folder / "parameters.yml")),
+        labels=_table(folder / "tables/labels.parquet"),
+        rows=_table(folder / "predictions/ensemble_oof.parquet"),
+        findings=_table(folder / "tables/findings.csv"),
+        steps=read_steps(folder / "logs"),
+    )
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.is_file() else "{}"
+
+
+def _table(file: Path) -> pd.DataFrame:
+    if not file.is_file():
+        return pd.DataFrame()
+    return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def read_steps(logs: Path) -> pd.DataFrame:
+    """Cost of each step from Snakemake's benchmark files <step>.tsv: step, seconds, memory (MiB), load (cores)."""
+    lines = []
+    for file in sorted(logs.glob("*.tsv")):
+        line = pd.read_csv(file, sep="\t").iloc[-1]
+        seconds, memory, load = pd.to_numeric(line.reindex(["s", "max_rss", "mean_load"]), errors="coerce")
+        lines.append((file.stem, seconds, memory, load / 100))
+    return pd.DataFrame(lines, columns=["step", "seconds", "memory", "load"])
+
+
+def provenance(run: Run) -> dict[str, str]:
+    """Where a run comes from, as label -> text: date, commit, data, seeds and versions."""
+    seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
+    return {
+        "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "Commit": commit(),
+        "Data": f"{run.data.get('kind', 'unknown')} ({Path(run.data.get('data_dir', 'unknown')).name})",
+        "Seeds and folds": ", ".join(seeds) or "not recorded",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+    }
+
+
+def commit() -> str:
+    """The repository's commit, with a word where files differ from it; `unknown` outside of a git clone."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head[:12]}{' with changes' if changed.stdout.strip() else ''}"
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def model_name(model: str) -> str:
+    """A model of scores.json as people read it."""
+    return MODEL_NAMES.get(model, model)
+
+
+def models(scores: dict[str, Any]) -> list[str]:
+    """Models that any block scores, in the order prior, models, ensemble, oracle; unknown ones last."""
+    named = {model for block in blocks(scores).values() for model in block["scores"]}
+    return [model for model in MODEL_NAMES if model in named] + sorted(named - set(MODEL_NAMES))
+
+
+def blocks(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The blocks of scores.json that there are, out of fold first."""
+    return {name: scores[name] for name in BLOCK_NAMES if scores.get(name)}
+
+
+def value(block: dict[str, Any], kind: str, model: str, part: str = "total") -> Any:
+    """A number of a block of scores.json, or an interval's [low, high]; None where the block has none."""
+    found = ((block.get(kind) or {}).get(model) or {}).get(part)
+    return None if found == [None, None] else found
+
+
+def number(found: float | None, digits: int = 3) -> str:
+    """A number as text, a dash where there is none."""
+    return "–" if found is None else f"{found:.{digits}f}"
+
+
+def score_table(scores: dict[str, Any]) -> pd.DataFrame:
+    """Total scores as text: a row a model; for out of fold and test the score, its 95 % interval and the skill."""
+    columns = {}
+    for name, block in blocks(scores).items():
+        title = f"{BLOCK_NAMES[name]}, {block['n_studies']} studies"
+        intervals = [value(block, "interval", model) for model in models(scores)]
+        columns[title, "Score"] = [number(value(block, "scores", model)) for model in models(scores)]
+        columns[title, "95 % interval"] = [" to ".join(map(number, found or [None])) for found in intervals]
+        if block.get("skill"):
+            columns[title, "Skill"] = [number(value(block, "skill", model)) for model in models(scores)]
+    return _by_model(scores, columns)
+
+
+def parts_table(scores: dict[str, Any]) -> pd.DataFrame:
+    """Scores of the four parts as text, with the skill in brackets where there is one: a row a model."""
+    columns = {}
+    for name, block in blocks(scores).items():
+        for part in PARTS[:-1]:
+            texts = [number(value(block, "scores", model, part)) for model in models(scores)]
+            skills = [value(block, "skill", model, part) for model in models(scores)]
+            both = zip(texts, skills, strict=True)
+            columns[BLOCK_NAMES[name], PART_NAMES[part]] = [
+                text if skill is None else f"{text} ({number(skill, 2)})" for text, skill in both
+            ]
+    return _by_model(scores, columns)
+
+
+def _by_model(scores: dict[str, Any], columns: dict[tuple[str, str], list[str]]) -> pd.DataFrame:
+    table = pd.DataFrame(columns, index=pd.Index(map(model_name, models(scores)), name="Model"))
+    table.columns = pd.MultiIndex.from_tuples(table.columns)
+    return table
+
+
+def summary(scores: dict[str, Any]) -> list[str]:
+    """What the scores say, as sentences computed from them."""
+    sentences = [_sentence(name, block) for name, block in blocks(scores).items() if value(block, "scores", "ensemble")]
+    sentences += _no_better_than_counting(scores["oof"])
+    if not scores.get("test"):
+        sentences.append("The test studies of this data have no labels, so the out-of-fold score is the result.")
+    return sentences
+
+
+def _sentence(name: str, block: dict[str, Any]) -> str:
+    """The ensemble's total of one block, beside prior and oracle."""
+    ensemble = number(value(block, "scores", "ensemble"))
+    low_high = value(block, "interval", "ensemble")
+    within = f" (95 % interval {' to '.join(map(number, low_high))})" if low_high else ""
+    prior = number(value(block, "scores", "prior"))
+    text = f"{BLOCK_NAMES[name]}, on {block['n_studies']} studies, the ensemble scores {ensemble}{within}"
+    text += f"; counting labels gives {prior}"
+    if block.get("skill"):
+        oracle, skill = number(value(block, "scores", "oracle")), number(value(block, "skill", "ensemble"), 2)
+        text += f" and the limit of the labels is {oracle}, so its skill is {skill}"
+    return f"{text}. Lower scores are better."
+
+
+def _no_better_than_counting(block: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each model whose total is no better than the prior's."""
+    prior = value(block, "scores", "prior")
+    for model in ("yolo", "vit3d", "ensemble"):
+        total = value(block, "scores", model)
+        if prior is not None and total is not None and total >= prior:
+            yield f"{model_name(model)}: no better than counting labels at this budget, out of fold."
+
+
+# ---- rows and points -----------------------------------------------------------------------------------------------
+
+
+def labelled_rows(run: Run) -> pd.DataFrame:
+    """Out-of-fold rows of the ensemble with their label: row_id, three natural probabilities, condition, severity."""
+    if run.rows.empty or run.labels.empty:
+        return pd.DataFrame()
+    labels = run.labels.loc[run.labels["severity"] != MISSING, ["row_id", "condition", "severity"]]
+    return run.rows.merge(labels, on="row_id")
+
+
+def graded_points(run: Run) -> pd.DataFrame:
+    """Where the detectors found levels, out of fold, with the ensemble's grade there (its most probable severity).
+
+    Columns: row_id, group (nfn, scs, ss), study_id, level, side, X, Y, Z (LPS mm), confidence, grade.
+    """
+    tables = []
+    for key, group in GROUPS.items():
+        for file in sorted((run.folder / "predictions").glob(f"points_{key}_fold*_oof.parquet")):
+            table = pd.read_parquet(file)
+            conditions = [f"{side}_{group.base}" if side in SIDES else group.base for side in table["side"]]
+            keys = zip(table["study_id"], conditions, table["level"], strict=True)
+            tables.append(table.assign(group=key, row_id=[row_id(*key) for key in keys]))
+    if not tables or run.rows.empty:
+        return pd.DataFrame()
+    grades = run.rows[["row_id"]].assign(grade=run.rows[PROBABILITIES].to_numpy().argmax(axis=1))
+    return pd.concat(tables, ignore_index=True).merge(grades, on="row_id")

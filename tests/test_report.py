@@ -1,0 +1,308 @@
+"""The report of a made-up run: what it says, that it needs no network and no trust in its data; the README's result."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lsdc_utils import figures, metric, report
+from lsdc_utils.report import __main__ as readme
+from lsdc_utils.report import pages
+from lsdc_utils.report.run import ROOT, commit
+from lsdc_utils.vocabulary import (
+    AXIAL,
+    CONDITIONS,
+    GROUPS,
+    LEVELS,
+    SERIES_TYPES,
+    SEVERITIES,
+    SIDES,
+    T1,
+    T2,
+    row_id,
+)
+from lsdc_utils.volume import Stack, save_stack
+
+HOSTILE = "<script>alert('boo')</script><img src=http://example.org/x.png onerror=alert(1)>"
+# (column, row, 0, 1) to LPS mm of the middle slice; the last column moves by 4 mm a slice.
+SAGITTAL = np.array([[0, 0, 1, 0], [2, 0, 0, -64], [0, -2, 0, 64], [0, 0, 0, 1]], float)
+AXIAL_SLICE = np.array([[2, 0, 0, -64], [0, 2, 0, -64], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+
+
+# ---- a made-up run -------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> Path:
+    """A run's folder as the steps before the report leave it, with names and texts that try to break a page."""
+    rng = np.random.default_rng(5)
+    labels, tables = make_rows(rng, n_studies)
+    scores = {"oof": metric.score_block(metric.solution_of(labels), tables), "test": None}
+    if labelled_test:
+        scores["test"] = scores["oof"]
+    for name in ("tables", "predictions", "logs", "notebooks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps(scores))
+    (folder / "data.json").write_text(json.dumps({"data_dir": "../data/phantom-0a1b", "kind": "phantom"}))
+    (folder / "parameters.yml").write_text(yaml.safe_dump({"seed": 52, "folds": [0], "note": HOSTILE}))
+    labels.to_parquet(folder / "tables/labels.parquet")
+    tables["ensemble"].to_parquet(folder / "predictions/ensemble_oof.parquet")
+    found = {"study": 1, "series": 11, "rule": f"bad {HOSTILE}", "value": "", "action": "left out"}
+    pd.DataFrame([found, found]).to_csv(folder / "tables/findings.csv", index=False)
+    write_images(folder, labels)
+    for step, seconds in {"00_get_data": 12.3, "03_train_yolo_scs_fold0": 187, "03_train_yolo_scs_fold4": 9}.items():
+        (folder / f"logs/{step}.tsv").write_text(f"s\th:m:s\tmax_rss\tmean_load\n{seconds}\t0:00\t812.5\t97\n")
+        nbformat.write(make_notebook(step), folder / f"notebooks/{step}.ipynb")
+    return folder
+
+
+def make_rows(rng: np.random.Generator, n_studies: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Labels as tables/labels.parquet has them, and prediction tables of all models."""
+    names = [(s, c, level) for s in range(1, n_studies + 1) for c in CONDITIONS for level in LEVELS]
+    labels = pd.DataFrame(names, columns=["study_id", "condition", "level"])
+    labels["row_id"] = [row_id(*name) for name in names]
+    natural = rng.dirichlet([3, 1, 0.8], len(labels))
+    labels["severity"] = [rng.choice([-1, 0, 1, 2], p=[0.02, *(0.98 * row)]) for row in natural]
+    labels["fold"] = labels["study_id"] % 2
+    tables = {"prior": metric.prior_out_of_fold(labels)}
+    for model, trust in {"yolo": 0.3, "vit3d": 0.0, "ensemble": 0.7, "oracle": 1}.items():
+        mixed = trust * natural + (1 - trust) * rng.dirichlet([3, 1, 0.8], len(labels))
+        tables[model] = labels[["row_id"]].join(pd.DataFrame(mixed, columns=list(SEVERITIES)))
+    return labels, tables
+
+
+def write_images(folder: Path, labels: pd.DataFrame) -> None:
+    """A stack of each series type for every study, and the points that the detectors found."""
+    rng = np.random.default_rng(1)
+    affines = {T1: SAGITTAL, T2: SAGITTAL, AXIAL: AXIAL_SLICE}
+    for study in labels["study_id"].unique():
+        for k, series_type in enumerate(SERIES_TYPES):
+            moved = np.repeat(affines[series_type][None], 7, axis=0)
+            moved[:, :3, 3] += 4 * np.arange(-3, 4)[:, None] * affines[series_type][:3, 2]
+            pixels = rng.integers(0, 120, (7, 64, 64)).astype(np.uint8)
+            shapes, numbers = np.full((7, 2), 64, np.int32), np.arange(1, 8, dtype=np.int32)
+            stack = Stack(study, 10 * study + k, series_type, pixels, shapes, moved, numbers, np.zeros(7, np.int32))
+            save_stack(stack, folder / f"slices/{study}/{10 * study + k}.npz")
+    for key in GROUPS:
+        sides = [None] if key == "scs" else list(SIDES)
+        places = [(s, level, side) for s in labels["study_id"].unique() for level in LEVELS for side in sides]
+        points = pd.DataFrame(places, columns=["study_id", "level", "side"])
+        points["X"] = points["side"].map({"left": 10.0, "right": -10.0}).fillna(0.0).astype(float)
+        points["Y"], points["Z"] = 5.0, [40.0 - 20 * LEVELS.index(level) for level in points["level"]]
+        points["confidence"] = 0.5
+        points.to_parquet(folder / f"predictions/points_{key}_fold0_oof.parquet")
+
+
+def make_notebook(step: str) -> nbformat.NotebookNode:
+    """An executed notebook with an output of every kind that the report knows, and some that it must not show."""
+    picture = io.BytesIO()
+    Figure(figsize=(1, 1)).savefig(picture, format="png")
+    png = base64.b64encode(picture.getvalue()).decode()
+    table = pd.DataFrame({"name": ["plain", HOSTILE], "share": [0.25, 0.5]})
+    outputs = [
+        new_output("stream", name="stdout", text="".join(f"epoch {k}/20 {HOSTILE}\n" for k in range(20))),
+        new_output("stream", name="stderr", text="a warning\n"),
+        new_output("display_data", data={"image/png": png, "text/plain": "<Figure>"}),
+        new_output("display_data", data={"text/html": table.to_html(), "text/plain": "a table"}),
+        new_output("display_data", data={"text/html": table.style.background_gradient().to_html()}),
+        new_output("display_data", data={"text/html": f"</main><style>@import 'http://x';</style>{HOSTILE}"}),
+        new_output("display_data", data={"text/markdown": f"**Result** 0.5 {HOSTILE}"}),
+        new_output("display_data", data={"application/javascript": "alert('boo')", "text/plain": "js"}),
+        new_output("execute_result", data={"text/plain": "<int 42>"}, execution_count=1),
+        new_output("error", ename="ValueError", evalue="x", traceback=["ValueError: \x1b[31m<b>bad</b>\x1b[0m"]),
+    ]
+    parameters = new_code_cell("fold: int = 0  # which", metadata={"tags": ["parameters"]})
+    cells = [
+        new_markdown_cell(f"# Chapter {step} & more\n\nA question about `a < b` & an answer."),
+        parameters,
+        new_markdown_cell("## What is shown\n\nText with [a link](https://example.org)."),
+        new_code_cell("print('<b>')  # code", outputs=outputs, execution_count=1),
+    ]
+    return new_notebook(cells=cells)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("outputs") / "made-up")
+
+
+@pytest.fixture(scope="module")
+def index(run_dir) -> Path:
+    figures.use_style()
+    run = report.read_run(run_dir)
+    return report.write_report(run, report.run_pictures(run))
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.tags, self.text, self.styles, self._hidden = [], "", "", 0
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._hidden += tag == "style"
+
+    def handle_endtag(self, tag):
+        self._hidden -= tag == "style"
+
+    def handle_data(self, data):
+        if self._hidden:
+            self.styles += data
+        else:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_stands_alone(index):
+    files = sorted(index.parent.glob("*.html"))
+    assert [file.stem for file in files] == ["00_get_data", "03_train_yolo_scs_fold0", "index"]
+    for file in files:
+        page = Page(file)
+        assert not page.all("script") and not page.all("iframe") and not page.all("link"), file.name
+        assert all(image["src"].startswith("data:image/") for image in page.all("img")), file.name
+        assert all(image["alt"] for image in page.all("img")), file.name
+        assert "default-src 'none'" in str(page.all("meta"))
+        assert not re.search(r"url\(|@import", page.styles), file.name
+        assert {key for _, given in page.tags for key, text in given.items() if "//" in (text or "")} <= {"src", "href"}
+        assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+        assert "Not for clinical use" in page.text
+        for address in (link["href"] for link in page.all("a")):
+            name, _, anchor = address.partition("#")
+            if not address.startswith("https://example.org"):
+                target = Page(file.with_name(name)) if name else page
+                assert not anchor or anchor in [attributes.get("id") for _, attributes in target.tags], address
+
+
+def test_text_from_data_stays_text(index):
+    for file in index.parent.glob("*.html"):
+        page = Page(file)
+        assert "<script>alert" not in file.read_text()
+        assert HOSTILE in page.text, file.name  # shown as it is, not lost
+        assert len(page.all("main")) == 1 and file.read_text().count("</main>") == 1
+
+
+def test_code_and_long_prints_are_folded(index):
+    html = (index.parent / "03_train_yolo_scs_fold0.html").read_text()
+    assert "<summary>Printed (20 lines)</summary>" in html
+    assert "<summary>Parameters and their defaults</summary>" in html
+    page = Page(index.parent / "03_train_yolo_scs_fold0.html")
+    assert page.text.count("alert('boo')") >= 20 and "'js'" not in page.text
+    assert "<int 42>" in page.text and "ValueError: <b>bad</b>" in page.text and "a < b" in page.text
+    assert "#T_" in html  # the colours of a table made by pandas' Styler stay
+    assert [image["alt"] for image in page.all("img")] == ["Figure of the section: What is shown"]
+    assert "3 min 07 s" in page.text
+
+
+def test_pages_lead_from_one_to_the_next(index):
+    page = Page(index.parent / "00_get_data.html")
+    turns = {link["rel"]: link["href"] for link in page.all("a") if "rel" in link and link["rel"] in ("prev", "next")}
+    assert turns == {"prev": "index.html", "next": "03_train_yolo_scs_fold0.html"}
+    assert "Chapter 03_train_yolo_scs_fold0 & more (scs, fold 0)" in page.text
+    assert {"href": "#What-is-shown"} in page.all("a")
+
+
+def test_summary_shows_scores_cost_and_origin(index, run_dir):
+    text = Page(index).text
+    scores = json.loads((run_dir / "scores.json").read_text())
+    for model in scores["oof"]["scores"]:
+        assert f"{scores['oof']['scores'][model]['total']:.3f}" in text
+    for words in ("Out of fold, 24 studies", "Test, 24 studies", "Skill", "Oracle", "12 s", "812 MiB", "phantom-0a1b"):
+        assert words in text
+    assert commit() in text and "torch 2." in text and "fold4" not in text
+    assert "3D ViT: no better than counting labels" in text
+    assert len(Page(index).all("img")) == 5
+
+
+def test_pages_that_are_not_made_any_more_go(index, run_dir):
+    (index.parent / "03_train_yolo_ss_fold9.html").write_text("old")
+    report.write_report(report.read_run(run_dir), [])
+    assert not (index.parent / "03_train_yolo_ss_fold9.html").exists()
+
+
+def test_real_data_show_the_out_of_fold_score_alone(tmp_path):
+    folder = write_run(tmp_path / "real", labelled_test=False, n_studies=6)
+    scores = json.loads((folder / "scores.json").read_text())
+    scores["oof"]["skill"] = None
+    del scores["oof"]["scores"]["oracle"], scores["oof"]["interval"]["oracle"]
+    scores["oof"]["scores"]["vit3d"]["foraminal"] = scores["oof"]["scores"]["vit3d"]["total"] = None
+    scores["oof"]["interval"]["vit3d"]["total"] = [None, None]
+    (folder / "scores.json").write_text(json.dumps(scores))
+    for file in ("data.json", "parameters.yml", "tables/findings.csv", "tables/labels.parquet"):
+        (folder / file).unlink()  # what a run by hand may lack
+    for file in (folder / "logs").iterdir():
+        file.unlink()
+    run = report.read_run(folder)
+    page = Page(report.write_report(run, report.run_pictures(run)))
+    assert "The test studies of this data have no labels, so the out-of-fold score is the result." in page.text
+    assert "skill is" not in page.text and "Oracle" not in page.text and "Not recorded" in page.text
+    assert "–" in report.score_table(run.scores).loc["3D ViT"].tolist()
+
+
+def test_a_run_without_scores_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"scores\.json"):
+        report.read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7620, "2 h 07 min"), (np.nan, "–")]
+)
+def test_durations_read_well(seconds, text):
+    assert pages.duration(seconds) == text
+
+
+# ---- the README ----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_takes_its_numbers_from_a_run(index, run_dir, tmp_path):
+    file = tmp_path / "README.md"
+    place = "<!-- scores {0} -->\nold\n<!-- end -->\n<!-- picture {0} {1} -->\n<!-- end -->\n"
+    file.write_text(f"before\n{place.format('made-up', 'example')}{place.format('other', 'totals')}after\n")
+    readme.update_readme(report.read_run(run_dir), file)
+    text = file.read_text()
+    assert text.startswith("before\n<!-- scores made-up -->\nOut of fold, on 24 studies, the ensemble scores")
+    assert "| Ensemble | 0." in text and "(docs/made-up-example.png)" in text and "Run `made-up`, 20" in text
+    assert text.endswith(f"{place.format('other', 'totals')}after\n")
+    assert {file.name for file in (tmp_path / "docs").iterdir()} == {"made-up.json", "made-up-example.png"}
+    assert readme.fill(text, "made-up", json.loads((tmp_path / "docs/made-up.json").read_text())) == text
+    file.write_text(place.format("other", "totals"))
+    with pytest.raises(ValueError, match="no place such as <!-- scores made-up -->"):
+        readme.update_readme(report.read_run(run_dir), file)
+
+
+def test_the_readme_s_numbers_are_those_of_the_runs_it_names():
+    text = (ROOT / "README.md").read_text()
+    places = list(readme.PLACE.finditer(text))
+    assert {(place[2], place[3]) for place in places} >= {("scores", "demo"), ("picture", "demo")}
+    for place in places:
+        record = ROOT / f"docs/{place[3]}.json"
+        if record.is_file():
+            filled = readme.fill(place[0], place[3], json.loads(record.read_text()))
+            assert filled == place[0], f"run python -m lsdc_utils.report readme --run {place[3]}"
+        else:
+            assert not re.search(r"\d\.\d", place[5]), f"README.md shows numbers of {place[3]}, which has no record"
+
+
+def test_the_readme_points_to_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), f"README.md points to {target}"

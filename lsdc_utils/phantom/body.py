@@ -35,7 +35,7 @@ AXIS = np.arange(-150, 200, STEP)  # s of the entries
 DISC_NAMES = ("T9", "T10", "T11", "T12", *LEVELS, "S1", "S2", "S3", "S4")  # a disc by the vertebra above it
 FIRST = DISC_NAMES.index(LEVELS[0])
 SPACING = np.array([26.0, 27.0, 29.0, 31.5, 33.5, 33.5, 33.0, 29.5, 28.0, 23.0, 19.0, 16.0])  # disc to disc, downwards
-TILT = np.array([9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -9.0, -26.0, -42.0, -46.0, -30.0, -10.0])  # degrees at discs
+TILT = np.array([9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -7.0, -20.0, -38.0, -46.0, -30.0, -10.0])  # degrees at discs
 DISC_HALF = np.array([2.4, 2.6, 3.0, 3.5, 4.2, 4.7, 5.0, 5.2, 4.6, 0.9, 0.5, 0.4, 0.3])  # half a disc's height
 HALF_WIDTH = np.array([17.0, 18.0, 19.0, 20.0, 21.5, 22.5, 23.5, 24.5, 25.5, 22.0, 16.0, 12.0, 9.0])  # bodies, at discs
 DEPTH = np.array([27.0, 28.0, 29.0, 30.0, 31.0, 32.0, 33.0, 33.5, 32.0, 19.0, 12.0, 9.0, 7.0])  # front to back
@@ -86,7 +86,8 @@ class Body:
         up = np.array([0.0] * 5 + [9.0] * 10 + [0.0] * 10)
         side = np.array([0.0] * 5 + [1.0] * 5 + [-1.0] * 5 + [1.0] * 5 + [-1.0] * 5)
         u = side * np.array([0.0] * 5 + [18.0] * 10 + [RECESS[0]] * 10)
-        v = np.array([6.0] * 5 + [3.0] * 10 + [RECESS[1]] * 10)
+        canal = np.interp(levels, AXIS, self.tables["sac_v"]) - 1.5
+        v = np.concatenate([canal, [2.5] * 10, [RECESS[1]] * 10])
         return self.to_patient(u, v, np.tile(levels, 5) + up)
 
     def measures(self) -> Array:
@@ -137,7 +138,7 @@ def _draw_traits(rng: np.random.Generator, switches: dict[str, bool | None]) -> 
         "canal": np.clip(rng.normal(1, 0.07), 0.84, 1.2).item(),  # of the sac between discs; a small open one is normal
         "lordosis": rng.normal(1, 0.2),
         "pelvis": rng.normal(0, 3),  # degrees added to every tilt
-        "scoliosis": rng.normal(0, 3.0),  # mm
+        "scoliosis": np.clip(rng.normal(0, 2.8), -6, 6).item(),  # mm to the side
         "scoliosis_phase": rng.uniform(0, 6.28),
         "slip": rng.choice([-6.0, -4.5, -3.5, 3.0]).item() if slip else 0.0,  # mm of the upper vertebra; forwards < 0
         "slip_level": rng.choice([2, 3, 4], p=[0.2, 0.5, 0.3]).item(),
@@ -244,7 +245,7 @@ def _narrow_tables(axis: Array, discs: Array, narrowing: Array, traits: dict[str
     out = {
         "sac_a0": SAC[0] * taper * size * (1 + 0.12 * (1 - is_level)),
         "sac_b0": SAC[1] * taper * size,
-        "sac_v": 1.0 + SAC[1] + 0 * axis,
+        "sac_v": along([8.1] * 7 + [8.5, 10.3, 7.0, 5.0, 3.5, 3.0]),  # its middle; fat lies in front of it at L5/S1
     }
     out["sac_a"] = out["sac_a0"] * scale**0.7
     out["sac_b"] = out["sac_b0"] * scale**1.3

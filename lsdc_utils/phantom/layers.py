@@ -92,21 +92,21 @@ def texture(body: Body, affine: Array, rows: int, cols: int) -> tuple[Array, Arr
 
 
 def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Iterator[Layer]:
-    """Belly, vessels, muscles, fat and air, at points with their depth under the back's skin and texture."""
+    """Belly, vessels, muscles, fat and air on a ground of fat; skin: depth of the points under the skin of the back."""
     p, body = points, points.body
     traits = body.traits
     front = p.v + traits["front"] - 0.004 * p.u**2 + 2 * coarse
-    yield ALL, np.ones_like(p.v), "fat"
     yield ALL, unit(0.7 * coarse + 0.75) * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 3 * fine)), "bowel"
     low = unit(0.85 - p.s * 0.008) + 0.25
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
     yield from _back(p, skin, coarse, fine)
     fork = unit((p.s + 40) * 0.125)
-    for side, radius in ((0.6, 8.0), (-0.95, 9.0)):
-        below = np.maximum(-40 - p.s, 0)
+    below = np.maximum(-40 - p.s, 0)
+    ahead = p.v + p.table("depth") + 10 - 0.3 * below
+    for side, radius, flat in ((0.6, 8.0, 1.0), (-1.0, 8.5, 1.35)):  # aorta and vena cava, forking at L4
         u0 = 12 * side * fork + np.sign(side) * (1 - fork) * (9 + 0.35 * below)
-        distance = np.hypot(p.u - u0, p.v + 45 - 0.3 * below)
+        distance = np.hypot((p.u - u0) / flat**0.5, ahead * flat**0.5)
         yield p.layer(radius * traits["vessel"] * (0.75 + 0.25 * fork) - distance, "vessel")
     yield p.layer(14 + coarse * 2 - front, "fat")
     yield p.layer(np.maximum(-skin, -front), "air")
@@ -122,7 +122,7 @@ def _back(p: Points, skin: Array, coarse: Array, fine: Array) -> Iterator[Layer]
     yield p.layer(depth, "muscle")
     deep = 0.3 * unit(1 - 0.04 * p.v) + 0.5 * unit(-0.02 * p.s - 0.1)
     streaks = unit((0.7 * fine + 0.5 * coarse - 1.5 + p.body.traits["muscle_fat"] + deep) * 0.6)
-    septum = 0.8 * unit(1 - np.abs(p.out - 27 - 3 * coarse) * 0.5) * unit(p.v * 0.1 - 1)
+    septum = 0.55 * unit(1 - np.abs(p.out - 27 - 3 * coarse) * 0.5) * unit(p.v * 0.1 - 1)
     yield ALL, p.cover(depth - 1) * np.maximum(streaks, septum) * 0.8, "fat"
     yield p.layer(least(1.0 - np.abs(skin - fat), 85 - p.out), "ligament", 0.8)
     yield p.layer(2.0 - skin, "muscle", 0.8)  # skin itself
@@ -145,6 +145,7 @@ def _column(points: Points) -> Iterator[Layer]:
     x2, y = np.minimum((p.u / wide) ** 2, 1.25), p.v / half_depth + 1
     y2 = np.minimum(y * y, 1.25)
     radius = np.sqrt(x2 + y2 - (0.65 + 0.15 * np.sign(y)) * x2 * y2)  # squarer behind than in front
+    radius += np.maximum(p.out / wide - 1.1, 0) + np.maximum(np.abs(y) - 1.1, 0)
     inside = (1 - radius) * np.minimum(half_depth, wide) * 0.92
     half = p.table("disc_half") * (1.12 - 0.42 * np.minimum(radius, 1.1) ** 2) * (1 - 0.14 * y * p.table("lumbar"))
     in_disc = half - np.abs(t)
@@ -210,7 +211,11 @@ def _laminae(p: Points) -> Iterator[Layer]:
     tip = (np.maximum(behind - length + 6, 0) / 6) ** 2
     tall = 5.6 + 0.1 * behind - 4 * tip
     between = least(2.5 - q.out, behind - 3, length + 2 - behind)
-    yield q.index, q.cover(between) * (0.6 + 0.35 * np.cos(0.8 * behind + 0.5 * t)), "fat"
+    yield (
+        q.index,
+        q.cover(between) * (0.62 + 0.25 * np.cos(0.4 * behind + 0.04 * q.s) * np.cos(0.9 * t + 0.2 * behind)),
+        "fat",
+    )
     yield from q.bone(least(tall - np.abs(t), 3.2 + 0.05 * behind - q.out, behind - 2, length - behind), 0.8)
 
 
@@ -247,14 +252,17 @@ def _canal(points: Points) -> Iterator[Layer]:
 
 def _sac(points: Points) -> Iterator[Layer]:
     """Dural sac in its envelope: what the envelope lost is disc in front and ligament behind; cord and roots within."""
-    p = points.pick((points.out < 11) & (points.v > -1) & (points.v < 18))
+    p = points.pick((points.out < 11) & (points.v > -1) & (points.v < 19))
     wide, deep = np.maximum(p.table("sac_a0"), 0.5), np.maximum(p.table("sac_b0"), 0.5)
     w = p.v - p.table("sac_v")
     around = np.sqrt((p.u / wide) ** 2 + (w / deep) ** 2)
-    near = around < 1.25
+    near = around < 1.5
     q, w = p.pick(near), w[near]
     there = unit((deep[near] - 0.6) * 4)
-    lost = q.cover((1 - around[near]) * deep[near]) * unit(q.table("canal") * 6) * there
+    canal, envelope = q.table("canal"), q.cover((1 - around[near]) * deep[near])
+    roof = q.table("canal_d") - 1.2 - 0.4 * q.out
+    rest = q.cover(least(6.2 - q.out, q.v - 0.2, roof - q.v)) * unit(canal * 2.5)  # fat round it
+    lost = np.maximum(envelope * unit(canal * 6), rest) * there
     front = q.cover(-w)
     yield q.index, lost * front, "disc"
     yield q.index, lost * (1 - front), "ligament"
@@ -276,7 +284,7 @@ def _nerves(q: Points, a: Array, b: Array, w: Array, inside: Array) -> Iterator[
     share = unit(ROOTS_AREA * unit(1.2 - cord * 1.2) / (np.pi * a * b))
     behind = (w / b - 1 + 2 * share + 0.12 * np.abs(q.u / a)) * b  # roots fill the sac from the back, by their share
     fill = unit(behind / 2.2 + 0.5)
-    strands = 0.54 + 0.21 * np.cos(2.3 * q.u + 0.05 * q.s) * np.cos(1.9 * w + 0.07 * q.s + 1)
+    strands = 0.6 + 0.25 * np.cos(2.3 * q.u + 0.05 * q.s) * np.cos(1.9 * w + 0.07 * q.s + 1)
     crowded = unit((share - 0.3) * 2.2)
     yield q.index, q.cover(inside) * fill * np.maximum(strands, crowded) * (1 - 0.8 * unit(cord * 2)), "root"
 
@@ -304,12 +312,12 @@ def _foramen(points: Points) -> Iterator[Layer]:
     t, n = p.table("foramen_t"), p.table("foramen_n")
     across = p.v - (3.6 - 0.25 * (p.out - 18))
     length = least(p.out - 14.0, 24.5 - p.out)
-    envelope = least(foramen_half_width(t, np.zeros_like(t)) - np.abs(across) + 0.6, length)
+    envelope = least(foramen_half_width(t, np.zeros_like(t)) - np.abs(across) + 0.4, length)
     yield p.layer(envelope, "ligament")
     yield p.layer(least(envelope, -across - 2.5), "disc", (np.abs(t) < 6) * 1.0)
     half = foramen_half_width(t, n)
     yield p.layer(least(half - np.abs(across), length), "fat", unit(half * 20))
-    squeeze = np.minimum(2.7, 0.82 * foramen_half_width(np.full_like(n, 10.0), n))
+    squeeze = np.minimum(2.5, 0.8 * foramen_half_width(np.full_like(n, 10.0), n))
     off = t - (10.6 - 0.3 * (p.out - 18))
-    root = (1 - np.sqrt((across / squeeze) ** 2 + (off / 3.0) ** 2)) * squeeze
+    root = (1 - np.sqrt((across / squeeze) ** 2 + (off / 2.8) ** 2)) * squeeze
     yield p.layer(least(root, length + 1), "root")

@@ -78,11 +78,11 @@ def plan_series(
     levels: indices of the levels that axial slices reach; tilted: axial slices in a block a level, each along its disc,
     else one parallel stack; square: as many rows as columns; stir: force or forbid STIR for the sagittal T2 series.
     """
-    rows = cols = int(rng.choice([160, 176, 192, 208, 224]))
+    rows = cols = int(rng.choice([160, 176, 192, 208, 224], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
     if not square:
         rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
     if PLANES[series_type] == "axial":
-        fov = np.clip(rng.normal(188, 9), 168, 212)
+        fov = np.clip(rng.normal(205, 9), 185, 230)
         plan = _plan_blocks if tilted else _plan_parallel
         affines, step, blocks = plan(rng, body, (rows, cols), fov / max(rows, cols), levels)
     else:
@@ -131,9 +131,9 @@ def _plan_sagittal(
 ) -> tuple[Array, float, Array]:
     """13 or 14 slices, the canal behind the middle of the image where real label points lie: affines, step, blocks."""
     step = float(rng.choice([4.0, 4.3, 4.5]))
-    n = int(rng.choice([13, 14], p=[0.7, 0.3]))
-    shift = np.array([rng.normal(0, 1.5), -0.058 * size[1] * spacing, 0.0235 * size[0] * spacing])
-    middle = body.points()[:5].mean(0) + shift + [0, rng.normal(0, 11), rng.normal(0, 11)]
+    n = 14 if step == 4.0 else 13
+    shift = np.array([rng.normal(0, 1.5), -0.058 * size[1] * spacing, 0.026 * size[0] * spacing])
+    middle = body.points()[:5].mean(0) + shift + [0, rng.normal(0, 14), rng.normal(0, 14)]
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
     return _stack(middle, axes, size, spacing, (np.arange(n) - (n - 1) / 2) * step), step, np.zeros(n, int)
@@ -146,7 +146,7 @@ def _plan_parallel(
     step = float(rng.choice([5.0, 5.5, 6.0]))
     axes = _axial_axes(np.deg2rad(rng.normal(-1, 3)))
     points = body.points()[list(levels)]
-    middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 3), rng.normal(0, 5), 0])
+    middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
     depth = (points - middle) @ axes[2]
     offsets = np.arange(depth[0] - rng.uniform(5, 11), depth[-1] + rng.uniform(6, 12), step)
     return _stack(middle, axes, size, spacing, offsets), step, np.zeros(len(offsets), int)
@@ -157,7 +157,7 @@ def _plan_blocks(
 ) -> tuple[Array, float, Array]:
     """Four axial slices along each disc, tilted with it: affines, step, blocks."""
     step, affines = float(rng.choice([3.5, 4.0])), []
-    shift = np.array([rng.normal(0, 3), rng.normal(0, 5), 0])
+    shift = np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
     for k in levels:
         place = body.discs[FIRST + k]
         axes = _axial_axes(np.interp(place, AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2)))
@@ -237,7 +237,7 @@ def _expose(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> 
     u, v, s, skin = lattice.at(depth)
     coarse, fine = texture(body, lattice.plane(depth), *u.shape)
     around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
-    image = np.zeros(u.size, np.float32)
+    image = np.full(u.size, signal["fat"])
     _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
     image = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
     spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)

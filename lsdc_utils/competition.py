@@ -283,13 +283,14 @@ class _Task:
     points: list[_Point]
 
 
-def scan(comp: Competition, workers: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def scan(comp: Competition, workers: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the header of every image: one line a series, and all findings, those of the tables included.
 
     The series table adds to `comp.series`: plane, n_slices (0 where no image could be read), rows, cols (of most
     slices), spacing_x, spacing_y, slice_step (mm; the median of distances between positions), n_blocks (parts of
     different tilt, or with a gap between them), first_instance, last_instance, instance_order (what instance numbers
-    do along the sorted slices: up, down or mixed) and n_skipped (files that could not be used).
+    do along the sorted slices: up, down or mixed) and n_skipped (files that could not be used). A header takes about
+    half a millisecond and process; with `workers` above 1 a script needs Python's `if __name__ == "__main__"`.
     """
     notes = _Notes([comp.findings])
     missing = [split for split in SPLITS if not (comp.root / f"{split}_images").is_dir()]
@@ -326,10 +327,9 @@ def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
     return [_Task(comp.root, row, points[row["split"], row["study_id"], row["series_id"]]) for row in rows]
 
 
-def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int | None) -> list[Any]:
-    """`function` of every task, in their order, by several processes where that pays."""
-    workers = workers or os.cpu_count() or 1
-    if workers == 1 or len(tasks) < FEW_TASKS:
+def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int) -> list[Any]:
+    """`function` of every task, in their order, by `workers` processes where that pays."""
+    if workers <= 1 or len(tasks) < FEW_TASKS:
         return [function(task) for task in tasks]
     # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
     # from a server that has imported this module once for all.
@@ -405,12 +405,12 @@ def _check_folders(comp: Competition, notes: _Notes) -> None:
                 notes.add(place, "series_not_in_tables", f"{split}_images/{ids[0]}/{ids[1]}", "series left out")
 
 
-def label_table(comp: Competition, workers: int | None = None) -> pd.DataFrame:
+def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
     """The training labels with their places: row_id, study_id, condition, level, severity (-1 missing), series_id,
     instance_number (-1 where the label has no point), x, y (pixels), X, Y, Z (LPS mm).
 
     x and y are NaN without a point, X, Y and Z also where its image is not there. Reads the headers of the series that
-    hold points.
+    hold points, by `workers` processes as in `scan`.
     """
     table = comp.labels.merge(comp.coordinates, how="left", on=KEY)
     row_ids = table.study_id.astype(str) + "_" + table.condition + "_" + table.level

@@ -189,15 +189,14 @@ def _read_coordinates(root: Path, notes: _Notes) -> pd.DataFrame:
     numbers = ["instance_number", "x", "y"]
     points[numbers] = points[numbers].apply(pd.to_numeric, errors="coerce")
     usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
+    usable &= points.instance_number % 1 == 0
     text = raw.condition.fillna("") + " " + raw.level.fillna("")
     notes.add(raw[~usable], "point_unusable", text[~usable], "point left out")
-    points = points[usable].astype({"study_id": "int64", "series_id": "int64", "instance_number": "int64"} | _FLOATS)
+    ids = ["study_id", "series_id", "instance_number"]
+    points = points[usable].astype(dict.fromkeys(ids, "int64") | {"x": "float64", "y": "float64"})
     repeated = points.duplicated(KEY)
     notes.add(points[repeated], "point_repeated", _names(points[repeated]), "first point kept")
     return points[~repeated].reset_index(drop=True)
-
-
-_FLOATS = {"x": "float64", "y": "float64"}
 
 
 def _names(rows: pd.DataFrame) -> pd.Series:

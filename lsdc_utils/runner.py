@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from .files import atomic
-from .steps import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, STEP_PARAMETERS, Step, all_steps, declared, unfinished_cell
+from .steps import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, STEP_PARAMETERS, Step, all_steps, declared, stopped_at
 
 PROFILES = NOTEBOOKS / "profiles"
 OUTPUTS = ROOT / "outputs"
@@ -320,21 +320,16 @@ def failure(run: Run, step: Step) -> str:
     """What a person needs who has to mend a failed step: notebook, cell, the log's end."""
     logs = run.folder / "logs"
     executed, log = logs / f"{step.name}.ipynb", logs / f"{step.name}.log"
-    lines = [
-        f"\n{step.name} failed",
-        f"  notebook   notebooks/{step.notebook}.ipynb",
-        f"  as far as it ran   {shown(executed)}",
-    ]
+    lines = [f"\n{step.name} failed", f"  notebook: notebooks/{step.notebook}.ipynb"]
     if executed.is_file():
         import nbformat
 
-        notebook = nbformat.read(executed, as_version=4)
-        index = unfinished_cell(notebook)
-        if index is not None:
-            cell = notebook.cells[index]
-            lines += [f"  failing cell   number {index}, In [{cell.execution_count or ' '}]:"]
+        lines += [f"  as it stopped: {shown(executed)}"]
+        number, cell = stopped_at(nbformat.read(executed, as_version=4)) or (0, None)
+        if cell:
+            lines += [f"  failing cell: number {number}"]
             lines += [f"      {line}" for line in cell.source.splitlines()]
-    lines += [f"  last lines of {shown(log)}"]
+    lines += [f"  last lines of {shown(log)}:"]
     lines += [f"      {line}" for line in last_lines(log, 15)]
     return "\n".join(lines)
 
@@ -445,11 +440,15 @@ def lab() -> int:
         if done.returncode:
             print("not a git clone: the filter for notebooks is not installed", file=sys.stderr)
             break
+    return open_jupyterlab()
+
+
+def open_jupyterlab() -> int:
+    """JupyterLab in notebooks/, with the kernel of this environment; returns when it is closed."""
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}
     environment.pop("JUPYTER_PATH", None)
-    return subprocess.run(
-        [sys.executable, "-m", "jupyterlab", f"--notebook-dir={NOTEBOOKS}"], env=environment
-    ).returncode
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={NOTEBOOKS}"]
+    return subprocess.run(command, env=environment).returncode
 
 
 EPILOG = """other commands:

@@ -37,6 +37,7 @@ NOTEBOOK_ORDER = (
     "05_ensemble_inference",
     "06_report",
 )
+ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
 
@@ -222,13 +223,30 @@ def set_environment(parameters: dict[str, Any]) -> None:
             os.environ[name] = str(parameters["threads"])
 
 
-def unfinished_cell(notebook: Any) -> int | None:
-    """Index of the cell with an error, else of the first code cell that did not run; None where all ran."""
-    code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
-    for i, cell in code:
-        if any(output.output_type == "error" for output in cell.outputs):
-            return i
-    return next((i for i, cell in code if cell.execution_count is None), None)
+def _code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def _has_error(cell: Any) -> bool:
+    return any(output.output_type == "error" for output in cell.outputs)
+
+
+def all_ran(notebook: Any) -> bool:
+    """Whether every code cell ran to its end. A cell's own metadata says so even where its kernel was killed."""
+    return all(cell.execution_count is not None and not _has_error(cell) for cell in _code(notebook))
+
+
+def stopped_at(notebook: Any) -> tuple[int, Any] | None:
+    """The cell in which an execution ended, and its number as counted from 1 in the notebook that was executed.
+
+    It is the cell with the error, else the last that was begun; None where none was begun.
+    """
+    own = [
+        cell for cell in notebook.cells if not {"injected-parameters", ERROR_TAG} & set(cell.metadata.get("tags", ()))
+    ]
+    begun = [cell for cell in _code(notebook) if cell.metadata.get("papermill", {}).get("start_time")]
+    cell = next((cell for cell in begun if _has_error(cell)), begun[-1] if begun else None)
+    return (own.index(cell) + 1, cell) if cell in own else None
 
 
 def execute(run_dir: Path, step: Step) -> None:
@@ -258,9 +276,8 @@ def execute(run_dir: Path, step: Step) -> None:
                 stdout_file=log,
                 stderr_file=log,
             )
-            left = unfinished_cell(notebook)
-            if left is not None:  # a cell that calls sys.exit(0), or a kernel that was killed, looks like success
-                raise RuntimeError(f"{step.notebook}.ipynb ended before its cell {left} had run")
+            if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
+                raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")
         except Exception:
             traceback.print_exc(file=log)
             raise

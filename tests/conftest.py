@@ -72,6 +72,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\nyolo_classes: str = "seen"\n'
         'yolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
+        "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
         "for epoch in range(yolo_epochs[condition]):\n    print(f'epoch {epoch + 1}/{yolo_epochs[condition]}')",
         [
             *(f"weights/yolo_{{name}}.{e}" for e in ("pt", "json")),
@@ -131,3 +132,19 @@ def make_tiny_project(project: Path) -> Path:
     (project / "notebooks/profiles/demo.yml").write_text(TINY_PROFILE)
     (project / "notebooks/profiles/other.yml").write_text("n_train: 4\nfolds: [0]\n")
     return project
+
+
+@pytest.fixture(scope="session")
+def finished_tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project that has run once, on two pretended GPUs; not to be changed."""
+    project = make_tiny_project(tmp_path_factory.mktemp("tiny"))
+    done = run_all(project, "--cores", "2", CUDA_VISIBLE_DEVICES="4,5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "first_run.txt").write_text(done.stdout)
+    return project
+
+
+@pytest.fixture
+def tiny_project(finished_tiny_project: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny project that has run once, for one test to change."""
+    return shutil.copytree(finished_tiny_project, tmp_path / "tiny")

@@ -96,7 +96,11 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
     p, body = points, points.body
     traits = body.traits
     front = p.v + traits["front"] - 0.004 * p.u**2 + 2 * coarse
-    yield ALL, unit(0.7 * coarse + 0.75) * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 3 * fine)), "bowel"
+    yield (
+        ALL,
+        unit(1 - 0.15 * p.v) * unit(0.7 * coarse + 0.75) * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 3 * fine)),
+        "bowel",
+    )
     low = unit(0.85 - p.s * 0.008) + 0.25
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
@@ -213,7 +217,7 @@ def _laminae(p: Points) -> Iterator[Layer]:
     between = least(2.5 - q.out, behind - 3, length + 2 - behind)
     yield (
         q.index,
-        q.cover(between) * (0.62 + 0.25 * np.cos(0.4 * behind + 0.04 * q.s) * np.cos(0.9 * t + 0.2 * behind)),
+        q.cover(between) * (0.62 + 0.16 * np.cos(0.4 * behind + 0.04 * q.s) * np.cos(0.9 * t + 0.2 * behind)),
         "fat",
     )
     yield from q.bone(least(tall - np.abs(t), 3.2 + 0.05 * behind - q.out, behind - 2, length - behind), 0.8)

@@ -174,13 +174,18 @@ def _axial_axes(tilt: float) -> Array:
 
 def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
     """Image the body: uint16 (n, rows, cols), 12 bits."""
+    return _receive(expose(body, acquisition), acquisition, rng)
+
+
+def expose(body: Body, acquisition: Acquisition) -> Array:
+    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue."""
     image = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
     for block in np.unique(acquisition.blocks):
         chosen = np.flatnonzero(acquisition.blocks == block)
         lattice = _Lattice.over(body, acquisition, acquisition.affines[chosen])
         for i in chosen:
-            image[i] = _expose(body, acquisition, lattice, i - chosen[0])
-    return _receive(image, acquisition, rng)
+            image[i] = _expose_slice(body, acquisition, lattice, i - chosen[0])
+    return image
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,7 @@ def _weights(knots: Array, places: Array) -> Array:
     return CubicSpline(knots, np.eye(len(knots)))(places).astype(np.float32)
 
 
-def _expose(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> Array:
+def _expose_slice(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> Array:
     """Signal (rows, cols) of slice k of a block, before the coil: a mean over the slice's thickness in the spine."""
     sequence = SEQUENCES.index(acquisition.sequence)
     signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}

@@ -1,0 +1,163 @@
+"""The phantom's body: sizes as promised, findings in their own places, and images that show them where they are."""
+
+import numpy as np
+import pytest
+
+from lsdc_utils.phantom import scanner
+from lsdc_utils.phantom.body import FIRST, RECESS, Body
+from lsdc_utils.phantom.layers import Points, paint
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, SERIES_TYPES, T1, T2
+
+CANAL, LEFT_FORAMEN, LEFT_RECESS = (COLUMNS.index(f"{c}_l4_l5") for c in (
+    "spinal_canal_stenosis", "left_neural_foraminal_narrowing", "left_subarticular_stenosis"))  # fmt: skip
+
+
+def body(narrowing=0.2, seed=1, **switches):
+    return Body.draw(np.random.default_rng(seed), np.broadcast_to(narrowing, len(COLUMNS)), **switches)
+
+
+def tissue_share(patient, u, v, s, wanted):
+    """Share of each point that is one of the wanted tissues, with sharp edges."""
+    u, v, s = (a.ravel().astype(np.float32) for a in np.broadcast_arrays(u, v, s))
+    value = np.zeros(u.size, np.float32)
+    for index, cover, tissue in paint(Points.of(patient, u, v, s, 0.05)):
+        value[index] += cover * ((tissue in wanted) - value[index])
+    return value
+
+
+def clean_images(patient, seed=2, **plan):
+    """Three series without noise, bias and motion."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for series_type in SERIES_TYPES:
+        acquisition = scanner.plan_series(rng, patient, series_type, stir=False, **plan)
+        acquisition.motion[:] = np.eye(4)
+        out[series_type] = acquisition, scanner.expose(patient, acquisition)
+    return out
+
+
+def test_same_generator_state_gives_the_same_bytes():
+    images = []
+    for _ in range(2):
+        rng = np.random.default_rng(7)
+        patient = Body.draw(rng, np.full(25, 0.3))
+        acquisition = scanner.plan_series(rng, patient, AXIAL, tilted=True)
+        images.append(scanner.render(patient, acquisition, rng))
+    assert images[0].dtype == np.uint16 and images[0].max() <= 4095
+    assert images[0].shape == (20, acquisition.rows, acquisition.cols)
+    assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize("narrowing", [np.full(24, 0.5), np.full(25, 1.1), np.full(25, np.nan)])
+def test_narrowing_outside_its_range_is_refused(narrowing):
+    with pytest.raises(ValueError, match="25 numbers"):
+        Body.draw(np.random.default_rng(0), narrowing)
+
+
+def test_a_size_is_the_same_function_of_narrowing_in_every_build_and_level():
+    steps = np.linspace(0, 1, 5)
+    measures = np.array([[body(n, seed).measures().reshape(5, 5) for n in steps] for seed in range(4)])
+    assert np.ptp(measures, axis=(0, 3)).max() < 0.01 * measures.max()
+    assert (np.diff(measures.mean(axis=(0, 3)), axis=0) < 0).all()
+
+
+@pytest.mark.parametrize("narrowing", [0.0, 0.5, 1.0])
+def test_measures_are_what_is_built(narrowing):
+    patient = body(narrowing, seed=3)
+    disc, measures = patient.discs[FIRST + 3], patient.measures()
+    u, v = np.meshgrid(np.arange(-9, 9, 0.1), np.arange(-1, 19, 0.1))
+    inside = tissue_share(patient, u, v, disc, ("csf", "root")) * (np.abs(u.ravel()) < 6)
+    wide = tissue_share(patient, u, v, disc, ("csf",)) * (np.abs(u.ravel()) >= 6)
+    assert 0.01 * (inside.sum() + wide.sum()) == pytest.approx(measures[CANAL], rel=0.08)
+    v, t = np.meshgrid(np.arange(-5, 13, 0.1), np.arange(-8, 18, 0.1))
+    area = 0.01 * tissue_share(patient, 18.0, v, disc + t, ("fat", "root"))[np.abs(v.ravel() - 3.6) < 6].sum()
+    assert area == pytest.approx(measures[LEFT_FORAMEN], rel=0.08)
+    v = np.arange(0, 8.5, 0.02)
+    depth = 0.02 * tissue_share(patient, RECESS[0], v, disc, ("fat", "root")).sum()
+    assert depth == pytest.approx(measures[LEFT_RECESS], abs=0.3)
+
+
+def test_spine_coordinates_and_back():
+    patient = body(seed=5)
+    u, v, s = np.random.default_rng(0).uniform([-30, -40, -60], [30, 40, 100], (200, 3)).T
+    assert np.allclose(patient.to_spine(patient.to_patient(u, v, s)), (u, v, s), atol=0.05)
+
+
+def test_points_lie_in_order():
+    points = body(seed=4).points().reshape(5, len(LEVELS), 3)
+    assert (np.diff(points[:, :, 2], axis=1) < -15).all(), "levels run from head to foot"
+    canal, left_foramen, right_foramen, left_recess, right_recess = points
+    assert (left_foramen[:, 0] > left_recess[:, 0]).all() and (left_recess[:, 0] > canal[:, 0]).all()
+    assert (right_foramen[:, 0] < right_recess[:, 0]).all() and (right_recess[:, 0] < canal[:, 0]).all()
+    assert (left_foramen[:, 2] > left_recess[:, 2]).all(), "the exiting root lies above the disc"
+
+
+@pytest.mark.parametrize("column", [CANAL, LEFT_FORAMEN, LEFT_RECESS, LEFT_FORAMEN + 5, LEFT_RECESS + 5])
+def test_a_narrowing_changes_its_own_place_alone(column):
+    before, narrow = np.full(25, 0.2), np.full(25, 0.2)
+    narrow[column] = 1.0
+    here = body(before).points()[column]
+    open_images, narrow_images = clean_images(body(before)), clean_images(body(narrow))
+    for series_type, (acquisition, image) in open_images.items():
+        change = np.abs(narrow_images[series_type][1] - image)
+        k, row, col = np.nonzero(change > 0.05)
+        pixels = np.stack([col, row, 0 * row, 0 * row + 1], axis=1)
+        places = np.einsum("nij,nj->ni", acquisition.affines[k], pixels)[:, :3]
+        assert len(k) > 10 and np.linalg.norm(places - here, axis=1).max() < 17
+        assert change.max() > 0.15
+
+
+def test_two_narrowings_of_a_level_share_no_place():
+    images = {}
+    for column in (None, CANAL, LEFT_FORAMEN, LEFT_RECESS):
+        narrowing = np.full(25, 0.2)
+        narrowing[[] if column is None else column] = 1.0
+        images[column] = clean_images(body(narrowing))[AXIAL][1]
+    change = {c: np.abs(images[c] - images[None]) for c in images if c is not None}
+    for one, other in ((CANAL, LEFT_RECESS), (CANAL, LEFT_FORAMEN), (LEFT_RECESS, LEFT_FORAMEN)):
+        shared = np.minimum(change[one], change[other]).sum()
+        assert shared < 0.12 * min(change[one].sum(), change[other].sum())
+
+
+def test_csf_is_bright_on_t2_and_dark_on_t1_at_the_same_place():
+    patient = body(0.0)
+    levels = {}
+    for series_type, (acquisition, image) in clean_images(patient).items():
+        point = np.append(patient.points()[2], 1)
+        pixel = np.array([np.linalg.solve(affine, point) for affine in acquisition.affines])
+        k = np.abs(pixel[:, 2]).argmin()
+        col, row = np.rint(pixel[k, :2]).astype(int)
+        levels[series_type] = image[k, row, col]
+    assert levels[T2] > 0.8 and levels[AXIAL] > 0.8 and levels[T1] < 0.4
+
+
+def test_motion_between_series_is_small_and_told():
+    rng, patient = np.random.default_rng(0), body()
+    points = patient.points()
+    moved = [
+        np.linalg.norm(scanner.plan_series(rng, patient, T1).to_scanner(points) - points, axis=1) for _ in range(50)
+    ]
+    assert 0.8 < np.median(moved) < 2.5
+
+
+def test_axial_stack_reaches_the_levels_asked_for():
+    rng, patient = np.random.default_rng(0), body()
+    z = patient.points()[:5, 2]
+    for tilted in (False, True):
+        affines = scanner.plan_series(rng, patient, AXIAL, levels=(2, 3, 4), tilted=tilted).affines
+        assert (np.abs(affines[:, :3, 0] @ [1, 0, 0]) > 0.5).all()
+        middle = np.einsum("nij,j->ni", affines, [80, 80, 0, 1])[:, 2]
+        assert middle.max() > z[2] > z[4] > middle.min() and middle.max() < z[1]
+
+
+def test_switches_force_a_slip_and_a_transitional_vertebra():
+    slipped, straight = body(slip=True), body(slip=False)
+    assert slipped.traits["slip"] != 0 and straight.traits["slip"] == 0
+    below = FIRST + 5
+    assert (
+        np.interp(body(transitional=True).discs[below], scanner.AXIS, body(transitional=True).tables["disc_half"]) > 1.2
+    )
+    assert (
+        np.interp(body(transitional=False).discs[below], scanner.AXIS, body(transitional=False).tables["disc_half"])
+        < 1.2
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,19 @@ import numpy as np
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.headers import write_slice
 from lsdc_utils.phantom.scanner import Acquisition, plan_series, render
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, PLANES, SERIES_TYPES, T1, T2
+from lsdc_utils.vocabulary import (
+    AXIAL,
+    COLUMNS,
+    CONDITIONS,
+    GROUPS,
+    LEVELS,
+    MISSING,
+    PLANES,
+    SERIES_TYPES,
+    T1,
+    T2,
+    mirrored,
+)
 
 CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
 CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest; at one level to the same side
@@ -86,64 +98,66 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     Body, dirt, series, clicks and noise have a random stream each, so that a kind of dirt changes nothing but itself.
     """
     body_rng, dirt_rng, series_rng, click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in range(5))
+    rates = asdict(plan.dirt)
+    tosses = dirt_rng.random((1 + SERIES_PER_STUDY, len(rates)))  # a row for the study, then one a series
+    happens = [dict(zip(rates, toss < list(rates.values()), strict=True)) for toss in tosses]
     body = Body.draw(body_rng, plan.narrowing)
-    series = _plan_study(plan, body, dirt_rng, series_rng)
+    series = _plan_study(plan, body, happens, dirt_rng, series_rng)
     seen = np.any([s.columns for s in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
     study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures())
     for one in series:
         study.series.append({"series_id": one.series_id, "series_description": one.acquisition.series_type})
         _click(study, one, body, click_rng)
-    _spoil_points(study, plan.dirt, dirt_rng)
+    _spoil_points(study, plan.dirt, happens[0]["sides_swapped"], dirt_rng)
     if images is not None:
-        for k, one in enumerate(series):
-            _write_series(images / str(plan.study_id) / str(one.series_id), plan, one, k, body, image_rng)
+        for k, one in enumerate(series, 1):
+            uids = (1 if happens[0]["colliding_uids"] else k, k if happens[0]["frames_differ"] else 1)
+            folder = images / str(plan.study_id) / str(one.series_id)
+            _write_series(folder, plan.study_id, one, uids, render(body, one.acquisition, image_rng))
     return study
 
 
-def _plan_study(plan: StudyPlan, body: Body, dirt_rng: np.random.Generator, rng: np.random.Generator) -> list[_Series]:
-    dirt = plan.dirt
-    lacking = (T1, T1, T2)[dirt_rng.integers(3)] if dirt_rng.random() < dirt.series_missing else None
-    first = (1 + dirt_rng.integers(2)) if dirt_rng.random() < dirt.short_stack else 0
-    tilted = dirt_rng.random() < dirt.tilted_blocks
-    stacks = _axial_stacks(first, dirt, dirt_rng)
+def _plan_study(
+    plan: StudyPlan, body: Body, happens: list[dict], dirt_rng: np.random.Generator, rng: np.random.Generator
+) -> list[_Series]:
+    """The series of a study; `happens`: which kinds of dirt befall the study (first) and each of its series."""
+    which, first, cut = dirt_rng.integers(3), 1 + dirt_rng.integers(2), dirt_rng.random()
+    lacking = (T1, T1, T2)[which] if happens[0]["series_missing"] else None
+    stacks = _axial_stacks(first if happens[0]["short_stack"] else 0, happens[0], cut)
     wanted = [(t, range(5), range(5)) for t in (T1, T2) if t != lacking] + [(AXIAL, *stack) for stack in stacks]
     series = []
-    for series_id, (series_type, covered, graded) in zip(plan.series_ids, wanted, strict=False):
-        square = dirt_rng.random() >= dirt.non_square
-        levels = tuple(covered)
-        acquisition = plan_series(rng, body, series_type, levels=levels, tilted=bool(tilted), square=bool(square))
-        numbers = _instance_numbers(len(acquisition.affines), series_type, dirt, dirt_rng)
+    for series_id, dirt, (series_type, covered, graded) in zip(plan.series_ids, happens[1:], wanted, strict=False):
+        tilted, square = bool(happens[0]["tilted_blocks"]), not dirt["non_square"]
+        acquisition = plan_series(rng, body, series_type, levels=tuple(covered), tilted=tilted, square=square)
+        numbers = _instance_numbers(len(acquisition.affines), PLANES[series_type], dirt, dirt_rng)
         group = next(key for key, g in GROUPS.items() if g.series_type == series_type)
         columns = [CONDITIONS[c].group == group and LEVELS.index(level) in graded for c, level in COLUMN_KEYS]
         series.append(_Series(series_id, acquisition, numbers, np.array(columns)))
     return series
 
 
-def _axial_stacks(first: int, dirt: Dirt, rng: np.random.Generator) -> list[tuple[range, range]]:
+def _axial_stacks(first: int, dirt: dict[str, bool], cut: float) -> list[tuple[range, range]]:
     """Levels covered and levels graded of each axial series; `first` is the uppermost level that is reached."""
-    second, split, cut = rng.random(3)
     everything = range(first, 5)
-    if second >= dirt.second_axial:
+    if not dirt["second_axial"]:
         return [(everything, everything)]
-    if split >= dirt.axial_split:  # the same levels twice; readers clicked in the first
+    if not dirt["axial_split"]:  # the same levels twice; readers clicked in the first
         return [(everything, everything), (everything, range(0))]
     below = first + 1 + int(cut * (4 - first))
     return [(range(first, below),) * 2, (range(below, 5),) * 2]
 
 
-def _instance_numbers(n: int, series_type: str, dirt: Dirt, rng: np.random.Generator) -> np.ndarray:
+def _instance_numbers(n: int, plane: str, dirt: dict[str, bool], rng: np.random.Generator) -> np.ndarray:
     """Instance number (n,) of each slice; slices come from right to left (sagittal) or from head to foot (axial)."""
-    backwards, far, gaps = rng.random(3)
     numbers = np.arange(1, n + 1)
-    start, holes = rng.integers(100, 5000), rng.choice(n - 1, size=min(3, n - 1), replace=False)
-    if gaps < dirt.number_gaps:
+    start, holes = rng.integers(100, 5000), (rng.random(3) * (n - 1)).astype(int)
+    if dirt["number_gaps"]:
         for hole in holes:
             numbers[hole + 1 :] += 1
-    if far < dirt.far_numbers:
+    if dirt["far_numbers"]:
         numbers = numbers + start
-    reverse = dirt.axial_reversed if PLANES[series_type] == "axial" else dirt.sagittal_reversed
-    return numbers[::-1] if backwards < reverse else numbers
+    return numbers[::-1] if dirt[f"{plane}_reversed"] else numbers
 
 
 def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) -> None:
@@ -179,31 +193,25 @@ def _project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.nda
     return x, y, (offset * normal).sum(axis=1) / np.linalg.norm(normal, axis=1)
 
 
-def _spoil_points(study: Study, dirt: Dirt, rng: np.random.Generator) -> None:
-    """Lose some canal points, and let some left and right subarticular points change places."""
+def _spoil_points(study: Study, dirt: Dirt, swap: bool, rng: np.random.Generator) -> None:
+    """Lose some canal points, and where `swap` let most left and right subarticular points change places."""
     lost = rng.random(len(LEVELS)) < dirt.point_missing
-    swapped = (rng.random() < dirt.sides_swapped) & (rng.random(len(LEVELS)) < 0.8)
-    keys = [COLUMN_KEYS[row["column"]] for row in study.clicked]
-    canal = [CONDITIONS[condition].group == "scs" for condition, _ in keys]
+    swapped = swap & (rng.random(len(LEVELS)) < 0.8)
     kept = []
-    for row, (condition, level), is_canal in zip(study.clicked, keys, canal, strict=True):
-        k = LEVELS.index(level)
-        if is_canal and lost[k]:
-            continue
-        if CONDITIONS[condition].group == "ss" and swapped[k]:
-            other = "right" if CONDITIONS[condition].side == "left" else "left"
-            row["column"] = COLUMN_KEYS.index((condition.replace(CONDITIONS[condition].side, other), level))
-        kept.append(row)
+    for row in study.clicked:
+        condition, level = COLUMN_KEYS[row["column"]]
+        group, k = CONDITIONS[condition].group, LEVELS.index(level)
+        if group == "ss" and swapped[k]:
+            row["column"] = COLUMN_KEYS.index((mirrored(condition), level))
+        if group != "scs" or not lost[k]:
+            kept.append(row)
     study.clicked = kept
 
 
-def _write_series(folder: Path, plan: StudyPlan, series: _Series, k: int, body: Body, rng: np.random.Generator) -> None:
+def _write_series(folder: Path, study_id: int, series: _Series, uids: tuple[int, int], pixels: np.ndarray) -> None:
+    """Write the slices (n, rows, cols) of a series; `uids`: its part in SOPInstanceUID and in FrameOfReferenceUID."""
     folder.mkdir(parents=True)
     acquisition = series.acquisition
-    pixels = render(body, acquisition, rng)
-    collide, differ = np.random.default_rng([*plan.seed, 5]).random(2)
-    study_id = plan.study_id
-    series_in_uid = 1 if collide < plan.dirt.colliding_uids else k + 1
     header = {
         "ContentDate": "20240503",
         "ContentTime": "120000",
@@ -213,12 +221,12 @@ def _write_series(folder: Path, plan: StudyPlan, series: _Series, k: int, body: 
         "SpacingBetweenSlices": f"{acquisition.step:.4g}",
         "StudyInstanceUID": str(study_id),
         "SeriesInstanceUID": f"{study_id}.{series.series_id}",
-        "FrameOfReferenceUID": f"{study_id}.{k + 1 if differ < plan.dirt.frames_differ else 1}",
+        "FrameOfReferenceUID": f"{study_id}.{uids[1]}",
     }
     for image, affine, number in zip(pixels, acquisition.affines, series.numbers, strict=True):
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         own = {
-            "SOPInstanceUID": f"{study_id}.{series_in_uid}.{number}",
+            "SOPInstanceUID": f"{study_id}.{uids[0]}.{number}",
             "InstanceNumber": int(number),
             "SliceLocation": f"{normal @ affine[:3, 3] / np.linalg.norm(normal):.4f}",
         }

@@ -17,6 +17,15 @@ from lsdc_utils.competition import CompetitionError
 Tables = dict[str, pd.DataFrame]  # file name without .csv -> its content
 TYPES = dict(zip((1, 2, 3), words.SERIES_TYPES, strict=True))  # last digit of a series id -> its type
 
+TABLE_DIRT = {  # switch of the phantom -> rule that finds it
+    "series_missing": "series_type_missing",
+    "second_axial": "series_type_repeated",
+    "sides_swapped": "sides_swapped",
+    "point_missing": "grade_without_point",
+    "label_missing": "point_without_grade",
+    "short_stack": "labels_missing",
+}
+
 
 def write_tables(root: Path, n_train: int = 12, n_test: int = 2, seed: int = 0) -> Tables:
     """A data folder without images: the tables as the competition writes them, which are returned to be changed."""
@@ -292,8 +301,8 @@ def test_the_data_folder_of_a_run(tmp_path: Path) -> None:
 
 def test_points_of_the_phantom_come_together_in_the_patient(tmp_path: Path) -> None:
     dirt = ("tilted_blocks", "far_numbers", "number_gaps", "axial_reversed", "non_square")
-    clean = dict.fromkeys(("short_stack", "series_missing", "point_missing", "sides_swapped", "label_missing"), 0)
-    root = phantom.write_phantom(tmp_path / "data", 1, 0, seed=3, **dict.fromkeys(dirt, 1), **clean)
+    rates = dict.fromkeys(TABLE_DIRT, 0.0) | dict.fromkeys(dirt, 1.0)
+    root = phantom.write_phantom(tmp_path / "data", 1, 0, seed=3, **rates)
     comp = competition.read(root)
     series, _ = competition.scan(comp)
     axial = series[series.series_type == words.AXIAL]
@@ -309,17 +318,8 @@ def test_points_of_the_phantom_come_together_in_the_patient(tmp_path: Path) -> N
 
 
 def test_dirt_of_the_phantoms_tables_is_found(tmp_path: Path) -> None:
-    switches = ("series_missing", "second_axial", "sides_swapped", "point_missing", "label_missing", "short_stack")
-    clean = dict.fromkeys(switches, 0)
-    faults = {  # switch of the phantom -> rule that finds it
-        "series_missing": "series_type_missing",
-        "second_axial": "series_type_repeated",
-        "sides_swapped": "sides_swapped",
-        "point_missing": "grade_without_point",
-        "label_missing": "point_without_grade",
-        "short_stack": "labels_missing",
-    }
-    for switch, rule in faults.items():
+    clean = dict.fromkeys(TABLE_DIRT, 0.0)
+    for switch, rule in TABLE_DIRT.items():
         root = phantom.write_phantom(tmp_path / switch, 8, 0, seed=5, images=False, **clean | {switch: 0.5})
         assert rule in rules(competition.read(root).findings)
     root = phantom.write_phantom(tmp_path / "clean", 8, 0, seed=5, images=False, **clean)

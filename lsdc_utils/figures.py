@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
@@ -165,8 +166,8 @@ def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
     ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)
 
 
-def severity_legend(ax: Axes, missing: bool = False, **options) -> None:
-    """Put a legend of the severities on `ax`; `missing` adds rows without a label; options go to `ax.legend`."""
+def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> None:
+    """Put a legend of the severities on axes or a figure; `missing` adds rows without a label; options of `legend`."""
     names = {**dict(enumerate(SEVERITY_NAMES)), **({MISSING: "no label"} if missing else {})}
     handles = [
         Line2D(
@@ -174,4 +175,4 @@ def severity_legend(ax: Axes, missing: bool = False, **options) -> None:
         )
         for k, name in names.items()
     ]
-    ax.legend(handles=handles, **{"frameon": True, **options})  # framed: it often lies on a dark slice
+    place.legend(handles=handles, **{"frameon": True, **options})  # framed: it often lies on a dark slice

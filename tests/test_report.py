@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def write_images(folder: Path, labels: pd.DataFrame) -> None:
     for study in labels["study_id"].unique():
         for k, series_type in enumerate(SERIES_TYPES):
             moved = np.repeat(affines[series_type][None], 7, axis=0)
-            moved[:, :3, 3] += 4 * np.arange(-3, 4)[:, None] * affines[series_type][:3, 2]
+            moved[:, :3, 3] += 12 * np.arange(-3, 4)[:, None] * affines[series_type][:3, 2]
             pixels = rng.integers(0, 120, (7, 64, 64)).astype(np.uint8)
             shapes, numbers = np.full((7, 2), 64, np.int32), np.arange(1, 8, dtype=np.int32)
             stack = Stack(study, 10 * study + k, series_type, pixels, shapes, moved, numbers, np.zeros(7, np.int32))
@@ -231,6 +233,19 @@ def test_summary_shows_scores_cost_and_origin(index, run_dir):
     assert commit() in text and "torch 2." in text and "fold4" not in text
     assert "3D ViT: no better than counting labels" in text
     assert len(Page(index).all("img")) == 5
+
+
+def test_a_browser_opens_every_page_without_complaint(index, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on PATH to open the report with")
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --disable-extensions"
+    quiet += " --disable-background-networking --disable-component-update --enable-logging=stderr --dump-dom"
+    for file in sorted(index.parent.glob("*.html")):
+        command = [browser, *quiet.split(), f"--user-data-dir={tmp_path / file.stem}", file.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "</main>" in done.stdout
+        assert "CONSOLE" not in done.stderr, f"{file.name}: {done.stderr}"  # scripts, refused addresses
 
 
 def test_pages_that_are_not_made_any_more_go(index, run_dir):

@@ -28,7 +28,7 @@ from traitlets.config import Config
 
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pictures import Picture
-from lsdc_utils.report.run import Run, parts_table, provenance, score_table, summary
+from lsdc_utils.report.run import BLOCK_NAMES, Run, blocks, parts_table, provenance, score_table, summary
 
 TEMPLATES = Path(__file__).with_name("templates")
 WARNING = "Not for clinical use: research software, not a medical device."
@@ -67,7 +67,7 @@ def write_report(run: Run, pictures: list[Picture]) -> Path:
     context = {
         "summary": summary(run.scores),
         "scores": score_table(run.scores),
-        "parts": parts_table(run.scores),
+        "parts": [(BLOCK_NAMES[name].lower(), parts_table(block)) for name, block in blocks(run.scores).items()],
         "pictures": [(picture, embedded(picture.figure)) for picture in pictures],
         "steps": run.steps[[run.asks_for(step) for step in run.steps["step"]]],
         "findings": count_findings(run.findings),
@@ -157,8 +157,7 @@ def read_chapter(file: Path) -> Chapter:
     """Convert an executed notebook: code folded away, long prints folded, output cleaned of what is not plain HTML."""
     notebook = nbformat.read(file, as_version=4)
     _describe_images(notebook)
-    addresses = {name: "" for name in ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url")}
-    config = Config({"HTMLExporter": addresses})
+    config = Config({"HTMLExporter": {name: "" for name in ("mathjax_url", "require_js_url", "jquery_url")}})
     exporter = HTMLExporter(config=config, template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
     exporter.register_filter("cleaned", cleaned)
     body, _ = exporter.from_notebook_node(notebook)
@@ -179,7 +178,8 @@ def _describe_images(notebook: nbformat.NotebookNode) -> None:
         section = f"of the section: {headings[-1]}" if headings else section
         for output in cell.get("outputs", []):
             if "data" in output:
-                output.metadata.setdefault("alt", f"Figure {section}")
+                given = output.metadata.get("image/png", {}).get("alt")
+                output.metadata.setdefault("alt", given or f"Figure {section}")
 
 
 def cleaned(html: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,12 @@ class Picture:
     alt: str
     figure: Figure
     wide: bool = False  # takes the whole width of a page
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a notebook shows: the figure with its description, the caption where there are no images."""
+        content = io.BytesIO()
+        self.figure.savefig(content, format="png")
+        return {"image/png": content.getvalue(), "text/plain": self.caption}, {"image/png": {"alt": self.alt}}
 
 
 def run_pictures(run: Run) -> list[Picture]:
@@ -165,35 +172,31 @@ def plot_example(run: Run) -> Picture | None:
     for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
         mine = points[points["group"] == group.key]
         _show_worst(ax, [stack for stack in stacks if stack.series_type == group.series_type], mine, group)
-    names = {k: name for k, name in enumerate(SEVERITY_NAMES) if k in set(points["grade"])}
-    handles = [Line2D([], [], linestyle="none", marker=figures.SEVERITY_MARKERS[k], color=figures.SEVERITY_COLOURS[k],
-                      markersize=8) for k in names]  # fmt: skip
-    figure.legend(handles, names.values(), **OUTSIDE)
+    figures.severity_legend(figure, frameon=False, **OUTSIDE)
     caption = (
         f"Study {study_id}, graded by models that had not seen it: one slice of each series type, "
         "with the ensemble's grades where the detectors found the levels."
     )
-    counts = points["grade"].value_counts().reindex(names, fill_value=0)
-    said = ", ".join(f"{count} {names[k]}" for k, count in counts.items())
+    counts = points["grade"].value_counts().sort_index()
+    said = ", ".join(f"{count} {SEVERITY_NAMES[k]}" for k, count in counts.items())
     return Picture("example", caption, f"{caption} Grades at the points found: {said}.", figure, wide=True)
 
 
 def _show_worst(ax: Axes, stacks: list[Stack], points: pd.DataFrame, group: Group) -> None:
-    """Draw the slice nearest to the worst of `points` (several stacks: the best of all), with the points beside it."""
-    if not stacks or points.empty:
+    """Draw the slice of `stacks` that lies nearest to the worst of `points` on any slice, with the points beside it."""
+    places = points[["X", "Y", "Z"]].to_numpy(float)
+    slices = [(stack, k) for stack in stacks for k in range(len(stack.affines))]
+    off = np.array([np.abs(figures.to_pixels(stack.affines[k], places)[:, 2]) for stack, k in slices])
+    reached = np.flatnonzero((off <= REACH).any(axis=0)) if off.size else []
+    if not len(reached):
         ax.set_axis_off()
         ax.set_title(f"{group.series_type}: nothing found")
         return
-    places = points[["X", "Y", "Z"]].to_numpy(float)
-    worst = np.lexsort([points["confidence"], points["grade"]])[-1]
-    slices = [
-        (stack, k, figures.to_pixels(stack.affines[k], places)[:, 2])
-        for stack in stacks
-        for k in range(len(stack.affines))
-    ]
-    stack, k, off = min(slices, key=lambda found: abs(found[2][worst]))
-    near = np.abs(off) <= REACH
+    grades = points["grade"].to_numpy()
+    worst = max(reached, key=lambda n: (grades[n], points["confidence"].iloc[n]))
+    nearest = off[:, worst].argmin()
+    stack, k = slices[nearest]
+    near = off[nearest] <= REACH
     rows, cols = stack.shapes[k]
     title = f"{group.series_type}, at {LEVEL_NAMES[LEVELS.index(points['level'].iloc[worst])]}"
-    grades = points["grade"].to_numpy()[near]
-    figures.show_slice(ax, stack.pixels[k, :rows, :cols], stack.affines[k], places[near], grades, title=title)
+    figures.show_slice(ax, stack.pixels[k, :rows, :cols], stack.affines[k], places[near], grades[near], title=title)

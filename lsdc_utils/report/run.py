@@ -20,12 +20,12 @@ from lsdc_utils.vocabulary import GROUPS, MISSING, SIDES, row_id
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAMES = {
-    "prior": "Prior (label counts)",
+    "prior": "Prior",
     "yolo": "YOLOv10 detectors",
     "vit3d": "3D ViT",
     "ensemble": "Ensemble",
     "ensemble_calibrated": "Ensemble, calibrated",
-    "oracle": "Oracle (limit of the labels)",
+    "oracle": "Oracle",
 }
 PART_NAMES = dict(zip(PARTS, ("Spinal canal", "Foraminal", "Subarticular", "Any severe canal", "Total"), strict=True))
 BLOCK_NAMES = {"oof": "Out of fold", "test": "Test"}
@@ -146,36 +146,29 @@ def number(found: float | None, digits: int = 3) -> str:
 
 
 def score_table(scores: dict[str, Any]) -> pd.DataFrame:
-    """Total scores as text: a row a model; for out of fold and test the score, its 95 % interval and the skill."""
+    """Total scores as text: a row a model; for out of fold and test the score, the skill and the 95 % interval."""
     columns = {}
     for name, block in blocks(scores).items():
         title = f"{BLOCK_NAMES[name]}, {block['n_studies']} studies"
-        intervals = [value(block, "interval", model) for model in models(scores)]
         columns[title, "Score"] = [number(value(block, "scores", model)) for model in models(scores)]
-        columns[title, "95 % interval"] = [" to ".join(map(number, found or [None])) for found in intervals]
         if block.get("skill"):
-            columns[title, "Skill"] = [number(value(block, "skill", model)) for model in models(scores)]
-    return _by_model(scores, columns)
-
-
-def parts_table(scores: dict[str, Any]) -> pd.DataFrame:
-    """Scores of the four parts as text, with the skill in brackets where there is one: a row a model."""
-    columns = {}
-    for name, block in blocks(scores).items():
-        for part in PARTS[:-1]:
-            texts = [number(value(block, "scores", model, part)) for model in models(scores)]
-            skills = [value(block, "skill", model, part) for model in models(scores)]
-            both = zip(texts, skills, strict=True)
-            columns[BLOCK_NAMES[name], PART_NAMES[part]] = [
-                text if skill is None else f"{text} ({number(skill, 2)})" for text, skill in both
-            ]
-    return _by_model(scores, columns)
-
-
-def _by_model(scores: dict[str, Any], columns: dict[tuple[str, str], list[str]]) -> pd.DataFrame:
+            columns[title, "Skill"] = [number(value(block, "skill", model), 2) for model in models(scores)]
+        intervals = [value(block, "interval", model) for model in models(scores)]
+        columns[title, "95 % interval"] = [" to ".join(map(number, found or [None])) for found in intervals]
     table = pd.DataFrame(columns, index=pd.Index(map(model_name, models(scores)), name="Model"))
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     return table
+
+
+def parts_table(block: dict[str, Any]) -> pd.DataFrame:
+    """Parts of a block's scores as text, with the skill in brackets where there is one: a row a model."""
+    columns = {}
+    for part in PARTS[:-1]:
+        texts = [number(value(block, "scores", model, part)) for model in block["scores"]]
+        skills = [value(block, "skill", model, part) for model in block["scores"]]
+        both = zip(texts, skills, strict=True)
+        columns[PART_NAMES[part]] = [text if skill is None else f"{text} ({number(skill, 2)})" for text, skill in both]
+    return pd.DataFrame(columns, index=pd.Index(map(model_name, block["scores"]), name="Model"))
 
 
 def summary(scores: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def _converted(key: str, value: Any, default: Any) -> Any:
     if type(value) is not type(default):
         expected = f"expected {type(default).__name__} like {default!r}"
         raise UsageError(f"{key}: {value!r} is {type(value).__name__}, {expected}")
-    if isinstance(default, list) and default:
+    if isinstance(default, list) and len({type(item) for item in default}) == 1:
         return [_converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):
         if set(value) != set(default):

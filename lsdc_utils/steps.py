@@ -171,8 +171,8 @@ def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
                 continue
             files.add(file)
             inside = name[:depth] if folder.is_dir() else name[: depth - 1]
-            if inside:
-                files |= {path for path in file.parent.iterdir() if path.suffix == ".json"}
+            if folder.is_dir() and inside:  # a package may read what lies beside it, such as facts and page templates
+                files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
             waiting |= _imported(file.read_text(), inside)
     return files
 
@@ -183,8 +183,8 @@ def source_hash(notebook: str) -> str:
     cells = [source for source, tags in _code_cells(notebook) if "parameters" not in tags]
     digest = hashlib.sha256("\0".join(_normalised(source) for source in cells).encode())
     for file in sorted(set().union(*(module_files(source) for source in cells))):
-        text = file.read_text()
-        digest.update(f"\0{file.relative_to(ROOT)}\0{_normalised(text) if file.suffix == '.py' else text}".encode())
+        content = _normalised(file.read_text()).encode() if file.suffix == ".py" else file.read_bytes()
+        digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + content)
     return digest.hexdigest()
 
 

@@ -20,7 +20,9 @@ from conftest import ROOT, TINY_NOTEBOOKS, run_all, write_tiny_notebook
 from lsdc_utils import runner, steps
 from lsdc_utils.runner import Progress, UsageError, last_lines, parse_override, score_table
 
-DEFAULTS = yaml.safe_load("{name: '007', n: 3, rate: 0.1, tta: true, folds: [0, 1], epochs: {nfn: 1, scs: 2}}")
+DEFAULTS = yaml.safe_load(
+    "{name: '007', n: 3, rate: 0.1, tta: true, folds: [0, 1], epochs: {nfn: 1, scs: 2}, views: [[1.0, 0]]}"
+)
 
 
 def would_run(project: Path, *arguments: str) -> list[str]:
@@ -52,6 +54,7 @@ def code_of(name: str) -> str:
         ("folds=1,0", [1, 0]),
         ("folds=[1]", [1]),
         ("epochs={nfn: 3, scs: 4}", {"nfn": 3, "scs": 4}),
+        ("views=[[0.8, 1], [1.0, 0]]", [[0.8, 1], [1.0, 0]]),
     ],
 )
 def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> None:
@@ -64,7 +67,7 @@ def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> 
 @pytest.mark.parametrize(
     "text",
     ["n", "m=1", "n=1.5", "n=true", "n=many", "rate=fast", "rate=true", "tta=1", "folds=a", "folds=0.5",
-     "epochs={nfn: 3}", "epochs=3", "epochs={nfn: 3, scs: x}", "n=[1", "=3"],
+     "epochs={nfn: 3}", "epochs=3", "epochs={nfn: 3, scs: x}", "n=[1", "nn=3"],
 )  # fmt: skip
 def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text.split("=")[0])):
@@ -340,7 +343,7 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_modules_are_followed_through_packages_and_relative_imports(monkeypatch, tmp_path: Path) -> None:
     package = tmp_path / "lsdc_utils"
-    (package / "deep").mkdir(parents=True)
+    (package / "deep" / "templates").mkdir(parents=True)
     for name, text in {
         "__init__.py": "",
         "a.py": "def late():\n    from .deep import inner",
@@ -348,14 +351,14 @@ def test_modules_are_followed_through_packages_and_relative_imports(monkeypatch,
         "deep/__init__.py": "",
         "deep/inner.py": "from ..b import thing\nfrom . import other",
         "deep/other.py": "",
-        "deep/facts.json": "{}",
+        "deep/templates/page.html": "<p>",
         "deep/unused.py": "",
     }.items():
         (package / name).write_text(text)
     monkeypatch.setattr(steps, "ROOT", tmp_path)
     found = {str(path.relative_to(package)) for path in steps.module_files("%matplotlib inline\nimport lsdc_utils.a")}
     assert found == {
-        "__init__.py", "a.py", "b.py", "deep/__init__.py", "deep/inner.py", "deep/other.py", "deep/facts.json"
+        "__init__.py", "a.py", "b.py", "deep/__init__.py", "deep/inner.py", "deep/other.py", "deep/templates/page.html"
     }  # fmt: skip
 
 

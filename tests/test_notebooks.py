@@ -1,0 +1,132 @@
+"""Lint: notebooks that open, read and run alike, and profiles that only name what notebooks declare."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+
+from lsdc_utils import steps
+from lsdc_utils.runner import NBSTRIPOUT_KEYS, load_parameters
+
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in steps.NOTEBOOK_ORDER]
+PROFILES = ("demo", "smoke", "kaggle", "original")
+MAX_CELL_LINES = 30  # about 25
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def read(file: Path) -> nbformat.NotebookNode:
+    notebook = nbformat.read(file, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(file: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(file).cells if cell.cell_type == "code"]
+
+
+def parameters_source(file: Path) -> str:
+    (cell,) = [cell for cell in code_cells(file) if "parameters" in cell.metadata.get("tags", ())]
+    return cell.source
+
+
+def test_the_notebooks_are_those_of_the_pipeline() -> None:
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == NOTEBOOKS
+
+
+@each_notebook
+def test_a_notebook_has_the_common_shape(file: Path) -> None:
+    notebook = read(file)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    assert "What this shows" in "\n".join(cell.source for cell in notebook.cells[-4:])
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@each_notebook
+def test_parameters_are_one_cell_typed_and_commented(file: Path) -> None:
+    source = parameters_source(file)
+    for node in ast.parse(source).body:
+        assert isinstance(node, ast.AnnAssign)
+        assert re.search(r"  # \S", "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])), node.target.id
+    assert "run_dir" in steps.declared(file.stem)
+
+
+@each_notebook
+def test_no_outputs_are_stored(file: Path) -> None:
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(file))
+    command = [sys.executable, "-m", "nbstripout", "--verify", "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS, file]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_notebook
+def test_code_is_plain_short_and_imports_once(file: Path) -> None:
+    importing = []
+    for cell in code_cells(file):
+        assert "parameters" in cell.metadata.get("tags", ()) or len(cell.source.splitlines()) <= MAX_CELL_LINES
+        tree = ast.parse(cell.source)  # no magics, no !pip
+        nodes = list(ast.walk(tree))
+        assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+        assert not re.search(r"sys\.exit|\.cuda\(\)", cell.source)
+        importing += [cell.id] if any(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) else []
+    assert len(importing) == 1
+
+
+@each_notebook
+def test_no_absolute_paths(file: Path) -> None:
+    for cell in read(file).cells:
+        assert not re.search(r"(?<![\w./])/(home|root|work|tmp|mnt|Users|content)/", cell.source), cell.source
+        if cell.cell_type == "code":
+            nodes = list(ast.walk(ast.parse(cell.source)))
+            inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
+            strings = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in inside]
+            assert not [text for text in strings if isinstance(text, str) and re.match(r"(/|~|[A-Za-z]:\\)\w", text)]
+
+
+@pytest.mark.parametrize("name", [name for name in steps.NOTEBOOK_ORDER if name != "06_report"])
+def test_a_change_in_the_report_trains_nothing(name: str) -> None:
+    cells = [source for source, _ in steps._code_cells(name)]
+    used = {path.relative_to(ROOT / "lsdc_utils").parts[0] for cell in cells for path in steps.module_files(cell)}
+    assert "vocabulary.py" in used
+    assert not used & {"report", "report.py", "runner.py", "steps.py"}
+
+
+def test_profile_demo_is_what_the_notebooks_say() -> None:
+    demo = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())
+    defaults: dict[str, object] = {}
+    for name in steps.NOTEBOOK_ORDER:
+        for key, value in steps.declared(name).items():
+            assert defaults.setdefault(key, value) == value, f"{name}: {key} has another default elsewhere"
+    for key in steps.STEP_PARAMETERS:
+        del defaults[key]
+    assert demo == defaults
+    assert {key: type(value) for key, value in demo.items()} == {key: type(value) for key, value in defaults.items()}
+
+
+def test_profiles_are_the_four() -> None:
+    assert sorted(file.stem for file in (ROOT / "notebooks/profiles").glob("*.yml")) == sorted(PROFILES)
+
+
+@pytest.mark.parametrize("profile", PROFILES[1:])
+def test_a_profile_lists_what_differs_from_demo(profile: str) -> None:
+    demo, parameters = load_parameters("demo"), load_parameters(profile)
+    listed = yaml.safe_load((ROOT / f"notebooks/profiles/{profile}.yml").read_text())
+    assert listed
+    assert not [key for key in listed if parameters[key] == demo[key]]
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["check", "format"])
+def test_ruff_is_content_with_code_and_notebooks(command: list[str]) -> None:
+    folders = ["lsdc_utils", "tests", "notebooks"]
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, *folders], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

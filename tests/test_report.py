@@ -114,7 +114,7 @@ def make_notebook(step: str) -> nbformat.NotebookNode:
     png = base64.b64encode(picture.getvalue()).decode()
     table = pd.DataFrame({"name": ["plain", HOSTILE], "share": [0.25, 0.5]})
     outputs = [
-        new_output("stream", name="stdout", text="".join(f"epoch {k}/20 {HOSTILE}\n" for k in range(20))),
+        *(new_output("stream", name="stdout", text=f"epoch {k}/20 {HOSTILE}\n") for k in range(20)),
         new_output("stream", name="stderr", text="a warning\n"),
         new_output("display_data", data={"image/png": png, "text/plain": "<Figure>"}),
         new_output("display_data", data={"text/html": table.to_html(), "text/plain": "a table"}),

@@ -23,6 +23,7 @@ import nbformat
 import pandas as pd
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
@@ -160,6 +161,7 @@ def read_chapter(file: Path) -> Chapter:
     config = Config({"HTMLExporter": {name: "" for name in ("mathjax_url", "require_js_url", "jquery_url")}})
     exporter = HTMLExporter(config=config, template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
     exporter.register_filter("cleaned", cleaned)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a line printed is an output of its own
     body, _ = exporter.from_notebook_node(notebook)
     heading = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
     title = _plain(heading[1]) if heading else file.stem

@@ -148,3 +148,25 @@ def finished_tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_project(finished_tiny_project: Path, tmp_path: Path) -> Path:
     """A copy of the tiny project that has run once, for one test to change."""
     return shutil.copytree(finished_tiny_project, tmp_path / "tiny")
+
+
+# ---- the pipeline itself, at the smallest size -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which profile smoke has run once; not to be changed.
+
+    The run is named demo, so that the notebooks' own defaults lead to it where a test executes one by hand.
+    """
+    project = copy_project(tmp_path_factory.mktemp("smoke") / "project")
+    done = run_all(project, "--profile", "smoke", "--run", "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "first_run.txt").write_text(done.stdout)
+    return project
+
+
+@pytest.fixture
+def smoke_copy(smoke_project: Path, tmp_path: Path) -> Path:
+    """A copy of the project that has run profile smoke, for one test to change."""
+    return shutil.copytree(smoke_project, tmp_path / "project")

@@ -109,7 +109,7 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
     below = np.maximum(-40 - p.s, 0)
     ahead = p.v + p.table("depth") + 10 - 0.3 * below
     for side, radius, flat in ((0.6, 8.0, 1.0), (-1.0, 8.5, 1.35)):  # aorta and vena cava, forking at L4
-        u0 = 12 * side * fork + np.sign(side) * (1 - fork) * (9 + 0.35 * below)
+        u0 = 12 * side * fork + (side / abs(side)) * (1 - fork) * (9 + 0.35 * below)
         distance = np.hypot((p.u - u0) / flat**0.5, ahead * flat**0.5)
         yield p.layer(radius * traits["vessel"] * (0.75 + 0.25 * fork) - distance, "vessel")
     yield p.layer(14 + coarse * 2 - front, "fat")
@@ -163,7 +163,7 @@ def _column(points: Points) -> Iterator[Layer]:
     d = p.pick(near)
     in_disc, inside, radius, t = (a[near] for a in (in_disc, inside, radius, t))
     yield d.layer(least(in_disc, inside + 1.0), "disc")
-    core = least((0.66 - radius) * 14, in_disc - 0.9)
+    core = least((0.62 - radius) * 14, in_disc - 1.1)
     cleft = 1 - 0.35 * unit(1 - np.abs(t) / 0.9)
     yield d.index, unit(core * 0.4 + 0.5) * d.table("hydration") * cleft, "nucleus"
 
@@ -287,7 +287,7 @@ def _nerves(q: Points, a: Array, b: Array, w: Array, inside: Array) -> Iterator[
     yield q.layer(least(depth, inside), "cord", unit(cord * 20))
     share = unit(ROOTS_AREA * unit(1.2 - cord * 1.2) / (np.pi * a * b))
     behind = (w / b - 1 + 2 * share + 0.12 * np.abs(q.u / a)) * b  # roots fill the sac from the back, by their share
-    fill = unit(behind / 2.2 + 0.5)
+    fill = np.maximum(unit(behind / 2.2 + 0.5), 0.3)  # and a few float elsewhere
     strands = 0.6 + 0.25 * np.cos(2.3 * q.u + 0.05 * q.s) * np.cos(1.9 * w + 0.07 * q.s + 1)
     crowded = unit((share - 0.3) * 2.2)
     yield q.index, q.cover(inside) * fill * np.maximum(strands, crowded) * (1 - 0.8 * unit(cord * 2)), "root"
@@ -318,7 +318,7 @@ def _foramen(points: Points) -> Iterator[Layer]:
     length = least(p.out - 14.0, 24.5 - p.out)
     envelope = least(foramen_half_width(t, np.zeros_like(t)) - np.abs(across) + 0.4, length)
     yield p.layer(envelope, "ligament")
-    yield p.layer(least(envelope, -across - 2.5), "disc", (np.abs(t) < 6) * 1.0)
+    yield p.layer(least(envelope, -across - 2.5), "disc", unit(6.5 - np.abs(t)))
     half = foramen_half_width(t, n)
     yield p.layer(least(half - np.abs(across), length), "fat", unit(half * 20))
     squeeze = np.minimum(2.5, 0.8 * foramen_half_width(np.full_like(n, 10.0), n))

@@ -21,13 +21,13 @@ SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
     "cortex": (0.08, 0.06, 0.05),
     "disc": (0.30, 0.12, 0.12),
     "nucleus": (0.34, 0.82, 0.85),
-    "csf": (0.16, 1.0, 1.0),
+    "csf": (0.16, 0.95, 1.0),
     "void": (0.16, 0.1, 0.1),
     "cord": (0.36, 0.42, 0.42),
     "root": (0.33, 0.33, 0.34),
     "ligament": (0.14, 0.10, 0.10),
     "vessel": (0.06, 0.05, 0.05),
-    "bowel": (0.36, 0.30, 0.40),
+    "bowel": (0.36, 0.25, 0.35),
     "fluid": (0.22, 0.90, 0.95),
     "oedema": (0.30, 0.62, 0.55),
     "haemangioma": (0.85, 0.75, 0.35),
@@ -82,11 +82,11 @@ def plan_series(
     if not square:
         rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
     if PLANES[series_type] == "axial":
-        fov = np.clip(rng.normal(205, 9), 185, 230)
+        fov = float(np.clip(rng.normal(205, 9), 185, 230))
         plan = _plan_blocks if tilted else _plan_parallel
         affines, step, blocks = plan(rng, body, (rows, cols), fov / max(rows, cols), levels)
     else:
-        fov = np.clip(rng.normal(290, 14), 262, 325)
+        fov = float(np.clip(rng.normal(290, 14), 262, 325))
         affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), fov / max(rows, cols))
     toss = rng.random()
     sequence = "t1" if series_type == T1 else "t2"

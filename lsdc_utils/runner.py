@@ -292,13 +292,14 @@ def follow(run: Run, process: subprocess.Popen, output: Path) -> Progress:
 
     At a terminal that line is drawn over every second; elsewhere, as in a log, it is printed every 30 seconds.
     """
-    progress, began, told = Progress(), time.time(), time.time()
+    progress, began, told, rest = Progress(), time.time(), time.time(), ""
     terminal = sys.stdout.isatty()
     with output.open(errors="replace") as messages:
         while True:
             ended = process.poll() is not None  # asked before reading, so that nothing said before the end is lost
-            for line in messages:
-                if message := progress.read(line.rstrip("\n")):
+            *lines, rest = (rest + messages.read()).split("\n")  # the last line may not be whole yet
+            for line in lines:
+                if message := progress.read(line):
                     print(f"{chr(13) + chr(27) + '[K' if terminal else ''}{clock(time.time() - began):>8}  {message}")
             if terminal:
                 width = shutil.get_terminal_size().columns - 1
@@ -403,13 +404,11 @@ def start(run: Run) -> int:
         output.parent.mkdir(exist_ok=True)
         with atomic(config) as temporary:
             temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
-        print(
-            f"run {shown(run.folder)}: logs of its steps in {shown(output.parent)}, {run.cores} cores, {len(gpus)} GPUs"
-        )
-        with output.open("w") as log:
-            command = snakemake_command(run, config, len(gpus))
-            process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
+        print(f"{shown(run.folder)}: {run.cores} cores, {len(gpus)} GPUs; logs: {shown(output.parent)}/<step>.log")
         try:
+            with output.open("w") as log:
+                command = snakemake_command(run, config, len(gpus))
+                process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
             progress = follow(run, process, output)
         except KeyboardInterrupt:
             print(f"\nstopped; what is finished is kept. Go on with:\n  {run.resume}", file=sys.stderr)

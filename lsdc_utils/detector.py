@@ -395,7 +395,7 @@ def train(
 
     `model`: a yaml name (from scratch) or a path to pretrained weights. `options`: augmentation and loss gains in
     ultralytics' names. `held_out`: images to validate on after each epoch (none: no validation, which costs as much as
-    training here). `work`: a folder for ultralytics' files, emptied first. The weights of the last epoch are returned:
+    training here). `work`: a folder for ultralytics' files, emptied first and removed at the end. The weights of the last epoch are returned:
     nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
     work, folder = Path(work).resolve(), Path(folder).resolve()
@@ -411,7 +411,7 @@ def train(
         "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": epochs,
         "batch": min(batch, len(files)), "nbs": min(batch, len(files)), "optimizer": "AdamW", "lr0": rate, "lrf": 0.05,
         "cos_lr": True, "warmup_epochs": min(1.0, epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
-        "close_mosaic": 0, "seed": seed, "deterministic": True, "workers": 0, "cache": "ram", "amp": device != "cpu",
+        "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "seed": seed, "deterministic": True, "workers": 0, "cache": "ram", "amp": device != "cpu",
         "device": device, "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
         "exist_ok": True, **options,
     }  # fmt: skip
@@ -431,6 +431,7 @@ def train(
     if not held_out:
         trainer.validate = lambda: ({}, 0.0)
     trainer.train()
+    shutil.rmtree(work)
     return trainer.ema.ema.eval().cpu().to(memory_format=torch.contiguous_format), pd.DataFrame(history).drop(
         columns="started"
     )

@@ -395,8 +395,8 @@ def train(
 
     `model`: a yaml name (from scratch) or a path to pretrained weights. `options`: augmentation and loss gains in
     ultralytics' names. `held_out`: images to validate on after each epoch (none: no validation, which costs as much as
-    training here). `work`: a folder for ultralytics' files, emptied first and removed at the end. The weights of the last epoch are returned:
-    nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
+    training here). `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are
+    returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
     work, folder = Path(work).resolve(), Path(folder).resolve()
     shutil.rmtree(work, ignore_errors=True)
@@ -407,12 +407,12 @@ def train(
     device = "0" if torch.cuda.is_available() else "cpu"
     data = _data_file(folder, work, files, held_out, config)
     overrides = {
-        "task": "detect", "mode": "train", "model": model, "data": str(data),
+        "task": "detect", "mode": "train", "model": model, "data": str(data), "device": device, "amp": device != "cpu",
         "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": epochs,
         "batch": min(batch, len(files)), "nbs": min(batch, len(files)), "optimizer": "AdamW", "lr0": rate, "lrf": 0.05,
         "cos_lr": True, "warmup_epochs": min(1.0, epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
-        "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "seed": seed, "deterministic": True, "workers": 0, "cache": "ram", "amp": device != "cpu",
-        "device": device, "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
+        "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "seed": seed, "deterministic": True, "workers": 0,
+        "cache": "ram", "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
         "exist_ok": True, **options,
     }  # fmt: skip
     trainer = DetectionTrainer(overrides=overrides)

@@ -140,7 +140,7 @@ def _draw_traits(rng: np.random.Generator, switches: dict[str, bool | None]) -> 
         "pelvis": rng.normal(0, 3),  # degrees added to every tilt
         "scoliosis": np.clip(rng.normal(0, 2.8), -6, 6).item(),  # mm to the side
         "scoliosis_phase": rng.uniform(0, 6.28),
-        "slip": rng.choice([-6.0, -4.5, -3.5, 3.0]).item() if slip else 0.0,  # mm of the upper vertebra; forwards < 0
+        "slip": rng.choice([-8.0, -6.0, -4.5, 4.0]).item() if slip else 0.0,  # mm of the upper vertebra; forwards < 0
         "slip_level": rng.choice([2, 3, 4], p=[0.2, 0.5, 0.3]).item(),
         "transitional": bool(transitional),
         "conus": rng.normal(8, 9),  # mm of the cord's tip above the disc L1/L2

@@ -98,10 +98,12 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
     front = p.v + traits["front"] - 0.004 * p.u**2 + 2 * coarse
     yield (
         ALL,
-        unit(1 - 0.15 * p.v) * unit(0.7 * coarse + 0.75) * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 3 * fine)),
+        unit(1 - 0.15 * p.v)
+        * unit(0.7 * coarse + 0.9)
+        * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 1.5 * fine)),
         "bowel",
     )
-    low = unit(0.85 - p.s * 0.008) + 0.25
+    low = np.minimum(unit(0.85 - p.s * 0.008) + 0.35, 1.2)
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
     yield from _back(p, skin, coarse, fine)
@@ -172,8 +174,9 @@ def _marrow_findings(p: Points) -> Iterator[Layer]:
     """Endplate change and haemangiomas: they have no meaning for any grade."""
     for disc, kind in p.body.traits["endplate"]:
         t = np.abs(p.s - p.body.discs[disc].item())
-        depth = 9 + 0.25 * p.v - t
-        near = (depth > -1) & (t > p.table("disc_half") + 0.8)
+        half = p.table("disc_half") + 0.8
+        depth = half + 9 + 0.25 * p.v - t
+        near = (depth > -1) & (t > half)
         q = p.pick(near)
         yield q.index, unit(depth[near] * 0.25) * 0.8, kind
     for u0, v0, s0, size in p.body.traits["haemangioma"]:
@@ -189,7 +192,8 @@ def _arch(points: Points) -> Iterator[Layer]:
     q = p.pick((np.abs(t) < 9) & (p.out < 30) & (p.v < 16))
     thick = unit((40 - q.s) / 110) * 3.5 + 4.0  # half a pedicle's width grows downwards
     across = thick - np.abs(q.out - (q.table("canal_w") + thick - 0.5))
-    yield from q.bone(least(7.2 - np.abs(q.table("pedicle_t")), across, 13 - q.v))
+    front = np.maximum(q.v + 5, 0.9 * q.table("half_width") - q.out)  # joined to the body, not jutting out beside it
+    yield from q.bone(least(6.8 - np.abs(q.table("pedicle_t")), across, 13 - q.v, front))
     q = p.pick((np.abs(p.v - 10) < 4.5) & (np.abs(t) < 7))
     yield from q.bone(least(4 - np.abs(q.table("pedicle_t") + 1), 3 - np.abs(q.v - 10), 40 - q.out), 0.8)
     yield from _laminae(p)

@@ -412,7 +412,7 @@ def train(
         "batch": min(batch, len(files)), "nbs": min(batch, len(files)), "optimizer": "AdamW", "lr0": rate, "lrf": 0.05,
         "cos_lr": True, "warmup_epochs": min(1.0, epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
         "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "seed": seed, "deterministic": True, "workers": 0,
-        "cache": "ram", "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
+        "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
         "exist_ok": True, **options,
     }  # fmt: skip
     trainer = DetectionTrainer(overrides=overrides)

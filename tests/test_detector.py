@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lsdc_utils import detector
-from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SEVERITIES, SIDES, T1, T2, row_id
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SEVERITIES, T1, T2, row_id
 from lsdc_utils.volume import Stack
 
 SIZES = {"nfn": (64, 32), "scs": (64, 32), "ss": (32, 32)}
@@ -29,7 +30,7 @@ def toy_points(condition: str, shift: float = 0.0) -> dict[tuple[str, str], np.n
     names = [c for c in CONDITIONS.values() if c.group == condition]
     sign = {"left": 1, "right": -1, None: 0}
     return {
-        (c.name, level): level_centre(level, shift) + [sign[c.side] * LATERAL[condition], 0, 0]
+        (c.name, level): level_centre(level, shift) + np.array([sign[c.side] * LATERAL[condition], 0, 0])
         for c in names
         for level in LEVELS
     }
@@ -73,9 +74,11 @@ def toy_labels(stack: Stack, condition: str, severities: dict) -> pd.DataFrame:
         clicked = stack.affines[index] @ [x, y, 0, 1]
         number = stack.instance_numbers[index]
         row = row_id(stack.study_id, name, level)
-        lines.append((row, stack.study_id, name, level, severities[name, level], stack.series_id, number, x, y, *clicked[:3]))
-    names = "row_id study_id condition level severity series_id instance_number x y X Y Z".split()
-    return pd.DataFrame(lines, columns=names)
+        lines.append(
+            (row, stack.study_id, name, level, severities[name, level], stack.series_id, number, x, y, *clicked[:3])
+        )
+    names = ["row_id", "study_id", "condition", "level", "severity", "series_id", "instance_number"]
+    return pd.DataFrame(lines, columns=[*names, "x", "y", "X", "Y", "Z"])
 
 
 def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
@@ -83,3 +86,237 @@ def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
     severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
     stack = toy_stack(condition, severities, study_id, seed=study_id)
     return stack, toy_labels(stack, condition, severities)
+
+
+def ideal(
+    stack: Stack, condition: str, severities: dict, scheme: str = "seen"
+) -> tuple[detector.Detections, detector.Config]:
+    """What a perfect detector would say of a toy study: each true point on its nearest slices, with noise round it."""
+    settings = config(condition, scheme)
+    table = detector.classes(settings)
+    rng = np.random.default_rng(0)
+    points, scores, slices = [], [], []
+    for (name, level), point in toy_points(condition).items():
+        off = np.abs(detector.plane_distances(stack, point[None])[:, 0])
+        for index in np.argsort(off)[:2]:
+            score = np.full(len(table), 0.01)
+            fits = table["condition"].isin([None, name]) & table["level"].isin([None, level])
+            score[fits & (table["severity"] == severities[name, level])] = 0.8
+            points.append(point + rng.normal(0, 0.5, 3))
+            scores.append(score)
+            slices.append(index)
+    for _ in range(30):  # clutter in front of the spine
+        points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
+        scores.append(np.full(len(table), 0.02))
+        slices.append(0)
+    slices = np.array(slices)
+    return detector.Detections(np.array(points), np.array(scores), slices, slices), settings
+
+
+def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
+    lines = [(study_id, level, "", *level_centre(level, shift), 0.9) for level in LEVELS]
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "counts"), [("sided", {"nfn": 30, "scs": 15, "ss": 30}), ("seen", {"nfn": 15, "scs": 15, "ss": 3})]
+)
+def test_numbers_of_classes(scheme, counts):
+    assert {key: len(detector.classes(config(key, scheme))) for key in GROUPS} == counts
+
+
+def test_settings_that_cannot_work_are_refused():
+    for wrong in ({"size": (60, 32)}, {"strip": (0.5, 0.2, 0.0, 1.0)}, {"scheme": "both"}):
+        with pytest.raises(detector.DetectorError):
+            detector.Config(
+                **{"condition": "scs", **dict(scheme="seen", strip=(0, 1, 0, 1), size=(32, 32)), **wrong},
+                neighbours=True,
+                box_side=0.05,
+            )
+
+
+@pytest.mark.parametrize("condition", GROUPS)
+def test_boxes_lie_where_the_reader_clicked(condition):
+    stack, labels = toy_study(condition)
+    settings = config(condition)
+    found, skipped = detector.boxes(stack, labels, settings, copy_mm=0.0)
+    assert skipped.empty and set(found["row_id"]) == set(labels["row_id"]) and not found["copied"].any()
+    both = found.merge(labels, on="row_id")
+    centres = both[["x_x", "y_x"]].to_numpy()[:, None]
+    back = detector._to_patient(stack, both["slice"].to_numpy(), centres, settings)[:, 0]
+    np.testing.assert_allclose(back, both[["X", "Y", "Z"]], atol=0.01)
+    edge = found[["x", "y"]].to_numpy() + np.array([[0.5], [-0.5]])[:, None] * found[["width", "height"]].to_numpy()
+    assert edge.min() >= 0 and edge.max() <= 1
+
+
+def test_neighbouring_slices_carry_the_box_too():
+    stack, labels = toy_study("nfn")
+    found, _ = detector.boxes(stack, labels, config("nfn"), copy_mm=5.0)
+    assert found["copied"].sum() >= len(labels)
+    assert not found.duplicated(["slice", "row_id"]).any()
+
+
+def test_between_two_levels_the_nearer_label_speaks():
+    stack, labels = toy_study("ss")
+    found, _ = detector.boxes(stack, labels, config("ss"), copy_mm=40.0)
+    per_slice = found.assign(side=found["row_id"].str.contains("left")).groupby(["slice", "side"]).size()
+    assert per_slice.max() == 1 and len(per_slice) == 2 * len(stack.pixels)
+
+
+def test_labels_without_a_box_are_counted_with_their_reason(tmp_path):
+    stack, labels = toy_study("scs")
+    labels.loc[0, "severity"] = -1
+    labels.loc[1, "instance_number"] = 9999
+    labels.loc[2, ["series_id", "instance_number"]] = -1
+    labels.loc[3, ["x", "y"]] = [-40.0, 5.0]
+    images, found, skipped = detector.write_dataset([stack], labels, tmp_path / "scs", config("scs"), 0.0, 1)
+    reasons = skipped.set_index("row_id")["reason"].to_dict()
+    expected = ["no severity", "its slice is not in the series", "no coordinate", "outside the strip"]
+    assert [reasons[row] for row in labels["row_id"][:4]] == expected
+    assert found["row_id"].tolist() == [labels["row_id"][4]]
+    assert images["boxes"].tolist() in ([1, 0], [0, 1]) and images["worst"].min() == -1
+
+
+def test_a_box_over_the_edge_is_clipped():
+    place = detector._box((0.0, 50.0), (96, 96), config("scs", strip=(0.0, 1.0, 0.0, 1.0)))
+    assert place is not None and place[-1] and place[0] - place[2] / 2 == pytest.approx(0)
+
+
+def test_files_show_the_slices_before_at_and_behind(tmp_path):
+    import cv2
+
+    stack, labels = toy_study("ss")
+    settings = config("ss")
+    images, _, _ = detector.write_dataset([stack], labels, tmp_path / "ss", settings, 5.0, 0)
+    inputs = detector.channels(detector.strips(stack, settings), stack.blocks, settings)
+    line = images.iloc[2]
+    picture = cv2.imread(str(tmp_path / "ss" / line["file"]))[..., ::-1]  # OpenCV reads blue, green, red
+    np.testing.assert_array_equal(picture.transpose(2, 0, 1), inputs[line["slice"]])
+    split = np.array([0] * 10 + [1] * (len(stack.pixels) - 10))
+    apart = detector.channels(detector.strips(stack, settings), split, settings)
+    np.testing.assert_array_equal(apart[10, 0], apart[10, 1])  # no neighbour from another block
+
+
+@pytest.mark.parametrize("condition", GROUPS)
+@pytest.mark.parametrize("scheme", detector.SCHEMES)
+def test_perfect_detections_give_perfect_rows_and_points(condition, scheme):
+    rng = np.random.default_rng(3)
+    severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
+    stack = toy_stack(condition, severities)
+    detections, settings = ideal(stack, condition, severities, scheme)
+    rows, points = detector.decode(detections, 1, settings, canal_points())
+    labels = toy_labels(stack, condition, severities)
+    both = rows.merge(labels, on="row_id")
+    assert len(both) == len(labels) == len(rows)
+    np.testing.assert_allclose(rows[list(SEVERITIES)].sum(axis=1), 1)
+    assert (both[list(SEVERITIES)].to_numpy().argmax(axis=1) == both["severity"]).all()
+    errors = detector.point_errors(points, labels)
+    assert errors["distance"].max() < 4
+    assert (detector.localisation(errors)["within_5_mm"] == 1).all()
+
+
+@pytest.mark.parametrize("condition", ["nfn", "ss"])
+def test_a_mirrored_study_exchanges_left_and_right(condition):
+    severities = {key: int(key[0].startswith("left")) * 2 for key in toy_points(condition)}
+    detections, settings = ideal(toy_stack(condition, severities), condition, severities)
+    mirrored = detector.Detections(
+        detections.points * [-1, 1, 1], *(getattr(detections, n) for n in ("scores", "image", "slices"))
+    )
+    rows, mirror = (
+        detector.decode(d, 1, settings, canal_points())[0].set_index("row_id") for d in (detections, mirrored)
+    )
+    for row in rows.index:
+        other = row.replace("left", "*").replace("right", "left").replace("*", "right")
+        np.testing.assert_allclose(rows.loc[row], mirror.loc[other], atol=1e-6)
+
+
+def test_levels_are_assigned_once_in_anatomical_order():
+    points = np.array([level_centre(level) for level in LEVELS])
+    evidence = np.full((5, 5), 0.01) + 0.8 * np.eye(5)
+    evidence[2] = [0.01, 0.5, 0.45, 0.01, 0.01]  # on its own, L3/L4 would rather be L2/L3
+    assert detector.assign_levels(points, evidence).tolist() == [0, 1, 2, 3, 4]
+    order = np.array([3, 0, 4, 2, 1])
+    assert order[detector.assign_levels(points[order], evidence[order])].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_evidence_no_rows():
+    for condition in GROUPS:
+        settings = config(condition)
+        empty = np.empty(0, dtype=int)
+        nothing = detector.Detections(np.empty((0, 3)), np.empty((0, len(detector.classes(settings)))), empty, empty)
+        rows, points = detector.decode(nothing, 1, settings, canal_points())
+        assert rows.empty and points.empty and list(rows) == ["row_id", *SEVERITIES]
+    severities = dict.fromkeys(toy_points("ss"), 0)
+    detections, settings = ideal(toy_stack("ss", severities), "ss", severities)
+    assert detector.decode(detections, 1, settings, None)[0].empty  # no canal points, no levels
+
+
+def test_a_class_never_seen_gets_the_published_floor():
+    settings = config("ss", "sided")
+    scores = np.zeros((1, 30))
+    scores[0, 2] = 0.5
+    detections = detector.Detections(np.zeros((1, 3)), scores, np.zeros(1, int), np.zeros(1, int))
+    rows = detector.decode(detections, 1, settings)[0].set_index("row_id")
+    floor = detector.FLOOR
+    first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)
+    np.testing.assert_allclose(first, np.array([floor, floor, 0.5]) / (0.5 + 2 * floor))
+    np.testing.assert_allclose(rows.iloc[1].to_numpy(float), 1 / 3)
+
+
+def test_flipped_axial_views_change_the_sides_of_sided_classes():
+    table = detector.classes(config("ss", "sided"))
+    other = detector._other_side(config("ss", "sided"))
+    names = [name.replace("left", "*").replace("right", "left").replace("*", "right") for name in table["name"]]
+    assert table["name"].iloc[other].tolist() == names
+    for settings in (config("nfn", "sided"), config("ss"), config("scs")):
+        assert (detector._other_side(settings) == np.arange(len(detector.classes(settings)))).all()
+
+
+def train_toy(tmp_path, condition="scs", studies=4, epochs=1):
+    toys = [toy_study(condition, number) for number in range(1, studies + 1)]
+    labels = pd.concat([labels for _, labels in toys])
+    settings = config(condition)
+    images, _, _ = detector.write_dataset([stack for stack, _ in toys], labels, tmp_path / "data", settings, 5.0, 1)
+    files = detector.training_list(images, range(1, studies + 1), (1, 1, 2))
+    options = {"mosaic": 0.0, "fliplr": 0.0, "cls": 2.0, "box": 4.0, "scale": 0.1, "translate": 0.05}
+    arguments = dict(model="yolov10n.yaml", epochs=epochs, batch=8, rate=0.002, seed=1, threads=1, options=options)
+    model, history = detector.train(tmp_path / "data", files, settings, tmp_path / "work", **arguments)
+    return detector.Detector(model, settings, 0, {"note": "toy"}), history
+
+
+def test_training_saving_and_grading(tmp_path, capsys):
+    trained, history = train_toy(tmp_path)
+    assert len(history) == 1 and np.isfinite(history["cls_loss"]).all() and not (tmp_path / "work").exists()
+    assert "epoch 1/1" in capsys.readouterr().out
+    again, _ = train_toy(tmp_path / "again")
+    for name, value in trained.model.state_dict().items():
+        assert value.equal(again.model.state_dict()[name]), name  # same seed, same weights
+    path = tmp_path / "weights" / "yolo_scs_fold0.pt"
+    detector.save(trained, path)
+    loaded = detector.load(path)
+    assert loaded.config == trained.config and loaded.about["note"] == "toy"
+    stack, _ = toy_study("scs", 9)
+    seen = detector.detect(loaded, [stack])
+    assert seen.scores.shape[1] == 15 and np.isfinite(seen.points).all() and seen.scores.max() > 1e-4
+    rows, points = detector.grade([loaded, loaded], [(9, [stack]), (10, [])])
+    assert rows["row_id"].is_unique and set(rows["row_id"].str.split("_").str[0]) <= {"9"}
+    assert len(points) == len(rows)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(detector.DetectorError, match="sha256"):
+        detector.load(path)
+
+
+def test_untrained_networks_begin_with_boxes_of_the_known_size(tmp_path):
+    detector.quiet_ultralytics(tmp_path)
+    from ultralytics.nn.tasks import DetectionModel
+
+    settings = config("scs", size=(96, 64))
+    torch.manual_seed(0)
+    model = DetectionModel("yolov10n.yaml", nc=15, verbose=False).eval()
+    detector._start_boxes([model], settings)
+    detector._quicken_norms(model)
+    with torch.inference_mode():
+        corners = model.model[-1]._get_decode_boxes(model(torch.zeros(1, 3, 96, 64))[1]["one2one"])[0]
+    expected = settings.box_side * np.array([64 / 0.6, 96])
+    width, height = corners[2:].median(dim=1).values.numpy()  # without suppression asked for: x, y, width, height
+    assert abs(width - expected[0]) < 3 and abs(height - expected[1]) < 3

@@ -327,7 +327,14 @@ def boosted(features: np.ndarray, truth: np.ndarray, folds: int = 5) -> np.ndarr
     out = np.zeros((n * m, 3))
     for train, test in GroupKFold(folds).split(x, y, study_of):
         train = train[y[train] != MISSING]
-        model = HistGradientBoostingClassifier(learning_rate=0.05, max_iter=60, max_leaf_nodes=8, min_samples_leaf=200)
+        model = HistGradientBoostingClassifier(
+            learning_rate=0.05,
+            max_iter=60,
+            max_leaf_nodes=6,
+            min_samples_leaf=500,
+            l2_regularization=100,
+            max_features=0.3,
+        )
         out[test] = model.fit(x[train], y[train]).predict_proba(x[test])
     return out.reshape(n, m, 3)
 
@@ -341,7 +348,7 @@ def gain_over_prior(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
     losses = []
     for natural in (column_only, boosted(features, truth)):
         table = rows[["row_id"]].assign(**dict(zip(SEVERITIES, natural.reshape(-1, 3).T, strict=True)))
-        losses.append(metric.StudyLosses(solution, metric.weight_table(table)))
+        losses.append(metric.study_losses(solution, metric.weight_table(table)))
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
     won = losses[0].resampled(counts)[:, -1] - losses[1].resampled(counts)[:, -1]
     return np.nanquantile(won, [0.025, 0.975])
@@ -361,7 +368,7 @@ def test_nothing_but_the_anatomy_betrays_a_label(tmp_path):
     print(f"headers and intensities win {low:.3f} to {high:.3f} over the prior")
     assert low < 0
     severe = (truth == 2).sum(axis=1)[:, None]  # a control: had something leaked, the test would see it
-    leak = severe + np.random.default_rng(1).normal(0, 1.5, severe.shape)
+    leak = severe + np.random.default_rng(1).normal(0, 2, severe.shape)
     assert gain_over_prior(np.hstack([table.to_numpy(), leak]), truth)[0] > 0
 
 

@@ -128,6 +128,7 @@ def show_slice(
     ax.grid(False)
     ax.set_title(title)
     rows, cols = pixels.shape
+    severities = None if severities is None else np.asarray(severities)  # by place, whatever a Series' index says
     for k, point in enumerate(() if points is None else np.atleast_2d(points)):
         x, y = to_pixels(affine, point)[0, :2] if len(point) == 3 else point
         colour, marker = _mark(severities, k)

@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
@@ -64,7 +65,8 @@ def test_points_in_pixels_and_in_patient_space_are_drawn_alike(ax):
     patient = np.column_stack([points, np.zeros(2), np.ones(2)]) @ AXIAL.T
     boxes = np.column_stack([points - 4, points + 4])
     for given in (points, patient[:, :3]):
-        figures.show_slice(ax, np.zeros((64, 64), np.uint8), AXIAL, given, severities=[2, MISSING], boxes=boxes)
+        severities = pd.Series([2, MISSING], index=[7, 3])  # rows of a table, whose index must not matter
+        figures.show_slice(ax, np.zeros((64, 64), np.uint8), AXIAL, given, severities=severities, boxes=boxes)
     drawn = [
         (line.get_xdata()[0], line.get_ydata()[0], line.get_marker()) for line in ax.lines if len(line.get_xdata()) == 1
     ]

@@ -10,16 +10,20 @@ A narrowing n in [0, 1] sets one size on the body, by the same function at every
 - canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
   narrow and below about 75 mm2 as severely so (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
   roots keep their own 52 mm2, so CSF disappears where Schizas et al. (Spine 2010) see grades C and D.
-- foramen: area in its sagittal plane, 131 mm2 when open; it loses up to 0.35 of its height, from below, and up to
+- foramen: area in its sagittal plane, 138 mm2 when open; it loses up to 0.35 of its height, from below, and up to
   0.6 of its width (40 to 160 mm2 in Hasegawa et al., Spine 1995; order of loss as graded by Lee et al., AJR 2010).
 - recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
   (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
-A narrow place fills from an envelope of fixed size that it shares with no other of the 25 places.
+A narrow place fills an envelope of fixed size that it shares with no other of the 25 places.
+
+Levels are named from below: L5/S1 is the lowest disc that has at least half the height of the one above it. A flatter
+one below it is a remnant in the sacrum; it is not counted, though a transitional vertebra may make it easy to see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,7 @@ from numpy.typing import ArrayLike
 from lsdc_utils.vocabulary import COLUMNS, LEVELS
 
 Array = np.ndarray
+Along = Callable[[ArrayLike], Array]  # values at the 13 discs -> values over AXIS
 
 STEP = 0.25  # mm between entries of the tables along the spine
 AXIS = np.arange(-150, 200, STEP)  # s of the entries
@@ -198,7 +203,7 @@ def _bump(t: Array, flat: float, reach: float) -> Array:
 
 
 def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: dict[str, Any]) -> dict[str, Array]:
-    """All sizes along the spine, over AXIS, float32; see the layers below for their use."""
+    """All sizes along the spine, over AXIS, float32; `layers` draws from them."""
     order = discs[::-1]
     near = discs.size - 1 - np.clip(np.searchsorted((order[1:] + order[:-1]) / 2, AXIS), 0, discs.size - 1)
     size = traits["size"]
@@ -227,20 +232,20 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
         "canal_d": along(np.interp(np.arange(13), [0, 3, 8, 10, 12], [17, 18.5, 18.5, 12, 6])),
         "hydration": np.concatenate([[0.7] * 4, traits["hydration"], [0.15] * 4])[near],
     }
-    out |= _narrow_tables(AXIS, discs, narrowing, traits, along)
+    out |= _narrow_tables(discs, narrowing, traits, along)
     out["facet_fluid"] = traits["facet_fluid"][:, near]
     tip = discs[FIRST] + traits["conus"]
     out["cord"] = np.clip((AXIS - tip) / 22, 0, 1) ** 0.6
     return {name: np.ascontiguousarray(values, np.float32) for name, values in out.items()}
 
 
-def _narrow_tables(axis: Array, discs: Array, narrowing: Array, traits: dict[str, Any], along: Any) -> dict[str, Array]:
+def _narrow_tables(discs: Array, narrowing: Array, traits: dict[str, Any], along: Along) -> dict[str, Array]:
     """Tables of the sac, the recesses and the foramina: what the 25 narrowings change."""
     levels = discs[FIRST : FIRST + 5]
     taper = along([0.95, 0.95, 0.95, 1, 1, 1, 1, 1, 1, 0.8, 0.5, 0.15, 0.0])  # the sac ends at S2
-    is_level = sum(_bump(axis - d, 4, 11) for d in levels)
+    is_level = sum(_bump(AXIS - d, 4, 11) for d in levels)
     size = is_level + (1 - is_level) * traits["canal"]
-    canal = sum(n * _bump(axis - d, 3.5, 9.5) for n, d in zip(narrowing[:5], levels, strict=True))
+    canal = sum(n * _bump(AXIS - d, 3.5, 9.5) for n, d in zip(narrowing[:5], levels, strict=True))
     scale = 1 - SAC_SHRINK * canal
     out = {
         "sac_a0": SAC[0] * taper * size * (1 + 0.12 * (1 - is_level)),
@@ -251,14 +256,14 @@ def _narrow_tables(axis: Array, discs: Array, narrowing: Array, traits: dict[str
     out["sac_b"] = out["sac_b0"] * scale**1.3
     out["canal"] = canal
     sides = narrowing[5:].reshape(2, 2, 5)  # foramen, recess; left, right; level
-    index = np.abs(axis[:, None] - levels).argmin(1)
-    at_recess = _bump(axis - levels[index], 3.5, 9.5)
+    index = np.abs(AXIS[:, None] - levels).argmin(1)
+    at_recess = _bump(AXIS - levels[index], 3.5, 9.5)
     out["recess_n"] = sides[1][:, index] * at_recess
     out["recess_b"] = RECESS[3] * (1 - RECESS_SHRINK * out["recess_n"])
-    out["recess_open"] = np.broadcast_to(_bump(axis - levels[index], 6.5, 11), out["recess_n"].shape)
-    gap = np.abs(axis[:, None] - (levels + 5.5)).argmin(1)
+    out["recess_open"] = np.broadcast_to(_bump(AXIS - levels[index], 6.5, 11), out["recess_n"].shape)
+    gap = np.abs(AXIS[:, None] - (levels + 5.5)).argmin(1)
     out["foramen_n"] = sides[0][:, gap]
-    out["foramen_t"] = axis - levels[gap]
+    out["foramen_t"] = AXIS - levels[gap]
     return out
 
 

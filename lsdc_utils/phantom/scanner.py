@@ -15,7 +15,7 @@ from lsdc_utils.vocabulary import PLANES, T1, T2
 SEQUENCES = ("t1", "t2", "stir")
 SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
     "air": (0.0, 0.0, 0.0),
-    "fat": (1.0, 0.80, 0.10),
+    "fat": (1.0, 0.72, 0.10),
     "muscle": (0.30, 0.18, 0.28),
     "marrow": (0.55, 0.42, 0.18),
     "cortex": (0.08, 0.06, 0.05),
@@ -270,7 +270,7 @@ def _receive(image: Array, acquisition: Acquisition, rng: np.random.Generator) -
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
     back = acquisition.affines[0, 1, 0] * np.arange(cols) + acquisition.affines[0, 1, 1] * np.arange(rows)[:, None]
     back = back - back.mean() + 20
-    falloff = np.exp(np.clip(back, -140, 75) / rng.uniform(130, 260))
+    falloff = np.exp(np.clip(back, -140, 75) / rng.uniform(160, 320))
     a = rng.normal(0, 0.06, 5)
     field = falloff * np.exp(a[0] * row + a[1] * col + a[2] * row * col + a[3] * row**2 + a[4] * col**2)
     if rng.random() < 0.6:

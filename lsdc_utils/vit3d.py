@@ -57,15 +57,16 @@ class VitConfig:
     """What the network sees and how large it is; axes of a volume go outwards (or left), to posterior, to the head."""
 
     input: str = "level_crops"  # or study_grid
-    size: tuple[int, int, int] = (16, 24, 16)  # voxels the network sees
-    spacing: tuple[float, float, float] = (1.75, 1.5, 2.25)  # mm a voxel; unused by study_grid
-    offset: tuple[float, float, float] = (10.0, -2.0, 2.0)  # mm from the level's centre to the crop's middle
+    size: tuple[int, int, int] = (16, 16, 16)  # voxels the network sees
+    spacing: tuple[float, float, float] = (1.75, 1.5, 1.75)  # mm a voxel; unused by study_grid
+    offset: tuple[float, float, float] = (10.0, -1.0, 5.0)  # mm from the level's centre to the crop's middle
     margin: int = 2  # voxels kept all round, to cut off-centre crops from
     stem: int = 32  # channels of the stride-2 convolution before the patches; 0: none
     patch: tuple[int, int, int] = (2, 2, 2)  # voxels of a patch, after the stem
     width: int = 128  # of a token
-    depth: int = 4  # blocks over the patches of one volume
+    depth: int = 3  # blocks over the patches of one volume
     heads: int = 4
+    readout: int = 32  # numbers that each token hands to the readout, which keeps the tokens' places apart
     context: int = 0  # blocks over the ten half crops of a study
 
     def __post_init__(self) -> None:
@@ -83,9 +84,9 @@ class Training:
     """How a network is fitted. Nothing is chosen on held-out studies: the last epoch's averaged weights count."""
 
     epochs: int = 14
-    batch: int = 8  # studies
-    lr: float = 1e-3
-    weight_decay: float = 0.05
+    batch: int = 2  # studies
+    lr: float = 5e-4
+    weight_decay: float = 0.2
     warmup: float = 0.1  # share of the steps
     ema: float = 0.98  # decay of the averaged weights a step
     intensity: float = 0.15  # sd of contrast and of brightness, a series
@@ -108,10 +109,19 @@ class Vit3d(nn.Module):
             else nn.Identity()
         )
         tokens = math.prod(n // (p * stride) for n, p in zip(config.size, config.patch, strict=True))
-        self.embed = nn.Linear(channels * math.prod(config.patch), config.width)
+        self.embed = nn.Sequential(
+            nn.Linear(channels * math.prod(config.patch), config.width), nn.LayerNorm(config.width)
+        )
         self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
         self.blocks = nn.Sequential(*_blocks(config, config.depth))
-        self.norm = nn.LayerNorm(config.width)
+        # A crop is aligned to the spine, so a token's place tells what it shows. Averaging tokens would lose the place,
+        # and a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
+        self.readout = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, config.readout),
+            nn.Flatten(1),
+            nn.Linear(tokens * config.readout, config.width),
+        )
         halves = config.input == "level_crops"
         self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, config.width)) if config.context else None
         self.context = nn.Sequential(*_blocks(config, config.context)) if config.context else None
@@ -155,7 +165,7 @@ class Vit3d(nn.Module):
         split = [k for pair in zip(counts, patch, strict=True) for k in pair]
         tokens = values.reshape(n, channels, *split).permute(0, 2, 4, 6, 1, 3, 5, 7)
         tokens = self.embed(tokens.reshape(n, math.prod(counts), -1)) + self.position
-        return self.norm(self.blocks(tokens)).mean(1)
+        return self.readout(self.blocks(tokens))
 
     def _threshold_of_column(self) -> list[int]:
         if self.config.input == "study_grid":
@@ -184,8 +194,13 @@ def _blocks(config: VitConfig, depth: int) -> list[Block]:
 
 
 def normalise(volumes: torch.Tensor) -> torch.Tensor:
-    """Grey values 0..255 to a scale round 0, as float32."""
-    return volumes.float() / 64 - 1.5
+    """Grey values 0..255 (N, 3, l, p, h) as float32 with mean 0 and deviation about 1 in each series of each volume.
+
+    Windows and coils differ from scanner to scanner; 8 grey levels keep a series that shows nothing from growing.
+    """
+    values = volumes.float()
+    mean = values.mean(dim=(2, 3, 4), keepdim=True)
+    return (values - mean) / (values.std(dim=(2, 3, 4), keepdim=True) + 8)
 
 
 # ---- inputs and labels ---------------------------------------------------------------------------------------------

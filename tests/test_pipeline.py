@@ -171,7 +171,7 @@ def test_the_report_opens_without_a_network(run: Path) -> None:
         )
     index = (run / "report" / "index.html").read_text()
     assert "ot for clinical use" in index
-    assert index.count("data:image/png;base64,") >= 2
+    assert index.count("data:image/") >= 2
 
 
 def test_no_half_written_file_is_left(run: Path) -> None:

@@ -88,29 +88,23 @@ def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
     return stack, toy_labels(stack, condition, severities)
 
 
-def ideal(
-    stack: Stack, condition: str, severities: dict, scheme: str = "seen"
-) -> tuple[detector.Detections, detector.Config]:
-    """What a perfect detector would say of a toy study: each true point on its nearest slices, with noise round it."""
+def ideal(condition: str, severities: dict, scheme: str = "seen") -> tuple[detector.Detections, detector.Config]:
+    """What a perfect detector would say of a toy study: each true point twice, half a millimetre off, and clutter."""
     settings = config(condition, scheme)
     table = detector.classes(settings)
     rng = np.random.default_rng(0)
-    points, scores, slices = [], [], []
+    points, scores = [], []
     for (name, level), point in toy_points(condition).items():
-        off = np.abs(detector.plane_distances(stack, point[None])[:, 0])
-        for index in np.argsort(off)[:2]:
+        for _ in range(2):
             score = np.full(len(table), 0.01)
             fits = table["condition"].isin([None, name]) & table["level"].isin([None, level])
             score[fits & (table["severity"] == severities[name, level])] = 0.8
             points.append(point + rng.normal(0, 0.5, 3))
             scores.append(score)
-            slices.append(index)
     for _ in range(30):  # clutter in front of the spine
         points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
         scores.append(np.full(len(table), 0.02))
-        slices.append(0)
-    slices = np.array(slices)
-    return detector.Detections(np.array(points), np.array(scores), slices, slices), settings
+    return detector.Detections(np.array(points), np.array(scores)), settings
 
 
 def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
@@ -203,7 +197,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition, scheme):
     rng = np.random.default_rng(3)
     severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
     stack = toy_stack(condition, severities)
-    detections, settings = ideal(stack, condition, severities, scheme)
+    detections, settings = ideal(condition, severities, scheme)
     rows, points = detector.decode(detections, 1, settings, canal_points())
     labels = toy_labels(stack, condition, severities)
     both = rows.merge(labels, on="row_id")
@@ -218,10 +212,8 @@ def test_perfect_detections_give_perfect_rows_and_points(condition, scheme):
 @pytest.mark.parametrize("condition", ["nfn", "ss"])
 def test_a_mirrored_study_exchanges_left_and_right(condition):
     severities = {key: int(key[0].startswith("left")) * 2 for key in toy_points(condition)}
-    detections, settings = ideal(toy_stack(condition, severities), condition, severities)
-    mirrored = detector.Detections(
-        detections.points * [-1, 1, 1], *(getattr(detections, n) for n in ("scores", "image", "slices"))
-    )
+    detections, settings = ideal(condition, severities)
+    mirrored = detector.Detections(detections.points * [-1, 1, 1], detections.scores)
     rows, mirror = (
         detector.decode(d, 1, settings, canal_points())[0].set_index("row_id") for d in (detections, mirrored)
     )
@@ -242,12 +234,11 @@ def test_levels_are_assigned_once_in_anatomical_order():
 def test_no_evidence_no_rows():
     for condition in GROUPS:
         settings = config(condition)
-        empty = np.empty(0, dtype=int)
-        nothing = detector.Detections(np.empty((0, 3)), np.empty((0, len(detector.classes(settings)))), empty, empty)
+        nothing = detector.Detections(np.empty((0, 3)), np.empty((0, len(detector.classes(settings)))))
         rows, points = detector.decode(nothing, 1, settings, canal_points())
         assert rows.empty and points.empty and list(rows) == ["row_id", *SEVERITIES]
     severities = dict.fromkeys(toy_points("ss"), 0)
-    detections, settings = ideal(toy_stack("ss", severities), "ss", severities)
+    detections, settings = ideal("ss", severities)
     assert detector.decode(detections, 1, settings, None)[0].empty  # no canal points, no levels
 
 
@@ -255,7 +246,7 @@ def test_a_class_never_seen_gets_the_published_floor():
     settings = config("ss", "sided")
     scores = np.zeros((1, 30))
     scores[0, 2] = 0.5
-    detections = detector.Detections(np.zeros((1, 3)), scores, np.zeros(1, int), np.zeros(1, int))
+    detections = detector.Detections(np.zeros((1, 3)), scores)
     rows = detector.decode(detections, 1, settings)[0].set_index("row_id")
     floor = detector.FLOOR
     first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)

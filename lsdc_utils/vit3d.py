@@ -64,7 +64,7 @@ class VitConfig:
     stem: int = 32  # channels of the stride-2 convolution before the patches; 0: none
     patch: tuple[int, int, int] = (2, 2, 2)  # voxels of a patch, after the stem
     width: int = 128  # of a token
-    depth: int = 3  # blocks over the patches of one volume
+    depth: int = 2  # blocks over the patches of one volume
     heads: int = 4
     readout: int = 32  # numbers that each token hands to the readout, which keeps the tokens' places apart
     context: int = 0  # blocks over the ten half crops of a study
@@ -83,10 +83,10 @@ class VitConfig:
 class Training:
     """How a network is fitted. Nothing is chosen on held-out studies: the last epoch's averaged weights count."""
 
-    epochs: int = 14
+    epochs: int = 24
     batch: int = 2  # studies
     lr: float = 5e-4
-    weight_decay: float = 0.2
+    weight_decay: float = 0.5
     warmup: float = 0.1  # share of the steps
     ema: float = 0.98  # decay of the averaged weights a step
     intensity: float = 0.15  # sd of contrast and of brightness, a series
@@ -190,7 +190,8 @@ class Vit3d(nn.Module):
 
 
 def _blocks(config: VitConfig, depth: int) -> list[Block]:
-    return [Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True) for _ in range(depth)]
+    # Layer scale: a block begins as a small correction to what the readout already sees.
+    return [Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth)]
 
 
 def normalise(volumes: torch.Tensor) -> torch.Tensor:

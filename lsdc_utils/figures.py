@@ -177,3 +177,34 @@ def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> N
         for k, name in names.items()
     ]
     place.legend(handles=handles, **{"frameon": True, **options})  # framed: it often lies on a dark slice
+
+
+def show_confusion(ax: Axes, severity: np.ndarray, grade: np.ndarray, title: str) -> None:
+    """Draw labels (n,) against grades (n,), both 0, 1, 2: counts, and shares of the label's row."""
+    counts = np.zeros((3, 3), int)
+    np.add.at(counts, (np.asarray(severity, int), np.asarray(grade, int)), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for place, share in np.ndenumerate(shares):
+        text = f"{counts[place]}\n{share:.0%}"
+        ax.text(*place[::-1], text, ha="center", va="center", color="white" if share > 0.55 else "black")
+    ax.set_xticks(range(3), SEVERITY_NAMES, fontsize=9)
+    ax.set_yticks(range(3), SEVERITY_NAMES, fontsize=9, rotation=90, va="center")
+    ax.set(title=title, xlabel="Most probable grade", ylabel="Label")
+    ax.grid(False)
+
+
+def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title: str, bins: int = 8) -> None:
+    """Draw how often each severity occurs among rows (n, 3) of like natural probability; labels (n,).
+
+    Bins hold about the same number of rows; points on the dashed line are calibrated.
+    """
+    ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--")
+    for k, name in enumerate(SEVERITY_NAMES):
+        edges = np.unique(np.quantile(natural[:, k], np.linspace(0, 1, bins + 1)))
+        bin_of = np.clip(np.searchsorted(edges, natural[:, k], side="right") - 1, 0, max(len(edges) - 2, 0))
+        n = np.bincount(bin_of)
+        means = np.bincount(bin_of, natural[:, k])[n > 0] / n[n > 0]
+        shares = np.bincount(bin_of, severity == k)[n > 0] / n[n > 0]
+        ax.plot(means, shares, marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], label=name)
+    ax.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Natural probability", ylabel="Share of labels")

@@ -105,3 +105,23 @@ def _lab(eye: np.ndarray, colour: str) -> np.ndarray:
     f = xyz / np.array([0.9505, 1, 1.089])
     f = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_confusion_counts_labels_by_row_and_grades_by_column(ax):
+    figures.show_confusion(ax, np.array([0, 0, 2, 2, 2]), np.array([0, 1, 2, 2, 0]), "canal")
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts[0, 0] == "1\n50%" and texts[1, 0] == "1\n50%"  # label normal: one graded normal, one moderate
+    assert texts[2, 2] == "2\n67%" and texts[0, 2] == "1\n33%"
+    assert texts[1, 1] == "0\n0%"
+
+
+def test_reliability_of_calibrated_rows_lies_on_the_diagonal(ax):
+    rng = np.random.default_rng(0)
+    natural = rng.dirichlet([2, 1, 1], size=20000)
+    severity = (rng.random(len(natural))[:, None] > natural.cumsum(axis=1)).sum(axis=1)
+    figures.show_reliability(ax, natural, severity, "calibrated")
+    for line in ax.lines[1:]:
+        assert len(line.get_xdata()) == 8
+        np.testing.assert_allclose(line.get_xdata(), line.get_ydata(), atol=0.03)
+    figures.show_reliability(ax, np.full((4, 3), 1 / 3), np.array([0, 1, 2, 2]), "one bin")
+    assert [len(line.get_xdata()) for line in ax.lines[-3:]] == [1, 1, 1]

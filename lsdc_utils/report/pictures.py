@@ -112,19 +112,11 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
     return Picture("parts", caption, ". ".join(said), figure)
 
 
-def plot_reliability(labelled: pd.DataFrame, bins: int = 8) -> Picture:
+def plot_reliability(labelled: pd.DataFrame) -> Picture:
     """How often a severity occurs among rows of like natural probability; `labelled`: `run.labelled_rows`."""
     natural, severity = labelled[PROBABILITIES].to_numpy(), labelled["severity"].to_numpy()
     figure = Figure(figsize=(6, 4.6))
-    ax = figure.add_subplot()
-    ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--")
-    for k, name in enumerate(SEVERITY_NAMES):
-        bin_of = pd.qcut(natural[:, k], bins, labels=False, duplicates="drop")
-        means = pd.DataFrame({"p": natural[:, k], "share": severity == k}).groupby(bin_of).mean()
-        style = {"marker": figures.SEVERITY_MARKERS[k], "color": figures.SEVERITY_COLOURS[k]}
-        ax.plot(means["p"], means["share"], label=name, **style)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="Natural probability of the ensemble", ylabel="Share of labels")
-    ax.set(title="Reliability of the ensemble, out of fold")
+    figures.show_reliability(figure.add_subplot(), natural, severity, "Reliability of the ensemble, out of fold")
     figure.legend(**OUTSIDE)
     error = calibration_error(natural, severity)
     caption = f"Points on the dashed line are calibrated; the expected calibration error is {error:.3f}."
@@ -137,19 +129,9 @@ def plot_grades(labelled: pd.DataFrame) -> Picture:
     group = np.array([CONDITIONS[condition].group for condition in labelled["condition"]])
     figure, said = Figure(figsize=(9, 3.6)), []
     for ax, key in zip(figure.subplots(1, len(GROUPS)), GROUPS, strict=True):
-        counts = np.zeros((3, 3), int)
-        np.add.at(counts, (severity[group == key], grade[group == key]), 1)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for place, share in np.ndenumerate(shares):
-            text = f"{counts[place]}\n{share:.0%}"
-            ax.text(*place[::-1], text, ha="center", va="center", color="white" if share > 0.55 else "black")
-        name = PART_NAMES[GROUPS[key].score]
-        ax.set_xticks(range(3), SEVERITY_NAMES, fontsize=9)
-        ax.set_yticks(range(3), SEVERITY_NAMES, fontsize=9, rotation=90, va="center")
-        ax.set(title=name, xlabel="Grade of the ensemble", ylabel="Label")
-        ax.grid(False)
-        said.append(f"{name}: {np.trace(counts)} of {counts.sum()} rows have the label's grade")
+        name, mine = PART_NAMES[GROUPS[key].score], group == key
+        figures.show_confusion(ax, severity[mine], grade[mine], name)
+        said.append(f"{name}: {(severity[mine] == grade[mine]).sum()} of {mine.sum()} rows have the label's grade")
     caption = "Out-of-fold rows by label and grade, the most probable severity; shares are of the label's row."
     return Picture("grades", caption, "; ".join(said), figure, wide=True)
 

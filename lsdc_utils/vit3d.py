@@ -254,7 +254,7 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
     """Severities int8 (n, 25) in COLUMNS order from the tidy label table, -1 where a study has no label."""
     column = labels["condition"] + "_" + labels["level"]
     table = labels.assign(column=column).pivot(index="study_id", columns="column", values="severity")
-    return table.reindex(index=list(study_ids), columns=list(COLUMNS)).fillna(MISSING).to_numpy(np.int8)
+    return np.array(table.reindex(index=list(study_ids), columns=list(COLUMNS)).fillna(MISSING), dtype=np.int8)
 
 
 def row_weights(labels: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_volume import AXIAL_PLANE, SAGITTAL, make_affines, make_stack, mirror_study, spine
 
 from lsdc_utils import metric, vit3d
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, parse_row_id
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, SEVERITIES, T1, T2, parse_row_id
 
 SMALL = vit3d.VitConfig(size=(8, 8, 8), margin=1, stem=0, patch=(4, 4, 4), width=32, depth=1, heads=2)
 GRID = dataclasses.replace(SMALL, input="study_grid", size=(16, 16, 16), margin=0)
@@ -157,3 +158,23 @@ def test_detected_points_take_the_place_of_clicked_ones():
     found = vit3d.canal_points(labels, [detected]).set_index("study_id")
     assert found["X"].to_dict() == {1: 1.0, 2: 9.0} and found["confidence"].to_dict() == {1: 1.0, 2: 0.4}
     assert len(vit3d.canal_points(labels)) == 2
+
+
+def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cannot_see():
+    rng = np.random.default_rng(0)
+    stacks = []
+    for kind, plane, step, n in ((T1, SAGITTAL, 4.5, 15), (T2, SAGITTAL, 4.5, 15), (AXIAL, AXIAL_PLANE, 4.0, 40)):
+        affines = make_affines(n, 2.0, step, centre=(3, 30, -40), size=(96, 96), **plane)
+        stack = make_stack(lambda p: p[..., 0] * 0, affines, (96, 96), kind)
+        stacks.append(dataclasses.replace(stack, pixels=rng.integers(0, 255, stack.pixels.shape).astype(np.uint8)))
+    torch.manual_seed(0)
+    model = vit3d.Vit3d(dataclasses.replace(SMALL, context=1))
+    torch.nn.init.normal_(model.head.weight)
+    points = pd.concat([spine().assign(study_id=study) for study in (7, 9)])
+    rows = vit3d.predict([model], [(7, stacks), (8, stacks), (9, [])], points, views_count=3)
+    mirrored = vit3d.predict([model], [(7, [mirror_study(s) for s in stacks])], points.assign(X=-points["X"]), 3)
+    assert rows["row_id"].tolist() == vit3d.study_row_ids(7) == mirrored["row_id"].tolist()
+    natural, turned = rows[list(SEVERITIES)].to_numpy(), mirrored[list(SEVERITIES)].to_numpy()
+    assert np.abs(natural[5:10] - natural[10:15]).max() > 0.01
+    np.testing.assert_allclose(turned[list(vit3d.MIRROR)], natural, atol=1e-3)
+    assert vit3d.predict([model], [(8, stacks)], points).empty

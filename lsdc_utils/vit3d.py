@@ -64,10 +64,10 @@ class VitConfig:
     stem: int = 32  # channels of the stride-2 convolution before the patches; 0: none
     patch: tuple[int, int, int] = (2, 2, 2)  # voxels of a patch, after the stem
     width: int = 128  # of a token
-    depth: int = 2  # blocks over the patches of one volume
+    depth: int = 1  # blocks over the patches of one volume
     heads: int = 4
     readout: int = 32  # numbers that each token hands to the readout, which keeps the tokens' places apart
-    context: int = 0  # blocks over the ten half crops of a study
+    context: int = 1  # blocks over the ten half crops of a study; a grid has none
 
     def __post_init__(self) -> None:
         for name in ("size", "spacing", "offset", "patch"):  # lists where they come from JSON or YAML
@@ -85,10 +85,11 @@ class Training:
 
     epochs: int = 24
     batch: int = 2  # studies
-    lr: float = 5e-4
+    lr: float = 1e-3
     weight_decay: float = 0.5
     warmup: float = 0.1  # share of the steps
     ema: float = 0.98  # decay of the averaged weights a step
+    jitter: float = 1.7  # mm, sd of the shift of a half crop along each axis, up to the margin
     intensity: float = 0.15  # sd of contrast and of brightness, a series
     drop_series: float = 0.05  # share of series blanked
     seed: int = 52
@@ -123,8 +124,9 @@ class Vit3d(nn.Module):
             nn.Linear(tokens * config.readout, config.width),
         )
         halves = config.input == "level_crops"
-        self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, config.width)) if config.context else None
-        self.context = nn.Sequential(*_blocks(config, config.context)) if config.context else None
+        context = config.context if halves else 0
+        self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, config.width)) if context else None
+        self.context = nn.Sequential(*_blocks(config, context)) if context else None
         self.head = nn.Linear(config.width, len(HALF_OUTPUTS) if halves else len(COLUMNS))
         # Per column: the first threshold, and the logarithm of the step to the second. One for both sides of a half.
         self.thresholds = nn.Parameter(torch.zeros(len(HALF_OUTPUTS) * len(LEVELS) if halves else len(COLUMNS), 2))
@@ -320,8 +322,8 @@ def augment(
     n = len(volumes)
     order = np.tile(np.arange(len(COLUMNS)), (n, 1))
     if config.input == "level_crops":
-        shifts = rng.integers(-config.margin, config.margin + 1, (*volumes.shape[:3], 3))
-        volumes = cut(volumes, config, shifts)
+        shifts = rng.normal(0, training.jitter / np.array(config.spacing), (*volumes.shape[:3], 3))
+        volumes = cut(volumes, config, np.rint(shifts).astype(int).clip(-config.margin, config.margin))
     else:
         turned = rng.random(n) < 0.5
         volumes = np.where(turned[:, None, None, None, None], volumes[:, :, ::-1], volumes)

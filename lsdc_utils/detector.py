@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import pandas as pd
 import torch
 import yaml
 
-from lsdc_utils.files import atomic, write_json
+from lsdc_utils.files import atomic, git_commit, write_json
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, SIDES, row_id
 from lsdc_utils.volume import Stack
 
@@ -374,65 +375,82 @@ def quiet_ultralytics(folder: str | Path) -> None:
     settings.update({"sync": False})
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a detector is trained."""
+
+    model: str  # a yaml name: from scratch; a path to a .pt: from those weights
+    epochs: int
+    batch: int  # images
+    rate: float  # highest learning rate of AdamW
+    seed: int
+    threads: int  # of torch; another number gives slightly other weights
+    options: dict[str, Any]  # augmentation and loss gains, in ultralytics' names
+
+
 def train(
     folder: str | Path,
     files: Sequence[str],
     config: Config,
+    training: Training,
     work: str | Path,
-    *,
-    model: str,
-    epochs: int,
-    batch: int,
-    rate: float,
-    seed: int,
-    threads: int,
-    options: dict[str, Any],
     held_out: Sequence[str] = (),
 ) -> tuple[torch.nn.Module, pd.DataFrame]:
     """Train YOLO by ultralytics' trainer on `files` of the data set in `folder`; return the EMA model and its history.
 
-    `model`: a yaml name (from scratch) or a path to pretrained weights. `options`: augmentation and loss gains in
-    ultralytics' names. `held_out`: images to validate on after each epoch (none: no validation, which costs as much as
-    training here). `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are
-    returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
+    `held_out`: images to validate on after each epoch (none: no validation, which costs as much as training here).
+    `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are returned: nothing is
+    chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
     work, folder = Path(work).resolve(), Path(folder).resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     quiet_ultralytics(work / "config")
+    from ultralytics.engine import trainer as engine
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    device = "0" if torch.cuda.is_available() else "cpu"
+    engine.check_amp = lambda _: True  # asked on GPUs only; its own answer needs a network from the internet
     data = _data_file(folder, work, files, held_out, config)
-    overrides = {
-        "task": "detect", "mode": "train", "model": model, "data": str(data), "device": device, "amp": device != "cpu",
-        "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": epochs,
-        "batch": min(batch, len(files)), "nbs": min(batch, len(files)), "optimizer": "AdamW", "lr0": rate, "lrf": 0.05,
-        "cos_lr": True, "warmup_epochs": min(1.0, epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
-        "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "seed": seed, "deterministic": True, "workers": 0,
-        "val": bool(held_out), "plots": False, "save": False, "project": str(work), "name": "train",
-        "exist_ok": True, **options,
-    }  # fmt: skip
-    trainer = DetectionTrainer(overrides=overrides)
+    trainer = DetectionTrainer(overrides=_overrides(training, config, data, len(files), bool(held_out)))
     history: list[dict[str, float]] = []
-    # Importing and setting up ultralytics changes torch's threads, and their number changes the weights.
-    trainer.add_callback("on_train_start", lambda _: torch.set_num_threads(threads))
-    trainer.add_callback("on_train_start", lambda t: _check_complete(t, len(files), config))
+    trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(files)))
     trainer.add_callback("on_fit_epoch_end", lambda t: history.append(_tell_epoch(t, history)))
-    if str(model).endswith(".yaml"):
-        trainer.add_callback("on_train_start", lambda t: _start_boxes((t.model, t.ema.ema), config))
-        trainer.add_callback("on_train_start", lambda t: _quicken_norms(t.model))
-    # Channels last is a fifth faster on CPU too, where ultralytics would not use it.
-    trainer.add_callback("on_train_start", lambda t: t.model.to(memory_format=torch.channels_last))
     trainer.save_model = lambda: False  # we keep the last epoch's EMA ourselves
     trainer.final_eval = lambda: None
     if not held_out:
         trainer.validate = lambda: ({}, 0.0)
     trainer.train()
     shutil.rmtree(work)
-    return trainer.ema.ema.eval().cpu().to(memory_format=torch.contiguous_format), pd.DataFrame(history).drop(
-        columns="started"
-    )
+    model = trainer.ema.ema.eval().cpu().to(memory_format=torch.contiguous_format)
+    return model, pd.DataFrame(history).drop(columns="started")
+
+
+def _overrides(training: Training, config: Config, data: Path, images: int, validate: bool) -> dict[str, Any]:
+    """Settings for ultralytics: what its defaults would switch on, off, or guess is named here."""
+    batch = min(training.batch, images)
+    return {
+        "task": "detect", "mode": "train", "model": training.model, "data": str(data), "project": str(data.parent),
+        "name": "train", "exist_ok": True, "device": "0" if torch.cuda.is_available() else "cpu",
+        "amp": torch.cuda.is_available(), "workers": training.threads, "seed": training.seed, "deterministic": True,
+        "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": training.epochs,
+        "batch": batch, "nbs": batch, "optimizer": "AdamW", "lr0": training.rate, "lrf": 0.05, "cos_lr": True,
+        "warmup_epochs": min(1.0, training.epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
+        "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "val": validate, "plots": False, "save": False,
+        **training.options,
+    }  # fmt: skip
+
+
+def _begin(trainer: Any, training: Training, config: Config, images: int) -> None:
+    """What has to be set once ultralytics has set itself up."""
+    torch.set_num_threads(training.threads)  # which ultralytics changes, and their number changes the weights
+    got = len(trainer.train_loader.dataset)
+    if got != images:  # it drops what it calls corrupt with a warning only
+        raise DetectorError(f"detector {config.condition}: ultralytics took {got} of {images} training images")
+    if training.model.endswith(".yaml"):
+        _start_boxes((trainer.model, trainer.ema.ema), config)
+        _quicken_norms(trainer.model)
+    # A fifth faster, on CPU too, where ultralytics would not do it.
+    trainer.model.to(memory_format=torch.channels_last)
 
 
 def _data_file(folder: Path, work: Path, files: Sequence[str], held_out: Sequence[str], config: Config) -> Path:
@@ -480,13 +498,6 @@ def _quicken_norms(model: torch.nn.Module) -> None:
             module.momentum = 0.1
 
 
-def _check_complete(trainer: Any, wanted: int, config: Config) -> None:
-    """ultralytics drops images that it calls corrupt with a warning only; here that is an error."""
-    got = len(trainer.train_loader.dataset)
-    if got != wanted:
-        raise DetectorError(f"detector {config.condition}: ultralytics took {got} of {wanted} training images")
-
-
 def _tell_epoch(trainer: Any, history: list[dict[str, float]]) -> dict[str, float]:
     """Print a line and return the epoch's figures; `started` is the wall clock at its end."""
     now = time.time()
@@ -514,8 +525,16 @@ def save(detector: Detector, path: str | Path) -> None:
     detector.model.float()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     names = list(classes(detector.config)["name"])
-    about = {"config": asdict(detector.config), "fold": detector.fold, "classes": names, **detector.about}
-    write_json(path.with_suffix(".json"), {**about, "sha256": digest})
+    about = {
+        "config": asdict(detector.config),
+        "fold": detector.fold,
+        "classes": names,
+        **detector.about,
+        "versions": {name: version(name) for name in ("torch", "ultralytics", "numpy")},
+        "git_commit": git_commit(),
+        "sha256": digest,
+    }
+    write_json(path.with_suffix(".json"), about)
 
 
 def load(path: str | Path) -> Detector:
@@ -529,7 +548,8 @@ def load(path: str | Path) -> Detector:
 
     model = torch_safe_load(str(path), safe_only=True)[0]["model"].float().eval()
     model.model[-1].end2end = True  # the head that needs no suppression of doubles, named since the default changed
-    model = model.fuse(verbose=False).to(memory_format=torch.channels_last)
+    model = model.fuse(verbose=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(memory_format=torch.channels_last)
     config = config_from(about["config"])
     if about["classes"] != list(classes(config)["name"]):
         raise DetectorError(f"{path}: its classes are not those of scheme {config.scheme!r} in this version")

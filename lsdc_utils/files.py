@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +33,10 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; NaN and infinity are an error, since JSON has none."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def git_commit() -> str:
+    """The commit of this source tree, `unknown` where it is no checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

@@ -270,8 +270,8 @@ def train_toy(tmp_path, condition="scs", studies=4, epochs=1):
     images, _, _ = detector.write_dataset([stack for stack, _ in toys], labels, tmp_path / "data", settings, 5.0, 1)
     files = detector.training_list(images, range(1, studies + 1), (1, 1, 2))
     options = {"mosaic": 0.0, "fliplr": 0.0, "cls": 2.0, "box": 4.0, "scale": 0.1, "translate": 0.05}
-    arguments = dict(model="yolov10n.yaml", epochs=epochs, batch=8, rate=0.002, seed=1, threads=1, options=options)
-    model, history = detector.train(tmp_path / "data", files, settings, tmp_path / "work", **arguments)
+    training = detector.Training("yolov10n.yaml", epochs, 8, 0.002, seed=1, threads=1, options=options)
+    model, history = detector.train(tmp_path / "data", files, settings, training, tmp_path / "work")
     return detector.Detector(model, settings, 0, {"note": "toy"}), history
 
 

@@ -680,7 +680,9 @@ def decode(
 def _tables(rows: list[tuple], points: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The two tables of `decode`, with their columns even where they are empty."""
     names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
-    return pd.DataFrame(rows, columns=["row_id", *SEVERITIES]), pd.DataFrame(points, columns=names)
+    numbers = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64"}  # of empty tables too
+    predicted = pd.DataFrame(rows, columns=["row_id", *SEVERITIES]).astype(dict.fromkeys(SEVERITIES, float))
+    return predicted, pd.DataFrame(points, columns=names).astype(numbers)
 
 
 def _normalised(scores: np.ndarray) -> np.ndarray:

@@ -292,6 +292,7 @@ def test_training_saving_and_grading(tmp_path, capsys):
     rows, points = detector.grade([loaded, loaded], [(9, [stack]), (10, [])])
     assert rows["row_id"].is_unique and set(rows["row_id"].str.split("_").str[0]) <= {"9"}
     assert len(points) == len(rows)
+    assert set(points[["X", "Y", "Z", "confidence"]].dtypes) == {np.dtype(float)}  # though one study had nothing
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(detector.DetectorError, match="sha256"):
         detector.load(path)

@@ -402,6 +402,11 @@ def train(
     `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are returned: nothing is
     chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
+    if not training.model.endswith(".yaml") and not Path(training.model).is_file():
+        raise DetectorError(
+            f"pretrained weights {training.model!r} are not there (looked from {Path.cwd()}). Nothing is downloaded: "
+            "get the file from the releases of ultralytics' assets, and give its path as yolo_model"
+        )
     work, folder = Path(work).resolve(), Path(folder).resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

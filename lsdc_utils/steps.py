@@ -217,7 +217,7 @@ def set_environment(parameters: dict[str, Any]) -> None:
     os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
         os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
         if "threads" in parameters:
             os.environ[name] = str(parameters["threads"])

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsdc_utils import volume
-from lsdc_utils.files import atomic, write_json
+from lsdc_utils.files import atomic, git_commit, write_json
 from lsdc_utils.vocabulary import (
     COLUMNS,
     CONDITIONS,
@@ -507,7 +506,7 @@ def save(model: Vit3d, path: str | Path, fold: int, training: Training) -> None:
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "safetensors")},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     write_json(path.with_suffix(".json"), about)
@@ -524,11 +523,3 @@ def load(path: str | Path) -> Vit3d:
     model = Vit3d(VitConfig(**about["config"]))
     model.load_state_dict(load_file(path))
     return model.eval()
-
-
-def _git_commit() -> str:
-    """The commit of this source tree, `unknown` where it is no checkout."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or "unknown"

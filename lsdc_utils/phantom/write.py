@@ -124,8 +124,14 @@ def _make_studies(plans: list[StudyPlan], root: Path | None, workers: int) -> It
         return
     # Spawned, not forked: a notebook's kernel has threads that a forked process would inherit in any state.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=threadpool_limits, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
         yield from _counted(pool.map(make, plans, chunksize=4), len(plans))
+
+
+def _one_thread() -> None:
+    """Keep a worker's linear algebra to one thread. A function of this module, so that a new process has loaded the
+    libraries by the time it runs: a limit set before would pass them by, and their threads wait by spinning."""
+    threadpool_limits(1)
 
 
 def _make_one(plan: StudyPlan, root: Path | None) -> Study:

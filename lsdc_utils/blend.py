@@ -23,7 +23,7 @@ from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
 
 PUBLISHED_WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the bronze-medal method's arithmetic mean
 SMALLEST = 1e-7  # probabilities are raised to this before a logarithm: the published floor of a confidence
-SHRINKAGE = 2.0  # strength of the pull to equal weights and no bias, in studies: it fades as studies are added
+SHRINKAGE = 10.0  # pull to equal weights and no bias, in studies: it fades as studies are added
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,13 @@ def test_training_saving_and_grading(tmp_path, capsys):
         detector.load(path)
 
 
+def test_missing_pretrained_weights_are_named_and_not_looked_for(tmp_path):
+    training = detector.Training("nowhere/yolov10x.pt", 1, 8, 0.002, seed=1, threads=1, options={})
+    with pytest.raises(detector.DetectorError, match=r"nowhere/yolov10x\.pt.*yolo_model"):
+        detector.train(tmp_path, ["images/a.png"], config("scs"), training, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_untrained_networks_begin_with_boxes_of_the_known_size(tmp_path):
     detector.quiet_ultralytics(tmp_path)
     from ultralytics.nn.tasks import DetectionModel

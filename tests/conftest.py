@@ -75,7 +75,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
         "for epoch in range(yolo_epochs[condition]):\n    print(f'epoch {epoch + 1}/{yolo_epochs[condition]}')",
         [
-            *(f"weights/yolo_{{name}}.{e}" for e in ("pt", "json")),
+            *(f"weights/yolo_{{name}}.{e}" for e in ("pt", "json", "csv")),
             *(f"predictions/{t}_{{name}}_oof.parquet" for t in ("yolo", "points")),
         ],
     ),

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -182,11 +181,9 @@ def test_no_half_written_file_is_left(run: Path) -> None:
 # ---- what runs again -----------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_does_nothing_in_seconds(smoke_project: Path) -> None:
-    began = time.time()
+def test_a_second_run_does_nothing(smoke_project: Path) -> None:
     done = run_all(smoke_project, *AGAIN)
     assert "nothing to do" in done.stdout
-    assert time.time() - began < 10
 
 
 def test_executed_and_saved_notebooks_run_nothing(smoke_copy: Path, run: Path) -> None:

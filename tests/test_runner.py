@@ -169,13 +169,11 @@ def test_threads_come_from_the_profile_whatever_the_cores(tiny_project: Path) ->
 # ---- what runs again -----------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_does_nothing_within_ten_seconds(tiny_project: Path) -> None:
-    began = time.time()
+def test_a_second_run_does_nothing(tiny_project: Path) -> None:
     done = run_all(tiny_project)
     assert done.returncode == 0
     assert "nothing to do" in done.stdout
     assert "0.500" in done.stdout
-    assert time.time() - began < 10
 
 
 def test_a_saved_notebook_a_comment_and_a_new_place_run_nothing(tiny_project: Path) -> None:

@@ -129,6 +129,7 @@ class Run:
 
     @property
     def steps(self) -> list[Step]:
+        """All steps of the run, in the order of the notebooks."""
         return all_steps(self.parameters)
 
 

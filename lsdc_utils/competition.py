@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ class Competition:
     series: study_id, series_id, series_type, split (train or test).
     sample_rows: the row ids that a submission must hold.
     findings: what was found in the tables and what was done about it.
+    files: (study_id, series_id) -> the files of series that do not lie in the competition's layout.
     """
 
     root: Path
@@ -57,6 +58,11 @@ class Competition:
     series: pd.DataFrame
     sample_rows: list[str]
     findings: pd.DataFrame
+    files: Mapping[tuple[int, int], tuple[Path, ...]] = field(default_factory=dict)
+
+    def source(self, split: str, study_id: int, series_id: int) -> Path | tuple[Path, ...]:
+        """What `dicom.read_series` reads of a series: its folder, or its files where it has no folder of its own."""
+        return self.files.get((study_id, series_id)) or series_folder(self.root, split, study_id, series_id)
 
 
 @dataclass
@@ -277,7 +283,7 @@ class _Point(NamedTuple):
 class _Task:
     """A series whose headers are to be read, with the label points on it."""
 
-    root: Path
+    source: Path | tuple[Path, ...]
     row: dict[str, Any]  # study_id, series_id, series_type, split
     points: list[_Point]
 
@@ -323,7 +329,8 @@ def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
     for point in comp.coordinates.itertuples(index=False):
         points["train", point.study_id, point.series_id].append(_Point(*point))
     rows = series[["study_id", "series_id", "series_type", "split"]].to_dict("records")
-    return [_Task(comp.root, row, points[row["split"], row["study_id"], row["series_id"]]) for row in rows]
+    keys = [(row["split"], row["study_id"], row["series_id"]) for row in rows]
+    return [_Task(comp.source(*key), row, points[key]) for key, row in zip(keys, rows, strict=True)]
 
 
 def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int) -> list[Any]:
@@ -343,9 +350,7 @@ def _inspect(task: _Task) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     row = dict(task.row)
     series_type = row.pop("series_type")
     try:
-        series = dicom.read_series(
-            series_folder(task.root, row["split"], row["study_id"], row["series_id"]), pixels=False
-        )
+        series = dicom.read_series(task.source, pixels=False)
     except dicom.DicomError as error:
         return row, [("series_unusable", str(error), "series left out")]
     found = [("file_unusable", f"{file.name}: {reason}", "file left out") for file, reason in series.skipped]
@@ -428,9 +433,8 @@ def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
 
 def _places(task: _Task) -> list[tuple[Any, ...]]:
     """study_id, condition, level, X, Y, Z (mm) of each point of a series whose image is there."""
-    folder = series_folder(task.root, task.row["split"], task.row["study_id"], task.row["series_id"])
     try:
-        series = dicom.read_series(folder, pixels=False)
+        series = dicom.read_series(task.source, pixels=False)
     except dicom.DicomError:
         return []
     there = {image.instance_number for image in series.slices}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,22 +102,22 @@ class Series:
         return np.array([abs(b.position - a.position) for a, b in pairs if a.block == b.block])
 
 
-def read_series(folder: str | Path, pixels: bool = True) -> Series:
-    """Read every file of a folder as one series, its images sorted by where they lie (`Series` says how).
+def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Series:
+    """Read the files of one series, its images sorted by where they lie (`Series` says how).
 
-    folder: the DICOM files of one series, nothing below it.
+    source: the folder that holds the series and nothing else, or its files, wherever they lie.
     pixels: False reads the headers alone, some times faster; `Series.pixels` is None then.
     Pixels come rescaled where the header says so (float32) and as stored otherwise; MONOCHROME1 is inverted, so that
     more signal is always a higher value. A file that cannot be used is left out and listed in `skipped`.
     Raises DicomError where no file can be used, or where two have the same instance number, since a label that names
     its slice by that number would be ambiguous.
     """
-    folder = Path(folder)
+    folder, files = _files(source)
     images: list[tuple[Slice, np.ndarray | None]] = []
     skipped = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns of odd values in headers by the thousand
-        for file in _files(folder):
+        for file in files:
             try:
                 images.append(_read_file(file, pixels))
             except Exception as error:  # a broken file raises anything, from KeyError to RecursionError
@@ -133,12 +133,18 @@ def read_series(folder: str | Path, pixels: bool = True) -> Series:
     return Series(folder, ordered, [images[i][1] for i, _ in order] if pixels else None, tuple(skipped), plane)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The folder's files, 2.dcm before 10.dcm; hidden files are no images."""
+def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
+    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are no images."""
+    if not isinstance(source, str | Path):
+        files = [Path(file) for file in source]
+        if not files:
+            raise DicomError("a series of no files")
+        return files[0].parent, files
+    folder = Path(source)
     if not folder.is_dir():
         raise DicomError(f"series {folder}: there is no such folder")
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    return sorted(files, key=lambda file: (len(file.stem), file.name))
+    return folder, sorted(files, key=lambda file: (len(file.stem), file.name))
 
 
 def _reason(error: Exception) -> str:

@@ -6,14 +6,14 @@ are linear in the position along the slices' normal; slice thickness and instanc
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import competition, dicom
+from lsdc_utils import dicom
+from lsdc_utils.competition import FINDINGS, Competition
 from lsdc_utils.files import atomic
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
@@ -27,6 +27,10 @@ SPINE_Y = np.array([10.0, 4.0, 0.0, 1.0, 9.0])
 SPINE_Z = np.array([64.0, 32.0, 0.0, -31.0, -56.0])
 SPINE_SLOPE = np.tan(np.deg2rad([11.0, 8.0, 2.0, -9.0, -26.0]))  # mm to posterior a mm up: usual tilts of the discs
 LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of vocabulary.SIDES
+
+
+Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
+Skipped = tuple[tuple[Path, str], ...]  # files left out, with the reason
 
 
 class VolumeError(ValueError):
@@ -47,9 +51,12 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(folder: str | Path, study_id: int, series_id: int, series_type: str) -> Stack:
-    """Read a series' DICOM folder and window it by its own percentiles; dicom.DicomError where nothing is usable."""
-    series = dicom.read_series(folder)
+def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, Skipped]:
+    """Read a series and window it by its own percentiles; also the files left out, with the reason.
+
+    source: its folder, or its files. dicom.DicomError where nothing is usable.
+    """
+    series = dicom.read_series(source)
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
     # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
     seen = np.concatenate([image[::4, ::4].ravel() for image in series.pixels])
@@ -59,7 +66,7 @@ def read_stack(folder: str | Path, study_id: int, series_id: int, series_type: s
     for target, image in zip(pixels, series.pixels, strict=True):
         windowed = np.clip((image.astype(np.float32) - low) * scale, 0, 255)
         target[: image.shape[0], : image.shape[1]] = np.rint(windowed)
-    return Stack(
+    stack = Stack(
         study_id=int(study_id),
         series_id=int(series_id),
         series_type=series_type,
@@ -69,6 +76,7 @@ def read_stack(folder: str | Path, study_id: int, series_id: int, series_type: s
         instance_numbers=np.array([s.instance_number for s in series.slices], dtype=np.int32),
         blocks=np.array([s.block for s in series.slices], dtype=np.int32),
     )
+    return stack, series.skipped
 
 
 def save_stack(stack: Stack, path: str | Path) -> None:
@@ -91,20 +99,25 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
     return [load_stack(path) for path in sorted(files, key=lambda path: int(path.stem))]
 
 
-def read_study(root: str | Path, split: str, series_rows: pd.DataFrame, study_id: int) -> list[Stack]:
-    """Read the DICOM series of one study that `series_rows` (study_id, series_id, series_type) lists, by series id.
+def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
+    """The stacks of a study's series, by series id, and what could not be read as lines of a findings table.
 
-    A series that cannot be read is left out with a warning: the study is graded from the others.
+    A series that cannot be read is left out: the study is graded from the others.
     """
-    stacks = []
-    rows = series_rows[series_rows["study_id"] == study_id].sort_values("series_id")
-    for series_id, series_type in zip(rows["series_id"], rows["series_type"], strict=True):
-        folder = competition.series_folder(root, split, study_id, series_id)
+    stacks, problems = [], []
+    series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
+    for row in series.sort_values("series_id").itertuples():
         try:
-            stacks.append(read_stack(folder, study_id, series_id, series_type))
+            stack, skipped = read_stack(
+                comp.source(split, study_id, row.series_id), study_id, row.series_id, row.series_type
+            )
         except dicom.DicomError as error:
-            warnings.warn(f"study {study_id}, series {series_id} left out: {error}", stacklevel=2)
-    return stacks
+            problems.append((study_id, row.series_id, "series_unusable", str(error), "series left out"))
+            continue
+        stacks.append(stack)
+        reasons = [f"{file.name}: {reason}" for file, reason in skipped]
+        problems += [(study_id, row.series_id, "file_unusable", reason, "file left out") for reason in reasons]
+    return stacks, pd.DataFrame(problems, columns=FINDINGS)
 
 
 def coarsen(stack: Stack, spacing: float) -> Stack:

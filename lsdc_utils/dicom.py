@@ -20,6 +20,10 @@ import pydicom
 from pydicom.dataset import FileDataset
 from pydicom.pixels import pixel_array
 
+from lsdc_utils.headers import DicomError, Tags, read_tags
+
+__all__ = ["DicomError", "Series", "Slice", "Tags", "read_series", "read_tags"]
+
 ORDER = {  # plane -> patient direction in which its slices are sorted
     "sagittal": (1.0, 0.0, 0.0),  # from the patient's right to the left
     "coronal": (0.0, 1.0, 0.0),  # from front to back
@@ -27,10 +31,6 @@ ORDER = {  # plane -> patient direction in which its slices are sorted
 }
 SAME_TILT = 0.01  # direction cosines of one block differ by less, i.e. by about half a degree
 GAP = 3.0  # a step of more than this many usual steps ends a block: nothing was imaged in between
-
-
-class DicomError(ValueError):
-    """A series that cannot be used, or a file of it, with the reason in words."""
 
 
 @dataclass(frozen=True)

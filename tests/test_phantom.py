@@ -20,7 +20,7 @@ from lsdc_utils.phantom.scanner import plan_series
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES, T1, T2
 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
-ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv")
+ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "planted.csv")
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def test_points_lie_in_the_image_where_real_ones_do():
         for column, (condition, level) in enumerate(study.COLUMN_KEYS):
             group = vocabulary.CONDITIONS[condition].group
             acquisition = acquisitions[group]
-            x, y, away = study._project(acquisition.affines, points[group][column])
+            x, y, away = study.project(acquisition.affines, points[group][column])
             k = np.argmin(np.abs(away))
             name = f"{vocabulary.CONDITIONS[condition].title}|{LEVEL_NAMES[LEVELS.index(level)]}"
             places.setdefault(name, []).append((x[k] / acquisition.cols, y[k] / acquisition.rows))

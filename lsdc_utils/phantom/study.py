@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +53,33 @@ class Dirt:
     tilted_blocks: float = 0.25  # share of studies whose axial slices come in a block a level, each tilted to its disc
     colliding_uids: float = 1.0  # share of studies whose SOPInstanceUIDs are the same in each series
     frames_differ: float = 1.0  # share of studies with a FrameOfReferenceUID a series, though patient space is one
+    # From here on: what the competition's data do not have. Shares of studies, dealt in turn by `spoil`, one a study.
+    study_not_in_tables: float = 0.0  # on disk alone
+    study_without_series: float = 0.0  # in train.csv alone
+    study_without_labels: float = 0.0  # not in train.csv, without points
+    study_repeated: float = 0.0  # twice in train.csv
+    series_repeated: float = 0.0  # its first series comes twice in the table of series
+    series_type_unknown: float = 0.0  # a series more, described as Localizer
+    plane_differs: float = 0.0  # a second axial series, described as Sagittal T1
+    grade_unknown: float = 0.0  # a word in train.csv that is no grade
+    point_repeated: float = 0.0  # two points for one label
+    point_on_unknown_series: float = 0.0  # on a series that is nowhere
+    point_on_other_series_type: float = 0.0  # a canal's point on the sagittal T1 series, at its place in the patient
+    point_on_missing_instance: float = 0.0  # on an instance number that no image has
+    point_outside_image: float = 0.0  # right of the last column
+    foramina_swapped: float = 0.0  # left and right foraminal points of two levels changed places
+    one_side_twice: float = 0.0  # left subarticular point of a level beside the right one
+    levels_out_of_order: float = 0.0  # points of two neighbouring levels of one condition changed places
+    level_points_apart: float = 0.0  # the lowest canal point 40 mm too low
 
     def __post_init__(self) -> None:
         for item in fields(self):
             if not 0 <= getattr(self, item.name) <= 1:
                 raise ValueError(f"phantom: {item.name} is a share from 0 to 1, not {getattr(self, item.name)}")
+
+    def tossed(self) -> dict[str, float]:
+        """Rates of the real kinds, which are tossed for each study and series."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.default}
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,17 @@ class StudyPlan:
     labels: np.ndarray
     seed: tuple[int, ...]
     dirt: Dirt
+    spoilt: tuple[str, int] | None = None  # the kind of dirt that `spoil` adds, and how many studies had it before
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series: where its slices lie, how they are numbered, and what is graded on them."""
+
+    series_id: int
+    acquisition: Acquisition
+    numbers: np.ndarray  # (n,) instance number of each slice, in the acquisition's order
+    columns: np.ndarray  # (25,) bool: the columns that a reader grades on this series
 
 
 @dataclass
@@ -82,14 +115,13 @@ class Study:
     series: list[dict] = field(default_factory=list)
     clicked: list[dict] = field(default_factory=list)
     true: list[dict] = field(default_factory=list)
+    parts: list[Series] = field(default_factory=list)
+    label_rows: int = 1  # in train.csv
+    planted: list[dict] = field(default_factory=list)  # series_id, rule, value: what a validator must find
 
-
-@dataclass(frozen=True)
-class _Series:
-    series_id: int
-    acquisition: Acquisition
-    numbers: np.ndarray  # (n,) instance number of each slice, in the acquisition's order
-    columns: np.ndarray  # (25,) bool: the columns that a reader grades on this series
+    def plant(self, rule: str, series_id: int | None = None, value: object = "") -> None:
+        """Note something wrong: of the series where one is named, else of the study."""
+        self.planted.append({"series_id": series_id, "rule": rule, "value": str(value)})
 
 
 def make_study(plan: StudyPlan, images: Path | None) -> Study:
@@ -98,14 +130,14 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     Body, dirt, series, clicks and noise have a random stream each, so that a kind of dirt changes nothing but itself.
     """
     body_rng, dirt_rng, series_rng, click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in range(5))
-    rates = asdict(plan.dirt)
+    rates = plan.dirt.tossed()
     tosses = dirt_rng.random((1 + SERIES_PER_STUDY, len(rates)))  # a row for the study, then one a series
     happens = [dict(zip(rates, toss < list(rates.values()), strict=True)) for toss in tosses]
     body = Body.draw(body_rng, plan.narrowing)
     series = _plan_study(plan, body, happens, dirt_rng, series_rng)
     seen = np.any([s.columns for s in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
-    study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures())
+    study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures(), parts=series)
     for one in series:
         study.series.append({"series_id": one.series_id, "series_description": one.acquisition.series_type})
         _click(study, one, body, click_rng)
@@ -120,7 +152,7 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
 
 def _plan_study(
     plan: StudyPlan, body: Body, happens: list[dict], dirt_rng: np.random.Generator, rng: np.random.Generator
-) -> list[_Series]:
+) -> list[Series]:
     """The series of a study; `happens`: which kinds of dirt befall the study (first) and each of its series."""
     which, first, cut = dirt_rng.integers(3), 1 + dirt_rng.integers(2), dirt_rng.random()
     lacking = (T1, T1, T2)[which] if happens[0]["series_missing"] else None
@@ -133,7 +165,7 @@ def _plan_study(
         numbers = _instance_numbers(len(acquisition.affines), PLANES[series_type], dirt, dirt_rng)
         group = next(key for key, g in GROUPS.items() if g.series_type == series_type)
         columns = [CONDITIONS[c].group == group and LEVELS.index(level) in graded for c, level in COLUMN_KEYS]
-        series.append(_Series(series_id, acquisition, numbers, np.array(columns)))
+        series.append(Series(series_id, acquisition, numbers, np.array(columns)))
     return series
 
 
@@ -160,7 +192,7 @@ def _instance_numbers(n: int, plane: str, dirt: dict[str, bool], rng: np.random.
     return numbers[::-1] if dirt[f"{plane}_reversed"] else numbers
 
 
-def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) -> None:
+def _click(study: Study, series: Series, body: Body, rng: np.random.Generator) -> None:
     """Add the true and the clicked point of each column graded on a series; a point outside its images is left out."""
     acquisition = series.acquisition
     affines, rows, columns = acquisition.affines, acquisition.rows, acquisition.cols
@@ -168,7 +200,7 @@ def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) 
     direction = rng.choice([-1, 1], len(LEVELS))
     for column in np.flatnonzero(series.columns):
         beside, toss = rng.normal(0, CLICK_SD, 2), rng.random()
-        x, y, away = _project(affines, seen[column])
+        x, y, away = project(affines, seen[column])
         true = int(np.argmin(np.abs(away)))
         clicked = true
         if toss < CLICK_OFF_SLICE:
@@ -183,7 +215,7 @@ def _click(study: Study, series: _Series, body: Body, rng: np.random.Generator) 
                 getattr(study, name).append(row | {"x": round(float(px), 3), "y": round(float(py), 3)})
 
 
-def _project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Column x, row y and signed distance in mm (each (n,)) of a point (3,) from each of n slices' planes."""
     offset = point - affines[:, :3, 3]
     along_x, along_y = affines[:, :3, 0], affines[:, :3, 1]
@@ -203,12 +235,13 @@ def _spoil_points(study: Study, dirt: Dirt, swap: bool, rng: np.random.Generator
         group, k = CONDITIONS[condition].group, LEVELS.index(level)
         if group == "ss" and swapped[k]:
             row["column"] = COLUMN_KEYS.index((mirrored(condition), level))
+            study.plant("point_on_wrong_side", row["series_id"], COLUMNS[row["column"]])
         if group != "scs" or not lost[k]:
             kept.append(row)
     study.clicked = kept
 
 
-def _write_series(folder: Path, study_id: int, series: _Series, uids: tuple[int, int], pixels: np.ndarray) -> None:
+def _write_series(folder: Path, study_id: int, series: Series, uids: tuple[int, int], pixels: np.ndarray) -> None:
     """Write the slices (n, rows, cols) of a series; `uids`: its part in SOPInstanceUID and in FrameOfReferenceUID."""
     folder.mkdir(parents=True)
     acquisition = series.acquisition

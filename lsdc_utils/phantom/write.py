@@ -13,6 +13,7 @@ and what the competition keeps to itself, to be opened when predictions are made
     solution_coordinates.csv    study_id, series_id, instance_number, condition, level, x, y: true points, test studies
     latents.csv                 row_id, split, narrowing (0 to 1), measure (mm or mm2 on the body as built), unit
     oracle.csv                  row_id, split, normal_mild, moderate, severe: natural probabilities given the latents
+    planted.csv                 study_id, series_id or nothing, rule, value: what a validator must find, line by line
     phantom.json                the arguments and the fingerprint
 
 `latents.csv` and `oracle.csv` tell of both splits, row by row and with the split named; the others of test alone.
@@ -39,6 +40,7 @@ from threadpoolctl import threadpool_limits
 from lsdc_utils import vocabulary
 from lsdc_utils.files import write_json
 from lsdc_utils.phantom.labels import Grades, draw_grades
+from lsdc_utils.phantom.spoil import deal, quieted, spoil
 from lsdc_utils.phantom.study import COLUMN_KEYS, SERIES_PER_STUDY, Dirt, Study, StudyPlan, make_study
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVEL_NAMES, LEVELS, MISSING, SEVERITIES, SEVERITY_NAMES
 
@@ -100,6 +102,7 @@ def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan
     plans = []
     for k, (split, n, drawn) in enumerate(zip(SPLITS, counts, grades, strict=True)):
         mine = slice(len(plans), len(plans) + n)
+        spoilt = deal(n, split, dirt, [seed, 5, k])
         for i, (study_id, series) in enumerate(zip(np.sort(study_ids[mine]), series_ids[mine], strict=True)):
             plans.append(
                 StudyPlan(
@@ -109,7 +112,8 @@ def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan
                     narrowing=drawn.narrowing[i],
                     labels=drawn.labels[i],
                     seed=(seed, k, i),
-                    dirt=dirt,
+                    dirt=quieted(dirt, spoilt[i][0]) if spoilt[i] else dirt,
+                    spoilt=spoilt[i],
                 )
             )
     return plans
@@ -135,7 +139,10 @@ def _one_thread() -> None:
 
 
 def _make_one(plan: StudyPlan, root: Path | None) -> Study:
-    return make_study(plan, None if root is None else root / f"{plan.split}_images")
+    images = None if root is None else root / f"{plan.split}_images"
+    study = make_study(plan, images)
+    spoil(plan, study, images)
+    return study
 
 
 def _counted(studies: Iterator[Study], n: int) -> Iterator[Study]:
@@ -162,6 +169,9 @@ def _write_tables(root: Path, plans: list[StudyPlan], studies: list[Study], grad
     severity = np.ravel([study.labels for _, study in by_split["test"]]).astype(int)
     solution = pd.DataFrame({"row_id": test, "severity": severity})
     _csv(solution[severity != MISSING], root / "solution.csv")
+    planted = [{"study_id": plan.study_id} | row for plan, study in pairs for row in study.planted]
+    planted = pd.DataFrame(planted, columns=["study_id", "series_id", "rule", "value"])
+    _csv(planted.astype({"series_id": "Int64"}), root / "planted.csv")
     told = pd.DataFrame({"row_id": _row_ids(plans), "split": np.repeat([plan.split for plan in plans], len(COLUMNS))})
     measures = np.round(np.ravel([study.measures for study in studies]), 4)
     narrowing = np.concatenate([g.narrowing for g in grades]).ravel()
@@ -172,7 +182,8 @@ def _write_tables(root: Path, plans: list[StudyPlan], studies: list[Study], grad
 
 
 def _wide_labels(pairs: list[tuple[StudyPlan, Study]]) -> pd.DataFrame:
-    words = np.array([*SEVERITY_NAMES, ""], dtype=object)  # the last for MISSING, which is -1
+    pairs = [pair for pair in pairs for _ in range(pair[1].label_rows)]
+    words = np.array([*SEVERITY_NAMES, "Mild", ""], dtype=object)  # a word that is no grade; the last for MISSING, -1
     labels = np.array([study.labels for _, study in pairs], dtype=int).reshape(-1, len(COLUMNS))
     table = pd.DataFrame(words[labels], columns=list(COLUMNS))
     table.insert(0, "study_id", [plan.study_id for plan, _ in pairs])

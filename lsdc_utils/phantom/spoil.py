@@ -16,9 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from lsdc_utils.phantom.scanner import Acquisition
-from lsdc_utils.phantom.study import COLUMN_KEYS, Dirt, Study, StudyPlan, project
+from lsdc_utils.phantom.study import COLUMN_KEYS, Dirt, Series, Study, StudyPlan, project
 from lsdc_utils.vocabulary import COLUMNS, FORAMINAL, LEVELS, SERIES_TYPES, SIDES, SPINAL_CANAL, SUBARTICULAR, T1
 
 OF_TABLES = (  # kinds of dirt in rows of studies and series
@@ -29,16 +37,27 @@ OF_POINTS = (  # in rows of label points
     *("point_repeated", "point_on_unknown_series", "point_on_other_series_type", "point_on_missing_instance"),
     *("point_outside_image", "foramina_swapped", "one_side_twice", "levels_out_of_order", "level_points_apart"),
 )
-KINDS = OF_TABLES + OF_POINTS
-IN_TEST = ("series_repeated", "series_type_unknown", "plane_differs")  # kinds that a study without labels may have
-NEEDS_SECOND_AXIAL = ("plane_differs",)  # which no point lies on
+OF_FILES = (  # on disk, nowhere where no images are written
+    *("study_not_on_disk", "series_not_on_disk", "localiser", "spacing_outlier", "contrast_differs", "files_broken"),
+    *("tags_missing", "series_unusable", "shapes_mixed"),
+)
+KINDS = OF_TABLES + OF_POINTS + OF_FILES
+IN_TEST = (*OF_FILES, "series_repeated", "series_type_unknown", "plane_differs")  # what a study without labels may have
+NEEDS_SECOND_AXIAL = ("plane_differs", "spacing_outlier")  # which no point lies on
+FORMS = ("uncompressed", "monochrome1", "rescaled", "signed", "high_bits")  # of files that read as they did before
+SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 NO_GRADE = 3  # a label whose word in train.csv is none of the three grades
-FAR = 40.0  # mm, more than from level to level
+FAR = 40.0  # mm, more than from one level to the next
+NO_IMAGE = b"no image " * 200
 
-ALL_DIRT = dict.fromkeys(KINDS, 0.02) | {  # each rule of a validator at least once in 60 training studies
-    **{"series_missing": 0.3, "second_axial": 0.3, "axial_split": 0.5, "short_stack": 0.3, "label_missing": 0.01},
-    **{"point_missing": 0.05, "sides_swapped": 0.1},
-}
+ALL_DIRT = (
+    dict.fromkeys(KINDS, 0.02)
+    | dict.fromkeys((*FORMS, "headers_silent"), 0.05)
+    | {  # each rule of a validator at least once in 60 training studies
+        **{"series_missing": 0.3, "second_axial": 0.3, "axial_split": 0.5, "short_stack": 0.3, "label_missing": 0.01},
+        **{"point_missing": 0.05, "sides_swapped": 0.1, "spacing_outlier": 0.04, "series_unusable": 0.04},
+    }
+)
 
 
 def deal(n: int, split: str, dirt: Dirt, seed: list[int]) -> list[tuple[str, int] | None]:
@@ -58,7 +77,12 @@ def deal(n: int, split: str, dirt: Dirt, seed: list[int]) -> list[tuple[str, int
 def quieted(dirt: Dirt, kind: str) -> Dirt:
     """Rates for a study that gets `kind`: without the real dirt that a validator reports."""
     off = dict.fromkeys(("series_missing", "short_stack", "axial_split", "label_missing", "point_missing"), 0.0)
-    return replace(dirt, **off, sides_swapped=0.0, second_axial=float(kind in NEEDS_SECOND_AXIAL))
+    off |= {"sides_swapped": 0.0, "second_axial": float(kind in NEEDS_SECOND_AXIAL)}
+    if kind == "spacing_outlier":
+        off["tilted_blocks"] = 0.0  # steps of one stack
+    if kind == "contrast_differs":
+        off["headers_silent"] = 0.0
+    return replace(dirt, **off)
 
 
 def spoil(plan: StudyPlan, study: Study, images: Path | None) -> None:
@@ -66,12 +90,25 @@ def spoil(plan: StudyPlan, study: Study, images: Path | None) -> None:
     find, the real kinds of dirt included."""
     rng = np.random.default_rng([*plan.seed, 5])
     folder = None if images is None else images / str(plan.study_id)
+    _change_forms(plan, study, folder, rng)
     kind, turn = plan.spoilt or ("", 0)
     if kind in OF_TABLES:
         _spoil_tables(kind, plan, study, folder, rng)
     elif kind in OF_POINTS:
         _spoil_points(kind, turn, plan, study, rng)
+    elif kind in OF_FILES and folder is not None:
+        _spoil_files(kind, turn, plan, study, folder)
     _list_what_rows_show(plan, study)
+
+
+def _change_forms(plan: StudyPlan, study: Study, folder: Path | None, rng: np.random.Generator) -> None:
+    """Toss in which of `FORMS` each series comes, and whether the study's headers are silent, and write it so."""
+    happens = rng.random((len(study.parts), len(FORMS))) < [getattr(plan.dirt, form) for form in FORMS]
+    silent, syntax = rng.random() < plan.dirt.headers_silent, int(rng.integers(len(SYNTAXES)))
+    for k, part in enumerate(study.parts if folder is not None else ()):
+        forms = [form for form, does in zip(FORMS, happens[k], strict=True) if does]
+        for file in _files(folder, part) if forms or silent else ():
+            _write_otherwise(file, forms, SYNTAXES[(syntax + k) % len(SYNTAXES)], silent)
 
 
 def _spoil_tables(kind: str, plan: StudyPlan, study: Study, folder: Path | None, rng: np.random.Generator) -> None:
@@ -96,6 +133,8 @@ def _spoil_tables(kind: str, plan: StudyPlan, study: Study, folder: Path | None,
         case "series_type_unknown":
             series_id = plan.series_ids[-1]
             study.series.append({"series_id": series_id, "series_description": "Localizer"})
+            if folder is not None:
+                _add_localiser(plan, study, folder)
         case "plane_differs":
             series_id = study.series[-1]["series_id"]
             study.series[-1]["series_description"] = T1
@@ -153,14 +192,15 @@ def _spoil_levels(kind: str, turn: int, study: Study, rng: np.random.Generator) 
         column = COLUMNS.index(f"{SPINAL_CANAL}_{LEVELS[-1]}")
         row = rows[column]
         row["y"] = round(row["y"] + FAR / _acquisition(study, row["series_id"]).spacing, 3)
-        study.plant(kind, value=COLUMNS[column])
+        study.plant(kind, row["series_id"], COLUMNS[column])
         return
     condition = (SPINAL_CANAL, f"left_{FORAMINAL}", f"right_{SUBARTICULAR}")[turn % 3]
     first = COLUMNS.index(f"{condition}_{LEVELS[0]}")
     pairs = [(column, column + 1) for column in range(first, first + 4) if {column, column + 1} <= rows.keys()]
     above, below = pairs[rng.integers(len(pairs))]
     rows[above]["column"], rows[below]["column"] = below, above
-    study.plant(kind, rows[above]["series_id"], f"{COLUMNS[above]}, {COLUMNS[below]}")
+    for column in (above, below):
+        study.plant(kind, rows[column]["series_id"], COLUMNS[column])
 
 
 def _move_to_t1(study: Study, row: dict) -> None:
@@ -175,6 +215,137 @@ def _move_to_t1(study: Study, row: dict) -> None:
 
 def _acquisition(study: Study, series_id: int) -> Acquisition:
     return next(part.acquisition for part in study.parts if part.series_id == series_id)
+
+
+def _spoil_files(kind: str, turn: int, plan: StudyPlan, study: Study, folder: Path) -> None:
+    """Folders that are not there, files that cannot be used, and headers that do not say what is."""
+    part = study.parts[-1 if kind in NEEDS_SECOND_AXIAL else turn % 3]
+    files, series_id = _files(folder, part), part.series_id
+    match kind:
+        case "contrast_differs":
+            return _exchange_names(study, folder)
+        case "tags_missing":
+            return _lose_tags(study, folder)
+        case "files_broken":
+            return _break_files(study, folder)
+        case "study_not_on_disk":
+            series_id = None
+            shutil.rmtree(folder)
+        case "series_not_on_disk":
+            shutil.rmtree(files[0].parent)
+        case "localiser":
+            kind, series_id = "series_not_in_tables", _add_localiser(plan, study, folder)
+        case "series_unusable":
+            for file in files:
+                file.write_bytes(NO_IMAGE)
+        case "shapes_mixed":
+            file = _unpointed(study, folder, part)[0]
+            dataset = pydicom.dcmread(file)
+            _store(file, dataset, dataset.pixel_array[:-16])
+        case "spacing_outlier":  # once pixels ten times as wide, once steps of 60 mm
+            wide, first = 10 * part.acquisition.spacing, part.acquisition.affines[0]
+            for k, file in enumerate(files):
+                place = [round(p, 6) for p in first[:3, 3] + k * 60.0 * first[:3, 2]]
+                _edit(file, **{"ImagePositionPatient": place} if turn % 2 else {"PixelSpacing": [wide, wide]})
+    study.plant(kind, series_id)
+
+
+def _exchange_names(study: Study, folder: Path) -> None:
+    """The headers of the sagittal T1 series say T2, and the reverse."""
+    for part, name in zip(study.parts[:2], ("T2", "T1"), strict=True):
+        for file in _files(folder, part):
+            _edit(file, SeriesDescription=name)
+        study.plant("contrast_differs", part.series_id, f"{name} in the headers")
+
+
+def _lose_tags(study: Study, folder: Path) -> None:
+    """Two slices of T1, all of whose slices lie the same way, lack what the others tell."""
+    for k, tag in enumerate(("ImageOrientationPatient", "PixelSpacing")):
+        file = _files(folder, study.parts[0])[3 * k + 3]
+        _edit(file, **{tag: None})
+        study.plant("file_repaired", study.parts[0].series_id, f"{file.name}: no {tag}")
+
+
+def _break_files(study: Study, folder: Path) -> None:
+    """Files without a point become useless, each in another way."""
+    harms = {
+        "truncated pixel data": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        "not DICOM": lambda file: file.write_bytes(NO_IMAGE),
+        "no pixel data": lambda file: _edit(file, PixelData=None),
+        "no position": lambda file: _edit(file, ImagePositionPatient=None),
+        "absurd size": lambda file: _edit(file, Rows=65535, Columns=65535),
+    }
+    for k, (what, harm) in enumerate(harms.items()):
+        part = study.parts[k % 3]
+        file = _unpointed(study, folder, part)[k // 3]
+        harm(file)
+        study.plant("file_unusable", part.series_id, f"{file.name}: {what}")
+
+
+def _add_localiser(plan: StudyPlan, study: Study, folder: Path) -> int:
+    """Write one series more, a slice of each of the others, and return its id."""
+    series_id = plan.series_ids[-1]
+    (folder / str(series_id)).mkdir()
+    for number, part in enumerate(study.parts, 1):
+        file = folder / str(series_id) / f"{number}.dcm"
+        shutil.copyfile(_files(folder, part)[len(part.numbers) // 2], file)
+        uids = {"SeriesInstanceUID": f"{plan.study_id}.{series_id}", "SOPInstanceUID": f"{plan.study_id}.9.{number}"}
+        image_type = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        _edit(file, **uids, InstanceNumber=number, SeriesDescription="LOCALIZER", ImageType=image_type)
+    return series_id
+
+
+def _write_otherwise(file: Path, forms: list[str], syntax: str, silent: bool) -> None:
+    """Write a file's pixels in other `forms` that mean the same image, and without its description where `silent`."""
+    dataset = pydicom.dcmread(file)
+    if silent:
+        del dataset.SeriesDescription
+    if not forms:
+        return dataset.save_as(file)
+    values = dataset.pixel_array
+    if "monochrome1" in forms:
+        dataset.PhotometricInterpretation, values = "MONOCHROME1", 4095 - values
+    if "signed" in forms:
+        dataset.PixelRepresentation, values = 1, values.astype("int16") - 2048
+    if "rescaled" in forms:
+        dataset.RescaleSlope, dataset.RescaleIntercept = "0.5", "-100"
+    if "high_bits" in forms:  # what lies above the 12 bits stored means nothing
+        above = np.arange(values.size, dtype="uint16").reshape(values.shape) << 12
+        values = values.view("uint16") & 0x0FFF | above
+    _store(file, dataset, values, syntax if "uncompressed" in forms else ExplicitVRLittleEndian)
+
+
+def _store(file: Path, dataset: FileDataset, values: np.ndarray, syntax: str = ExplicitVRLittleEndian) -> None:
+    """Write 16-bit pixels (rows, columns) uncompressed in place of what the file holds."""
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.add_new("PixelData", "OW", values.astype(values.dtype.newbyteorder(order)).tobytes())
+    fresh = Dataset({element.tag: element for element in dataset})  # one that was read keeps to its order of bytes
+    fresh.file_meta = dataset.file_meta
+    fresh.file_meta.TransferSyntaxUID = syntax
+    fresh.save_as(file, enforce_file_format=True)
+
+
+def _edit(file: Path, **tags: object) -> None:
+    """Set tags of a file; None takes one out."""
+    dataset = pydicom.dcmread(file)
+    for name, value in tags.items():
+        if value is None:
+            delattr(dataset, name)
+        else:
+            setattr(dataset, name, value)
+    dataset.save_as(file)
+
+
+def _files(folder: Path, part: Series) -> list[Path]:
+    """Files of a series of the study in `folder`, from right to left or from head to foot."""
+    return [folder / str(part.series_id) / f"{number}.dcm" for number in part.numbers]
+
+
+def _unpointed(study: Study, folder: Path, part: Series) -> list[Path]:
+    """Those that no label points at."""
+    pointed = {row["instance_number"] for row in study.clicked if row["series_id"] == part.series_id}
+    return [file for file in _files(folder, part) if int(file.stem) not in pointed]
 
 
 def _list_what_rows_show(plan: StudyPlan, study: Study) -> None:

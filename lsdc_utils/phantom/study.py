@@ -71,6 +71,22 @@ class Dirt:
     one_side_twice: float = 0.0  # left subarticular point of a level beside the right one
     levels_out_of_order: float = 0.0  # points of two neighbouring levels of one condition changed places
     level_points_apart: float = 0.0  # the lowest canal point 40 mm too low
+    study_not_on_disk: float = 0.0  # in the tables alone
+    series_not_on_disk: float = 0.0  # one of its series is in the tables alone
+    localiser: float = 0.0  # a series more, in no table: three slices, one a series
+    spacing_outlier: float = 0.0  # a second axial series, pixels ten times as wide or steps of 60 mm
+    contrast_differs: float = 0.0  # headers call the T1 series T2 and the T2 series T1
+    files_broken: float = 0.0  # five files, each useless in another way
+    tags_missing: float = 0.0  # orientation of one slice and pixel spacing of another
+    series_unusable: float = 0.0  # no file of one series is an image
+    shapes_mixed: float = 0.0  # one slice has fewer rows
+    # Tossed, not dealt, beside any of the above, since a reader sees no difference: shares of series, then of studies.
+    uncompressed: float = 0.0  # implicit, explicit, big endian or deflated
+    monochrome1: float = 0.0  # bright is less
+    rescaled: float = 0.0  # a slope and an intercept
+    signed: float = 0.0  # numbers below 0
+    high_bits: float = 0.0  # something above the 12 bits stored
+    headers_silent: float = 0.0  # no SeriesDescription
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -44,6 +44,9 @@ CANAL_REACH = 16.0  # mm to either side of the middle of a sagittal series in wh
 FORAMEN_REACH = (6.0, 30.0)  # mm off the canal at which foramina lie
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
 RECESS_REACH = 25.0  # mm from a level's canal point within which its recesses lie
+# mm to posterior and to the head from the middle of a level's two foramen points to its canal point, from head to foot:
+# medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm.
+CANAL_FROM_FORAMINA = np.array([[2.4, -9.9], [2.6, -9.7], [3.0, -9.5], [5.6, -8.2], [8.7, -6.3]])
 
 
 class DetectorError(ValueError):
@@ -698,14 +701,15 @@ def _normalised(scores: np.ndarray) -> np.ndarray:
 
 def _decode_sided(detections: Detections, study_id: int, config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     """As published: the highest confidence of each class over all slices and views, normalised over severities."""
+    if not len(detections.scores):
+        return _tables([], [])
     table = classes(config)
     rows, points = [], []
-    best = detections.scores.max(axis=0) if len(detections.scores) else np.zeros(len(table))
+    best = detections.scores.max(axis=0)
     for (condition, level), numbers in table.groupby(["condition", "level"], sort=False).groups.items():
         rows.append((row_id(study_id, condition, level), *_normalised(best[numbers])))
-        if len(detections.scores):
-            place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
-            points.append((study_id, level, CONDITIONS[condition].side or "", *place, best[numbers].max()))
+        place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
+        points.append((study_id, level, CONDITIONS[condition].side or "", *place, best[numbers].max()))
     return _tables(rows, points)
 
 
@@ -830,6 +834,31 @@ def grade(
     if not rows:
         return _tables([], [])
     return _mean_rows(pd.concat(rows, ignore_index=True)), _mean_points(pd.concat(points, ignore_index=True))
+
+
+def grade_study(
+    detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack]
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Rows and points (with their condition group) of one study by the detectors of all groups, and its canal points.
+
+    The canal's detector goes first: its points tell the others side and level. Where it finds nothing, as without a
+    sagittal T2, the canal points come from the foramina.
+    """
+    rows, points = {}, {}
+    rows["scs"], points["scs"] = grade(detectors["scs"], [(study_id, stacks)])
+    rows["nfn"], points["nfn"] = grade(detectors["nfn"], [(study_id, stacks)], points["scs"])
+    canal = points["scs"] if len(points["scs"]) else canal_from_foramina(points["nfn"])
+    rows["ss"], points["ss"] = grade(detectors["ss"], [(study_id, stacks)], canal)
+    named = [table.assign(condition=key) for key, table in points.items()]
+    return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal
+
+
+def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
+    """Canal points of one study from its foramen points, at levels where both sides were found; columns as there."""
+    both = points.groupby("level").filter(lambda level: set(level["side"]) == set(SIDES))
+    middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
+    middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
+    return middle.assign(side="")[points.columns]
 
 
 def _mean_rows(rows: pd.DataFrame) -> pd.DataFrame:

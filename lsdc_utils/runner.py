@@ -28,6 +28,7 @@ from .steps import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, STEP_PARAMETERS, Step, all_s
 
 PROFILES = NOTEBOOKS / "profiles"
 OUTPUTS = ROOT / "outputs"
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
 PARTS = {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular", "any_severe": "any severe",
@@ -63,14 +64,16 @@ def _converted(key: str, value: Any, default: Any) -> Any:
 def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     """`KEY=VALUE` to key and value in the type of the default; UsageError where key or type is wrong.
 
-    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1.
+    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. A file or folder is
+    looked for from where the user stands; the notebooks run elsewhere.
     """
     key, equals, raw = text.partition("=")
     if not equals or key not in defaults:
         near = ", ".join(sorted(defaults))
         raise UsageError(f"{text!r} is no KEY=VALUE with a known key; keys are: {near}")
     if isinstance(defaults[key], str):
-        return key, raw
+        is_path = raw and (key == "data_dir" or key.endswith("_csv"))
+        return key, str(Path(raw).expanduser().resolve()) if is_path else raw
     if isinstance(defaults[key], list) and not raw.startswith("["):
         raw = f"[{raw}]"
     try:
@@ -126,6 +129,7 @@ class Run:
     cores: int
     until: str | None = None
     force: tuple[str, ...] = ()
+    snakefile: str = "Snakefile"  # in notebooks/
 
     @property
     def steps(self) -> list[Step]:
@@ -194,8 +198,8 @@ def forced_steps(run: Run) -> list[Step]:
 
 def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     """The one call of Snakemake; targets are executed notebooks, so that its counts are counts of steps."""
-    targets = select_steps(run.steps, run.until) if run.until else run.steps[-1:]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", NOTEBOOKS / "Snakefile", "--directory", run.folder]
+    targets = select_steps(run.steps, run.until) if run.until else run.steps
+    command = [sys.executable, "-m", "snakemake", "--snakefile", NOTEBOOKS / run.snakefile, "--directory", run.folder]
     command += ["--configfile", config, "--cores", run.cores, "--resources", f"gpu={gpus}", "--scheduler", "greedy"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
     command += ["--max-checksum-file-size", 2**30]  # a file written again with the same bytes re-runs nothing
@@ -398,32 +402,116 @@ def dry_run(run: Run) -> int:
 
 
 def start(run: Run) -> int:
-    """Run what has to be run, and tell about it."""
-    gpus = visible_gpus()
+    """Run what has to be run, tell about it and about the result."""
     with locked(run.folder):
-        config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
-        output.parent.mkdir(exist_ok=True)
-        with atomic(config) as temporary:
-            temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
-        print(f"{shown(run.folder)}: {run.cores} cores, {len(gpus)} GPUs; logs: {shown(output.parent)}/<step>.log")
-        try:
-            with output.open("w") as log:
-                command = snakemake_command(run, config, len(gpus))
-                process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
-            progress = follow(run, process, output)
-        except KeyboardInterrupt:
-            print(f"\nstopped; what is finished is kept. Go on with:\n  {run.resume}", file=sys.stderr)
-            return 130
-        finally:
-            end_processes(run.folder)
+        status = work(run)
+    if status == 0:
+        tell_result(run)
+    return status
+
+
+def work(run: Run) -> int:
+    """Let Snakemake run what has to be run in a folder that is held, and tell about it; the exit status."""
+    gpus = visible_gpus()
+    config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
+    output.parent.mkdir(exist_ok=True)
+    with atomic(config) as temporary:
+        temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
+    print(f"{shown(run.folder)}: {run.cores} cores, {len(gpus)} GPUs; logs: {shown(output.parent)}/<step>.log")
+    try:
+        with output.open("w") as log:
+            command = snakemake_command(run, config, len(gpus))
+            process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
+        progress = follow(run, process, output)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is finished is kept. Go on with:\n  {run.resume}", file=sys.stderr)
+        return 130
+    finally:
+        end_processes(run.folder)
     if process.returncode == 0:
         print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
-        tell_result(run)
         return 0
     failed = [step for step in run.steps if step.name in progress.failed]
     told = [failure(run, step) for step in failed] or ["\nSnakemake stopped:", *last_lines(output, 15)]
     print(*told, f"\nGo on with:\n  {run.resume}", sep="\n", file=sys.stderr)
     return process.returncode if process.returncode > 0 else 1
+
+
+def predict(arguments: list[str]) -> int:
+    """Grade every study of a folder with the weights of a finished run."""
+    made = argparse.ArgumentParser("./run_all.sh predict", description="Grade every study of a folder.")
+    made.add_argument("folder", type=Path, metavar="DIR", help="in the competition's layout, or any folder of DICOM")
+    made.add_argument("--run", required=True, metavar="NAME", help="a finished run: outputs/NAME")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="where grades go (default: outputs/NAME/predict/<folder>)"
+    )
+    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores (default: all)")
+    asked = made.parse_args(arguments)
+    folder, trained = asked.folder.resolve(), OUTPUTS / asked.run
+    out = (asked.out or trained / "predict" / folder.name).resolve()
+    if not folder.is_dir():
+        raise UsageError(f"{asked.folder}: no such folder")
+    if not trained.is_dir():
+        runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
+        raise UsageError(f"--run {asked.run}: there is no such run; finished runs: {runs}")
+    if out.is_relative_to(folder):
+        raise UsageError(f"grades would go to {shown(out)}, inside {asked.folder}: give another folder by --out")
+    from . import predict as prediction  # takes a second, which a run need not wait
+
+    resume = [
+        "./run_all.sh",
+        "predict",
+        str(folder),
+        "--run",
+        asked.run,
+        "--out",
+        str(out),
+        "--cores",
+        str(asked.cores),
+    ]
+    with locked(out):
+        try:
+            parameters = prediction.prepare(folder, trained.resolve(), out, asked.cores)
+        except prediction.PredictError as error:
+            print(f"run_all.sh: {error}", file=sys.stderr)
+            return 1
+        run = Run(out, parameters, shlex.join(resume), asked.cores, snakefile="predict.smk")
+        status = work(run)
+        if status == 0:
+            print(f"\n{prediction.collect(out, parameters['n_shards'])}\n\ngrades: {out}/grades.csv")
+    return status
+
+
+def validate(arguments: list[str]) -> int:
+    """Check a data folder: 0 where it can be used, 1 where not."""
+    made = argparse.ArgumentParser("./run_all.sh validate", description="Check a data folder and print findings.")
+    made.add_argument("folder", type=Path, metavar="DIR", help="in the competition's layout, or any folder of DICOM")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the findings to this csv too")
+    asked = made.parse_args(arguments)
+    if not asked.folder.is_dir():
+        raise UsageError(f"{asked.folder}: no such folder")
+    from . import validation
+
+    return validation.main(asked.folder.resolve(), asked.out)
+
+
+def bench(arguments: list[str]) -> int:
+    """Run the benchmarks, or those with NAME in their names, one after the other."""
+    made = argparse.ArgumentParser("./run_all.sh bench", description="Measure speed; a script prints its own ratios.")
+    made.add_argument("name", metavar="NAME", nargs="?", default="", help="only scripts with this in their name")
+    asked = made.parse_args(arguments)
+    scripts = sorted(path for path in BENCHMARKS.glob("[a-z]*.py") if asked.name in path.stem)
+    if not scripts:
+        there = ", ".join(sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py")))
+        raise UsageError(f"no benchmark {asked.name!r}; there are: {there}")
+    failed = []
+    for script in scripts:
+        print(f"\n{script.stem}", flush=True)
+        if subprocess.run([sys.executable, script], cwd=ROOT).returncode:
+            failed.append(script.stem)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def run_tests(everything: bool) -> int:
@@ -451,9 +539,12 @@ def open_jupyterlab() -> int:
     return subprocess.run(command, env=environment).returncode
 
 
-EPILOG = """other commands:
-  test [--all]   run the tests; --all: the slow proofs too
-  lab            JupyterLab in the environment
+EPILOG = """other commands, each with its own --help:
+  validate DIR               check a data folder; print findings, exit 1 where it cannot be used
+  predict DIR --run NAME     grade every study of a folder with a finished run
+  bench [NAME]               measure the speed of reading, conversion and resampling
+  test [--all]               run the tests; --all: the slow proofs too
+  lab                        JupyterLab in the environment
 
 steps are named by notebook (03_train_yolo), its number (03) or in full (03_train_yolo_scs_fold0)
 """
@@ -508,6 +599,9 @@ def main(arguments: list[str]) -> int:
             made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
             made.add_argument("--all", action="store_true", help="the slow proofs too")
             return run_tests(made.parse_args(arguments[1:]).all)
+        for command in (validate, predict, bench):
+            if arguments[:1] == [command.__name__]:
+                return command(arguments[1:])
         if arguments[:1] == ["lab"]:
             argparse.ArgumentParser("./run_all.sh lab", description="Open JupyterLab.").parse_args(arguments[1:])
             return lab()

@@ -47,7 +47,7 @@ class Step:
 
     name: str  # e.g. 03_train_yolo_scs_fold0: names log, benchmark and executed notebook
     notebook: str  # e.g. 03_train_yolo
-    given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training
+    given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
 
 
 def yolo_step(condition: str, fold: int | str) -> Step:
@@ -61,8 +61,25 @@ def vit_step(fold: int | str) -> Step:
     return Step(f"04_train_vit3d_fold{fold}", "04_train_vit3d", {"fold": int(fold)})
 
 
+def shard_name(number: int) -> str:
+    """Name of one shard of the studies that are graded by a finished run, e.g. shard007."""
+    return f"shard{number:03d}"
+
+
+def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
+    """Grading of one shard of studies by a finished run."""
+    out = Path(parameters["predict_dir"])
+    given = {"out_dir": str(out / "shards" / shard), "studies_table": str(out / "tables" / f"{shard}.parquet")}
+    return Step(f"05_ensemble_inference_{shard}", "05_ensemble_inference", given)
+
+
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
-    """Every step of a run, in the order of the notebooks; `folds` says which folds are trained."""
+    """Every step of a run, in the order of the notebooks, or of a prediction, where there are `n_shards`.
+
+    `folds` says which folds are trained.
+    """
+    if "n_shards" in parameters:
+        return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
     folds = parameters["folds"]
     trainings = {
         "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
@@ -109,7 +126,7 @@ def declared(notebook: str) -> dict[str, Any]:
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: every parameter that it declares, and no other."""
-    values = {**parameters, "run_dir": f"../outputs/{run_name}", **step.given}
+    values = {"run_dir": f"../outputs/{run_name}", **parameters, **step.given}  # a prediction names its run
     missing = [name for name in declared(step.notebook) if name not in values]
     if missing:
         raise ValueError(f"{step.notebook}.ipynb declares parameters that no profile sets: {', '.join(missing)}")

@@ -92,6 +92,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "    'skill': None, 'interval': {'ensemble': {'total': [.4, .6]}}}, 'test': None}))",
         [
             *(f"predictions/{t}_{p}.parquet" for t in ("yolo", "vit3d", "ensemble", "points") for p in ("oof", "test")),
+            *(f"predictions/{t}_test.parquet" for t in ("sources", "findings")),
             "blend.json",
             "submission.csv",
         ],

@@ -1,0 +1,202 @@
+"""Grading the studies of any folder with a finished run: listed once, cut into shards, each graded by 05, then joined.
+
+The folder given by `--out` holds
+
+    tables/listed.json          what was looked through, so that an unchanged folder is not looked through again
+    tables/findings.parquet     what was found in the folder's tables and headers
+    tables/shard<k>.parquet     the studies of a shard with every file
+    shards/<k>/                 what 05 wrote for the shard
+    notebooks/, logs/           05 as executed for each shard
+    submission.csv, grades.csv, findings.csv   the result, there only where all shards are done
+
+A run needs no more than its weights and blend.json to be used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils import competition, metric, steps
+from lsdc_utils.competition import Competition
+from lsdc_utils.files import atomic, write_json
+from lsdc_utils.vocabulary import GROUPS, SEVERITIES, parse_row_id, study_row_ids
+
+LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
+SMALLEST_SHARD = 20  # studies: fewer are graded sooner than another notebook starts
+NONE = -1  # series of a study that has none
+RESULTS = ("submission.csv", "grades.csv", "findings.csv")
+
+
+class PredictError(ValueError):
+    """A run or a folder that cannot be used; the message says what is missing."""
+
+
+# ---- before: the run, the studies, the shards ----------------------------------------------------------------------
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """blend.json of a finished run; PredictError where it or weights are missing, with their names."""
+    file = run / "blend.json"
+    recipe = json.loads(file.read_text()) if file.is_file() else {}
+    if recipe and "folds" not in recipe:
+        raise PredictError(f"{file} was written by an older version: run 05 of this run again")
+    names = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in recipe.get("folds", [])]
+    names += [f"weights/vit3d_fold{fold}.safetensors" for fold in recipe.get("folds", [])]
+    if missing := [name for name in ("blend.json", *names) if not (run / name).is_file()]:
+        raise PredictError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
+    return recipe
+
+
+def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
+    """List what is to be graded, unless that was done, and return the parameters of the prediction.
+
+    PredictError where the run is not finished, the folder holds no study, or `out` is of another folder.
+    """
+    recipe = read_recipe(run)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+    record = out / "tables" / "listed.json"
+    known = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root)}
+    if known["data_dir"] != str(root):
+        raise PredictError(f"{out} holds the grades of {known['data_dir']}: give another folder by --out")
+    state = {"data_dir": str(root), "digest": _digest(root)}
+    if {name: known.get(name) for name in state} != state:
+        record.unlink(missing_ok=True)
+        known = state | {"n_shards": _list_studies(root, out, cores)}
+        write_json(record, known)
+    threads = 1 if known["n_shards"] > 1 else 2
+    return {
+        "run_dir": str(run),
+        "predict_dir": str(out),
+        "data_dir": str(root),
+        "weights_dir": str(run / "weights"),
+        "n_shards": known["n_shards"],
+        "fit_blend": False,
+        "folds": recipe["folds"],
+        "blend_kind": recipe["kind"],
+        "vit_views": recipe["vit_views"],
+        "threads": threads,
+        "inference_threads": threads,
+    }
+
+
+def _digest(root: Path) -> str:
+    """Hash of every file's path, size and time under `root`, and of the code that tells studies from them."""
+    digest = hashlib.sha256()
+    for folder, inner, files in os.walk(root):
+        inner.sort()
+        for name in sorted(files):
+            found = os.stat(os.path.join(folder, name))
+            digest.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for file in sorted(steps.module_files("import lsdc_utils.predict")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _list_studies(root: Path, out: Path, workers: int) -> int:
+    """Write the tables of shards and findings; return the number of shards."""
+    print(f"looking for studies in {root}", flush=True)
+    try:
+        comp = competition.read(root)
+    except competition.CompetitionError as error:
+        raise PredictError(str(error)) from error
+    chosen = "test" if (comp.series["split"] == "test").any() else "train"
+    series = comp.series[comp.series["split"] == chosen]
+    sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if chosen == "test" else []
+    studies = sorted({*series["study_id"].tolist(), *sampled})
+    if not studies:
+        raise PredictError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
+    count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
+    for number, mine in enumerate(np.array_split(studies, count)):
+        with atomic(out / "tables" / f"{steps.shard_name(number)}.parquet") as file:
+            _files_of(comp, series, mine.tolist()).to_parquet(file, index=False)
+    findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
+    with atomic(out / "tables" / "findings.parquet") as file:
+        findings.to_parquet(file, index=False)
+    print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
+    return count
+
+
+def _files_of(comp: Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
+    """Every file of the studies: study_id, series_id, series_type, file, size (bytes), time (ns).
+
+    A series without files and a study without series have one line with an empty file.
+    """
+    lines = []
+    by_study = dict(list(series.groupby("study_id")))
+    for study_id in studies:
+        if study_id not in by_study:
+            lines.append((study_id, NONE, "", "", 0, 0))
+            continue
+        for row in by_study[study_id].itertuples():
+            source = comp.source(row.split, study_id, row.series_id)
+            if isinstance(source, Path):
+                inside = source.iterdir() if source.is_dir() else ()
+                source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
+            found = [(str(file), file.stat()) for file in source]
+            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in found] or [("", 0, 0)]
+            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
+    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])
+
+
+def read_listed(root: str | Path, table: str | Path) -> Competition:
+    """The studies of one shard as a Competition that holds no labels; they count as test studies."""
+    listed = pd.read_parquet(table)
+    series = listed.loc[listed["series_id"] != NONE, ["study_id", "series_id", "series_type"]].drop_duplicates()
+    there = listed[listed["file"] != ""].groupby(["study_id", "series_id"])["file"]
+    return Competition(
+        root=Path(root),
+        labels=pd.DataFrame(columns=[*competition.KEY, "severity"]),
+        coordinates=pd.DataFrame(columns=competition.POINTS),
+        series=series.assign(split="test").reset_index(drop=True),
+        sample_rows=[row for study in listed["study_id"].unique() for row in study_row_ids(study)],
+        findings=pd.DataFrame(columns=competition.FINDINGS),
+        files={key: tuple(Path(file) for file in files) for key, files in there},
+    )
+
+
+# ---- after: one result ---------------------------------------------------------------------------------------------
+
+
+def collect(out: Path, n_shards: int) -> str:
+    """Join the shards' answers to submission.csv, grades.csv and findings.csv; return what a person should know.
+
+    grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
+    (the models that graded the row, joined by +; expectation from the study's other rows; prior) and own_series (was
+    the series there on which readers grade this condition).
+    """
+    folders = [out / "shards" / steps.shard_name(number) / "predictions" for number in range(n_shards)]
+    natural, sources, problems = (
+        pd.concat([pd.read_parquet(folder / f"{name}_test.parquet") for folder in folders], ignore_index=True)
+        for name in ("ensemble", "sources", "findings")
+    )
+    grades = natural.merge(sources, on="row_id")
+    keys = pd.DataFrame([parse_row_id(row) for row in grades["row_id"]], columns=["study_id", "condition", "level"])
+    for place, name in enumerate(keys, start=1):
+        grades.insert(place, name, keys[name])
+    grades.insert(7, "grade", grades[list(SEVERITIES)].idxmax(axis=1))
+    known = pd.read_parquet(out / "tables" / "findings.parquet")
+    findings = pd.concat([known, problems], ignore_index=True).drop_duplicates()
+    for name, table in (
+        ("findings.csv", findings),
+        ("grades.csv", grades),
+        ("submission.csv", metric.weight_table(natural)),
+    ):
+        with atomic(out / name) as file:
+            table.to_csv(file, index=False, float_format="%.9f")
+    counts = grades["source"].value_counts()
+    told = [f"{grades['study_id'].nunique()} studies graded, {len(grades)} rows:"]
+    told += [f"  {count:>8} by {source}" for source, count in counts.items()]
+    if away := int((~grades["own_series"]).sum()):
+        told += [f"  {away:>8} of them without the series that the condition is read on"]
+    if len(findings):
+        told += ["findings: " + ", ".join(f"{n} {rule}" for rule, n in findings["rule"].value_counts().items())]
+    return "\n".join(told)

@@ -1,0 +1,44 @@
+# Grading a folder with a finished run: 05 alone, one job a shard of studies. Started by ./run_all.sh predict with the
+# folder of results as working directory; lsdc_utils/predict.py listed the studies and joins the shards' answers.
+# A shard is graded again when its files, the weights, blend.json, a parameter or the code of 05 changed.
+import os
+import sys
+
+from lsdc_utils import steps
+from lsdc_utils.vocabulary import GROUPS
+
+PYTHON = sys.executable
+RUN = config["run_dir"]
+GPU = 1 if os.environ.get("CUDA_VISIBLE_DEVICES") else 0
+TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
+
+
+rule all:
+    input:
+        [f"notebooks/{step.name}.ipynb" for step in steps.all_steps(config)],
+
+
+rule grade:
+    input:
+        "tables/{shard}.parquet",
+        f"{RUN}/blend.json",
+        expand(f"{RUN}/weights/yolo_{{condition}}_fold{{fold}}.pt", condition=GROUPS, fold=config["folds"]),
+        expand(f"{RUN}/weights/vit3d_fold{{fold}}.safetensors", fold=config["folds"]),
+    output:
+        expand("shards/{{shard}}/predictions/{table}_test.parquet", table=TABLES),
+        "shards/{shard}/submission.csv",
+        "shards/{shard}/scores.json",
+        notebook="notebooks/05_ensemble_inference_{shard}.ipynb",
+    params:
+        step="05_ensemble_inference_{shard}",
+        parameters=lambda wildcards: steps.tracked_parameters(steps.shard_step(wildcards.shard, config), config),
+        source=steps.source_hash("05_ensemble_inference"),
+    log:
+        "logs/05_ensemble_inference_{shard}.log",
+    benchmark:
+        "logs/05_ensemble_inference_{shard}.tsv"
+    threads: config["threads"]
+    resources:
+        gpu=GPU,
+    shell:
+        "{PYTHON:q} -m lsdc_utils.steps . {params.step:q}"

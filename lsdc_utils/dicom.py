@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom.dataset import FileDataset
-from pydicom.pixels import pixel_array
+from pydicom.dataset import Dataset
 
-from lsdc_utils.headers import DicomError, Tags, read_tags
+from lsdc_utils import decoding
+from lsdc_utils.headers import DicomError, Tags, find, frame_groups, opened, read_tags, text, whole
 
 __all__ = ["DicomError", "Series", "Slice", "Tags", "read_series", "read_tags"]
 
@@ -30,7 +28,14 @@ ORDER = {  # plane -> patient direction in which its slices are sorted
     "axial": (0.0, 0.0, -1.0),  # from head to foot
 }
 SAME_TILT = 0.01  # direction cosines of one block differ by less, i.e. by about half a degree
+SAME_SPACING = 1e-3  # mm; likewise
+SAME_PLACE = 0.01  # mm along the normal; slices are at least 0.3 mm apart
+FARTHEST = 1e4  # mm from the scanner's origin
+FINEST, COARSEST = 0.01, 50.0  # mm of a pixel
+MAX_SERIES = 1 << 28  # pixels of a series; 200 slices of 512 x 512 have a fifth
 GAP = 3.0  # a step of more than this many usual steps ends a block: nothing was imaged in between
+
+Note = tuple[Path, str]  # a file, and what there is to say about it
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ class Series:
     folder: Path
     slices: tuple[Slice, ...]
     pixels: list[np.ndarray] | None  # one (rows, columns) array a slice; None where only headers were read
-    skipped: tuple[tuple[Path, str], ...]  # files left out, with the reason
+    skipped: tuple[Note, ...]  # files left out, with the reason
     plane: str  # sagittal, coronal or axial: of most slices
+    repaired: tuple[Note, ...] = ()  # files used although their header lacks something, with what was done
 
     def to_patient(self, instance_number: int, x: float, y: float) -> tuple[float, float, float]:
         """Place (X, Y, Z) in LPS mm of column x, row y of an instance; DicomError where there is no such instance."""
@@ -106,31 +112,41 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
     """Read the files of one series, its images sorted by where they lie (`Series` says how).
 
     source: the folder that holds the series and nothing else, or its files, wherever they lie.
-    pixels: False reads the headers alone, some times faster; `Series.pixels` is None then.
+    pixels: False reads the headers alone, some times faster; `Series.pixels` is None then. Files without their pixels
+    are found out all the same, by the lengths in them.
     Pixels come rescaled where the header says so (float32) and as stored otherwise; MONOCHROME1 is inverted, so that
-    more signal is always a higher value. A file that cannot be used is left out and listed in `skipped`.
-    Raises DicomError where no file can be used, or where two have the same instance number, since a label that names
-    its slice by that number would be ambiguous.
+    more signal is always a higher value. A file that cannot be used is left out and listed in `skipped`, as is one that
+    is the same image as another; a file that lacks an orientation or a spacing on which all others agree is given
+    theirs and listed in `repaired`. Where a file has several frames, the images of the series are numbered 1, 2, ...
+    Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
+    names its slice by that number would be ambiguous.
     """
     folder, files = _files(source)
-    images: list[tuple[Slice, np.ndarray | None]] = []
-    skipped = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom warns of odd values in headers by the thousand
-        for file in files:
-            try:
-                images.append(_read_file(file, pixels))
-            except Exception as error:  # a broken file raises anything, from KeyError to RecursionError
-                skipped.append((file, str(error) if isinstance(error, DicomError) else _reason(error)))
-    if not images:
+    drafts, skipped = [], []
+    room = MAX_SERIES
+    for file in files:
+        try:
+            drafts.append(_read_file(file, pixels))
+        except DicomError as error:
+            skipped.append((file, str(error)))
+            continue
+        room -= sum(rows * columns for rows, columns in (frame.shape for frame in drafts[-1].frames))
+        if pixels and room < 0:
+            raise DicomError(
+                f"series {folder}: holds more pixels than any series of a spine; are these several series?"
+            )
+    drafts, repaired = _repair(drafts, skipped)
+    drafts = _without_duplicates(folder, drafts, skipped)
+    if not drafts:
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in skipped[:3]) or "the folder is empty"
         raise DicomError(f"series {folder}: no file can be used ({reasons})")
-    slices = [image for image, _ in images]
-    _check_numbers(folder, slices)
+    slices, images = _slices(drafts), [image for draft in drafts for image in draft.pixels]
     plane = _plane(slices)
     order = [(i, block) for block, members in enumerate(_blocks(slices, np.array(ORDER[plane]))) for i in members]
     ordered = tuple(dataclasses.replace(slices[i], block=block) for i, block in order)
-    return Series(folder, ordered, [images[i][1] for i, _ in order] if pixels else None, tuple(skipped), plane)
+    return Series(
+        folder, ordered, [images[i] for i, _ in order] if pixels else None, tuple(skipped), plane, tuple(repaired)
+    )
 
 
 def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
@@ -143,53 +159,167 @@ def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
     folder = Path(source)
     if not folder.is_dir():
         raise DicomError(f"series {folder}: there is no such folder")
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    try:
+        files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    except OSError as error:
+        raise DicomError(f"series {folder}: cannot be opened ({error.strerror or error})") from None
     return folder, sorted(files, key=lambda file: (len(file.stem), file.name))
 
 
-def _reason(error: Exception) -> str:
-    """One short line about an error that another library raised."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+@dataclass(frozen=True)
+class _Frame:
+    """What a header says of the place of an image; None where it is silent."""
+
+    position: list[float]
+    orientation: list[float] | None
+    spacing: list[float] | None
+    shape: tuple[int, int]
 
 
-def _read_file(file: Path, pixels: bool) -> tuple[Slice, np.ndarray | None]:
-    """One file as a Slice (block not known yet) and its pixels; any exception where it cannot be used."""
-    if not pixels:
-        return _slice(file, pydicom.dcmread(file, stop_before_pixels=True)), None
-    dataset = pydicom.dcmread(file)
-    return _slice(file, dataset), _decode(dataset)
+@dataclass(frozen=True)
+class _Draft:
+    """One file, before it is seen together with the others."""
+
+    file: Path
+    number: int  # of the instance
+    uid: str  # SOPInstanceUID
+    frames: list[_Frame]
+    pixels: list[np.ndarray]  # one a frame; empty where only headers are read
 
 
-def _slice(file: Path, dataset: FileDataset) -> Slice:
-    """Geometry of one single-frame image from its header; DicomError with what is missing or makes no sense."""
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise DicomError(f"holds {dataset.NumberOfFrames} frames")
-    if int(dataset.get("SamplesPerPixel") or 1) != 1:
-        raise DicomError("is a colour image")
-    number = dataset.get("InstanceNumber")
-    if number is None and not file.stem.isdigit():
-        raise DicomError("has no InstanceNumber, and its name is no number either")
-    rows, columns = int(_numbers(dataset, "Rows", 1)[0]), int(_numbers(dataset, "Columns", 1)[0])
-    if rows < 1 or columns < 1:
-        raise DicomError(f"has an image of {rows} x {columns} pixels")
-    affine = _affine(
-        _numbers(dataset, "ImagePositionPatient", 3),
-        _numbers(dataset, "ImageOrientationPatient", 6),
-        _numbers(dataset, "PixelSpacing", 2),
-    )
-    return Slice(file, 0, int(file.stem if number is None else number), affine, (rows, columns), 0)
+def _read_file(file: Path, pixels: bool) -> _Draft:
+    """One file's frames and, if asked for, their pixels; DicomError where it cannot be used."""
+    with opened(file, pixels) as header:
+        dataset = header.dataset
+        layout = decoding.read_layout(header)
+        places = decoding.locate(header, layout)
+        groups = [frame_groups(dataset, k) for k in range(layout.frames)]
+        frames = [_frame(place, (layout.rows, layout.columns)) for place in groups]
+        images = []
+        for fragments, place in zip(places, groups, strict=True) if pixels else ():
+            images.append(_rescale(decoding.decode(header, layout, fragments), place))
+        return _Draft(file, _instance_number(file, dataset), text(dataset, "SOPInstanceUID"), frames, images)
 
 
-def _numbers(dataset: FileDataset, name: str, n: int) -> list[float]:
-    """The n finite numbers of a tag; DicomError where it does not hold them."""
-    try:
-        value = dataset[name].value
-        numbers = [float(part) for part in value] if n > 1 else [float(value)]
-    except (KeyError, TypeError, ValueError):
-        raise DicomError(f"has no {name}, or one that is not made of numbers") from None
-    if len(numbers) != n or not all(map(math.isfinite, numbers)):
-        raise DicomError(f"has {name} {numbers} where {n} finite numbers are expected")
-    return numbers
+def _instance_number(file: Path, dataset: Dataset) -> int:
+    """The instance number of a file, or else the number that is its name."""
+    number = whole(dataset, "InstanceNumber")
+    if number is None and file.stem.isdecimal():
+        number = int(file.stem[:12])
+    if number is None:
+        raise DicomError("has no InstanceNumber, and its name is no number either: labels cannot name it")
+    if abs(number) >= 2**31:
+        raise DicomError(f"has InstanceNumber {number}, which no scanner gives")
+    return number
+
+
+def _frame(places: list[Dataset], shape: tuple[int, int]) -> _Frame:
+    """Geometry of one frame, from its functional groups or the header; DicomError where it makes no sense."""
+    position = _value(places, "ImagePositionPatient", 3)
+    orientation = _value(places, "ImageOrientationPatient", 6)
+    spacing = _value(places, "PixelSpacing", 2)
+    if position is None:
+        raise DicomError("has no ImagePositionPatient: where in the patient it lies is unknown")
+    if max(map(abs, position)) > FARTHEST:
+        raise DicomError(f"has ImagePositionPatient {position} mm, far outside of any scanner")
+    if orientation is not None:
+        a, b, c, d, e, f = orientation
+        if max(abs(math.hypot(a, b, c) - 1), abs(math.hypot(d, e, f) - 1), abs(a * d + b * e + c * f)) > 0.01:
+            raise DicomError(f"has ImageOrientationPatient {orientation}, not two directions at right angles")
+    if spacing is not None and (min(spacing) < FINEST or max(spacing) > COARSEST):
+        raise DicomError(f"has PixelSpacing {spacing} mm, which no scanner makes")
+    return _Frame(position, orientation, spacing, shape)
+
+
+def _value(places: list[Dataset], name: str, n: int) -> list[float] | None:
+    """The n numbers of a tag; None where it is missing or empty, DicomError where it holds something else."""
+    values = find(places, name, n)
+    if values is None and (said := text(places[-1], name)):
+        raise DicomError(f"has {name} {said[:80]!r} where {n} finite numbers are expected")
+    return values
+
+
+def _rescale(values: np.ndarray, places: list[Dataset]) -> np.ndarray:
+    """Stored values as signal, in float32 where the header gives a slope or an intercept, and untouched otherwise."""
+    slope, intercept = find(places, "RescaleSlope"), find(places, "RescaleIntercept")
+    slope, intercept = (slope[0] or 1.0) if slope else 1.0, intercept[0] if intercept else 0.0
+    if (slope, intercept) == (1.0, 0.0):
+        return values
+    if not 1e-9 < abs(slope) < 1e9 or abs(intercept) > 1e15:
+        raise DicomError(f"has RescaleSlope {slope} and RescaleIntercept {intercept}, which cannot be meant")
+    return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _repair(drafts: list[_Draft], skipped: list[Note]) -> tuple[list[_Draft], list[Note]]:
+    """Give frames without orientation or spacing those of the series, where all its other frames agree on them."""
+    common = {
+        "ImageOrientationPatient": _common([f.orientation for d in drafts for f in d.frames], SAME_TILT),
+        "PixelSpacing": _common([f.spacing for d in drafts for f in d.frames], SAME_SPACING),
+    }
+    usable, repaired = [], []
+    for draft in drafts:
+        lacks = {"ImageOrientationPatient"} if any(f.orientation is None for f in draft.frames) else set()
+        lacks |= {"PixelSpacing"} if any(f.spacing is None for f in draft.frames) else set()
+        names = " and no ".join(sorted(lacks))
+        if any(common[name] is None for name in lacks):
+            skipped.append((draft.file, f"has no {names}, and the series has none on which all its images agree"))
+            continue
+        if lacks:
+            repaired.append((draft.file, f"has no {names}: taken from the series' other images, which agree on it"))
+            orientation, spacing = common.values()
+            frames = [
+                dataclasses.replace(f, orientation=f.orientation or orientation, spacing=f.spacing or spacing)
+                for f in draft.frames
+            ]
+            draft = dataclasses.replace(draft, frames=frames)
+        usable.append(draft)
+    return usable, repaired
+
+
+def _common(values: list[list[float] | None], tolerance: float) -> list[float] | None:
+    """The value that all have who have one; None where none has, or they differ by more than the tolerance."""
+    given = [value for value in values if value is not None]
+    if not given or np.ptp(given, axis=0).max() > tolerance:
+        return None
+    return given[0]
+
+
+def _without_duplicates(folder: Path, drafts: list[_Draft], skipped: list[Note]) -> list[_Draft]:
+    """Leave out files that are the same image as an earlier one; DicomError where others have the same number."""
+    several = any(len(draft.frames) > 1 for draft in drafts)  # their images are numbered anew
+    first: dict[int, _Draft] = {}
+    kept = []
+    for draft in drafts:
+        other = first.setdefault(draft.number, draft)
+        if other is not draft and _same(other, draft):
+            skipped.append((draft.file, f"is the same image as {other.file.name}"))
+            continue
+        if other is not draft and not several:
+            names = f"{other.file.name} and {draft.file.name}"
+            raise DicomError(f"series {folder}: {names} both have instance number {draft.number}")
+        kept.append(draft)
+    return kept
+
+
+def _same(one: _Draft, other: _Draft) -> bool:
+    """Whether two files hold the same images at the same place; without pixels, by the identifier of the image."""
+    if one.frames != other.frames or len(one.pixels) != len(other.pixels):
+        return False
+    if not one.pixels:
+        return one.uid == other.uid != ""
+    return all(map(np.array_equal, one.pixels, other.pixels))
+
+
+def _slices(drafts: list[_Draft]) -> list[Slice]:
+    """The images of all files; numbered 1, 2, ... where a file has several frames. Blocks are not known yet."""
+    several = any(len(draft.frames) > 1 for draft in drafts)
+    slices = []
+    for draft in drafts:
+        for k, frame in enumerate(draft.frames):
+            number = len(slices) + 1 if several else draft.number
+            affine = _affine(frame.position, frame.orientation, frame.spacing)
+            slices.append(Slice(draft.file, k, number, affine, frame.shape, 0))
+    return slices
 
 
 def _affine(position: list[float], orientation: list[float], spacing: list[float]) -> np.ndarray:
@@ -199,39 +329,11 @@ def _affine(position: list[float], orientation: list[float], spacing: list[float
     then that of columns.
     """
     (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
-    if abs(math.hypot(a, b, c) - 1) > 0.01 or abs(math.hypot(d, e, f) - 1) > 0.01 or abs(a * d + b * e + c * f) > 0.01:
-        raise DicomError(f"has ImageOrientationPatient {orientation}, not two directions at right angles")
-    if min(spacing) <= 0:
-        raise DicomError(f"has PixelSpacing {spacing}")
     normal = b * f - c * e, c * d - a * f, a * e - b * d
     length = math.hypot(*normal)
     along_y, along_x = spacing
     rows = zip((a, b, c), (d, e, f), normal, position, strict=True)
     return np.array([[x * along_x, y * along_y, n / length, p] for x, y, n, p in rows] + [[0.0, 0.0, 0.0, 1.0]])
-
-
-def _decode(dataset: FileDataset) -> np.ndarray:
-    """Pixels of a single-frame grey image, (rows, columns): unused high bits cleared, bright is more, rescaled."""
-    values = pixel_array(dataset, raw=True)  # takes the fastest decoder installed, pylibjpeg-rle for RLE
-    unused = dataset.BitsAllocated - dataset.BitsStored
-    if unused > 0:
-        values = (values << unused) >> unused  # an arithmetic shift for signed numbers, so that their sign is kept
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        values = ~values if dataset.PixelRepresentation else values.dtype.type(2**dataset.BitsStored - 1) - values
-    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
-    if (slope, intercept) != (1.0, 0.0):
-        values = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    return values
-
-
-def _check_numbers(folder: Path, slices: Iterable[Slice]) -> None:
-    """DicomError where two files have the same instance number."""
-    first: dict[int, Path] = {}
-    for image in slices:
-        if image.instance_number in first:
-            names = f"{first[image.instance_number].name} and {image.file.name}"
-            raise DicomError(f"series {folder}: {names} both have instance number {image.instance_number}")
-        first[image.instance_number] = image.file
 
 
 def _plane(slices: list[Slice]) -> str:
@@ -261,14 +363,38 @@ def _by_tilt(slices: list[Slice]) -> list[list[int]]:
 
 
 def _by_gap(members: list[int], slices: list[Slice], direction: np.ndarray) -> list[list[int]]:
-    """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual."""
+    """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual.
+
+    Of several images at one place (echoes, or a series scanned twice) the k-th by number goes to the k-th stack, so
+    that neighbours in a block always lie apart.
+    """
     normal = slices[members[0]].affine[:3, 2]
     normal = normal if normal @ direction >= 0 else -normal
-    place = {i: normal @ slices[i].affine[:3, 3] for i in members}
-    members = sorted(members, key=lambda i: (round(place[i], 3), slices[i].instance_number))  # same place: by number
-    steps = np.diff([place[i] for i in members])
-    moved = steps[steps > 0.01]
-    if not len(moved):
-        return [members]
-    cuts = np.flatnonzero(steps > GAP * np.median(moved)) + 1
-    return [part.tolist() for part in np.split(np.array(members), cuts)]
+    place = {i: float(normal @ slices[i].affine[:3, 3]) for i in members}
+    stacks: list[list[int]] = []
+    for group in _by_place(sorted(members, key=place.__getitem__), place):
+        for k, i in enumerate(sorted(group, key=lambda i: slices[i].instance_number)):
+            if k == len(stacks):
+                stacks.append([])
+            stacks[k].append(i)
+    return [part for stack in stacks for part in _cut(stack, place)]
+
+
+def _by_place(members: list[int], place: dict[int, float]) -> list[list[int]]:
+    """Sorted slices, those together that lie less than SAME_PLACE after the first of them."""
+    groups = [[members[0]]]
+    for i in members[1:]:
+        if place[i] - place[groups[-1][0]] < SAME_PLACE:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _cut(stack: list[int], place: dict[int, float]) -> list[list[int]]:
+    """A sorted stack, cut at steps of more than GAP usual ones."""
+    if len(stack) < 2:
+        return [stack]
+    steps = np.diff([place[i] for i in stack])
+    cuts = np.flatnonzero(steps > GAP * np.median(steps)) + 1
+    return [part.tolist() for part in np.split(np.array(stack), cuts)]

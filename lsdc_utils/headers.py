@@ -29,21 +29,25 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Imp
 from pydicom.values import converters
 
 FIRST_READ = 1 << 16  # bytes; nearly every header of a single image is shorter
+MAX_AT_ONCE = 1 << 26  # bytes; larger files are read frame by frame
 MAX_HEADER = 1 << 23  # bytes; headers of a thousand frames have a few million
 MAX_READS = 1_000_000  # calls of read a header; each element takes two or three
 MAX_ITEMS = 50_000  # items of sequences in a header
 MAX_INFLATED = 1 << 28  # bytes of a deflated file
 
-PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS = 0x7FE00010, 0x7FE00008, 0x7FE00009
+PIXEL_DATA = (0x7FE00010, 0x7FE00008, 0x7FE00009)  # of whole numbers, and of floating-point ones
+ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # tags that start an item, in either byte order
 UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 
 WANTED_NAMES = """
-    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored BodyPartExamined Columns EchoPulseSequence EchoTime
-    EffectiveEchoTime ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber InversionTime InversionTimes
-    Modality NumberOfFrames PatientBirthDate PatientID PatientName PerFrameFunctionalGroupsSequence
-    PhotometricInterpretation PixelRepresentation PixelSpacing ProtocolName RepetitionTime RescaleIntercept RescaleSlope
-    Rows SamplesPerPixel ScanningSequence SequenceName SequenceVariant SeriesDescription SeriesInstanceUID
-    SharedFunctionalGroupsSequence SOPInstanceUID StudyDescription StudyInstanceUID TransferSyntaxUID"""
+    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored BodyPartExamined Columns EchoPulseSequence
+    EchoTime EffectiveEchoTime HighBit ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber
+    InversionTime InversionTimes Modality NumberOfFrames PatientBirthDate PatientID PatientName
+    PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelRepresentation PixelSpacing ProtocolName
+    RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SequenceName SequenceVariant
+    SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID StudyDescription
+    StudyInstanceUID TransferSyntaxUID
+"""
 WANTED = {name: int(Tag(name)) for name in WANTED_NAMES.split()}
 WANTED_TAGS = list(WANTED.values())
 GROUPS = {  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single image has at the top
@@ -56,7 +60,8 @@ GROUPS = {  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single imag
     "RescaleIntercept": "PixelValueTransformationSequence",
     "RescaleSlope": "PixelValueTransformationSequence",
 }
-SHORTS = {"Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation"}  # 16-bit numbers
+# 16-bit numbers, where the header does not say so:
+SHORTS = {"BitsAllocated", "BitsStored", "Columns", "HighBit", "PixelRepresentation", "Rows", "SamplesPerPixel"}
 TEXTS = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UN", "UR", "UT"}
 GROUP_TAGS = {name: int(Tag(name)) for name in set(GROUPS.values())}
 
@@ -105,6 +110,7 @@ class Header:
     size: int  # of the stream, in bytes
     pixels_at: int | None  # where the value of the pixel data begins; None where there is none
     pixels_length: int  # of the value in bytes as the header claims, or UNDEFINED
+    pixels_vr: str | None  # OF for floating-point ones; None where the header is implicit
 
 
 def read_tags(file: str | Path) -> Tags:
@@ -149,8 +155,11 @@ def read_tags(file: str | Path) -> Tags:
 
 
 @contextmanager
-def opened(file: str | Path) -> Iterator[Header]:
-    """The header of a file, whose stream stays open for its pixels. Errors of any kind become a DicomError."""
+def opened(file: str | Path, pixels: bool = False) -> Iterator[Header]:
+    """The header of a file, whose stream stays open. Errors of any kind within become a DicomError.
+
+    pixels: True where they will be asked for, so that a file of usual size is read at one go.
+    """
     try:
         with warnings.catch_warnings():  # pydicom warns of odd values in headers by the thousand
             warnings.simplefilter("ignore")
@@ -158,7 +167,8 @@ def opened(file: str | Path) -> Iterator[Header]:
             if not stat.S_ISREG(status.st_mode):
                 raise DicomError("is no file")
             with open(file, "rb", buffering=0) as stream:
-                yield read_header(stream, status.st_size)
+                at_once = pixels and status.st_size <= MAX_AT_ONCE
+                yield read_header(io.BytesIO(stream.read()) if at_once else stream, status.st_size)
     except DicomError:
         raise
     except OSError as error:
@@ -187,13 +197,13 @@ def read_header(stream: BinaryIO, size: int) -> Header:
             piece = stream.read(limit)
         whole_file = len(piece) == size
         try:
-            dataset, pixels_at, length = _parse(piece, start, implicit, little)
+            dataset, found = _parse(piece, start, implicit, little)
         except Exception:
             if whole_file or limit == MAX_HEADER:
                 raise
             continue
-        if pixels_at is not None or whole_file:
-            return Header(dataset, syntax, stream, size, pixels_at, length)
+        if found or whole_file:
+            return Header(dataset, syntax, stream, size, *(found or (None, 0, None)))
     raise DicomError(f"has a header of more than {MAX_HEADER >> 20} MB, which no image of a scanner has")
 
 
@@ -244,22 +254,24 @@ def _inflate(data: bytes) -> bytes:
     return inflated
 
 
-def _parse(piece: bytes, start: int, implicit: bool, little: bool) -> tuple[Dataset, int | None, int]:
-    """The wanted elements of a header, and where its pixel data begins and how long it claims to be."""
-    if piece.count(b"\xfe\xff\x00\xe0") + piece.count(b"\xff\xfe\xe0\x00") > MAX_ITEMS:
+def _parse(
+    piece: bytes, start: int, implicit: bool, little: bool
+) -> tuple[Dataset, tuple[int, int, str | None] | None]:
+    """The wanted elements of a header, and of its pixel data: where they begin, the length they claim, and the VR."""
+    if len(piece) > 8 * MAX_ITEMS and sum(map(piece.count, ITEMS)) > MAX_ITEMS:  # each takes 8 bytes at least
         raise DicomError(f"has a header of more than {MAX_ITEMS} items of sequences")
     stream = _Piece(piece)
     stream.seek(start)
-    found: list[tuple[int, int]] = []
+    found = None
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
-        if tag in (PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS):
-            found.append((stream.tell(), length))
-            return True
-        return False
+        nonlocal found
+        if tag in PIXEL_DATA:
+            found = stream.tell(), length, vr if tag == PIXEL_DATA[0] else "OF"
+        return found is not None
 
     dataset = read_dataset(stream, implicit, little, stop_when=at_pixels, specific_tags=WANTED_TAGS)
-    return (dataset, *found[-1]) if found else (dataset, None, 0)
+    return dataset, found
 
 
 def frame_groups(dataset: Dataset, frame: int) -> list[Dataset]:

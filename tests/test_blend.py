@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from lsdc_utils import blend, metric
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, SEVERITIES, mirrored, parse_row_id
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +95,102 @@ def test_json_round_trip_and_fold_mean(world):
     assert blend.from_json(blend.to_json(fitted)) == fitted
     mean = blend.mean_over_folds([truth[:4], truth[2:]]).set_index("row_id")
     pd.testing.assert_frame_equal(mean.loc[truth["row_id"]], truth.set_index("row_id"))
+
+
+# ---- rows without evidence -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    """800 studies of normal latents with known correlations, cut where `prior` says; labels and their prior."""
+    rng = np.random.default_rng(1)
+    truth = {kind: 0.75 ** (1 + int(kind.split(" levels")[0][-1])) for kind in blend.pair_kinds().ravel()}
+    correlation = blend.correlation_matrix(truth)
+    latent = rng.multivariate_normal(np.zeros(25), correlation, size=800)
+    shares = np.array([[0.9, 0.08, 0.02], [0.7, 0.2, 0.1], [0.6, 0.25, 0.15], [0.5, 0.3, 0.2], [0.8, 0.15, 0.05]] * 5)
+    severity = (latent[..., None] > blend._cuts(shares)[:, 1:3]).sum(axis=-1)
+    labels = pd.DataFrame({"row_id": [f"{study}_{column}" for study in range(800) for column in COLUMNS]})
+    labels[["study_id", "condition", "level"]] = [parse_row_id(row) for row in labels["row_id"]]
+    labels["severity"] = severity.ravel()
+    labels.loc[rng.random(len(labels)) < 0.05, "severity"] = -1
+    return labels, metric.prior(labels), correlation, severity
+
+
+def certain(severity):
+    """Rows (..., 3) that are all but sure of `severity`."""
+    return np.eye(3)[severity] * 0.97 + 0.01
+
+
+def test_without_evidence_the_expectation_is_the_prior(cohort):
+    _, prior, correlation, _ = cohort
+    shares = blend._by_column(prior)
+    nothing = np.full((2, 25, 3), np.nan)
+    np.testing.assert_allclose(blend.expect(nothing, shares, correlation)[1], shares, atol=1e-12)
+    # Rows that only repeat the prior tell nothing of the others either.
+    nothing[0, :10] = shares[:10]
+    np.testing.assert_allclose(blend.expect(nothing, shares, correlation)[0], shares, atol=1e-9)
+
+
+def test_more_severe_neighbours_raise_the_expectation_on_both_sides_alike(cohort):
+    _, prior, _, _ = cohort
+    correlation = blend.correlation_matrix(dict.fromkeys(blend.pair_kinds().ravel(), 0.4))
+    shares = np.tile(blend._by_column(prior)[:5], (5, 1))
+    seen = np.full((3, 25, 3), np.nan)
+    for study in range(3):
+        seen[study, :5] = certain(study)  # the canal of study k has grade k at all levels
+    expected = blend.expect(seen, shares, correlation)[:, 5:]
+    np.testing.assert_allclose(expected.sum(axis=2), 1)
+    assert (np.diff(expected[..., 2], axis=0) > 0).all()
+    assert (np.diff(expected[..., 0], axis=0) < 0).all()
+    conditions = list(CONDITIONS)[1:]
+    by_condition = expected.reshape(3, len(conditions), 5, 3)
+    other = [conditions.index(mirrored(condition)) for condition in conditions]
+    np.testing.assert_allclose(by_condition, by_condition[:, other], atol=1e-12)
+
+
+def test_correlations_are_found_again_and_beat_the_prior(cohort):
+    labels, prior, truth, severity = cohort
+    half = labels["study_id"].astype(int) < 400
+    correlations = blend.fit_correlations(labels[half], prior)
+    matrix = blend.correlation_matrix(correlations)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    assert np.abs(matrix - truth).mean() < 0.05
+    shares = blend._by_column(prior)
+    seen = certain(severity[400:]).astype(float)
+    seen[:, 15:] = np.nan  # the recesses are not seen
+    hidden = severity[400:, 15:, None]
+    loss = {}
+    for name, found in (("fitted", matrix), ("true", truth), ("none", np.eye(25))):
+        loss[name] = -np.log(np.take_along_axis(blend.expect(seen, shares, found)[:, 15:], hidden, axis=2)).mean()
+    assert loss["fitted"] < loss["none"] - 0.05
+    assert loss["fitted"] < loss["true"] + 0.01
+
+
+def test_few_or_missing_labels_give_correlations_near_zero(cohort):
+    labels, prior, _, _ = cohort
+    few = labels[labels["study_id"].astype(int) < 2]
+    assert max(map(abs, blend.fit_correlations(few, prior).values())) < 0.5
+    assert set(blend.fit_correlations(few.assign(severity=-1), prior).values()) == {0.0}
+
+
+def test_rows_without_evidence_are_completed_and_named(cohort):
+    labels, prior, _, _ = cohort
+    rows = labels[["row_id", "condition", "level"]][:75].merge(prior, on=["condition", "level"])
+    shares = rows[["row_id", *SEVERITIES]]
+    yolo = table(list(shares["row_id"][:3]), np.tile([0.1, 0.2, 0.7], (3, 1)))
+    vit3d = table(list(shares["row_id"][2:6]), np.tile([0.2, 0.2, 0.6], (4, 1)))
+    given = {"yolo": yolo, "vit3d": vit3d}
+    correlations = dict.fromkeys(blend.pair_kinds().ravel(), 0.3)
+    blended = {name: blend.apply_blend(blend.default_blend([name]), given, shares) for name in given}
+    blended["ensemble"] = blend.apply_blend(blend.default_blend(list(given)), given, shares)
+    finished, sources = blend.finish(blended, given, shares, correlations)
+    assert list(sources[:7]) == ["yolo", "yolo", "yolo+vit3d", "vit3d", "vit3d", "vit3d", "expectation"]
+    assert list(sources.unique()) == ["yolo", "yolo+vit3d", "vit3d", "expectation", "prior"]
+    assert list(sources[25:]) == ["prior"] * 50
+    values = finished["ensemble"][list(SEVERITIES)].to_numpy()
+    np.testing.assert_allclose(values.sum(axis=1), 1)
+    np.testing.assert_allclose(values[:2], yolo[list(SEVERITIES)][:2])  # not half way to the prior
+    np.testing.assert_allclose(values[3:6], vit3d[list(SEVERITIES)][1:])
+    assert (values[6:25, 2] > shares["severe"][6:25]).all()
+    np.testing.assert_allclose(values[25:], shares[list(SEVERITIES)][25:], atol=1e-12)
+    assert list(finished["yolo"]["row_id"]) == list(shares["row_id"])

@@ -1,7 +1,8 @@
 """A data folder in the competition's layout: its tables read, checked and put in order, its folds cut.
 
-Everything that is repaired is repaired here, and every repair is a line of the findings table: study_id, series_id,
-rule, value, action. A grade is never changed: where it cannot be read, it is missing.
+What tables alone tell is repaired here, and every repair is a line of the findings table: study_id, series_id, rule,
+value, action (`validation` says what each rule means, and looks at the images). A grade is never changed: where it
+cannot be read, it is missing.
 
     root/train.csv, train_label_coordinates.csv, train_series_descriptions.csv, test_series_descriptions.csv,
     sample_submission.csv, {train,test}_images/<study_id>/<series_id>/<instance_number>.dcm
@@ -12,27 +13,24 @@ A table or the images may be absent, as long as one of the two tables of series 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import dicom
 from lsdc_utils import vocabulary as words
 
 SPLITS = ("train", "test")
 KEY = ["study_id", "condition", "level"]  # what a label and its point have in common
 FINDINGS = ["study_id", "series_id", "rule", "value", "action"]
 POINTS = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
-FEW_TASKS = 100  # so many series are read sooner than processes start
-NONE = -1  # series or instance number of a label without a point
+EXCLUDE = ["study_id", "series_id", "condition", "level", "reason"]
+CONDITION_WORDS = {word: c.name for c in words.CONDITIONS.values() for word in (c.title, c.name)}
+LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: level for level in words.LEVELS}
 
 
 class CompetitionError(ValueError):
@@ -66,7 +64,7 @@ class Competition:
 
 
 @dataclass
-class _Notes:
+class Notes:
     """Collects findings while tables are read."""
 
     tables: list[pd.DataFrame] = field(default_factory=list)
@@ -83,19 +81,33 @@ class _Notes:
         return found.astype({"study_id": "Int64", "series_id": "Int64", "rule": str, "value": str, "action": str})
 
 
-def read(root: str | Path) -> Competition:
+def names(rows: pd.DataFrame) -> pd.Series:
+    """Condition and level of each row as one word, e.g. spinal_canal_stenosis_l1_l2."""
+    return rows.condition.astype(str) + "_" + rows.level.astype(str)
+
+
+def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "") -> Competition:
     """Read, check and repair the tables of a data folder; no image is opened, and no answer beside the test tables.
 
-    Raises CompetitionError where a table lacks a column or holds an id that is no number, or no table of series exists.
+    exclude_csv: what to leave out: study_id, series_id (blank: the whole study), condition and level (blank: all; where
+        one is given, points of these labels are not used, and their grades stay), reason.
+    points_csv: points to use instead of the folder's own, in the columns of train_label_coordinates.csv.
+    Raises CompetitionError where a table lacks a column or holds an id that is no number, where no table of series
+    exists, or where a line of the two files names what is not there.
     """
     root = Path(root)
-    notes = _Notes()
+    notes = Notes()
     series = _read_series_tables(root, notes)
+    sample_rows = _read_sample(root, series, notes)
     labels = _read_labels(root, notes)
     coordinates = _read_coordinates(root, notes)
+    if points_csv:
+        coordinates = _correct_points(coordinates, Path(points_csv), labels, series, notes)
+    if exclude_csv:
+        labels, coordinates, series = _leave_out(labels, coordinates, series, Path(exclude_csv), notes)
     coordinates = _check_points(coordinates, labels, series, notes)
     _check_series(series, labels, notes)
-    return Competition(root, labels, coordinates, series, _read_sample(root, series, notes), notes.table())
+    return Competition(root, labels, coordinates, series, sample_rows, notes.table())
 
 
 def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -> Path:
@@ -140,7 +152,15 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
     return table
 
 
-def _read_series_tables(root: Path, notes: _Notes) -> pd.DataFrame:
+def _required(file: Path, columns: Iterable[str], ids: Iterable[str]) -> pd.DataFrame:
+    """`_read_table` of a file that has to be there."""
+    table = _read_table(file, columns, ids)
+    if table is None:
+        raise CompetitionError(f"{file}: there is no such file")
+    return table
+
+
+def _read_series_tables(root: Path, notes: Notes) -> pd.DataFrame:
     """study_id, series_id, series_type, split of both splits; unknown descriptions and repeated series left out."""
     tables = []
     for split in SPLITS:
@@ -162,7 +182,7 @@ def _read_series_tables(root: Path, notes: _Notes) -> pd.DataFrame:
     return series[~unknown].reset_index(drop=True)
 
 
-def _read_labels(root: Path, notes: _Notes) -> pd.DataFrame:
+def _read_labels(root: Path, notes: Notes) -> pd.DataFrame:
     """Tidy labels of train.csv: study_id, condition, level, severity; no rows where there is no train.csv."""
     wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
     keys = pd.DataFrame(
@@ -185,60 +205,109 @@ def _read_labels(root: Path, notes: _Notes) -> pd.DataFrame:
     return labels
 
 
-def _read_coordinates(root: Path, notes: _Notes) -> pd.DataFrame:
+def _read_coordinates(root: Path, notes: Notes) -> pd.DataFrame:
     """The points of train_label_coordinates.csv in the project's words; what names nothing known is left out."""
-    points = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"])
-    points = pd.DataFrame(columns=POINTS) if points is None else points
-    raw = points.copy()
-    points["condition"] = points.condition.str.strip().map({c.title: c.name for c in words.CONDITIONS.values()})
-    points["level"] = points.level.str.strip().map(dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)))
+    raw = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"])
+    raw = pd.DataFrame(columns=POINTS) if raw is None else raw
+    points, usable = _tidy_points(raw)
+    text = raw.condition.fillna("") + " " + raw.level.fillna("")
+    notes.add(raw[~usable], "point_unusable", text[~usable], "point left out")
+    repeated = points.duplicated(KEY)
+    notes.add(points[repeated], "point_repeated", names(points[repeated]), "first point kept")
+    return points[~repeated].reset_index(drop=True)
+
+
+def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """Points in the project's words and types, and which lines of `raw` gave one."""
+    points = raw.copy()
+    points["condition"] = points.condition.str.strip().map(CONDITION_WORDS)
+    points["level"] = points.level.str.strip().map(LEVEL_WORDS)
     numbers = ["instance_number", "x", "y"]
     points[numbers] = points[numbers].apply(pd.to_numeric, errors="coerce")
     usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
     usable &= points.instance_number % 1 == 0
-    text = raw.condition.fillna("") + " " + raw.level.fillna("")
-    notes.add(raw[~usable], "point_unusable", text[~usable], "point left out")
     ids = ["study_id", "series_id", "instance_number"]
-    points = points[usable].astype(dict.fromkeys(ids, "int64") | {"x": "float64", "y": "float64"})
-    repeated = points.duplicated(KEY)
-    notes.add(points[repeated], "point_repeated", _names(points[repeated]), "first point kept")
-    return points[~repeated].reset_index(drop=True)
+    return points[usable].astype(dict.fromkeys(ids, "int64") | {"x": "float64", "y": "float64"}), usable
 
 
-def _names(rows: pd.DataFrame) -> pd.Series:
-    """Condition and level of each row as one word."""
-    return rows.condition.astype(str) + "_" + rows.level.astype(str)
+def _correct_points(
+    points: pd.DataFrame, file: Path, labels: pd.DataFrame, series: pd.DataFrame, notes: Notes
+) -> pd.DataFrame:
+    """Points with those of `file` in place of the labels' own, or added; CompetitionError where a line is wrong."""
+    raw = _required(file, POINTS, ["study_id", "series_id"])
+    given, usable = _tidy_points(raw)
+    ours = set(series.loc[series.split == "train", ["study_id", "series_id"]].itertuples(index=False, name=None))
+    lines = given[["study_id", "series_id"]].itertuples(index=False, name=None)
+    faults = {
+        "is no point: condition, level or a number cannot be read": ~usable,
+        "names a study that train.csv does not hold": ~raw.study_id.isin(labels.study_id),
+        "names a label that an earlier line has a point for": given.duplicated(KEY).reindex(
+            raw.index, fill_value=False
+        ),
+        "names a series that is not one of the training study's": ~pd.Series(
+            [line in ours for line in lines], given.index
+        ),
+    }
+    for fault, wrong in faults.items():
+        if wrong.any():
+            raise CompetitionError(f"{file}: line {wrong.idxmax() + 2} {fault}")
+    new = ~given.set_index(KEY).index.isin(points.set_index(KEY).index)
+    for part, action in ((given[~new], "in place of the table's point"), (given[new], "added")):
+        notes.add(part, "point_corrected", names(part), action)
+    return pd.concat([given, points], ignore_index=True).drop_duplicates(KEY, ignore_index=True)
 
 
-def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFrame, notes: _Notes) -> pd.DataFrame:
+def _leave_out(
+    labels: pd.DataFrame, points: pd.DataFrame, series: pd.DataFrame, file: Path, notes: Notes
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Labels, points and series without what `file` names; CompetitionError names a line that names nothing."""
+    known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
+    for line, row in enumerate(_required(file, EXCLUDE, ["study_id"]).fillna("").itertuples(index=False), start=2):
+        place, label = {"study_id": row.study_id}, {}
+        if row.series_id:
+            place["series_id"] = int(row.series_id) if row.series_id.isdigit() else -1
+        if not _fits(known, place).any():
+            named = " and ".join(f"{key} {getattr(row, key)}" for key in place)
+            raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold together")
+        for key, meaning in (("condition", CONDITION_WORDS), ("level", LEVEL_WORDS)):
+            if text := getattr(row, key).strip():
+                if text not in meaning:
+                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {', '.join(meaning)}")
+                label[key] = meaning[text]
+        points = points[~_fits(points, place | label)]
+        if not label:
+            series = series[~_fits(series, place)]
+        if not label and not row.series_id:
+            labels = labels[~_fits(labels, place)]
+        what = f"points not used: {' '.join(label.values())}" if label else "series" if row.series_id else "study"
+        notes.add(pd.DataFrame([place]), "excluded", row.reason, what if label else f"{what} left out")
+    return labels, points, series
+
+
+def _fits(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.Series:
+    """Which rows hold these values."""
+    return (table[list(values)] == pd.Series(values)).all(axis=1)
+
+
+def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFrame, notes: Notes) -> pd.DataFrame:
     """Points against labels and series; those on a series that no table names are left out."""
     known = series.loc[series.split == "train", ["study_id", "series_id", "series_type"]]
     points = points.merge(known, how="left", on=["study_id", "series_id"])
     unknown = points.series_type.isna()
-    notes.add(points[unknown], "point_on_unknown_series", _names(points[unknown]), "point left out")
+    notes.add(points[unknown], "point_on_unknown_series", names(points[unknown]), "point left out")
     points = points[~unknown]
     expected = points.condition.map({c.name: words.GROUPS[c.group].series_type for c in words.CONDITIONS.values()})
     other = points[expected != points.series_type]
-    notes.add(other, "point_on_other_series_type", _names(other) + " on " + other.series_type, "kept for its place")
+    notes.add(other, "point_on_other_series_type", names(other) + " on " + other.series_type, "kept for its place")
     both = labels.merge(points[[*KEY, "series_id"]], how="outer", on=KEY)
     bare = both[(both.severity == words.MISSING) | both.severity.isna()].dropna(subset="series_id")
-    notes.add(bare, "point_without_grade", _names(bare), "place kept, no grade")
+    notes.add(bare, "point_without_grade", names(bare), "place kept, no grade")
     lacking = ((both.severity >= 0) & both.series_id.isna()).groupby(both.study_id).sum().loc[lambda n: n > 0]
     notes.add(lacking.reset_index(), "grade_without_point", lacking.map("{} of 25".format), "grade kept, no place")
-    _check_sides(points, notes)
     return points[POINTS].reset_index(drop=True)
 
 
-def _check_sides(points: pd.DataFrame, notes: _Notes) -> None:
-    """Left and right point of one level on one axial image: as shown to a reader, the patient's left is right."""
-    axial = points[points.series_type == words.AXIAL]
-    by_side = {side: axial[axial.condition == f"{side}_{words.SUBARTICULAR}"] for side in words.SIDES}
-    pairs = by_side["left"].merge(by_side["right"], on=["study_id", "series_id", "instance_number", "level"])
-    swapped = pairs[pairs.x_x < pairs.x_y]
-    notes.add(swapped, "sides_swapped", swapped.level, "kept as given")
-
-
-def _check_series(series: pd.DataFrame, labels: pd.DataFrame, notes: _Notes) -> None:
+def _check_series(series: pd.DataFrame, labels: pd.DataFrame, notes: Notes) -> None:
     """Each study should have one series of each type; findings where it has none or several."""
     counts = series.groupby(["split", "study_id", "series_type"]).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(words.SERIES_TYPES), fill_value=0).reset_index()
@@ -253,7 +322,7 @@ def _check_series(series: pd.DataFrame, labels: pd.DataFrame, notes: _Notes) -> 
     notes.add(unlabelled, "study_without_labels", "not in train.csv", "not trained on")
 
 
-def _read_sample(root: Path, series: pd.DataFrame, notes: _Notes) -> list[str]:
+def _read_sample(root: Path, series: pd.DataFrame, notes: Notes) -> list[str]:
     """Row ids of sample_submission.csv, or those of all test studies where there is no such file."""
     studies = series.study_id[series.split == "test"].unique()
     sample = _read_table(root / "sample_submission.csv", ["row_id"])
@@ -265,184 +334,6 @@ def _read_sample(root: Path, series: pd.DataFrame, notes: _Notes) -> list[str]:
     bare = pd.DataFrame({"study_id": sorted(int(study) for study in absent if study.isdigit())})
     notes.add(bare, "study_without_series", "in sample_submission.csv only", "answered by the prior")
     return rows
-
-
-class _Point(NamedTuple):
-    """A row of the coordinates."""
-
-    study_id: int
-    series_id: int
-    instance_number: int
-    condition: str
-    level: str
-    x: float
-    y: float
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A series whose headers are to be read, with the label points on it."""
-
-    source: Path | tuple[Path, ...]
-    row: dict[str, Any]  # study_id, series_id, series_type, split
-    points: list[_Point]
-
-
-def scan(comp: Competition, workers: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the header of every image: one line a series, and all findings, those of the tables included.
-
-    The series table adds to `comp.series`: plane, n_slices (0 where no image could be read), rows, cols (of most
-    slices), spacing_x, spacing_y, slice_step (mm; the median of distances between positions), n_blocks (parts of
-    different tilt, or with a gap between them), first_instance, last_instance, instance_order (what instance numbers
-    do along the sorted slices: up, down or mixed) and n_skipped (files that could not be used). A header takes about
-    half a millisecond and process; with `workers` above 1 a script needs Python's `if __name__ == "__main__"`.
-    """
-    notes = _Notes([comp.findings])
-    missing = [split for split in SPLITS if not (comp.root / f"{split}_images").is_dir()]
-    for split in missing:
-        if (comp.series.split == split).any():
-            notes.add(pd.DataFrame({"study_id": [pd.NA]}), "images_missing", f"{split}_images", "tables only")
-    found = _map(_inspect, _tasks(comp, comp.series[~comp.series.split.isin(missing)]), workers)
-    table = comp.series.merge(
-        pd.DataFrame([row for row, _ in found], columns=["split", "study_id", "series_id", *_HEADERS]),
-        how="left",
-        on=["split", "study_id", "series_id"],
-    )
-    problems = [(row["study_id"], row["series_id"], *problem) for row, several in found for problem in several]
-    notes.tables.append(pd.DataFrame(problems, columns=FINDINGS))
-    _check_folders(comp, notes)
-    whole = ["n_slices", "rows", "cols", "n_blocks", "first_instance", "last_instance", "n_skipped"]
-    table[whole] = table[whole].astype("float64").fillna(0).astype("int64")
-    lengths = ["spacing_x", "spacing_y", "slice_step"]
-    return table.astype(dict.fromkeys(lengths, "float64") | {"plane": object, "instance_order": object}), notes.table()
-
-
-_HEADERS = (
-    *("plane", "n_slices", "rows", "cols", "spacing_x", "spacing_y", "slice_step", "n_blocks"),
-    *("first_instance", "last_instance", "instance_order", "n_skipped"),
-)
-
-
-def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
-    """One task a series, with its own points."""
-    points = defaultdict(list)
-    for point in comp.coordinates.itertuples(index=False):
-        points["train", point.study_id, point.series_id].append(_Point(*point))
-    rows = series[["study_id", "series_id", "series_type", "split"]].to_dict("records")
-    keys = [(row["split"], row["study_id"], row["series_id"]) for row in rows]
-    return [_Task(comp.source(*key), row, points[key]) for key, row in zip(keys, rows, strict=True)]
-
-
-def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int) -> list[Any]:
-    """`function` of every task, in their order, by `workers` processes where that pays."""
-    if workers <= 1 or len(tasks) < FEW_TASKS:
-        return [function(task) for task in tasks]
-    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
-    # from a server that has imported this module once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(function, tasks, chunksize=16))
-
-
-def _inspect(task: _Task) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """Headers of one series as a line of the series table, and what is wrong with it: rule, value, action."""
-    row = dict(task.row)
-    series_type = row.pop("series_type")
-    try:
-        series = dicom.read_series(task.source, pixels=False)
-    except dicom.DicomError as error:
-        return row, [("series_unusable", str(error), "series left out")]
-    found = [("file_unusable", f"{file.name}: {reason}", "file left out") for file, reason in series.skipped]
-    if series.plane != words.PLANES[series_type]:
-        found.append(("plane_differs", f"{series.plane}, described as {series_type}", "used as described"))
-    shapes = Counter(image.shape for image in series.slices)
-    if len(shapes) > 1:
-        found.append(("shapes_mixed", ", ".join(f"{r} x {c}" for r, c in sorted(shapes)), "each kept as it is"))
-    row |= _measures(series) | dict(zip(("rows", "cols"), shapes.most_common(1)[0][0], strict=True))
-    return row, found + _check_places(task.points, series)
-
-
-def _measures(series: dicom.Series) -> dict[str, Any]:
-    """What `scan` tells of a series besides the size of its images."""
-    spacing = np.median([image.spacing for image in series.slices], axis=0)
-    numbers = [image.instance_number for image in series.slices]
-    turns = {int(turn) for turn in np.sign(np.diff(numbers))}
-    steps = series.steps()
-    return {
-        "plane": series.plane,
-        "n_slices": len(series.slices),
-        "spacing_x": float(spacing[0]),
-        "spacing_y": float(spacing[1]),
-        "slice_step": float(np.median(steps)) if len(steps) else np.nan,
-        "n_blocks": series.slices[-1].block + 1,
-        "first_instance": min(numbers),
-        "last_instance": max(numbers),
-        "instance_order": "mixed" if len(turns) > 1 else "down" if turns == {-1} else "up",
-        "n_skipped": len(series.skipped),
-    }
-
-
-def _check_places(points: list[_Point], series: dicom.Series) -> list[tuple[str, str, str]]:
-    """Points against the images they lie on: rule, value, action."""
-    shapes = {image.instance_number: image.shape for image in series.slices}
-    found = []
-    for point in points:
-        name = f"{point.condition}_{point.level}"
-        if point.instance_number not in shapes:
-            found.append(("point_on_missing_instance", f"{name} on {point.instance_number}", "no place"))
-            continue
-        rows, cols = shapes[point.instance_number]
-        if not (-0.5 <= point.x <= cols - 0.5 and -0.5 <= point.y <= rows - 0.5):
-            found.append(("point_outside_image", name, "kept as given"))
-    return found
-
-
-def _check_folders(comp: Competition, notes: _Notes) -> None:
-    """Folders of images that no table names."""
-    known = set(comp.series[["split", "study_id", "series_id"]].itertuples(index=False, name=None))
-    for split in SPLITS:
-        for folder in sorted((comp.root / f"{split}_images").glob("*/*/")):
-            ids = [part for part in folder.parts[-2:]]
-            if all(part.isdigit() for part in ids) and (split, int(ids[0]), int(ids[1])) not in known:
-                place = pd.DataFrame({"study_id": [int(ids[0])], "series_id": [int(ids[1])]})
-                notes.add(place, "series_not_in_tables", f"{split}_images/{ids[0]}/{ids[1]}", "series left out")
-
-
-def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
-    """The training labels with their places: row_id, study_id, condition, level, severity (-1 missing), series_id,
-    instance_number (-1 where the label has no point), x, y (pixels), X, Y, Z (LPS mm).
-
-    x and y are NaN without a point, X, Y and Z also where its image is not there. Reads the headers of the series that
-    hold points, by `workers` processes as in `scan`.
-    """
-    table = comp.labels.merge(comp.coordinates, how="left", on=KEY)
-    row_ids = table.study_id.astype(str) + "_" + table.condition + "_" + table.level
-    table.insert(0, "row_id", row_ids)
-    pointed = comp.series.merge(
-        comp.coordinates[["study_id", "series_id"]].drop_duplicates(), on=["study_id", "series_id"]
-    )
-    pointed = pointed[pointed.split == "train"]
-    places = [place for several in _map(_places, _tasks(comp, pointed), workers) for place in several]
-    places = pd.DataFrame(places, columns=[*KEY, "X", "Y", "Z"])
-    table = table.merge(places.astype({"study_id": "int64"} | dict.fromkeys("XYZ", "float64")), how="left", on=KEY)
-    ids = ["series_id", "instance_number"]
-    table[ids] = table[ids].fillna(NONE).astype("int64")
-    return table[["row_id", *KEY, "severity", *ids, "x", "y", "X", "Y", "Z"]]
-
-
-def _places(task: _Task) -> list[tuple[Any, ...]]:
-    """study_id, condition, level, X, Y, Z (mm) of each point of a series whose image is there."""
-    try:
-        series = dicom.read_series(task.source, pixels=False)
-    except dicom.DicomError:
-        return []
-    there = {image.instance_number for image in series.slices}
-    return [
-        (point.study_id, point.condition, point.level, *series.to_patient(point.instance_number, point.x, point.y))
-        for point in task.points
-        if point.instance_number in there
-    ]
 
 
 def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
@@ -477,10 +368,7 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
 
 def read_folds(file: str | Path) -> pd.DataFrame:
     """Published folds from a csv with the columns study_id and fold, one or more lines a study."""
-    folds = _read_table(Path(file), ["study_id", "fold"], ["study_id", "fold"])
-    if folds is None:
-        raise CompetitionError(f"{file}: there is no such file of folds")
-    folds = folds.drop_duplicates()
+    folds = _required(Path(file), ["study_id", "fold"], ["study_id", "fold"]).drop_duplicates()
     if (twice := folds.study_id[folds.study_id.duplicated()]).any():
         raise CompetitionError(f"{file}: study {twice.iloc[0]} is in more than one fold")
     return folds.reset_index(drop=True)

@@ -6,9 +6,15 @@ are linear in the position along the slices' normal; slice thickness and instanc
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 
@@ -18,6 +24,9 @@ from lsdc_utils.files import atomic
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
+PIECE = 2**15  # points that are sampled at once: what the processor's cache holds
+LARGEST = 32_000  # rows or columns of an image that OpenCV samples from
+FEW_STUDIES = 20  # so many are converted sooner than processes start
 LONE_SLICE_REACH = 2.5  # mm off its plane that a slice without neighbours answers for; usual steps are 4 to 5 mm
 WIDEST_GAP = 2.2  # in steps of the block: one lost slice is bridged, a wider gap is not
 
@@ -60,12 +69,8 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
     # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
     seen = np.concatenate([image[::4, ::4].ravel() for image in series.pixels])
-    low, high = np.percentile(seen, WINDOW)
     pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
-    scale = 255 / max(float(high - low), 1e-6)
-    for target, image in zip(pixels, series.pixels, strict=True):
-        windowed = np.clip((image.astype(np.float32) - low) * scale, 0, 255)
-        target[: image.shape[0], : image.shape[1]] = np.rint(windowed)
+    window(series.pixels, *np.percentile(seen, WINDOW), pixels)
     stack = Stack(
         study_id=int(study_id),
         series_id=int(series_id),
@@ -77,6 +82,32 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
         blocks=np.array([s.block for s in series.slices], dtype=np.int32),
     )
     return stack, series.skipped
+
+
+def window(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:
+    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; `low` becomes 0, `high` 255.
+
+    Integers of up to 16 bits go through a table of all their values: a fifth of the time of floating-point images.
+    """
+    table = None
+    for place, image in zip(target, images, strict=True):
+        image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
+        place = place[: image.shape[0], : image.shape[1]]
+        if image.dtype.kind not in "iu" or image.itemsize > 2:
+            place[:] = _to_grey(image, low, high)
+            continue
+        index = np.dtype(f"u{image.itemsize}")  # a negative value's bits are an index as good as any
+        if table is None or table.dtype != image.dtype:
+            values = np.arange(256**image.itemsize, dtype=index)
+            table = values.view(image.dtype)
+            grey = _to_grey(table, low, high)
+        cv2.LUT(image.view(index), grey, dst=place)
+
+
+def _to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values of any kind as grey levels 0..255, uint8."""
+    scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / max(float(high - low), 1e-6))
+    return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
 def save_stack(stack: Stack, path: str | Path) -> None:
@@ -105,19 +136,66 @@ def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack
     A series that cannot be read is left out: the study is graded from the others.
     """
     stacks, problems = [], []
-    series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
-    for row in series.sort_values("series_id").itertuples():
-        try:
-            stack, skipped = read_stack(
-                comp.source(split, study_id, row.series_id), study_id, row.series_id, row.series_type
-            )
-        except dicom.DicomError as error:
-            problems.append((study_id, row.series_id, "series_unusable", str(error), "series left out"))
-            continue
-        stacks.append(stack)
-        reasons = [f"{file.name}: {reason}" for file, reason in skipped]
-        problems += [(study_id, row.series_id, "file_unusable", reason, "file left out") for reason in reasons]
+    for stack, found in _read_series(_sources(comp, split, study_id)):
+        stacks += [stack] if stack else []
+        problems += found
     return stacks, pd.DataFrame(problems, columns=FINDINGS)
+
+
+Series = tuple[Source, int, int, str]  # arguments of `read_stack`
+
+
+def _sources(comp: Competition, split: str, study_id: int) -> list[Series]:
+    """The series of a study, by series id."""
+    series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
+    return [
+        (comp.source(split, study_id, row.series_id), int(study_id), int(row.series_id), row.series_type)
+        for row in series.sort_values("series_id").itertuples()
+    ]
+
+
+def _read_series(sources: Iterable[Series]) -> Iterator[tuple[Stack | None, list[tuple]]]:
+    """For each series its stack, None where it cannot be read, and its lines of the findings table."""
+    for source in sources:
+        _, study_id, series_id, _ = source
+        try:
+            stack, skipped = read_stack(*source)
+        except dicom.DicomError as error:
+            yield None, [(study_id, series_id, "series_unusable", str(error), "series left out")]
+            continue
+        reasons = [f"{file.name}: {reason}" for file, reason in skipped]
+        yield stack, [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]
+
+
+def convert(
+    comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1
+) -> Iterator[pd.DataFrame]:
+    """Read, window and write studies as <folder>/<study>/<series>.npz; of each in turn, what could not be read.
+
+    Tables are as in `read_study`. A process holds one series at a time, and the files are the same whatever the number
+    of workers; above 1, a script needs Python's `if __name__ == "__main__"`.
+    """
+    tasks = [_sources(comp, split, study) for study in studies]
+    save = partial(_convert_study, Path(folder))
+    if workers <= 1 or len(tasks) < FEW_STUDIES:
+        yield from map(save, tasks)
+        return
+    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
+    # from a server that has imported this module once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(save, tasks)
+
+
+def _convert_study(folder: Path, sources: list[Series]) -> pd.DataFrame:
+    """Write the stacks of one study; what could not be read."""
+    problems = []
+    for stack, found in _read_series(sources):
+        if stack:
+            save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
+        problems += found
+    return pd.DataFrame(problems, columns=FINDINGS)
 
 
 def coarsen(stack: Stack, spacing: float) -> Stack:
@@ -130,87 +208,182 @@ def coarsen(stack: Stack, spacing: float) -> Stack:
     rows, cols = stack.pixels.shape[1] // max(factor, 1), stack.pixels.shape[2] // max(factor, 1)
     if factor < 2 or not rows or not cols:
         return stack
-    whole = stack.pixels[:, : rows * factor, : cols * factor].reshape(-1, rows, factor, cols, factor)
-    pixels = np.rint(whole.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
+    pixels = np.empty((len(stack.pixels), rows, cols), dtype=np.uint8)
+    for coarse, image in zip(pixels, stack.pixels[:, : rows * factor, : cols * factor], strict=True):
+        cv2.resize(image, (cols, rows), dst=coarse, interpolation=cv2.INTER_AREA)
     affines = stack.affines.copy()
     affines[:, :3, 3] += affines[:, :3, :2].sum(axis=2) * (factor - 1) / 2  # centre of the first averaged pixel
     affines[:, :3, :2] *= factor
     return replace(stack, pixels=pixels, affines=affines, shapes=np.maximum(stack.shapes // factor, 1))
 
 
-def sample(stack: Stack, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grey values at patient points: bilinear in the slice, linear between the slices of a block by their positions.
+@dataclass(frozen=True)
+class Lattice:
+    """The patient points origin + i steps[0] + j steps[1] + k steps[2] for all i, j, k below `shape`; LPS mm."""
 
-    points: (..., 3) LPS mm. Returns values (...) float32 in 0..255, 0 outside, and inside (...) bool. A point is inside
-    where it lies in the images and between slices, or within half a step of the last one; where tilted blocks overlap,
-    the block with the nearest slice answers.
+    origin: np.ndarray  # (3,)
+    steps: np.ndarray  # (3, 3): a row for each axis of the lattice
+    shape: tuple[int, int, int]
+
+    def indices(self) -> list[np.ndarray]:
+        """The counts i, j, k along each axis, float32 of shapes (l, 1, 1), (1, p, 1) and (1, 1, h)."""
+        return np.meshgrid(*(np.arange(n, dtype=np.float32) for n in self.shape), indexing="ij", sparse=True)
+
+    def points(self) -> np.ndarray:
+        """All points, (*shape, 3)."""
+        return self.origin + sum(i[..., None] * step for i, step in zip(self.indices(), self.steps, strict=True))
+
+    def halves(self, axis: int) -> list[tuple[slice, Lattice]]:
+        """Two parts along an axis, each with the indices that it has here."""
+        middle, parts = self.shape[axis] // 2, []
+        for start, stop in ((0, middle), (middle, self.shape[axis])):
+            shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+            moved = Lattice(self.origin + start * self.steps[axis], self.steps, shape)
+            parts.append(((slice(None),) * axis + (slice(start, stop),), moved))
+        return parts
+
+
+def sample(stack: Stack, lattice: Lattice) -> tuple[np.ndarray, np.ndarray]:
+    """Grey values at the points of a lattice: bilinear in the slice, linear between the slices of a block by their
+    positions.
+
+    Returns values float32 in 0..255, 0 outside, and inside bool, both in the lattice's shape. A point is inside where
+    it lies in the images and between slices, or within half a step of the last one; where tilted blocks overlap, the
+    block with the nearest slice answers.
     """
-    flat = np.asarray(points, dtype=np.float32).reshape(-1, 3)
-    values = np.zeros(len(flat), dtype=np.float32)
-    nearest = np.full(len(flat), np.inf, dtype=np.float32)
-    for block in np.unique(stack.blocks):
-        found, distance = _sample_block(stack, np.flatnonzero(stack.blocks == block), flat)
-        better = distance < nearest
-        values[better], nearest[better] = found[better], distance[better]
-    shape = np.shape(points)[:-1]
-    return values.reshape(shape), np.isfinite(nearest).reshape(shape)
+    return _sample_blocks(_blocks(stack), lattice)
 
 
-def _sample_block(stack: Stack, members: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (m,) of a block of parallel slices at points (m, 3), and mm to its nearest slice, inf outside."""
-    affines = stack.affines[members]
-    columns, rows = affines[0, :3, 0], affines[0, :3, 1]
-    normal = np.cross(columns, rows)
-    normal /= np.linalg.norm(normal)
-    order = np.argsort(affines[:, :3, 3] @ normal, kind="stable")
-    members, affines = members[order], affines[order]
-    places = (affines[:, :3, 3] @ normal).astype(np.float32)
-    gaps = np.diff(places)
-    step = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 2 * LONE_SLICE_REACH
+@dataclass(frozen=True)
+class _Block:
+    """Parallel slices in the order of their places along their normal, with what maps patient points to pixels."""
 
-    along = points @ normal.astype(np.float32)
-    above = np.clip(np.searchsorted(places, along), min(1, len(places) - 1), len(places) - 1)
-    below = np.maximum(above - 1, 0)
-    gap = places[above] - places[below]
-    share = np.clip((along - places[below]) / np.maximum(gap, 1e-6), 0, 1)
-    share = np.where(gap > WIDEST_GAP * step, np.rint(share), share)
-    distance = np.minimum(np.abs(along - places[below]), np.abs(along - places[above]))
-    between = (along >= places[below]) & (along <= places[above]) & (gap <= WIDEST_GAP * step)
-    inside = between | (distance <= step / 2)
-
-    values = np.zeros(len(points), dtype=np.float32)
-    for slices, weight in ((below, 1 - share), (above, share)):
-        used = np.flatnonzero(inside & (weight > 0))
-        found, seen = _sample_slices(stack, members[slices[used]], points[used])
-        values[used] += found * weight[used]
-        inside[used[~seen]] = False
-    values[~inside] = 0
-    return values, np.where(inside, distance, np.inf)
+    pixels: np.ndarray  # (n, rows, cols) uint8; n is 2 or more
+    last: np.ndarray  # (n, 2) float32: column and row of each image's last pixel
+    normal: np.ndarray  # (3,) unit vector
+    places: np.ndarray  # (n,) mm along the normal
+    reach: tuple[float, float]  # mm along the normal between which points are inside
+    step: float  # mm, the usual distance of neighbours
+    to_pixel: np.ndarray  # (n, 2, 4): (x, y, z, 1) in mm -> column and row of each slice
+    alike: bool  # a point has the same column and row in all slices, to a hundredth of a pixel
 
 
-def _sample_slices(stack: Stack, index: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear values (m,) of slice index[i] at points[i] projected onto it, and whether they are in the image."""
-    axes = stack.affines[:, :3, :2]
-    to_pixel = axes / (axes**2).sum(axis=1, keepdims=True)  # (n, 3, 2): direction over spacing, of columns and rows
-    first = np.einsum("ni,nij->nj", stack.affines[:, :3, 3], to_pixel).astype(np.float32)
-    if np.allclose(to_pixel, to_pixel[:1], rtol=1e-5, atol=1e-7):
-        place = points @ to_pixel[0].astype(np.float32)
-    else:
-        place = np.einsum("mi,mij->mj", points, to_pixel.astype(np.float32)[index])
-    place = place - first[index]
-    last = stack.shapes[:, ::-1].astype(np.float32)[index] - 1  # x counts columns, y rows
-    inside = ((place >= -0.5) & (place <= last + 0.5)).all(axis=1)
-    place = np.clip(place, 0, last)
-    low = np.minimum(place.astype(np.int64), np.maximum(last - 1, 0).astype(np.int64))
-    share = place - low.astype(np.float32)
-    step = (last > 0).astype(np.int64)
-    cols = stack.pixels.shape[2]
-    start = (index * stack.pixels.shape[1] + low[:, 1]) * cols + low[:, 0]
-    flat = stack.pixels.reshape(-1)
-    right, down = step[:, 0], step[:, 1] * cols
-    top = flat[start] * (1 - share[:, 0]) + flat[start + right] * share[:, 0]
-    bottom = flat[start + down] * (1 - share[:, 0]) + flat[start + down + right] * share[:, 0]
-    return top * (1 - share[:, 1]) + bottom * share[:, 1], inside
+def _blocks(stack: Stack) -> list[_Block]:
+    """The blocks of a stack; a slice that is alone in its block is there twice."""
+    found = []
+    for number in np.unique(stack.blocks):
+        members = np.flatnonzero(stack.blocks == number)
+        normal = np.cross(stack.affines[members[0], :3, 0], stack.affines[members[0], :3, 1])
+        normal /= np.linalg.norm(normal)
+        places = stack.affines[members, :3, 3] @ normal
+        order = np.argsort(places, kind="stable") if len(members) > 1 else [0, 0]
+        members, places = members[order], places[order]
+        gaps = np.diff(places)
+        step = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 2 * LONE_SLICE_REACH
+        axes, origins = stack.affines[members, :3, :2], stack.affines[members, :3, 3]
+        turn = (axes / (axes**2).sum(axis=1, keepdims=True)).transpose(0, 2, 1)  # direction over spacing
+        to_pixel = np.concatenate([turn, -turn @ origins[:, :, None]], axis=2)
+        last = stack.shapes[members, ::-1].astype(np.float32) - 1
+        alike = (np.ptp(to_pixel, axis=0) < (1e-5, 1e-5, 1e-5, 1e-2)).all() and (last == last[0]).all()
+        reach = places[0] - step / 2, places[-1] + step / 2
+        found.append(_Block(stack.pixels[members], last, normal, places, reach, step, to_pixel, bool(alike)))
+    return found
+
+
+def _sample_blocks(blocks: list[_Block], lattice: Lattice) -> tuple[np.ndarray, np.ndarray]:
+    """`sample` of a stack's blocks."""
+    values = np.zeros(lattice.shape, dtype=np.float32)
+    nearest = np.full(lattice.shape, np.inf, dtype=np.float32)
+    for block in blocks:
+        _sample_block(block, lattice, values, nearest)
+    return values, np.isfinite(nearest)
+
+
+def _sample_block(block: _Block, lattice: Lattice, values: np.ndarray, nearest: np.ndarray) -> None:
+    """Where a block knows of points nearer than `nearest` mm, write their values and their mm to its nearest slice."""
+    extents = (lattice.steps @ block.normal) * (np.array(lattice.shape) - 1)
+    start = block.normal @ lattice.origin
+    low, high = start + np.minimum(extents, 0).sum(), start + np.maximum(extents, 0).sum()
+    if high < block.reach[0] or low > block.reach[1]:
+        return
+    first = min(max(np.searchsorted(block.places, low) - 1, 0), len(block.places) - 2)
+    end = max(np.searchsorted(block.places, high) + 1, first + 2)
+    answer = _sample_slices(block, slice(first, end), lattice) if np.prod(lattice.shape) <= PIECE else None
+    if answer is None:  # cut across the slices, so that a part meets few of them
+        axis = int(np.argmax(np.where(np.array(lattice.shape) > 1, np.abs(extents) + 1e-9, -1)))
+        for box, half in lattice.halves(axis):
+            _sample_block(block, half, values[box], nearest[box])
+        return
+    found, inside, distance = answer
+    better = inside & (distance < nearest)
+    np.copyto(values, found, where=better)
+    np.copyto(nearest, distance, where=better)
+
+
+def _sample_slices(block: _Block, used: slice, lattice: Lattice) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Value of each point of a lattice, whether it is inside, and mm to the nearest slice, from those slices of a block
+    between which all the points lie. None where OpenCV refuses so large a part of the images."""
+    places = (block.places[used] - block.places[0]).astype(np.float32)
+    along = _linear(np.append(lattice.steps @ block.normal, block.normal @ lattice.origin - block.places[0]), lattice)
+    low, high = np.array(block.reach) - block.places[0]
+    inside = (along >= low) & (along <= high)
+    above = np.zeros(lattice.shape, dtype=np.float32)  # how many slices, with their fractions, lie before each point
+    for a, b in pairwise(places):
+        if b - a <= WIDEST_GAP * block.step:
+            above += np.clip((along - a) * np.float32(1 / max(b - a, 1e-6)), 0, 1)
+        else:
+            inside &= (along <= a + block.step / 2) | (along >= b - block.step / 2)
+            above += along > (a + b) / 2
+    distance = np.abs(along - places[np.rint(above).astype(np.uint16)])
+    below = np.minimum(np.floor(above), len(places) - 2)
+    share = above - below
+    pixels, values, seen = block.pixels[used], None, None
+    for slices, weight in ((below, 1 - share), (below + 1, share)):
+        if values is None or not block.alike:
+            x, y, seen = _to_pixels(block, used, lattice, slices)
+        found = _bilinear(pixels, slices, x, y)
+        if found is None:
+            return None
+        found *= weight
+        values = found if values is None else values + found
+        inside &= seen | (weight == 0)
+    return values, inside, distance
+
+
+def _to_pixels(
+    block: _Block, used: slice, lattice: Lattice, slices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Column and row of a lattice's points, each projected onto its own of the used slices and moved into its image,
+    and whether they were in it."""
+    frame = np.zeros((4, 4))  # from the lattice's indices to mm
+    frame[:3, :3], frame[:3, 3], frame[3, 3] = lattice.steps.T, lattice.origin, 1
+    numbers, last = block.to_pixel[used] @ frame, block.last[used]
+    index = 0 if block.alike else slices.astype(np.uint16)
+    numbers, last = numbers[index], last[index]
+    x, y = (_linear(numbers[..., axis, :], lattice) for axis in (0, 1))
+    inside = (x >= -0.5) & (x <= last[..., 0] + 0.5) & (y >= -0.5) & (y <= last[..., 1] + 0.5)
+    return np.clip(x, 0, last[..., 0], out=x), np.clip(y, 0, last[..., 1], out=y), inside
+
+
+def _linear(numbers: np.ndarray, lattice: Lattice) -> np.ndarray:
+    """numbers (4,) @ (i, j, k, 1) over a lattice, float32; numbers (*shape, 4) are those of each point."""
+    numbers = numbers.astype(np.float32)
+    i, j, k = lattice.indices()
+    return numbers[..., 3] + numbers[..., 0] * i + numbers[..., 1] * j + numbers[..., 2] * k
+
+
+def _bilinear(pixels: np.ndarray, slices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+    """Values at columns x and rows y of slices, all float32 (l, p, h); None where OpenCV refuses."""
+    left, right, top, bottom = int(x.min()), int(x.max()) + 2, int(y.min()), int(y.max()) + 2
+    part = pixels[:, top:bottom, left:right].astype(np.float32)
+    tall = part.reshape(-1, part.shape[2])  # the slices below each other
+    if max(*tall.shape, x.size // x.shape[2]) > LARGEST:
+        return None
+    down = slices * np.float32(part.shape[1])
+    down += y
+    down -= np.float32(top)
+    x = (x - np.float32(left)).reshape(-1, x.shape[2])
+    return cv2.remap(tall, x, down.reshape(x.shape), cv2.INTER_LINEAR).reshape(y.shape)
 
 
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -221,12 +394,14 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     neighbours by the shape of an average spine. X is smoothed along the spine, because a point clicked on the
     neighbouring slice is 4 mm off the midline. VolumeError where there is no point at all.
     """
-    known = points[points["level"].isin(LEVELS) & np.isfinite(points[["X", "Y", "Z"]]).all(axis=1)]
-    if known.empty:
+    places = points[["X", "Y", "Z"]].to_numpy(dtype=float)
+    weight = np.maximum(points["confidence"].to_numpy(), 1e-6) if "confidence" in points else np.ones(len(points))
+    mine = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)  # (5, points)
+    if not mine.any():
         raise VolumeError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
-    weight = known["confidence"].clip(lower=1e-6) if "confidence" in known else pd.Series(1.0, known.index)
-    weighted = known[["X", "Y", "Z"]].mul(weight, axis=0).groupby(known["level"]).sum()
-    weighted = weighted.div(weight.groupby(known["level"]).sum(), axis=0).reindex(LEVELS).to_numpy()
+    share = mine * weight
+    with np.errstate(invalid="ignore"):
+        weighted = share @ np.nan_to_num(places) / share.sum(axis=1, keepdims=True)  # NaN where a level has no point
 
     order = np.arange(len(LEVELS))
     found = np.isfinite(weighted[:, 0])
@@ -255,19 +430,22 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def crop_points(
+def crop_lattices(
     centres: np.ndarray, axes: np.ndarray, size: tuple, spacing: tuple, offset: tuple, margin: int
-) -> np.ndarray:
-    """Patient points (5, 2, l, p, h, 3) of the half crops of each level and side, LPS mm.
+) -> list[list[Lattice]]:
+    """Where the half crops of each of five levels and two sides are cut.
 
     `size` voxels of `spacing` mm go outwards, to posterior and to the head; `offset` mm is the way from the level's
     centre to the crop's middle along these; `margin` voxels are added all round, for crops cut off-centre.
     """
-    steps = [(np.arange(n + 2 * margin) - (n + 2 * margin - 1) / 2) * d for n, d in zip(size, spacing, strict=True)]
-    grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1) + np.asarray(offset, dtype=np.float64)
-    outward = np.stack([axes * np.array([side, 1.0, 1.0])[:, None] for side in LATERAL], axis=1)  # (5, 2, 3, 3)
-    points = np.einsum("lphi,vsij->vslphj", grid, outward) + centres[:, None, None, None, None]
-    return points.astype(np.float32)
+    shape = tuple(n + 2 * margin for n in size)
+    corner = np.array(offset) - (np.array(shape) - 1) / 2 * spacing
+    outward = [frame * np.array([side, 1.0, 1.0])[:, None] for frame in axes for side in LATERAL]
+    middles = np.repeat(centres, len(LATERAL), axis=0)
+    cut = [
+        Lattice(c + corner @ o, o * np.array(spacing)[:, None], shape) for c, o in zip(middles, outward, strict=True)
+    ]
+    return [cut[i : i + len(LATERAL)] for i in range(0, len(cut), len(LATERAL))]
 
 
 def level_crops(
@@ -277,10 +455,12 @@ def level_crops(
 
     The right side is cut mirrored, so that both sides look alike and the first axis of a crop leads outwards: no side
     needs to be learnt, and a mirrored study gives the same crops with the sides exchanged. A series that the study
-    lacks, or that does not reach, is 0. Arguments as in `level_frames` and `crop_points`.
+    lacks, or that does not reach, is 0. Arguments as in `level_frames` and `crop_lattices`.
     """
-    places = crop_points(*level_frames(points), size, spacing, offset, margin)
-    return np.stack([_fill(stacks, kind, places, min(spacing)) for kind in SERIES_TYPES], axis=2)
+    levels = crop_lattices(*level_frames(points), size, spacing, offset, margin)
+    lattices = [lattice for sides in levels for lattice in sides]
+    crops = np.stack([_fill(stacks, kind, lattices, min(spacing)) for kind in SERIES_TYPES], axis=1)
+    return crops.reshape(len(levels), len(LATERAL), *crops.shape[1:])
 
 
 def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
@@ -289,14 +469,19 @@ def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
     The grid spans what the sagittal series cover (all series, where there is none), so its voxels differ from study to
     study and from axis to axis. VolumeError where there are no stacks.
     """
+    lattice = grid_lattice(stacks, size)
+    spacing = float(lattice.steps.diagonal()[1:].min())
+    return np.stack([_fill(stacks, kind, [lattice], spacing)[0] for kind in SERIES_TYPES])
+
+
+def grid_lattice(stacks: list[Stack], size: int) -> Lattice:
+    """Where the voxels of `study_grid` lie."""
     if not stacks:
         raise VolumeError("a grid needs at least one series that can be read")
     sagittal = [stack for stack in stacks if stack.series_type in SERIES_TYPES[:2]] or stacks
     corners = np.concatenate([_corners(stack) for stack in sagittal])
     low, high = corners.min(axis=0), corners.max(axis=0)
-    steps = [(np.arange(size) + 0.5) / size * (b - a) + a for a, b in zip(low, high, strict=True)]
-    places = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)
-    return np.stack([_fill(stacks, kind, places, float((high - low)[1:].min()) / size) for kind in SERIES_TYPES])
+    return Lattice(low + (high - low) / (2 * size), np.diag((high - low) / size), (size,) * 3)
 
 
 def _corners(stack: Stack) -> np.ndarray:
@@ -307,10 +492,12 @@ def _corners(stack: Stack) -> np.ndarray:
     return np.einsum("nij,cjn->nci", stack.affines, pixel)[..., :3].reshape(-1, 3)
 
 
-def _fill(stacks: list[Stack], series_type: str, places: np.ndarray, spacing: float) -> np.ndarray:
-    """Grey values uint8 (...) at places (..., 3) from the series of one type; of several, the fullest answers."""
-    sampled = [sample(coarsen(stack, spacing), places) for stack in stacks if stack.series_type == series_type]
-    result = np.zeros(places.shape[:-1], dtype=np.uint8)
-    for values, inside in sorted(sampled, key=lambda answer: answer[1].sum()):
-        result[inside] = np.rint(values[inside])
+def _fill(stacks: list[Stack], series_type: str, lattices: list[Lattice], spacing: float) -> np.ndarray:
+    """Grey values uint8 (n, *shape) at n lattices from the series of one type; of several, the fullest answers."""
+    mine = [coarsen(stack, spacing) for stack in stacks if stack.series_type == series_type]
+    sampled = [[_sample_blocks(blocks, lattice) for lattice in lattices] for blocks in map(_blocks, mine)]
+    result = np.zeros((len(lattices), *lattices[0].shape), dtype=np.uint8)
+    for answers in sorted(sampled, key=lambda answers: sum(inside.sum() for _, inside in answers)):
+        for target, (values, inside) in zip(result, answers, strict=True):
+            np.copyto(target, np.rint(values), where=inside, casting="unsafe")
     return result

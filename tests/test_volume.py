@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from dicom_files import write_stack
 
 from lsdc_utils import volume
+from lsdc_utils.competition import Competition
 from lsdc_utils.vocabulary import AXIAL, LEVELS, T1, T2
 
 
@@ -49,50 +51,87 @@ SAGITTAL = {"columns": (0, 1, 0), "rows": (0, 0, -1)}  # columns to posterior, r
 AXIAL_PLANE = {"columns": (1, 0, 0), "rows": (0, 1, 0)}
 
 
+def lattice_of(low, high, shape, turn=(0, 0, 0)):
+    """A lattice of `shape` points from one corner to the other, then turned a little about its middle."""
+    low, high = np.array(low, float), np.array(high, float)
+    x, y, z = turn
+    turned = np.eye(3) + np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    steps = np.diag((high - low) / (np.array(shape) - 1)) @ turned
+    return volume.Lattice((low + high) / 2 - (np.array(shape) - 1) / 2 @ steps, steps, tuple(shape))
+
+
+def at(stack, *points):
+    """Values and inside (n,) of a stack at single points."""
+    found = [volume.sample(stack, volume.Lattice(np.array(p, float), np.eye(3), (1, 1, 1))) for p in points]
+    return tuple(np.array([answer[k].item() for answer in found]) for k in (0, 1))
+
+
 @pytest.fixture
 def sagittal():
     size = (60, 50)
     return make_stack(ramp, make_affines(11, 1.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL), size)
 
 
-def test_sample_returns_a_linear_field(sagittal):
-    points = np.random.default_rng(0).uniform([-15, 5, -50], [18, 55, 10], (200, 3))
-    values, inside = volume.sample(sagittal, points.reshape(10, 20, 3))
-    assert inside.all() and values.shape == (10, 20) and values.dtype == np.float32
-    assert np.abs(values.ravel() - ramp(points)).max() < 1.0  # pixels are whole grey levels
+@pytest.mark.parametrize("turn", [(0, 0, 0), (0.1, -0.05, 0.2)])
+def test_sample_returns_a_linear_field(sagittal, turn):
+    lattice = lattice_of([-10, 10, -45], [13, 50, 5], (40, 31, 57), turn)  # more points than are sampled at once
+    values, inside = volume.sample(sagittal, lattice)
+    assert inside.all() and values.shape == (40, 31, 57) and values.dtype == np.float32
+    assert np.abs(values - ramp(lattice.points())).max() < 0.6  # pixels are whole grey levels
 
 
 def test_sample_is_the_same_for_slices_in_any_order(sagittal):
-    points = np.random.default_rng(1).uniform([-30, -20, -70], [30, 80, 30], (500, 3))
+    lattice = lattice_of([-30, -20, -70], [30, 80, 30], (9, 10, 11), (0.05, 0.1, 0))
     turn = slice(None, None, -1)
     reverse = volume.replace(sagittal, pixels=sagittal.pixels[turn].copy(), affines=sagittal.affines[turn].copy())
-    for one, other in zip(volume.sample(sagittal, points), volume.sample(reverse, points), strict=True):
+    for one, other in zip(volume.sample(sagittal, lattice), volume.sample(reverse, lattice), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
+def test_slices_that_differ_a_little_in_tilt_or_place_are_each_projected_by_themselves():
+    size, rng = (60, 50), np.random.default_rng(0)
+    affines = make_affines(11, 1.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL)
+    for affine in affines:
+        x, y, z = rng.normal(0, 0.003, 3)
+        affine[:3, :3] = (np.eye(3) + np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])) @ affine[:3, :3]
+        affine[:3, 3] += affine[:3, :2] @ rng.normal(0, 3, 2)
+    lattice = lattice_of([-10, 20, -35], [13, 40, -5], (20, 20, 20), (0.1, 0, 0))
+    values, inside = volume.sample(make_stack(ramp, affines, size), lattice)
+    assert inside.all() and np.abs(values - ramp(lattice.points())).max() < 0.8
+
+
 def test_outside_is_zero_and_said_so(sagittal):
-    beyond = np.array([[2 + 5.4 * 4.5, 30, -20], [2, 30 + 40, -20], [2, 30, 40.0]])  # the first: .4 of a step off
-    values, inside = volume.sample(sagittal, beyond)
-    assert inside.tolist() == [True, False, False]
-    assert values[1:].tolist() == [0, 0]
-    assert not volume.sample(sagittal, np.array([2 + 5.6 * 4.5, 30, -20]))[1]
+    values, inside = at(sagittal, [2 + 5.4 * 4.5, 30, -20], [2, 30 + 40, -20], [2, 30, 40], [2 + 5.6 * 4.5, 30, -20])
+    assert inside.tolist() == [True, False, False, False]  # the first: .4 of a step off
+    assert values[1:].tolist() == [0, 0, 0]
 
 
 def test_one_lost_slice_is_bridged_and_a_wide_gap_is_not(sagittal):
-    point = np.array([[2.0, 30, -20]])  # on the sixth slice
-    keep = np.array([0, 1, 2, 3, 4, 6, 7, 8, 9, 10])
-    lost = volume.replace(
-        sagittal,
-        **{k: getattr(sagittal, k)[keep] for k in ("pixels", "shapes", "affines", "instance_numbers", "blocks")},
-    )
-    values, inside = volume.sample(lost, point)
-    assert inside.all() and abs(values[0] - ramp(point)[0]) < 1
-    keep = np.array([0, 1, 2, 3, 7, 8, 9, 10])
-    gap = volume.replace(
-        sagittal,
-        **{k: getattr(sagittal, k)[keep] for k in ("pixels", "shapes", "affines", "instance_numbers", "blocks")},
-    )
-    assert not volume.sample(gap, point)[1].any()
+    def keep(*members):
+        names = ("pixels", "shapes", "affines", "instance_numbers", "blocks")
+        return volume.replace(sagittal, **{name: getattr(sagittal, name)[list(members)] for name in names})
+
+    point = np.array([2.0, 30, -20])  # on the sixth slice
+    values, inside = at(keep(0, 1, 2, 3, 4, 6, 7, 8, 9, 10), point)
+    assert inside.all() and abs(values[0] - ramp(point)) < 1
+    gap = keep(0, 1, 2, 3, 7, 8, 9, 10)
+    assert at(gap, point, (6.6, 30, -20), (9, 30, -20))[1].tolist() == [False, False, True]
+
+
+def test_a_lone_slice_answers_for_what_is_near_it(sagittal):
+    size = (60, 50)
+    one = make_stack(ramp, make_affines(1, 1.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL), size)
+    values, inside = at(one, [2, 30, -20], [4, 30, -20], [4.6, 30, -20])
+    assert inside.tolist() == [True, True, False]
+    np.testing.assert_allclose(values[:2], ramp([2, 30, -20]), atol=0.6)
+
+
+def test_images_too_large_for_opencv_are_sampled_in_parts(sagittal, monkeypatch):
+    lattice = lattice_of([-10, 10, -45], [13, 50, 5], (8, 9, 10))
+    whole = volume.sample(sagittal, lattice)
+    monkeypatch.setattr(volume, "LARGEST", 40)
+    for one, other in zip(whole, volume.sample(sagittal, lattice), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
 
 
 def test_tilted_blocks_answer_by_their_nearest_slice():
@@ -102,7 +141,7 @@ def test_tilted_blocks_answer_by_their_nearest_slice():
     tilted = make_affines(4, 1.5, 4.0, centre=(0, 0, -10), size=size, columns=(1, 0, 0), rows=rows)
     stack = make_stack(ramp, np.concatenate([flat, tilted]), size, AXIAL, np.repeat([0, 1], 4).astype(np.int32))
     points = np.array([[3, 4, 31], [3, 4, -10], [-5, -10, -8.0], [0, 0, 14]])
-    values, inside = volume.sample(stack, points)
+    values, inside = at(stack, *points)
     assert inside.tolist() == [True, True, True, False]
     np.testing.assert_allclose(values[:3], ramp(points[:3]), atol=1)
 
@@ -112,7 +151,7 @@ def test_padding_of_a_smaller_slice_is_outside(sagittal):
     shapes[:, 1] = 20
     narrow = volume.replace(sagittal, shapes=shapes)
     x, y, z, _ = narrow.affines[5] @ np.array([[19, 10, 0, 1], [22, 10, 0, 1]]).T
-    assert volume.sample(narrow, np.stack([x, y, z], axis=-1))[1].tolist() == [True, False]
+    assert at(narrow, *np.stack([x, y, z], axis=-1))[1].tolist() == [True, False]
 
 
 def test_coarsened_pixels_stay_where_they_are(sagittal):
@@ -120,9 +159,60 @@ def test_coarsened_pixels_stay_where_they_are(sagittal):
     fine = make_stack(ramp, make_affines(5, 0.5, 4.5, centre=(2, 30, -20), size=size, **SAGITTAL), size)
     coarse = volume.coarsen(fine, 1.5)
     assert coarse.pixels.shape == (5, 40, 33)
-    points = np.random.default_rng(0).uniform([-6, 20, -40], [10, 40, 0], (100, 3))
-    np.testing.assert_allclose(volume.sample(coarse, points)[0], ramp(points), atol=1)
+    lattice = lattice_of([-6, 20, -40], [10, 40, 0], (6, 7, 8))
+    np.testing.assert_allclose(volume.sample(coarse, lattice)[0], ramp(lattice.points()), atol=1)
     assert volume.coarsen(sagittal, 1.5) is sagittal
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "<u2", "<i2", ">u2", ">i2", "<u4", "<i4", "<f4"])
+def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
+    rng = np.random.default_rng(0)
+    limits = (-1000, 4000) if np.dtype(kind).itemsize > 1 else (-100, 100)
+    images = [rng.integers(*limits, shape).clip(0 if "u" in kind else None).astype(kind) for shape in ((9, 7), (5, 8))]
+    for low, high in ((10.3, 90.9), (limits[0] * 0.8, limits[1] * 0.9), (5, 5)):
+        target = np.full((2, 9, 8), 77, dtype=np.uint8)
+        volume.window(images, low, high, target)
+        for image, grey in zip(images, target, strict=True):
+            expected = (image.astype(float) - low) * 255 / max(high - low, 1e-6)
+            found = grey[: image.shape[0], : image.shape[1]].astype(float)
+            assert np.abs(found - np.clip(expected, 0, 255)).max() <= 0.51  # rounded, and that in 32 bits
+        assert (target[0, :, 7] == 77).all() and (target[1, 5:] == 77).all()
+
+
+@pytest.fixture
+def competition_of_five(tmp_path):
+    """Five test studies of two series each: of the third study one series holds a broken file, one is not there."""
+    rows = []
+    for study in range(1, 6):
+        for series, kind in ((1, T1), (2, AXIAL)):
+            rows.append((study, series, kind, "test"))
+            if (study, series) == (3, 2):
+                continue
+            pixels = np.random.default_rng(study).integers(0, 900, (6, 8), "uint16")
+            folder = tmp_path / f"test_images/{study}/{series}"
+            write_stack(folder, [(0, 0, 4.0 * k) for k in range(3)], pixels=pixels)
+            if study == 3:
+                (folder / "2.dcm").write_bytes(b"no image")
+    series = pd.DataFrame(rows, columns=["study_id", "series_id", "series_type", "split"])
+    none = pd.DataFrame()
+    return Competition(tmp_path, none, none, series, [], none)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_conversion_writes_what_was_read_and_tells_what_was_not(competition_of_five, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(volume, "FEW_STUDIES", 2)
+    comp, studies = competition_of_five, [5, 3, 1]
+    problems = list(volume.convert(comp, "test", studies, tmp_path / "slices", workers))
+    assert [table["rule"].tolist() for table in problems] == [[], ["file_unusable", "series_unusable"], []]
+    assert (problems[1]["study_id"] == 3).all() and problems[1]["series_id"].tolist() == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "slices").iterdir()) == ["1", "3", "5"]
+    for study in studies:
+        stacks, again = volume.read_study(comp, "test", study)
+        saved = volume.load_study(tmp_path / "slices", study)
+        assert len(saved) == len(stacks) and again.equals(problems[studies.index(study)])
+        for one, other in zip(saved, stacks, strict=True):
+            for field in volume.fields(volume.Stack):
+                np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
 def test_a_stack_is_kept_whole(sagittal, tmp_path):
@@ -191,7 +281,8 @@ def test_crops_are_where_they_say_and_series_that_lack_are_blank():
     stack = make_stack(ramp, make_affines(21, 2.0, 4.5, centre=(3, 30, -40), size=size, **SAGITTAL), size, T2)
     points, shape = spine(), ((4, 4, 4), (3.0, 2.0, 2.0), (6.0, 0.0, 0.0), 0)
     crops = volume.level_crops([stack], points, *shape)
-    places = volume.crop_points(*volume.level_frames(points), *shape)
+    lattices = volume.crop_lattices(*volume.level_frames(points), *shape)
+    places = np.array([[lattice.points() for lattice in sides] for sides in lattices])
     np.testing.assert_allclose(crops[:, :, 1], np.clip(ramp(places), 0, 255), atol=1.5)
     assert (crops[:, :, [0, 2]] == 0).all()
     assert (places[:, 0, ..., 0] > 4).all() and (places[:, 1, ..., 0] < 2).all()  # left grows in x, right mirrored

@@ -500,10 +500,10 @@ def bench(arguments: list[str]) -> int:
     made = argparse.ArgumentParser("./run_all.sh bench", description="Measure speed; a script prints its own ratios.")
     made.add_argument("name", metavar="NAME", nargs="?", default="", help="only scripts with this in their name")
     asked = made.parse_args(arguments)
-    scripts = sorted(path for path in BENCHMARKS.glob("[a-z]*.py") if asked.name in path.stem)
+    there = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
+    scripts = [path for path in there if asked.name in path.stem]
     if not scripts:
-        there = ", ".join(sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py")))
-        raise UsageError(f"no benchmark {asked.name!r}; there are: {there}")
+        raise UsageError(f"no benchmark {asked.name!r}; there are: {', '.join(path.stem for path in there)}")
     failed = []
     for script in scripts:
         print(f"\n{script.stem}", flush=True)

@@ -242,6 +242,27 @@ def test_no_evidence_no_rows():
     assert detector.decode(detections, 1, settings, None)[0].empty  # no canal points, no levels
 
 
+def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatch):
+    """A study without sagittal T2: nothing for the canal, and still sides and levels for the recesses."""
+    seen = {key: ideal(key, dict.fromkeys(toy_points(key), 1)) for key in ("nfn", "ss")}
+    empty = config("scs"), config("scs", "sided")
+    for settings in empty:
+        seen["scs"] = detector.Detections(np.empty((0, 3)), np.empty((0, 15))), settings
+        monkeypatch.setattr(detector, "detect", lambda found, stacks, canal: seen[found.config.condition][0])
+        detectors = {key: [detector.Detector(torch.nn.Identity(), seen[key][1], 0, {})] for key in GROUPS}
+        rows, points, canal = detector.grade_study(detectors, 1, [])
+        assert set(points["condition"]) == {"nfn", "ss"}
+        assert not rows["row_id"].str.contains("canal").any()
+        assert len(rows) == 20
+        np.testing.assert_allclose(canal["X"], 0, atol=1)
+        shift = canal[["Y", "Z"]].to_numpy() - [level_centre(level)[1:] for level in canal["level"]]
+        np.testing.assert_allclose(shift, detector.CANAL_FROM_FORAMINA, atol=1)
+    one_side = points[(points["condition"] == "nfn") & (points["side"] == "left")].drop(columns="condition")
+    assert list(detector.canal_from_foramina(one_side)) == list(one_side)
+    assert detector.canal_from_foramina(one_side).empty
+    assert detector.canal_from_foramina(one_side.head(0)).empty
+
+
 def test_a_class_never_seen_gets_the_published_floor():
     settings = config("ss", "sided")
     scores = np.zeros((1, 30))

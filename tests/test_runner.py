@@ -64,6 +64,15 @@ def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> 
     assert type(parsed) is type(value)
 
 
+def test_a_file_or_folder_is_looked_for_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    defaults = {"data_dir": "", "folds_csv": "", "name": ""}
+    assert parse_override("folds_csv=tables/folds.csv", defaults)[1] == str(tmp_path / "tables/folds.csv")
+    assert parse_override("data_dir=/elsewhere", defaults)[1] == "/elsewhere"
+    assert parse_override("data_dir=", defaults)[1] == ""
+    assert parse_override("name=a/b", defaults)[1] == "a/b"
+
+
 @pytest.mark.parametrize(
     "text",
     ["n", "m=1", "n=1.5", "n=true", "n=many", "rate=fast", "rate=true", "tta=1", "folds=a", "folds=0.5",
@@ -116,6 +125,9 @@ def test_help_names_every_command_and_option() -> None:
         "--force",
         "--dry-run",
         "KEY=VALUE",
+        "validate DIR",
+        "predict DIR --run NAME",
+        "bench [NAME]",
         "test",
         "lab",
     ):
@@ -418,6 +430,33 @@ def test_scores_show_test_first_and_out_of_fold_alone_without_test_labels() -> N
     alone = score_table({"oof": {**block, "skill": None}, "test": None})
     assert "test studies" not in alone
     assert "skill" not in alone
+
+
+# ---- other commands ------------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_run_one_after_the_other_and_helpers_do_not(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(runner, "BENCHMARKS", tmp_path)
+    (tmp_path / "shared.py").write_text("1 / 0\n")
+    for name, end in (("read", 0), ("write", 3)):
+        (tmp_path / f"{name}.py").write_text(f'if __name__ == "__main__":\n    print("ratio 1.1")\n    exit({end})\n')
+    assert runner.main(["bench", "rea"]) == 0
+    assert capfd.readouterr().out.split() == ["read", "ratio", "1.1"]
+    assert runner.main(["bench"]) == 1
+    told = capfd.readouterr()
+    assert told.out.split() == ["read", "ratio", "1.1", "write", "ratio", "1.1"]
+    assert "failed: write" in told.err
+    assert runner.main(["bench", "nothing"]) == 2
+    assert "there are: read, write" in capfd.readouterr().err
+
+
+def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys) -> None:
+    from lsdc_utils import validation
+
+    monkeypatch.setattr(validation, "main", lambda folder, out: 1 if (folder, out) == (tmp_path, None) else 0)
+    assert runner.main(["validate", str(tmp_path)]) == 1
+    assert runner.main(["validate", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 # ---- the environment -----------------------------------------------------------------------------------------------

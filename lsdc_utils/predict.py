@@ -73,7 +73,7 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         known = state | {"n_shards": _list_studies(root, out, cores)}
         write_json(record, known)
     threads = 1 if known["n_shards"] > 1 else 2
-    return {
+    return steps.declared("05_ensemble_inference") | {
         "run_dir": str(run),
         "predict_dir": str(out),
         "data_dir": str(root),

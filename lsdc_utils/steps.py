@@ -137,7 +137,7 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     """The parameters whose change re-runs the step, as JSON.
 
     Of a value by condition, such as the epochs of the three detectors, only the step's own entry counts; the folder of
-    the run does not, so that a run may be renamed.
+    the run does not, so that a run may be renamed. A table that is given as a file counts by what is in it.
     """
     values = step_parameters(step, parameters, "")
     del values["run_dir"]
@@ -145,6 +145,8 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     for name, value in values.items():
         if condition and isinstance(value, dict) and set(value) == set(GROUPS):
             values[name] = value[condition]
+        elif name.endswith("_csv") and (NOTEBOOKS / value).is_file():  # notebooks run in their own folder
+            values[name] = hashlib.sha256((NOTEBOOKS / value).read_bytes()).hexdigest()
     return json.dumps(values, sort_keys=True)
 
 

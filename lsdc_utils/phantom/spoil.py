@@ -17,15 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
 
-from lsdc_utils.phantom.scanner import Acquisition
 from lsdc_utils.phantom.study import COLUMN_KEYS, Dirt, Series, Study, StudyPlan, project
 from lsdc_utils.vocabulary import COLUMNS, FORAMINAL, LEVELS, SERIES_TYPES, SIDES, SPINAL_CANAL, SUBARTICULAR, T1
 
@@ -45,19 +39,20 @@ KINDS = OF_TABLES + OF_POINTS + OF_FILES
 IN_TEST = (*OF_FILES, "series_repeated", "series_type_unknown", "plane_differs")  # what a study without labels may have
 NEEDS_SECOND_AXIAL = ("plane_differs", "spacing_outlier")  # which no point lies on
 FORMS = ("uncompressed", "monochrome1", "rescaled", "signed", "high_bits")  # of files that read as they did before
-SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+SYNTAXES = (
+    *(uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian),
+    uid.DeflatedExplicitVRLittleEndian,
+)
 NO_GRADE = 3  # a label whose word in train.csv is none of the three grades
 FAR = 40.0  # mm, more than from one level to the next
 NO_IMAGE = b"no image " * 200
 
-ALL_DIRT = (
-    dict.fromkeys(KINDS, 0.02)
-    | dict.fromkeys((*FORMS, "headers_silent"), 0.05)
-    | {  # each rule of a validator at least once in 60 training studies
-        **{"series_missing": 0.3, "second_axial": 0.3, "axial_split": 0.5, "short_stack": 0.3, "label_missing": 0.01},
-        **{"point_missing": 0.05, "sides_swapped": 0.1, "spacing_outlier": 0.04, "series_unusable": 0.04},
-    }
-)
+ALL_DIRT = {  # each rule of a validator at least once in 60 training studies, each kind for test studies in 12
+    **dict.fromkeys(KINDS, 0.02),
+    **dict.fromkeys((*FORMS, "headers_silent"), 0.05),
+    **{"series_missing": 0.3, "second_axial": 0.3, "axial_split": 0.5, "short_stack": 0.3, "label_missing": 0.01},
+    **{"point_missing": 0.05, "sides_swapped": 0.1, "spacing_outlier": 0.04},
+}
 
 
 def deal(n: int, split: str, dirt: Dirt, seed: list[int]) -> list[tuple[str, int] | None]:
@@ -160,7 +155,7 @@ def _spoil_points(kind: str, turn: int, plan: StudyPlan, study: Study, rng: np.r
         case "point_on_missing_instance":
             row["instance_number"] += 10_000
         case "point_outside_image":
-            row["x"] = _acquisition(study, row["series_id"]).cols + 10.0
+            row["x"] = _part(study, row).acquisition.cols + 10.0
         case "point_on_other_series_type":
             row = next(row for row in study.clicked if COLUMN_KEYS[row["column"]][0] == SPINAL_CANAL)
             _move_to_t1(study, row)
@@ -190,8 +185,8 @@ def _spoil_levels(kind: str, turn: int, study: Study, rng: np.random.Generator) 
     rows = {row["column"]: row for row in study.clicked}
     if kind == "level_points_apart":
         column = COLUMNS.index(f"{SPINAL_CANAL}_{LEVELS[-1]}")
-        row = rows[column]
-        row["y"] = round(row["y"] + FAR / _acquisition(study, row["series_id"]).spacing, 3)
+        row, image = rows[column], _part(study, rows[column]).acquisition
+        row["y"] = min(round(row["y"] + FAR / image.spacing, 3), image.rows - 1.0)
         study.plant(kind, row["series_id"], COLUMNS[column])
         return
     condition = (SPINAL_CANAL, f"left_{FORAMINAL}", f"right_{SUBARTICULAR}")[turn % 3]
@@ -205,16 +200,17 @@ def _spoil_levels(kind: str, turn: int, study: Study, rng: np.random.Generator) 
 
 def _move_to_t1(study: Study, row: dict) -> None:
     """Write a point down on the sagittal T1 series, at the place in the patient where it is."""
-    old, new = next(part for part in study.parts if part.series_id == row["series_id"]), study.parts[0]
+    old, new = _part(study, row), study.parts[0]
     affine = old.acquisition.affines[list(old.numbers).index(row["instance_number"])]
     x, y, away = project(new.acquisition.affines, affine[:3] @ (row["x"], row["y"], 0, 1))
     k = int(np.argmin(np.abs(away)))
-    row.update(series_id=new.series_id, instance_number=int(new.numbers[k]), x=round(float(x[k]), 3))
-    row["y"] = round(float(y[k]), 3)
+    row.update(series_id=new.series_id, instance_number=int(new.numbers[k]))
+    row.update(x=round(float(x[k]), 3), y=round(float(y[k]), 3))
 
 
-def _acquisition(study: Study, series_id: int) -> Acquisition:
-    return next(part.acquisition for part in study.parts if part.series_id == series_id)
+def _part(study: Study, row: dict) -> Series:
+    """The series that a point lies on."""
+    return next(part for part in study.parts if part.series_id == row["series_id"])
 
 
 def _spoil_files(kind: str, turn: int, plan: StudyPlan, study: Study, folder: Path) -> None:
@@ -312,12 +308,12 @@ def _write_otherwise(file: Path, forms: list[str], syntax: str, silent: bool) ->
     if "high_bits" in forms:  # what lies above the 12 bits stored means nothing
         above = np.arange(values.size, dtype="uint16").reshape(values.shape) << 12
         values = values.view("uint16") & 0x0FFF | above
-    _store(file, dataset, values, syntax if "uncompressed" in forms else ExplicitVRLittleEndian)
+    _store(file, dataset, values, syntax if "uncompressed" in forms else uid.ExplicitVRLittleEndian)
 
 
-def _store(file: Path, dataset: FileDataset, values: np.ndarray, syntax: str = ExplicitVRLittleEndian) -> None:
+def _store(file: Path, dataset: FileDataset, values: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian) -> None:
     """Write 16-bit pixels (rows, columns) uncompressed in place of what the file holds."""
-    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    order = ">" if syntax == uid.ExplicitVRBigEndian else "<"
     dataset.Rows, dataset.Columns = values.shape
     dataset.add_new("PixelData", "OW", values.astype(values.dtype.newbyteorder(order)).tobytes())
     fresh = Dataset({element.tag: element for element in dataset})  # one that was read keeps to its order of bytes

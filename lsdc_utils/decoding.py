@@ -84,6 +84,10 @@ def read_layout(header: Header) -> Layout:
     """How a file's pixels are stored; DicomError where they are no grey image, or one of an impossible size."""
     dataset = header.dataset
     rows, columns = _dimension(header, "Rows"), _dimension(header, "Columns")
+    if header.pixels_at is None:
+        raise DicomError("has no pixel data, or a header that is broken before it: copy it again from the archive")
+    if header.pixels_vr in ("OF", "OD"):
+        raise DicomError("has floating-point pixels, as maps have that were computed from images")
     frames = whole(dataset, "NumberOfFrames")
     frames = 1 if frames is None else frames
     photometric = text(dataset, "PhotometricInterpretation").upper()
@@ -91,7 +95,7 @@ def read_layout(header: Header) -> Layout:
         raise DicomError(f"is a colour image ({photometric or 'of several samples'}), such as a report or a screenshot")
     if frames < 1 or rows * columns > MAX_FRAME or frames * rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {frames} frames of {rows} x {columns} pixels, which no scanner makes")
-    allocated = whole(dataset, "BitsAllocated")
+    allocated = whole(dataset, "BitsAllocated") or 0
     if allocated not in (8, 16, 32):
         raise DicomError(f"has BitsAllocated {allocated}, where an MR image has 8, 16 or 32")
     stored = whole(dataset, "BitsStored")
@@ -119,10 +123,6 @@ def locate(header: Header, layout: Layout) -> list[Fragments]:
     A file that was cut short is told from its lengths: of native pixels from the image's size, of compressed ones from
     the lengths of their fragments.
     """
-    if header.pixels_at is None:
-        raise DicomError("has no pixel data, or a header that is broken before it: copy it again from the archive")
-    if header.pixels_vr in ("OF", "OD"):
-        raise DicomError("has floating-point pixels, as maps have that were computed from images")
     if layout.syntax in NATIVE:
         return _locate_native(header, layout)
     if layout.syntax != uid.RLELossless and layout.syntax not in JPEG_FAMILY:
@@ -180,7 +180,7 @@ def _frames(header: Header, layout: Layout, fragments: Fragments, table: list[in
         return [[part] for part in fragments]
     first = fragments[0][0]
     if len(table) == layout.frames:
-        starts = [offset - first + 8 in table for offset, _ in fragments]
+        starts = [offset - first in table for offset, _ in fragments]
     else:
         starts = [_peek(header, offset) in STARTS for offset, _ in fragments]
     frames: list[Fragments] = []
@@ -211,7 +211,7 @@ def decode(header: Header, layout: Layout, fragments: Fragments) -> np.ndarray:
     data = parts[0] if len(parts) == 1 else b"".join(parts)
     high = layout.high
     if layout.syntax in NATIVE:
-        values = _native(data, layout, header.pixels_vr)
+        values = _native(data, layout, header)
     elif layout.syntax == uid.RLELossless:
         values = _unpack_rle(data, layout)
     else:
@@ -226,11 +226,11 @@ def decode(header: Header, layout: Layout, fragments: Fragments) -> np.ndarray:
     return values.reshape(layout.rows, layout.columns)
 
 
-def _native(data: bytes, layout: Layout, vr: str | None) -> np.ndarray:
+def _native(data: bytes, layout: Layout, header: Header) -> np.ndarray:
     """Uncompressed values in this machine's byte order."""
-    if layout.syntax != uid.ExplicitVRBigEndian:
+    if header.little:
         return np.frombuffer(bytearray(data), layout.dtype.newbyteorder("<")).astype(layout.dtype, copy=False)
-    if layout.allocated == 8 and vr == "OW":  # bytes in words, and these are turned round
+    if layout.allocated == 8 and header.pixels_vr == "OW":  # bytes in words, and these are turned round
         if len(data) % 2:
             raise DicomError("is big endian, with an odd number of 8-bit pixels in words: export it again")
         return np.frombuffer(data, ">u2").astype("<u2").view(layout.dtype)

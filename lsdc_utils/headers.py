@@ -105,7 +105,8 @@ class Header:
     """The wanted part of a header, and where in `stream` the pixels begin."""
 
     dataset: Dataset
-    syntax: str  # transfer syntax UID
+    syntax: str  # transfer syntax UID; empty where the file does not give it
+    little: bool  # whether it is little endian
     stream: BinaryIO  # the file; of a deflated one its inflated content
     size: int  # of the stream, in bytes
     pixels_at: int | None  # where the value of the pixel data begins; None where there is none
@@ -203,7 +204,7 @@ def read_header(stream: BinaryIO, size: int) -> Header:
                 raise
             continue
         if found or whole_file:
-            return Header(dataset, syntax, stream, size, *(found or (None, 0, None)))
+            return Header(dataset, syntax, little, stream, size, *(found or (None, 0, None)))
     raise DicomError(f"has a header of more than {MAX_HEADER >> 20} MB, which no image of a scanner has")
 
 

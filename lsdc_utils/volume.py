@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import dicom
+from lsdc_utils import dicom, validation
 from lsdc_utils.competition import FINDINGS, Competition
 from lsdc_utils.files import atomic
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
@@ -63,9 +63,11 @@ class Stack:
 def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, Skipped]:
     """Read a series and window it by its own percentiles; also the files left out, with the reason.
 
-    source: its folder, or its files. dicom.DicomError where nothing is usable.
+    source: its folder, or its files. dicom.DicomError where nothing is usable, or its sizes are not those of a spine.
     """
     series = dicom.read_series(source)
+    if fault := validation.spacing_fault(series):
+        raise dicom.DicomError(f"series {series.folder}: {fault}, which no lumbar MR has")
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
     # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
     seen = np.concatenate([image[::4, ::4].ravel() for image in series.pixels])
@@ -394,7 +396,7 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     neighbours by the shape of an average spine. X is smoothed along the spine, because a point clicked on the
     neighbouring slice is 4 mm off the midline. VolumeError where there is no point at all.
     """
-    places = points[["X", "Y", "Z"]].to_numpy(dtype=float)
+    places = np.stack([points[axis].to_numpy(dtype=float) for axis in "XYZ"], axis=1)
     weight = np.maximum(points["confidence"].to_numpy(), 1e-6) if "confidence" in points else np.ones(len(points))
     mine = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)  # (5, points)
     if not mine.any():

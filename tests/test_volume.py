@@ -188,9 +188,10 @@ def competition_of_five(tmp_path):
             rows.append((study, series, kind, "test"))
             if (study, series) == (3, 2):
                 continue
-            pixels = np.random.default_rng(study).integers(0, 900, (6, 8), "uint16")
+            pixels = np.random.default_rng(study).integers(0, 900, (60, 80), "uint16")
+            spacing = (30.0, 30.0) if (study, series) == (5, 1) else (2.0, 2.5)  # no scan of a spine measures 2.4 m
             folder = tmp_path / f"test_images/{study}/{series}"
-            write_stack(folder, [(0, 0, 4.0 * k) for k in range(3)], pixels=pixels)
+            write_stack(folder, [(0, 0, 4.0 * k) for k in range(3)], pixels=pixels, spacing=spacing)
             if study == 3:
                 (folder / "2.dcm").write_bytes(b"no image")
     series = pd.DataFrame(rows, columns=["study_id", "series_id", "series_type", "split"])
@@ -203,7 +204,11 @@ def test_conversion_writes_what_was_read_and_tells_what_was_not(competition_of_f
     monkeypatch.setattr(volume, "FEW_STUDIES", 2)
     comp, studies = competition_of_five, [5, 3, 1]
     problems = list(volume.convert(comp, "test", studies, tmp_path / "slices", workers))
-    assert [table["rule"].tolist() for table in problems] == [[], ["file_unusable", "series_unusable"], []]
+    assert [table["rule"].tolist() for table in problems] == [
+        ["series_unusable"],
+        ["file_unusable", "series_unusable"],
+        [],
+    ]
     assert (problems[1]["study_id"] == 3).all() and problems[1]["series_id"].tolist() == [1, 2]
     assert sorted(path.name for path in (tmp_path / "slices").iterdir()) == ["1", "3", "5"]
     for study in studies:

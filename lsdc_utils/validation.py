@@ -486,7 +486,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
         first = part.iloc[0]
         place = "/".join(str(first[name]) for name in ("study_id", "series_id") if pd.notna(first[name]))
         example = ": ".join(filter(None, (place, first.value)))
-        rows.append((rule, len(part), part.study_id.nunique(), RULES[rule], action, example))
+        rows.append((rule, len(part), part.study_id.nunique(), RULES.get(rule, ""), action, example))
     columns = ["rule", "findings", "studies", "meaning", "action", "example"]
     return pd.DataFrame(rows, columns=columns).sort_values("findings", ascending=False, ignore_index=True)
 
@@ -498,6 +498,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     """
     try:
         comp = read(root)
+        print(f"reading the headers of {len(comp.series)} series", flush=True)
         checked = check(comp, workers or os.cpu_count() or 1)
     except (CompetitionError, dicom.DicomError) as error:
         print(f"not usable: {error}")
@@ -526,7 +527,8 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
 def _told(counts: pd.DataFrame) -> Iterable[str]:
     """Lines on each rule that was broken."""
     for row in counts.itertuples():
-        yield f"\n{row.findings:7} x {row.rule} in {row.studies} studies: {row.action}"
+        where = f" in {row.studies} studies" * bool(row.studies)
+        yield f"\n{row.findings:7} x {row.rule}{where}: {row.action}"
         yield f"          {row.meaning}"
         yield f"          e.g. {row.example[:160]}"
     yield ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import data_folders
@@ -343,6 +344,28 @@ def test_dirt_of_the_phantoms_tables_is_found(tmp_path: Path) -> None:
         assert rule in set(competition.read(root).findings.rule)
     root = phantom.write_phantom(tmp_path / "clean", 8, 0, seed=5, images=False, **clean)
     assert competition.read(root).findings.empty
+
+
+def counted(rows: pd.DataFrame) -> Counter:
+    """How often study, series, rule and value occur; of values only names of labels and of files count."""
+    first = rows.value.str.split(r"[: ]", n=1, regex=True).str[0]
+    value = first.where(rows.rule.str.startswith("file_") | first.isin(words.COLUMNS), "")
+    ids = rows[["study_id", "series_id"]].astype("Int64").fillna(0)
+    return Counter(zip(ids.study_id, ids.series_id, rows.rule, value, strict=True))
+
+
+def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> None:
+    """The table of what was planted and what was found is printed: `pytest -s -k planted tests/test_validation.py`."""
+    n = len(phantom.spoil.KINDS) + 2  # each kind of dirt in a study of its own
+    root = phantom.write_phantom(tmp_path / "spoilt", n, 4, seed=6, workers=2, **phantom.ALL_DIRT)
+    rows = pd.read_csv(root / "planted.csv", dtype={"series_id": "Int64", "value": str}).fillna({"value": ""})
+    planted, found = counted(rows), counted(check(root).findings)
+    for rule in sorted({key[2] for key in planted | found}):
+        n_planted, n_found = (sum(n for key, n in table.items() if key[2] == rule) for table in (planted, found))
+        print(f"{rule:28} planted {n_planted:3}   found {n_found:3}")
+    assert len({key[2] for key in planted}) > 25
+    assert not planted - found, "missed"
+    assert not found - planted, "invented"
 
 
 # ---- the rules and the command --------------------------------------------------------------------------------------

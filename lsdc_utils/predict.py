@@ -102,15 +102,20 @@ def _digest(root: Path) -> str:
 
 
 def _list_studies(root: Path, out: Path, workers: int) -> int:
-    """Write the tables of shards and findings; return the number of shards."""
+    """Write the tables of shards and findings; return the number of shards.
+
+    Of a folder with tables the test studies are graded, as by 05 itself; where there are none, and of any other folder,
+    every study.
+    """
     print(f"looking for studies in {root}", flush=True)
     try:
         comp = competition.read(root)
     except competition.CompetitionError as error:
         raise PredictError(str(error)) from error
-    chosen = "test" if (comp.series["split"] == "test").any() else "train"
-    series = comp.series[comp.series["split"] == chosen]
-    sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if chosen == "test" else []
+    described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)
+    tested = described and (comp.series["split"] == "test").any()
+    series = comp.series[comp.series["split"] == "test"] if tested else comp.series
+    sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if tested else []
     studies = sorted({*series["study_id"].tolist(), *sampled})
     if not studies:
         raise PredictError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")

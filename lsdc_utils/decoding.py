@@ -7,7 +7,6 @@ started with the first such frame, dies with its parent, and is replaced where i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -35,6 +34,7 @@ RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 
 FRAME_SECONDS = 4.0  # to decode one frame; usual ones take 5 to 30 ms
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
+DONE, FAILED, EXHAUSTED = 0, 1, 2  # what the worker says of a frame; the last is a flag: replace me
 WORKER_MEMORY = 1 << 29  # bytes a worker may take beyond what it needs to start
 
 NATIVE = {"", *uid.UncompressedTransferSyntaxes}  # deflated ones too: their pixels come inflated
@@ -251,8 +251,8 @@ def _unpack_rle(data: bytes, layout: Layout) -> np.ndarray:
 
 
 def _line(error: BaseException) -> str:
-    """An error of another library in one short line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    """An error of another library in one short line: the last, where pydicom lists what its plugins said."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:120]
 
 
 class Worker:
@@ -269,9 +269,10 @@ class Worker:
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
+                deadline = time.monotonic() + FRAME_SECONDS
                 self._socket.settimeout(FRAME_SECONDS)
                 self._socket.sendall(json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data)
-                answer = self._read(layout.bytes + 1, time.monotonic() + FRAME_SECONDS)
+                answer = self._read(layout.bytes, deadline)
             except TimeoutError:
                 self.stop()
                 raise DicomError(f"has compressed pixels that took more than {FRAME_SECONDS:g} s to decode") from None
@@ -321,11 +322,13 @@ class Worker:
 
     def _read(self, limit: int, deadline: float) -> bytearray | str:
         """One answer: the decoded bytes, at most `limit`, or what went wrong."""
-        size, failed = struct.unpack("<L?", self._receive(5, deadline))
+        size, state = struct.unpack("<LB", self._receive(5, deadline))
         if size > limit + 4096:
             raise OSError("not an answer")
         answer = self._receive(size, deadline)
-        return answer.decode("utf-8", "replace") if failed else answer
+        if state & EXHAUSTED:
+            self.stop()
+        return answer.decode("utf-8", "replace") if state & FAILED else answer
 
     def _receive(self, size: int, deadline: float) -> bytearray:
         answer = bytearray(size)
@@ -349,27 +352,40 @@ def serve() -> None:
     """Decode what comes in at the socket that is the standard input, until it closes: the worker's whole life."""
     import resource  # not on Windows, where nothing else of this module is hindered by its absence
 
-    with contextlib.suppress(OSError):  # no /proc but on Linux
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = _memory()
+    if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + WORKER_MEMORY, used + WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     channel = socket.socket(fileno=0)
     requests = channel.makefile("rb")
-    channel.sendall(struct.pack("<L?", 0, False))
+    channel.sendall(struct.pack("<LB", 0, DONE))
     for line in requests:
         request = json.loads(line)
         data = requests.read(request.pop("bytes"))
         signal.setitimer(signal.ITIMER_REAL, FRAME_SECONDS + 1)  # ends the process, should its parent be gone by then
         try:
-            answer, failed = _decode_jpeg(data, Layout(**request)).tobytes(), False
+            answer, state = _decode_jpeg(data, Layout(**request)).tobytes(), DONE
         except Exception as error:
-            answer, failed = _line(error).encode(), True
+            answer, state = _line(error).encode(), FAILED
         signal.setitimer(signal.ITIMER_REAL, 0)
-        channel.sendall(struct.pack("<L?", len(answer), failed) + answer)
+        if _memory() > used + WORKER_MEMORY // 2:  # a decoder that fails may keep what it took
+            state |= EXHAUSTED
+        channel.sendall(struct.pack("<LB", len(answer), state) + answer)
+
+
+def _memory() -> int:
+    """Address space of this process in bytes; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
 
 
 def _decode_jpeg(data: bytes, layout: Layout) -> np.ndarray:
     """Values of a frame of the JPEG family, (rows, columns) of `layout.dtype`; any exception where it is broken."""
+    claimed = _claimed_shape(data)
+    if claimed != (layout.rows, layout.columns):
+        raise ValueError(f"an image of {claimed[0]} x {claimed[1]} pixels")
     data += b"\0" * (len(data) % 2)
     item = struct.Struct("<HHL").pack
     source = item(ITEM >> 16, ITEM & 0xFFFF, 0) + item(ITEM >> 16, ITEM & 0xFFFF, len(data)) + data
@@ -388,9 +404,22 @@ def _decode_jpeg(data: bytes, layout: Layout) -> np.ndarray:
         photometric_interpretation="MONOCHROME2",
         pixel_keyword="PixelData",
     )
-    if values.shape != (layout.rows, layout.columns):
-        raise ValueError(f"an image of {values.shape}")
     return values.astype(layout.dtype)
+
+
+def _claimed_shape(data: bytes) -> tuple[int, int]:
+    """Rows and columns by a compressed image's own header (ISO 10918-1, B.2.2; 14495-1, C.2.2; 15444-1, A.5.1)."""
+    if data[:4] == b"\xff\x4f\xff\x51":
+        columns, rows, left, top = struct.unpack_from(">4L", data, 8)
+        return rows - top, columns - left
+    at = 2
+    while True:
+        mark, length = struct.unpack_from(">HH", data, at)
+        if mark == 0xFFF7 or (0xFFC0 <= mark <= 0xFFCF and mark not in (0xFFC4, 0xFFC8, 0xFFCC)):
+            return struct.unpack_from(">HH", data, at + 5)
+        if mark < 0xFF01 or length < 2:
+            raise ValueError("no JPEG image")
+        at += 2 + length
 
 
 if __name__ == "__main__":

@@ -511,9 +511,8 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     series, findings = checked.series, checked.findings
     for split, part in series.groupby("split"):
         print(f"{split}: {part.study_id.nunique()} studies, {len(part)} series, {part.n_slices.sum()} images")
-    print(
-        f"labels: {(checked.labels.severity >= 0).sum()} grades, {checked.labels.X.notna().sum()} with a usable place"
-    )
+    if len(labels := checked.labels):
+        print(f"labels: {(labels.severity >= 0).sum()} grades, {labels.X.notna().sum()} points with a usable place")
     print(*_told(summary(findings)), sep="\n")
     if out is not None:
         with atomic(out) as file:

@@ -92,7 +92,7 @@ def read_layout(header: Header) -> Layout:
     frames = 1 if frames is None else frames
     photometric = text(dataset, "PhotometricInterpretation").upper()
     if (whole(dataset, "SamplesPerPixel") or 1) != 1 or photometric not in GREY:
-        raise DicomError(f"is a colour image ({photometric or 'of several samples'}), such as a report or a screenshot")
+        raise DicomError(f"is a colour image ({photometric[:40]!r}), such as a report or a screenshot")
     if frames < 1 or rows * columns > MAX_FRAME or frames * rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {frames} frames of {rows} x {columns} pixels, which no scanner makes")
     allocated = whole(dataset, "BitsAllocated") or 0
@@ -126,7 +126,7 @@ def locate(header: Header, layout: Layout) -> list[Fragments]:
     if layout.syntax in NATIVE:
         return _locate_native(header, layout)
     if layout.syntax != uid.RLELossless and layout.syntax not in JPEG_FAMILY:
-        raise DicomError(f"is compressed in a way that cannot be read here: {uid.UID(layout.syntax).name}")
+        raise DicomError(f"is compressed in a way that cannot be read here: {uid.UID(layout.syntax).name[:60]!r}")
     if header.pixels_length != UNDEFINED:
         raise DicomError("says that its pixels are compressed, but they are not stored so: export it again")
     fragments, table = _fragments(header)
@@ -389,7 +389,9 @@ def _decode_jpeg(data: bytes, layout: Layout) -> np.ndarray:
     data += b"\0" * (len(data) % 2)
     item = struct.Struct("<HHL").pack
     source = item(ITEM >> 16, ITEM & 0xFFFF, 0) + item(ITEM >> 16, ITEM & 0xFFFF, len(data)) + data
-    fast = "pyjpegls" if layout.syntax in uid.JPEGLSTransferSyntaxes else ""  # four times as fast as pylibjpeg's
+    fast = (
+        "pyjpegls" if layout.syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"
+    )  # four times as fast as pylibjpeg's
     values, _ = get_decoder(uid.UID(layout.syntax)).as_array(
         source,
         raw=True,

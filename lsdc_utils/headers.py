@@ -172,14 +172,15 @@ def opened(file: str | Path, pixels: bool = False) -> Iterator[Header]:
                 yield read_header(io.BytesIO(stream.read()) if at_once else stream, status.st_size)
     except DicomError:
         raise
-    except OSError as error:
-        raise DicomError(f"cannot be opened: {error.strerror or error}") from None
     except RecursionError:
         raise DicomError("has sequences nested too deeply") from None
     except MemoryError:
         raise DicomError("claims more memory than there is") from None
     except Exception as error:  # a broken header raises anything, from KeyError to NotImplementedError
-        raise DicomError(f"cannot be read: {type(error).__name__}: {error}".splitlines()[0][:200]) from None
+        if isinstance(error, OSError) and error.errno:  # the system's, not pydicom's
+            raise DicomError(f"cannot be opened: {error.strerror}") from None
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise DicomError(f"has a broken header ({said}): copy it again from the archive") from None
 
 
 def read_header(stream: BinaryIO, size: int) -> Header:

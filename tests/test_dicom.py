@@ -265,7 +265,7 @@ def test_mixed_shapes_stay_as_they_are(tmp_path: Path) -> None:
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
         ({"BitsAllocated": 1}, "BitsAllocated 1"),
         ({"InstanceNumber": 2**40}, "which no scanner gives"),
-        ({"syntax": uid.MPEG2MPML, "encoded": [b"film"]}, "cannot be read here: MPEG2"),
+        ({"syntax": uid.MPEG2MPML, "encoded": [b"film"]}, "cannot be read here: 'MPEG2"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_left_out_with_its_reason(

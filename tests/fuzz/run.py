@@ -1,0 +1,161 @@
+"""Spoil DICOM files at random and read them: nothing but DicomError may come out, within 5 s and 1 GiB.
+
+    .venv/bin/python tests/fuzz/run.py 20000            spoil and read 20,000 files, in two processes
+    .venv/bin/python tests/fuzz/run.py 20000 --seed 7   other files
+    .venv/bin/python tests/fuzz/run.py --case 123       file 123 alone, kept as case123.dcm, with what is said of it
+
+File k is made from (seed, k) alone, so that a failure can be made again. Exit code 0 where nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "fuzz")]
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+from dicom_files import write_slice  # noqa: E402
+from mutate import mutate, seeds  # noqa: E402
+
+from lsdc_utils import decoding, dicom  # noqa: E402
+
+SECONDS = 5.0  # for one call
+MEMORY = 1 << 30  # bytes of the reader and its decoding process together
+HANG = 60.0  # seconds until a call is given up for good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=int, nargs="?", default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--case", type=int)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part is not None:
+        print(json.dumps(read_part(range(options.part, options.files, options.processes), options.seed)))
+        return 0
+    if options.case is not None:
+        print(json.dumps(read_part(range(options.case, options.case + 1), options.seed, Path.cwd()), indent=1))
+        return 0
+    result = run(options.files, options.seed, options.processes)
+    print(report(result))
+    return bool(result["failures"])
+
+
+def run(files: int, seed: int = 0, processes: int = 2) -> dict:
+    """Read the files in child processes, so that a crash, a hang or a want of memory is seen from outside."""
+    command = [sys.executable, __file__, str(files), "--seed", str(seed), "--processes", str(processes), "--part"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    start = time.monotonic()
+    parts = [subprocess.Popen([*command, str(part)], **pipes) for part in range(processes)]
+    total = {"outcomes": Counter(), "failures": [], "slowest": (0.0, 0), "memory": 0}
+    for part, child in enumerate(parts):
+        out, err = child.communicate()
+        if child.returncode:
+            total["failures"].append(f"process {part} ended with {child.returncode}: {err[-2000:]}")
+            continue
+        found = json.loads(out.splitlines()[-1])
+        total["outcomes"] += Counter(found["outcomes"])
+        total["failures"] += found["failures"]
+        total["slowest"] = max(total["slowest"], tuple(found["slowest"]))
+        total["memory"] = max(total["memory"], found["memory"])
+    return total | {"files": files, "seconds": time.monotonic() - start}
+
+
+def read_part(cases: range, seed: int, keep: Path | None = None) -> dict:
+    """Make and read some of the files; what came out, what failed, the slowest call and the most memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # a wild allocation fails, and the machine lives
+    warnings.simplefilter("ignore")
+    outcomes: Counter[str] = Counter()
+    failures, slowest = [], (0.0, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = seeds(Path(folder))
+        good = write_slice(Path(folder) / "good.dcm", 500, (0.0, 0.0, 100.0))
+        for case in cases:
+            file = (keep or Path(folder)) / f"case{case}.dcm"
+            file.write_bytes(mutate(np.random.default_rng([seed, case]), files))
+            calls: dict[str, Callable[[], object]] = {
+                "tags": lambda file=file: dicom.read_tags(file),
+                "headers": lambda file=file: check(dicom.read_series([good, file], pixels=False)),
+                "pixels": lambda file=file: check(dicom.read_series([file])),
+                "series": lambda file=file: check(dicom.read_series([good, file])),
+            }
+            for name, call in calls.items():
+                outcome, seconds = attempt(call)
+                slowest = max(slowest, (seconds, case))
+                outcomes[f"{name}: {outcome.split(':')[0]}"] += 1
+                if outcome.startswith("escaped") or seconds > SECONDS:
+                    failures.append(f"case {case}, {name}, {seconds:.1f} s: {outcome}")
+                if keep:
+                    print(f"{name}: {outcome} ({seconds:.3f} s)")
+            if not keep:
+                file.unlink()
+    if memory() > MEMORY:
+        failures.append(f"{memory() >> 20} MiB of memory")
+    return {"outcomes": outcomes, "failures": failures, "slowest": slowest, "memory": memory()}
+
+
+def attempt(call: Callable[[], object]) -> tuple[str, float]:
+    """What a call gave: read, DicomError, or an error that escaped; and its seconds."""
+    faulthandler.dump_traceback_later(HANG, exit=True)
+    start = time.monotonic()
+    try:
+        call()
+        outcome = "read"
+    except dicom.DicomError as error:
+        outcome = f"DicomError: {error}"
+    except BaseException as error:
+        outcome = f"escaped: {type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    faulthandler.cancel_dump_traceback_later()
+    return outcome, seconds
+
+
+def check(series: dicom.Series) -> None:
+    """What is promised of a series that was read: finite places, pixels of the size that is said, steps above 0."""
+    for k, image in enumerate(series.slices):
+        assert np.isfinite(image.affine).all() and abs(np.linalg.det(image.affine)) > 0
+        assert abs(image.instance_number) < 2**31
+        point = series.to_patient(image.instance_number, 1.0, 1.0)
+        assert np.isfinite(series.to_pixel(*point)).all()
+        if series.pixels is not None:
+            assert series.pixels[k].shape == image.shape and np.isfinite(series.pixels[k].max())
+    assert (series.steps() > 0).all()
+    assert all(reason and "\n" not in reason for _, reason in (*series.skipped, *series.repaired))
+
+
+def memory() -> int:
+    """The most bytes of memory that this process has held, and the most that a process it started has."""
+    worker = decoding._worker(os.getpid())._process
+    live = psutil.Process(worker.pid).memory_info().rss if worker and worker.poll() is None else 0
+    mine, ended = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return mine + max(live, ended)
+
+
+def report(result: dict) -> str:
+    """The lines that the command ends with."""
+    lines = [f"{name}: {count}" for name, count in sorted(result["outcomes"].items())]
+    seconds, case = result["slowest"]
+    lines.append(f"slowest call {seconds:.2f} s (case {case}), most memory {result['memory'] >> 20} MiB")
+    lines += [f"FAILED {failure}" for failure in result["failures"][:50]]
+    lines.append(f"{result['files']} files in {result['seconds']:.0f} s, {len(result['failures'])} failures")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -183,14 +183,16 @@ def test_rows_without_evidence_are_completed_and_named(cohort):
     correlations = dict.fromkeys(blend.pair_kinds().ravel(), 0.3)
     blended = {name: blend.apply_blend(blend.default_blend([name]), given, shares) for name in given}
     blended["ensemble"] = blend.apply_blend(blend.default_blend(list(given)), given, shares)
-    finished, sources = blend.finish(blended, given, shares, correlations)
+    unseen = set(shares["row_id"][[0, 1, 3, 4, 9]])
+    finished, sources = blend.finish(blended, given, shares, correlations, unseen)
     assert list(sources[:7]) == ["yolo", "yolo", "yolo+vit3d", "vit3d", "vit3d", "vit3d", "expectation"]
     assert list(sources.unique()) == ["yolo", "yolo+vit3d", "vit3d", "expectation", "prior"]
     assert list(sources[25:]) == ["prior"] * 50
     values = finished["ensemble"][list(SEVERITIES)].to_numpy()
     np.testing.assert_allclose(values.sum(axis=1), 1)
     np.testing.assert_allclose(values[:2], yolo[list(SEVERITIES)][:2])  # not half way to the prior
-    np.testing.assert_allclose(values[3:6], vit3d[list(SEVERITIES)][1:])
+    np.testing.assert_allclose(values[3:5], vit3d[list(SEVERITIES)][1:3])
+    np.testing.assert_allclose(values[5], blended["ensemble"][list(SEVERITIES)].iloc[5])  # looked at, and not found
     assert (values[6:25, 2] > shares["severe"][6:25]).all()
     np.testing.assert_allclose(values[25:], shares[list(SEVERITIES)][25:], atol=1e-12)
     assert list(finished["yolo"]["row_id"]) == list(shares["row_id"])

@@ -7,7 +7,8 @@ cannot be read, it is missing.
     root/train.csv, train_label_coordinates.csv, train_series_descriptions.csv, test_series_descriptions.csv,
     sample_submission.csv, {train,test}_images/<study_id>/<series_id>/<instance_number>.dcm
 
-A table or the images may be absent, as long as one of the two tables of series is there.
+A table or the images may be absent, as long as one of the two tables of series is there. Where images lie without
+a table of series, or in any other folder of DICOM files, `archive` finds the series and tells their types.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import archive
 from lsdc_utils import vocabulary as words
 
 SPLITS = ("train", "test")
@@ -86,18 +88,20 @@ def names(rows: pd.DataFrame) -> pd.Series:
     return rows.condition.astype(str) + "_" + rows.level.astype(str)
 
 
-def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "") -> Competition:
-    """Read, check and repair the tables of a data folder; no image is opened, and no answer beside the test tables.
+def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1) -> Competition:
+    """Read, check and repair the tables of a data folder; no answer beside the test tables is opened.
+
+    Images are opened where no table says what they are: their headers, by `workers` processes (`archive.find`).
 
     exclude_csv: what to leave out: study_id, series_id (blank: the whole study), condition and level (blank: all; where
         one is given, points of these labels are not used, and their grades stay), reason.
     points_csv: points to use instead of the folder's own, in the columns of train_label_coordinates.csv.
-    Raises CompetitionError where a table lacks a column or holds an id that is no number, where no table of series
-    exists, or where a line of the two files names what is not there.
+    Raises CompetitionError where a table lacks a column or holds an id that is no number, where there is neither a
+    table of series nor a series among the files, or where a line of the two files names what is not there.
     """
     root = Path(root)
     notes = Notes()
-    series = _read_series_tables(root, notes)
+    series, files = _read_series_tables(root, notes, workers)
     sample_rows = _read_sample(root, series, notes)
     labels = _read_labels(root, notes)
     coordinates = _read_coordinates(root, notes)
@@ -107,7 +111,7 @@ def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path 
         labels, coordinates, series = _leave_out(labels, coordinates, series, Path(exclude_csv), notes)
     coordinates = _check_points(coordinates, labels, series, notes)
     _check_series(series, labels, notes)
-    return Competition(root, labels, coordinates, series, sample_rows, notes.table())
+    return Competition(root, labels, coordinates, series, sample_rows, notes.table(), files)
 
 
 def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -> Path:
@@ -142,7 +146,7 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
         raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}")
     table = table[columns].copy()
     for column in ids:
-        numbers = pd.to_numeric(table[column], errors="coerce")
+        numbers = pd.to_numeric(table[column].astype(object), errors="coerce")  # of no rows: not text
         if (bad := numbers.isna() | (numbers % 1 != 0)).any():
             line = int(np.flatnonzero(bad)[0])
             raise CompetitionError(
@@ -160,26 +164,49 @@ def _required(file: Path, columns: Iterable[str], ids: Iterable[str]) -> pd.Data
     return table
 
 
-def _read_series_tables(root: Path, notes: Notes) -> pd.DataFrame:
-    """study_id, series_id, series_type, split of both splits; unknown descriptions and repeated series left out."""
-    tables = []
+def _read_series_tables(
+    root: Path, notes: Notes, workers: int
+) -> tuple[pd.DataFrame, dict[tuple[int, int], tuple[Path, ...]]]:
+    """study_id, series_id, series_type, split of both splits, and the files of series that have no folder of their own.
+
+    Repeated series are left out. What is not in a table, or described in no known words, is told by its headers.
+    """
+    tables = {}
     for split in SPLITS:
         file = root / f"{split}_series_descriptions.csv"
         table = _read_table(file, ["study_id", "series_id", "series_description"], ["study_id", "series_id"])
         if table is not None:
-            tables.append(table.rename(columns={"series_description": "series_type"}).assign(split=split))
-    if not tables:
-        raise CompetitionError(
-            f"{root}: neither of {' and '.join(f'{s}_series_descriptions.csv' for s in SPLITS)} exists"
-        )
-    series = pd.concat(tables, ignore_index=True)
+            tables[split] = table.rename(columns={"series_description": "series_type"}).assign(split=split)
+    columns = ["study_id", "series_id", "series_type", "split"]
+    series = pd.concat([pd.DataFrame(columns=columns), *tables.values()], ignore_index=True)
     repeated = series.duplicated(["split", "study_id", "series_id"])
     notes.add(series[repeated], "series_repeated", series.series_type[repeated], "first line kept")
-    series = series[~repeated]
+    series = series[~repeated].astype({"study_id": "int64", "series_id": "int64"})
     series["series_type"] = series.series_type.str.strip()
-    unknown = ~series.series_type.isin(words.SERIES_TYPES)
-    notes.add(series[unknown], "series_type_unknown", series.series_type[unknown], "series left out")
-    return series[~unknown].reset_index(drop=True)
+    unknown = series[~series.series_type.isin(words.SERIES_TYPES)]
+    places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
+    places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
+    places = [place for place in places if place[1].is_dir()]
+    found = archive.Found()
+    if places or not tables:
+        found = archive.find(root, places, workers)
+        findings = pd.DataFrame(found.findings, columns=FINDINGS)
+        told = findings.rule.isin(("series_passed_over", "study_without_series"))
+        notes.tables.append(findings[~(told & findings.study_id.isin(series.study_id))])  # a line below says it
+    kinds = {(row["split"], row["study_id"], row["series_id"]): row["series_type"] for row in found.series}
+    for row in unknown.itertuples():
+        kind = kinds.get((row.split, row.study_id, row.series_id))
+        action = f"used as {kind}, by its images" if kind else "series left out"
+        notes.add(unknown.loc[[row.Index]], "series_type_unknown", row.series_type, action)
+    if not tables and not found.series:
+        reasons = "".join(f"; {value}" for *_, value, _ in found.findings[:3])
+        names = " and ".join(f"{split}_series_descriptions.csv" for split in SPLITS)
+        raise CompetitionError(
+            f"{root}: neither of {names} exists, and no sagittal T1, sagittal T2 or axial T2 series "
+            f"is among the files{reasons or '; the folder holds no files'}"
+        )
+    series = pd.concat([series.drop(unknown.index), pd.DataFrame(found.series, columns=columns)], ignore_index=True)
+    return series.astype({"study_id": "int64", "series_id": "int64"}), found.files
 
 
 def _read_labels(root: Path, notes: Notes) -> pd.DataFrame:
@@ -223,7 +250,7 @@ def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     points["condition"] = points.condition.str.strip().map(CONDITION_WORDS)
     points["level"] = points.level.str.strip().map(LEVEL_WORDS)
     numbers = ["instance_number", "x", "y"]
-    points[numbers] = points[numbers].apply(pd.to_numeric, errors="coerce")
+    points[numbers] = points[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
     usable &= points.instance_number % 1 == 0
     ids = ["study_id", "series_id", "instance_number"]

@@ -122,19 +122,7 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
     names its slice by that number would be ambiguous.
     """
     folder, files = _files(source)
-    drafts, skipped = [], []
-    room = MAX_SERIES
-    for file in files:
-        try:
-            drafts.append(_read_file(file, pixels))
-        except DicomError as error:
-            skipped.append((file, str(error)))
-            continue
-        room -= sum(rows * columns for rows, columns in (frame.shape for frame in drafts[-1].frames))
-        if pixels and room < 0:
-            raise DicomError(
-                f"series {folder}: holds more pixels than any series of a spine; are these several series?"
-            )
+    drafts, skipped = _read_files(folder, files, pixels)
     drafts, repaired = _repair(drafts, skipped)
     drafts = _without_duplicates(folder, drafts, skipped)
     if not drafts:
@@ -199,6 +187,23 @@ def _read_file(file: Path, pixels: bool) -> _Draft:
         for fragments, place in zip(places, groups, strict=True) if pixels else ():
             images.append(_rescale(decoding.decode(header, layout, fragments), place))
         return _Draft(file, _instance_number(file, dataset), text(dataset, "SOPInstanceUID"), frames, images)
+
+
+def _read_files(folder: Path, files: list[Path], pixels: bool) -> tuple[list[_Draft], list[Note]]:
+    """What can be read of the files, and the others with the reason; DicomError where memory would not hold it."""
+    drafts, skipped = [], []
+    room = MAX_SERIES
+    for file in files:
+        try:
+            draft = _read_file(file, pixels)
+        except DicomError as error:
+            skipped.append((file, str(error)))
+            continue
+        drafts.append(draft)
+        room -= sum(image.size for image in draft.pixels)
+        if room < 0:
+            raise DicomError(f"series {folder}: holds more pixels than any of a spine; is it several series in one?")
+    return drafts, skipped
 
 
 def _instance_number(file: Path, dataset: Dataset) -> int:

@@ -492,6 +492,6 @@ def test_a_panic_of_the_rle_decoder_is_a_reason_and_an_interrupt_is_none(
 def test_a_series_of_more_pixels_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_stack(tmp_path, [(0.0, 0.0, z) for z in range(5)])
     monkeypatch.setattr(dicom, "MAX_SERIES", 200)
-    with pytest.raises(DicomError, match="are these several series"):
+    with pytest.raises(DicomError, match="is it several series in one"):
         read_series(tmp_path)
     assert len(read_series(tmp_path, pixels=False).slices) == 5

@@ -189,9 +189,9 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     syntax, start = _file_meta(piece)
     if syntax == DeflatedExplicitVRLittleEndian:
         stream.seek(start)
-        stream = io.BytesIO(_inflate(stream.read(MAX_INFLATED)))
-        start, size = 0, stream.getbuffer().nbytes
-        piece = stream.read(FIRST_READ)
+        inflated = _inflate(stream.read(MAX_INFLATED))
+        stream, start, size = io.BytesIO(inflated), 0, len(inflated)
+        piece = inflated[:FIRST_READ]
     implicit, little = _encoding(syntax, piece[start : start + 6])
     for limit in (FIRST_READ, MAX_HEADER):
         if limit > FIRST_READ:

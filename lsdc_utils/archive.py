@@ -102,7 +102,8 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     root = Path(root)
     images: list[tuple[str, Tags]] = []
     folders: dict[Path, _Folder] = defaultdict(_Folder)
-    listed = [(split, file) for split, place in places or [("test", root)] for file in _walk(place)]
+    closed: list[OSError] = []
+    listed = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, closed)]
     answers = _each(_look, [file for _, file in listed], workers, len(listed) >= FEW_FILES)
     for n, ((split, file), answer) in enumerate(zip(listed, answers, strict=True), 1):
         folder = folders[file.parent]
@@ -116,6 +117,9 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
         if n % PROGRESS == 0:
             print(f"{n} of {len(listed)} files looked at", flush=True)
     found = Found()
+    for error in closed:
+        value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"
+        found.findings.append((None, None, "files_passed_over", value, "passed over"))
     series = [part for group in _group(root, images) for part in _split(group, root)]
     _tell_types(series, workers)
     _number(series)
@@ -127,10 +131,13 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _walk(top: Path) -> Iterator[Path]:
-    """Files at any depth in a fixed order, hidden ones and DICOMDIRs left out; links are followed, but never twice."""
+def _walk(top: Path, closed: list[OSError]) -> Iterator[Path]:
+    """Files at any depth in a fixed order, hidden ones and DICOMDIRs left out; links are followed, but never twice.
+
+    Folders that cannot be opened are added to `closed`.
+    """
     seen = set()
-    for folder, inner, names in os.walk(top, followlinks=True):
+    for folder, inner, names in os.walk(top, followlinks=True, onerror=closed.append):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             inner.clear()
@@ -229,20 +236,22 @@ def _distinct(images: list[Tags]) -> list[Tags]:
     """The images without copies: those with the identity and the geometry of an earlier one."""
     kept: dict[tuple, Tags] = {}
     for tags in images:
-        place = (tags.position, tags.orientation, tags.echo_time, tags.rows, tags.columns, tags.frames)
-        kept.setdefault((tags.sop_uid or str(tags.file), tags.instance_number, *place), tags)
+        place = tags.position, tags.orientation, tags.rows, tags.columns, tags.frames
+        scan = tags.description, tags.echo_time, tags.repetition_time  # identities collide in the wild
+        kept.setdefault((tags.sop_uid or str(tags.file), tags.instance_number, place, scan), tags)
     return list(kept.values())
 
 
 def _by_content(images: list[Tags]) -> list[list[Tags]]:
-    """Images by echo where there are two, and by plane where there is a stack of each."""
+    """Images by description, by echo where there are two, and by plane where there is a stack of each."""
     times = [tags.echo_time for tags in images if tags.echo_time]
     echoes = len(times) == len(images) and max(times) > 1.5 * min(times)
     planes = Counter(map(_plane, images))
     stacks = min(planes.values()) >= STACK and "sagittal" in planes  # a tilted axial block may be nearest to coronal
     parts = defaultdict(list)
     for tags in images:
-        parts[tags.echo_time if echoes else 0.0, _plane(tags) if stacks else ""].append(tags)
+        key = tags.description, tags.echo_time if echoes else 0.0, _plane(tags) if stacks else ""
+        parts[key].append(tags)
     return [parts[key] for key in sorted(parts)]
 
 

@@ -209,6 +209,15 @@ def test_two_echoes_of_one_series_are_told_apart(tmp_path: Path) -> None:
     assert kinds(found) == [words.T2] and "proton density" in reasons(found)
 
 
+def test_series_that_share_a_uid_and_numbers_are_told_apart_by_description(tmp_path: Path) -> None:
+    for text in ("T1", "T2"):
+        stack(tmp_path / text, SeriesInstanceUID="1.5", SeriesDescription=text)
+        for file in (tmp_path / text).iterdir():
+            file.rename(tmp_path / f"{text}-{file.name}")
+    found = archive.find(tmp_path)
+    assert kinds(found) == [words.T1, words.T2] and not found.findings
+
+
 def test_uids_that_are_missing_or_shared(tmp_path: Path) -> None:
     for patient in "AB":
         stack(

@@ -30,9 +30,10 @@ from pydicom.values import converters
 
 FIRST_READ = 1 << 16  # bytes; nearly every header of a single image is shorter
 MAX_AT_ONCE = 1 << 26  # bytes; larger files are read frame by frame
-MAX_HEADER = 1 << 23  # bytes; headers of a thousand frames have a few million
-MAX_READS = 1_000_000  # calls of read a header; each element takes two or three
-MAX_ITEMS = 50_000  # items of sequences in a header
+MAX_HEADER = 1 << 25  # bytes; scanners' private elements may take some million
+MAX_SEQUENCE = 1 << 22  # bytes of functional groups; a thousand frames take less
+MAX_READS = 300_000  # calls of read a header; each element takes two or three
+MAX_ITEMS = 20_000  # items of sequences in a header
 MAX_INFLATED = 1 << 28  # bytes of a deflated file
 
 PIXEL_DATA = (0x7FE00010, 0x7FE00008, 0x7FE00009)  # of whole numbers, and of floating-point ones
@@ -338,8 +339,11 @@ def text(dataset: Dataset, name: str) -> str:
 
 def _items(dataset: Dataset, tag: int) -> list[Dataset]:
     """The items of a sequence; none where it is missing or no sequence."""
-    if tag not in dataset:
+    element = dataset.get_item(tag)
+    if element is None:
         return []
+    if isinstance(element, RawDataElement) and len(element.value or b"") > MAX_SEQUENCE:
+        raise DicomError(f"has functional groups of more than {MAX_SEQUENCE >> 20} MB, which no image of a scanner has")
     value = dataset[tag].value
     return [item for item in value if isinstance(item, Dataset)] if isinstance(value, Sequence) else []
 

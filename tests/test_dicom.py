@@ -385,7 +385,10 @@ def test_headers_that_would_never_end(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "items of sequences" in reason(head + sequence + b"\xfe\xff\0\xe0\0\0\0\0" * 60_000)
     monkeypatch.setattr(headers, "MAX_READS", 1000)
     assert "more elements" in reason(head + sequence + item + b"\x40\0\x76\x02LO\0\0" * 2000)
-    assert "header of more than 8 MB" in reason(head + b"\x41\0\x10\x10OB\0\0\0\0\0\1" + bytes(1 << 24) + bytes(99))
+    private = b"\x41\0\x10\x10OB\0\0\0\0\0\1" + bytes(1 << 24)
+    assert "header of more than 32 MB" in reason(head + private * 2)
+    groups = b"\0\x52\x30\x92SQ\0\0\x08\0\x80\0\xfe\xff\0\xe0\0\0\x80\0" + bytes(1 << 23)
+    assert "functional groups of more than 4 MB" in reason(head + groups)
 
 
 def test_deflated_files_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

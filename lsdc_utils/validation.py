@@ -501,10 +501,11 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
 
     Returns 0 where the folder can be used, else 1: tables that cannot be read, or not one series of images.
     """
+    workers = workers or os.cpu_count() or 1
     try:
-        comp = read(root)
+        comp = read(root, workers=workers)
         print(f"reading the headers of {len(comp.series)} series", flush=True)
-        checked = check(comp, workers or os.cpu_count() or 1)
+        checked = check(comp, workers)
     except (CompetitionError, dicom.DicomError) as error:
         print(f"not usable: {error}")
         return 1

@@ -14,6 +14,7 @@ A run needs no more than its weights and blend.json to be used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,12 +91,17 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
 
 def _digest(root: Path) -> str:
     """Hash of every file's path, size and time under `root`, and of the code that tells studies from them."""
-    digest = hashlib.sha256()
-    for folder, inner, files in os.walk(root):
+    digest, seen = hashlib.sha256(), set()
+    for folder, inner, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above
+            inner.clear()
+            continue
+        seen.add(real)
         inner.sort()
         for name in sorted(files):
-            found = os.stat(os.path.join(folder, name))
-            digest.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            with contextlib.suppress(OSError):  # a link to nothing
+                found = os.stat(os.path.join(folder, name))
+                digest.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     for file in sorted(steps.module_files("import lsdc_utils.predict")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -109,7 +115,7 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     """
     print(f"looking for studies in {root}", flush=True)
     try:
-        comp = competition.read(root)
+        comp = competition.read(root, workers=workers)
     except competition.CompetitionError as error:
         raise PredictError(str(error)) from error
     described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)

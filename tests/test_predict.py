@@ -186,6 +186,24 @@ def test_a_finished_prediction_is_not_made_again(
     assert {name: (out / name).read_bytes() for name in predict.RESULTS} == before
 
 
+def test_the_same_files_in_one_pile_give_the_same_rows(
+    project: Path, doctored: tuple[Path, dict[str, int]], grades: pd.DataFrame, tmp_path: Path
+) -> None:
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    without = {doctored[1][what] for what in ("broken", "nowhere")}
+    files = sorted(path for path in doctored[0].rglob("*.dcm") if int(path.parts[-3]) not in without)
+    for number, file in enumerate(np.random.default_rng(0).permutation(np.array(files, dtype=object))):
+        os.link(file, pile / f"IM{number:05d}")
+    done = run_all(project, "predict", str(pile), "--run", "demo", "--cores", "2", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    keys = ["row_id", "grade", "source", "own_series"]
+    piled, expected = pd.read_csv(tmp_path / "out/grades.csv"), grades[~grades.study_id.isin(without)]
+    expected = expected.reset_index(drop=True)
+    pd.testing.assert_frame_equal(piled[keys], expected[keys])
+    np.testing.assert_allclose(piled[list(SEVERITIES)], expected[list(SEVERITIES)], atol=1e-6)
+
+
 # ---- before anything is graded -------------------------------------------------------------------------------------
 
 

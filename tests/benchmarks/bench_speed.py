@@ -1,14 +1,16 @@
 """How long reading, conversion, crops and grids take, as multiples of decoding the same files.
 
-The floor is pydicom.dcmread and pixel_array of every file of a study, by pylibjpeg-rle. It and the contenders run on
-one thread, in turn, and the least time of each counts, so that other work on the machine disturbs little. All read the
-same three RLE series of 512 x 512 from the file cache. `two processes` is the conversion of many links to that study by
-one and by two processes, which have started before the clock does.
+The floor is pydicom.dcmread and pixel_array of every file of a study, by pylibjpeg-rle. It and the contenders run in
+turn on one thread, and the least processor time of each counts, so that other work on the machine disturbs little. All
+read the same three RLE series of 512 x 512 from the file cache. Two processes are compared with one by the clock on
+the wall, converting links to that study: the machine must be idle for that, and have two cores.
 
-Where the time goes (AMD EPYC, 46 slices; floor 1.2 ms a slice, of which the RLE decoder itself 0.8): the reader calls
-the decoder directly and saves pydicom's copies; windowing is a look-up table (0.08 ms a slice) and percentiles of every
-16th pixel; a grid or crops sample only between slices that they meet, with the images averaged down to their voxels
-first. Kaggle's crops are 40 times the voxels of the demo's and cost what they are: 5 million bilinear points.
+Where the time goes (46 slices; floor 1.2 ms a slice, of which the RLE decoder itself 0.8): read_series calls the
+decoder directly and so saves more of pydicom's copies than the geometry costs; windowing is a look-up table (0.08 ms a
+slice) and percentiles of every 16th pixel; a grid or crops sample only the slices that they meet, averaged down to
+about their voxels before (0.1 ms a slice). The 786,432 points of a grid take about half a floor, in some 50 pieces that
+fit the cache: a machine whose other core is busy with the same cache shows more. Kaggle's crops are 20 times the voxels
+of the demo's, and linear in them.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def convert(
 ) -> Iterator[pd.DataFrame]:
     """Read, window and write studies as <folder>/<study>/<series>.npz; of each in turn, what could not be read.
 
-    Tables are as in `read_study`. A process holds one series at a time, and the files are the same whatever the number
+    Tables are as in `read_study`. A process holds two series at most, and the files are the same whatever the number
     of workers; above 1, a script needs Python's `if __name__ == "__main__"`.
     """
     tasks = [_sources(comp, split, study) for study in studies]

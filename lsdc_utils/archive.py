@@ -393,8 +393,8 @@ BESIDE = 16.0  # mm to either side of the canal: facets, pedicles, foramina
 MIDLINE = 9.0  # mm about the middle of the images in which the canal is looked for
 NOISE = 0.05  # of the brightest tissue: what is not much brighter is air
 # How bright the canal must stand out at most for T1, at least for T2 (`_brightness`). 38 rendered phantoms of each kind
-# gave -.31 to .66 and 1.02 to 2.1 (STIR 2.6 and more) on sagittal series, a real sagittal T2 2.1. Axial ones overlap: T2
-# .55 to 2.1, T1 -.63 to .54 but for one of 1.13, a narrow canal; there a doubt passes the series over, as T1 would.
+# gave -.31 to .66 and 1.02 to 2.1 (STIR 2.6 and more) on sagittal series, a real sagittal T2 2.1. Axial ones
+# overlap: T2 .55 to 2.1, T1 -.63 to .54 but for one of 1.13, a narrow canal; there a doubt passes the series over.
 SURE = {"sagittal": (0.70, 0.95), "axial": (0.30, 0.80)}
 
 

@@ -34,7 +34,7 @@ MAX_HEADER = 1 << 25  # bytes; scanners' private elements may take some million
 MAX_SEQUENCE = 1 << 22  # bytes of functional groups; a thousand frames take less
 MAX_READS = 300_000  # calls of read a header; each element takes two or three
 MAX_ITEMS = 20_000  # items of sequences in a header
-MAX_INFLATED = 1 << 28  # bytes of a deflated file
+MAX_INFLATED = (1 << 27) + MAX_HEADER  # bytes of a deflated file; inflating takes twice as many
 
 PIXEL_DATA = (0x7FE00010, 0x7FE00008, 0x7FE00009)  # of whole numbers, and of floating-point ones
 ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # tags that start an item, in either byte order

@@ -194,12 +194,13 @@ def deflate(random: Random, content: bytes, files: list[bytes]) -> bytes:
     whole = uid.DeflatedExplicitVRLittleEndian.encode() in content[:start]
     body = zlib.decompress(content[start:], -15) if whole else content[start:]
     body = WAYS[random.integers(len(WAYS) - 1)](random, body, files)
-    if random.random() < 0.02:
-        body += bytes(1 << 28)
     deflater = zlib.compressobj(1, wbits=-15)
+    packed = [deflater.compress(body)]
+    if random.random() < 0.02:
+        packed += [deflater.compress(bytes(1 << 20)) for _ in range(300)]
     head = next(file for file in files if uid.DeflatedExplicitVRLittleEndian.encode() in file[:400])
     tag = head.index(uid.DeflatedExplicitVRLittleEndian.encode()) + 22
-    return head[:tag] + deflater.compress(body) + deflater.flush()
+    return head[:tag] + b"".join(packed) + deflater.flush()
 
 
 def _saved(dataset: pydicom.FileDataset) -> bytes:

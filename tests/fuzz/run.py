@@ -60,14 +60,19 @@ def main() -> int:
 def run(files: int, seed: int = 0, processes: int = 2) -> dict:
     """Read the files in child processes, so that a crash, a hang or a want of memory is seen from outside."""
     command = [sys.executable, __file__, str(files), "--seed", str(seed), "--processes", str(processes), "--part"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     start = time.monotonic()
-    parts = [subprocess.Popen([*command, str(part)], **pipes) for part in range(processes)]
+    # In files, for a full pipe would block who writes to it: the RLE decoder tells each of its panics at length.
+    errors = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115
+    parts = [
+        subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        for part, stderr in enumerate(errors)
+    ]
     total = {"outcomes": Counter(), "failures": [], "slowest": (0.0, 0), "memory": 0}
     for part, child in enumerate(parts):
-        out, err = child.communicate()
+        out, _ = child.communicate()
         if child.returncode:
-            total["failures"].append(f"process {part} ended with {child.returncode}: {err[-2000:]}")
+            errors[part].seek(0)
+            total["failures"].append(f"process {part} ended with {child.returncode}: {errors[part].read()[-2000:]}")
             continue
         found = json.loads(out.splitlines()[-1])
         total["outcomes"] += Counter(found["outcomes"])

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import competition, metric, steps
-from lsdc_utils.competition import Competition
 from lsdc_utils.files import atomic, write_json
-from lsdc_utils.vocabulary import GROUPS, SEVERITIES, parse_row_id, study_row_ids
+from lsdc_utils.listing import files_of
+from lsdc_utils.vocabulary import GROUPS, SEVERITIES, parse_row_id
 
 LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
 SMALLEST_SHARD = 20  # studies: fewer are graded sooner than another notebook starts
-NONE = -1  # series of a study that has none
 RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 
 
@@ -128,50 +126,12 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
     for number, mine in enumerate(np.array_split(studies, count)):
         with atomic(out / "tables" / f"{steps.shard_name(number)}.parquet") as file:
-            _files_of(comp, series, mine.tolist()).to_parquet(file, index=False)
+            files_of(comp, series, mine.tolist()).to_parquet(file, index=False)
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
         findings.to_parquet(file, index=False)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
     return count
-
-
-def _files_of(comp: Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
-    """Every file of the studies: study_id, series_id, series_type, file, size (bytes), time (ns).
-
-    A series without files and a study without series have one line with an empty file.
-    """
-    lines = []
-    by_study = dict(list(series.groupby("study_id")))
-    for study_id in studies:
-        if study_id not in by_study:
-            lines.append((study_id, NONE, "", "", 0, 0))
-            continue
-        for row in by_study[study_id].itertuples():
-            source = comp.source(row.split, study_id, row.series_id)
-            if isinstance(source, Path):
-                inside = source.iterdir() if source.is_dir() else ()
-                source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            found = [(str(file), file.stat()) for file in source]
-            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in found] or [("", 0, 0)]
-            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
-    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])
-
-
-def read_listed(root: str | Path, table: str | Path) -> Competition:
-    """The studies of one shard as a Competition that holds no labels; they count as test studies."""
-    listed = pd.read_parquet(table)
-    series = listed.loc[listed["series_id"] != NONE, ["study_id", "series_id", "series_type"]].drop_duplicates()
-    there = listed[listed["file"] != ""].groupby(["study_id", "series_id"])["file"]
-    return Competition(
-        root=Path(root),
-        labels=pd.DataFrame(columns=[*competition.KEY, "severity"]),
-        coordinates=pd.DataFrame(columns=competition.POINTS),
-        series=series.assign(split="test").reset_index(drop=True),
-        sample_rows=[row for study in listed["study_id"].unique() for row in study_row_ids(study)],
-        findings=pd.DataFrame(columns=competition.FINDINGS),
-        files={key: tuple(Path(file) for file in files) for key, files in there},
-    )
 
 
 # ---- after: one result ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from conftest import run_all
 
-from lsdc_utils import predict, runner, steps
+from lsdc_utils import listing, predict, runner, steps
 from lsdc_utils.vocabulary import (
     AXIAL,
     CONDITIONS,
@@ -267,7 +267,7 @@ def test_studies_are_cut_into_shards_and_listed_once(finished: Path, tmp_path: P
     write_listing(root, 250)
     assert predict.prepare(root, finished, out, cores=2)["n_shards"] == 3
     shards = sorted((out / "tables").glob("shard*.parquet"))
-    listed = [predict.read_listed(root, shard) for shard in shards]
+    listed = [listing.read_listed(root, shard) for shard in shards]
     studies = [study for comp in listed for study in comp.series.study_id]
     assert studies == list(range(1, 251))
     assert max(len(comp.series) for comp in listed) <= predict.LARGEST_SHARD

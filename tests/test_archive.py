@@ -115,7 +115,7 @@ def test_silent_headers_leave_the_type_to_the_image(phantom: Path, tmp_path: Pat
 
 
 def test_noise_and_flat_images_are_left_in_doubt(tmp_path: Path) -> None:
-    stack(tmp_path / "flat", SeriesDescription="sag")
+    stack(tmp_path / "flat", n=14, SeriesDescription="sag")
     found = archive.find(tmp_path)
     assert not found.series and "neither header nor image tells T1 from T2" in reasons(found)
 

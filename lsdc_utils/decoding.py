@@ -32,7 +32,7 @@ MAX_PIXELS = 1 << 26  # of all frames of a file
 MAX_FRAGMENTS = 1 << 16
 RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 
-FRAME_SECONDS = 4.0  # to decode one frame; usual ones take 5 to 30 ms
+FRAME_SECONDS = 3.0  # to decode one frame; usual ones take 5 to 30 ms
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
 DONE, FAILED, EXHAUSTED = 0, 1, 2  # what the worker says of a frame; the last is a flag: replace me
 WORKER_MEMORY = 1 << 29  # bytes a worker may take beyond what it needs to start

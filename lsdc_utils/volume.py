@@ -69,10 +69,8 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
     if fault := validation.spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, which no lumbar MR has")
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
-    # Every 4th pixel each way: the percentiles move by less than a grey level and cost a sixteenth.
-    seen = np.concatenate([image[::4, ::4].ravel() for image in series.pixels])
     pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
-    window(series.pixels, *np.percentile(seen, WINDOW), pixels)
+    window(series.pixels, *_percentiles(series.pixels), pixels)
     stack = Stack(
         study_id=int(study_id),
         series_id=int(series_id),
@@ -84,6 +82,19 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
         blocks=np.array([s.block for s in series.slices], dtype=np.int32),
     )
     return stack, series.skipped
+
+
+def _percentiles(images: list[np.ndarray]) -> np.ndarray:
+    """The two percentiles `WINDOW` of all images, by every 4th pixel each way: they move by less than a grey level, and
+    cost a sixteenth."""
+    seen = np.concatenate([image[::4, ::4].ravel() for image in images])
+    if seen.dtype.kind != "u" or seen.itemsize > 2:
+        return np.percentile(seen, WINDOW)
+    # The same by counting, in a third of the time.
+    rank = np.array(WINDOW) / 100 * (len(seen) - 1)
+    at_most = np.bincount(seen).cumsum()
+    low, high = (np.searchsorted(at_most, np.floor(rank) + k, side="right") for k in (0, 1))
+    return low + (np.minimum(high, len(at_most) - 1) - low) * (rank % 1)
 
 
 def window(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:
@@ -149,11 +160,9 @@ Series = tuple[Source, int, int, str]  # arguments of `read_stack`
 
 def _sources(comp: Competition, split: str, study_id: int) -> list[Series]:
     """The series of a study, by series id."""
-    series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
-    return [
-        (comp.source(split, study_id, row.series_id), int(study_id), int(row.series_id), row.series_type)
-        for row in series.sort_values("series_id").itertuples()
-    ]
+    mine = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
+    rows = sorted(zip(mine["series_id"].tolist(), mine["series_type"], strict=True))
+    return [(comp.source(split, study_id, number), int(study_id), number, kind) for number, kind in rows]
 
 
 def _read_series(sources: Iterable[Series]) -> Iterator[tuple[Stack | None, list[tuple]]]:

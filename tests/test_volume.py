@@ -179,6 +179,14 @@ def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
         assert (target[0, :, 7] == 77).all() and (target[1, 5:] == 77).all()
 
 
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (41, 60)])
+def test_percentiles_are_numpys(kind, shape):
+    images = [np.random.default_rng(k).gamma(2, 30, shape).astype(kind) for k in range(3)]
+    seen = np.stack(images)[:, ::4, ::4]
+    np.testing.assert_allclose(volume._percentiles(images), np.percentile(seen, volume.WINDOW), rtol=1e-6)
+
+
 @pytest.fixture
 def competition_of_five(tmp_path):
     """Five test studies of two series each: of the third study one series holds a broken file, one is not there."""

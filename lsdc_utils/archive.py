@@ -391,6 +391,7 @@ def _unclear(tags: Tags) -> str:
 GRID = 2.0  # mm between the points at which images are compared
 BESIDE = 16.0  # mm to either side of the canal: facets, pedicles, foramina
 MIDLINE = 9.0  # mm about the middle of the images in which the canal is looked for
+WIDEST = 1000.0  # mm of an image; on the grid of points a wider one could fill the memory
 NOISE = 0.05  # of the brightest tissue: what is not much brighter is air
 # How bright the canal must stand out at most for T1, at least for T2 (`_brightness`). 38 rendered phantoms of each kind
 # gave -.31 to .66 and 1.02 to 2.1 (STIR 2.6 and more) on sagittal series, a real sagittal T2 2.1. Axial ones
@@ -407,6 +408,8 @@ def contrast(files: Sequence[Path]) -> str | None:
     """
     try:
         series = dicom.read_series(files)
+        if max(max(np.multiply(image.spacing, image.shape[::-1])) for image in series.slices) > WIDEST:
+            return None
         planes, places, reach = _upright(series)
     except (DicomError, ValueError):
         return None
@@ -422,6 +425,7 @@ def _brightness(planes: np.ndarray, places: np.ndarray, reach: int) -> tuple[flo
 
     A sum of mean log-ratios: to the brighter side (darker side, for the dark path) and to the mean of both. Takes what
     `_upright` gives. Returns also how dark the darkest is, which images of nothing do not show.
+    NaN both where no plane lies near the middle.
     """
     noise = max(NOISE * float(np.percentile(planes, 98)), 1e-6)
     paths = []
@@ -434,6 +438,8 @@ def _brightness(planes: np.ndarray, places: np.ndarray, reach: int) -> tuple[flo
         )
         ratios = canal - high, low - canal, canal - mean, mean - canal
         paths.append([_best_path(np.where(tissue, np.clip(ratio, -1, 1.5), -0.3), reach) for ratio in ratios])
+    if not paths:
+        return np.nan, np.nan
     best = np.max(paths, axis=0)
     return float(np.dot((3, -2, 1, -1), best)), float(best[1])
 

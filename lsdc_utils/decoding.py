@@ -29,6 +29,7 @@ from lsdc_utils.headers import UNDEFINED, DicomError, Header, text, whole
 
 MAX_FRAME = 1 << 24  # pixels: 4096 x 4096, 16 times what a scanner makes
 MAX_PIXELS = 1 << 26  # of all frames of a file
+MAX_FRAMES = 1 << 12
 MAX_FRAGMENTS = 1 << 16
 RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 
@@ -92,8 +93,8 @@ def read_layout(header: Header) -> Layout:
     frames = 1 if frames is None else frames
     photometric = text(dataset, "PhotometricInterpretation").upper()
     if (whole(dataset, "SamplesPerPixel") or 1) != 1 or photometric not in GREY:
-        raise DicomError(f"is a colour image ({photometric[:40]!r}), such as a report or a screenshot")
-    if frames < 1 or rows * columns > MAX_FRAME or frames * rows * columns > MAX_PIXELS:
+        raise DicomError(f"is a colour image, such as a report or a screenshot")
+    if not 1 <= frames <= MAX_FRAMES or rows * columns > MAX_FRAME or frames * rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {frames} frames of {rows} x {columns} pixels, which no scanner makes")
     allocated = whole(dataset, "BitsAllocated") or 0
     if allocated not in (8, 16, 32):
@@ -180,7 +181,8 @@ def _frames(header: Header, layout: Layout, fragments: Fragments, table: list[in
         return [[part] for part in fragments]
     first = fragments[0][0]
     if len(table) == layout.frames:
-        starts = [offset - first in table for offset, _ in fragments]
+        offsets = set(table)
+        starts = [offset - first in offsets for offset, _ in fragments]
     else:
         starts = [_peek(header, offset) in STARTS for offset, _ in fragments]
     frames: list[Fragments] = []

@@ -61,8 +61,9 @@ GROUPS = {  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single imag
     "RescaleIntercept": "PixelValueTransformationSequence",
     "RescaleSlope": "PixelValueTransformationSequence",
 }
-# 16-bit numbers, where the header does not say so:
+# 16-bit numbers and floating-point ones, where the header does not say so:
 SHORTS = {"BitsAllocated", "BitsStored", "Columns", "HighBit", "PixelRepresentation", "Rows", "SamplesPerPixel"}
+DOUBLES = {"EffectiveEchoTime", "InversionTimes"}
 TEXTS = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UN", "UR", "UT"}
 GROUP_TAGS = {name: int(Tag(name)) for name in set(GROUPS.values())}
 
@@ -326,7 +327,7 @@ def text(dataset: Dataset, name: str) -> str:
     if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
         if element.VR == "US" or (element.VR is None and name in SHORTS):
             return str(int.from_bytes(element.value[:2], "little" if element.is_little_endian else "big"))
-        if element.VR is None or element.VR in TEXTS:
+        if name not in DOUBLES and (element.VR is None or element.VR in TEXTS):
             return element.value.decode("latin-1").strip(" \0\t\r\n")
     try:
         value = dataset[tag].value
@@ -337,7 +338,7 @@ def text(dataset: Dataset, name: str) -> str:
     return "\\".join(str(part) for part in value)
 
 
-def _items(dataset: Dataset, tag: int) -> list[Dataset]:
+def _items(dataset: Dataset, tag: int) -> Sequence | list[Dataset]:
     """The items of a sequence; none where it is missing or no sequence."""
     element = dataset.get_item(tag)
     if element is None:
@@ -345,7 +346,7 @@ def _items(dataset: Dataset, tag: int) -> list[Dataset]:
     if isinstance(element, RawDataElement) and len(element.value or b"") > MAX_SEQUENCE:
         raise DicomError(f"has functional groups of more than {MAX_SEQUENCE >> 20} MB, which no image of a scanner has")
     value = dataset[tag].value
-    return [item for item in value if isinstance(item, Dataset)] if isinstance(value, Sequence) else []
+    return value if isinstance(value, Sequence) else []
 
 
 def _patient(dataset: Dataset) -> str:

@@ -245,7 +245,7 @@ def row_sources(tables: Tables, row_ids: pd.Series, expected: bool = True) -> pd
     """Where each row's probabilities come from, by row id: the models that gave it, joined by +; else `expectation`
     from the study's other rows; `prior` where it has none, or where nothing is to be `expected`."""
     given = pd.DataFrame({model: row_ids.isin(table["row_id"]) for model, table in tables.items()})
-    named = given.apply(lambda row: "+".join(row.index[row]), axis=1).astype(object)
+    named = ["+".join(given.columns[row]) for row in given.to_numpy()]
     study = row_ids.map(lambda row: parse_row_id(row)[0])
     known = given.any(axis=1)
     lacking = np.where(known.groupby(study).transform("any") & expected, *WITHOUT_EVIDENCE)
@@ -262,11 +262,6 @@ def _cuts(shares: np.ndarray) -> np.ndarray:
     inner = ndtri(shares.cumsum(axis=-1)[..., :-1])
     edge = np.full((*shares.shape[:-1], 1), np.inf)
     return np.concatenate([-edge, inner, edge], axis=-1)
-
-
-def mean_over_folds(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """One model's rows from several folds' weights, averaged; a row is there if any fold gave it."""
-    return pd.concat(tables).groupby("row_id", sort=False)[PROBABILITIES].mean().reset_index()
 
 
 def to_json(blend: Blend) -> dict:

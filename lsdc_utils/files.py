@@ -29,6 +29,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def readable(text: object) -> str:
+    """Text that tables can hold: bytes of a file's name that are not UTF-8 become question marks."""
+    return str(text).encode(errors="replace").decode()
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; NaN and infinity are an error, since JSON has none."""
     with atomic(path) as temporary:

@@ -49,6 +49,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
         raise PredictError(f"{file} was written by an older version: run 05 of this run again")
     names = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in recipe.get("folds", [])]
     names += [f"weights/vit3d_fold{fold}.safetensors" for fold in recipe.get("folds", [])]
+    names += [str(Path(name).with_suffix(".json")) for name in names]
     if missing := [name for name in ("blend.json", *names) if not (run / name).is_file()]:
         raise PredictError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
     return recipe
@@ -60,12 +61,12 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     PredictError where the run is not finished, the folder holds no study, or `out` is of another folder.
     """
     recipe = read_recipe(run)
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
     record = out / "tables" / "listed.json"
     known = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root)}
     if known["data_dir"] != str(root):
         raise PredictError(f"{out} holds the grades of {known['data_dir']}: give another folder by --out")
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     state = {"data_dir": str(root), "digest": _digest(root)}
     if {name: known.get(name) for name in state} != state:
         record.unlink(missing_ok=True)

@@ -456,26 +456,20 @@ def predict(arguments: list[str]) -> int:
         raise UsageError(f"--run {asked.run}: there is no such run; finished runs: {runs}")
     if out.is_relative_to(folder):
         raise UsageError(f"grades would go to {shown(out)}, inside {asked.folder}: give another folder by --out")
+    if (out / "weights").is_dir():
+        raise UsageError(f"grades would go to {shown(out)}, over those of the run there: give another folder by --out")
+    if asked.cores < 1:
+        raise UsageError(f"--cores {asked.cores}: expected 1 or more")
     from . import predict as prediction  # takes a second, which a run need not wait
 
-    resume = [
-        "./run_all.sh",
-        "predict",
-        str(folder),
-        "--run",
-        asked.run,
-        "--out",
-        str(out),
-        "--cores",
-        str(asked.cores),
-    ]
+    resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", asked.cores]
     with locked(out):
         try:
             parameters = prediction.prepare(folder, trained.resolve(), out, asked.cores)
         except prediction.PredictError as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
-        run = Run(out, parameters, shlex.join(resume), asked.cores, snakefile="predict.smk")
+        run = Run(out, parameters, shlex.join(map(str, resume)), asked.cores, snakefile="predict.smk")
         status = work(run)
         if status == 0:
             print(f"\n{prediction.collect(out, parameters['n_shards'])}\n\ngrades: {out}/grades.csv")

@@ -20,7 +20,7 @@ import pandas as pd
 
 from lsdc_utils import dicom, validation
 from lsdc_utils.competition import FINDINGS, Competition
-from lsdc_utils.files import atomic
+from lsdc_utils.files import atomic, readable
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
@@ -172,9 +172,9 @@ def _read_series(sources: Iterable[Series]) -> Iterator[tuple[Stack | None, list
         try:
             stack, skipped = read_stack(*source)
         except dicom.DicomError as error:
-            yield None, [(study_id, series_id, "series_unusable", str(error), "series left out")]
+            yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue
-        reasons = [f"{file.name}: {reason}" for file, reason in skipped]
+        reasons = [readable(f"{file.name}: {reason}") for file, reason in skipped]
         yield stack, [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]
 
 

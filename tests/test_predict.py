@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from conftest import run_all
 
-from lsdc_utils import listing, predict, runner, steps
+from lsdc_utils import competition, listing, predict, runner, steps, volume
 from lsdc_utils.vocabulary import (
     AXIAL,
     CONDITIONS,
@@ -215,6 +215,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (run / "weights").mkdir(parents=True)
     for name in (*(f"yolo_{key}_fold0.pt" for key in GROUPS), "vit3d_fold0.safetensors"):
         (run / "weights" / name).write_text("")
+        (run / "weights" / name).with_suffix(".json").write_text("")
     (run / "blend.json").write_text(json.dumps({"kind": "fitted", "folds": [0], "vit_views": 7}))
     return run
 
@@ -230,9 +231,16 @@ def test_mistakes_are_told(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert "finished runs: demo" in capsys.readouterr().err
     assert asked(tmp_path, "--run", "demo") == 2
     assert "--out" in capsys.readouterr().err  # grades would lie among the images
-    (finished / "weights/vit3d_fold0.safetensors").unlink()
     garbage = tmp_path / "garbage"
     garbage.mkdir()
+    assert asked(garbage, "--run", "demo", "--out", finished) == 2
+    assert "over those of the run" in capsys.readouterr().err
+    assert asked(garbage, "--run", "demo", "--cores", 0) == 2
+    assert "expected 1 or more" in capsys.readouterr().err
+    (finished / "weights/vit3d_fold0.json").unlink()
+    assert asked(garbage, "--run", "demo") == 1
+    assert "vit3d_fold0.json" in capsys.readouterr().err
+    (finished / "weights/vit3d_fold0.safetensors").unlink()
     assert asked(garbage, "--run", "demo") == 1
     assert "vit3d_fold0.safetensors" in capsys.readouterr().err
     (finished / "blend.json").unlink()
@@ -283,8 +291,24 @@ def test_studies_are_cut_into_shards_and_listed_once(finished: Path, tmp_path: P
     predict.prepare(root, finished, out, cores=2)
     assert [shard.read_bytes() for shard in shards[:2]] == before[:2]  # Snakemake compares contents
     assert shards[2].read_bytes() != before[2]
+    (out / "grades.csv").write_text("")
     with pytest.raises(predict.PredictError, match="--out"):
         predict.prepare(tmp_path, finished, out, cores=2)
+    assert (out / "grades.csv").is_file()
+    predict.prepare(root, finished, out, cores=2)
+    assert not (out / "grades.csv").is_file()
+
+
+def test_a_file_s_name_need_not_be_utf8(tmp_path: Path) -> None:
+    write_listing(tmp_path, 1)
+    file = tmp_path / "test_images/1/11" / os.fsdecode(b"M\xfcller.dcm")
+    file.write_text("no image")
+    comp = competition.read(tmp_path)
+    listing.files_of(comp, comp.series, [1, 2]).to_parquet(tmp_path / "listed.parquet")
+    listed = listing.read_listed(tmp_path, tmp_path / "listed.parquet")
+    assert file in listed.source("test", 1, 11)
+    assert listed.sample_rows == study_row_ids(1) + study_row_ids(2)
+    volume.read_study(listed, "test", 1)[1].to_parquet(tmp_path / "findings.parquet")
 
 
 @pytest.mark.parametrize(("studies", "cores", "shards"), [(1, 8, 1), (39, 8, 1), (40, 8, 2), (250, 8, 8)])

@@ -289,15 +289,14 @@ def _repeats(images: list[Tags]) -> list[int]:
 # ---- what a series is ----------------------------------------------------------------------------------------------
 
 
-_SHORT = {words.T1: "T1", words.T2: "T2"}
+SHORT = {words.T1: "T1", words.T2: "T2"}
 
 
 def _plane(tags: Tags) -> str:
     """sagittal, coronal or axial, by the patient's axis nearest to the normal; empty where the header is silent."""
     if tags.orientation is None:
         return ""
-    normal = np.abs(np.cross(tags.orientation[:3], tags.orientation[3:]))
-    return ("sagittal", "coronal", "axial")[int(normal.argmax())]
+    return dicom.plane_of(dicom.normal_of(tags.orientation))
 
 
 def _described(tags: Tags) -> str:
@@ -307,7 +306,7 @@ def _described(tags: Tags) -> str:
 def _why_not(tags: Tags) -> str:
     """Why an image is none to grade, as its own header says it; empty where it says nothing against it."""
     if tags.modality not in ("", "MR"):
-        return f"modality {tags.modality}"
+        return "modality other than MR"
     if not tags.rows and not tags.has_pixels:
         return "no images"
     for reason, marks in TYPED.items():
@@ -333,7 +332,7 @@ def _by_times(tags: Tags) -> str | None:
     return None
 
 
-def _by_words(tags: Tags) -> str | None:
+def named_contrast(tags: Tags) -> str | None:
     """T1 or T2 where the description names one of them."""
     text = _described(tags)
     named = [kind for kind, pattern in ((words.T1, T1_WORDS), (words.T2, T2_WORDS)) if re.search(pattern, text)]
@@ -355,11 +354,11 @@ def _tell_types(series: list[_Series], workers: int) -> None:
         elif planes.most_common(1)[0][0] == "coronal":
             one.reason = "coronal"
         else:
-            told, named = _by_times(first), _by_words(first)
+            told, named = _by_times(first), named_contrast(first)
             one.kind = told or named
             if told and named and told != named:
                 one.notes.append(
-                    ("contrast_differs", f"{_SHORT[told]} by its times, described as {_SHORT[named]}", "times trusted")
+                    ("contrast_differs", f"{SHORT[told]} by its times, described as {SHORT[named]}", "times trusted")
                 )
             if one.kind is None:
                 one.reason = _unclear(first)
@@ -553,9 +552,7 @@ def _tell_rest(root: Path, series: list[_Series], folders: dict[Path, _Folder], 
         study = next(iter(owner))[0] if len({ids[0] for ids in owner}) == 1 else None
         rest = folder.foreign + ([] if owner else [file for file, _ in folder.broken])
         if rest:
-            value = (
-                f"{_name(root, place)}: {len(rest)} of {folder.n_files} files are no DICOM images, e.g. {rest[0].name}"
-            )
+            value = f"{len(rest)} of {folder.n_files} files are no DICOM images, e.g. {_name(root, rest[0])}"
             found.findings.append((study, None, "files_passed_over", value, "passed over"))
         for file, reason in folder.broken if owner else ():
             lone = next(iter(owner))[1] if len(owner) == 1 else None

@@ -114,6 +114,11 @@ def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path 
     return Competition(root, labels, coordinates, series, sample_rows, notes.table(), files)
 
 
+def number_of(text: str) -> int | None:
+    """The id that a text is, None where it is none that a table can hold."""
+    return int(text) if text.isdecimal() and int(text) < 2**63 else None
+
+
 def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -> Path:
     """Where the DICOM files of a series lie."""
     return Path(root) / f"{split}_images" / str(study_id) / str(series_id)
@@ -139,7 +144,7 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
         return None
     try:
         table = pd.read_csv(file, dtype=str, skipinitialspace=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
     columns = list(columns)
     if lacking := [column for column in columns if column not in table]:
@@ -147,7 +152,7 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
     table = table[columns].copy()
     for column in ids:
         numbers = pd.to_numeric(table[column].astype(object), errors="coerce")  # of no rows: not text
-        if (bad := numbers.isna() | (numbers % 1 != 0)).any():
+        if (bad := ~(numbers.abs() < 2.0**63) | (numbers % 1 != 0)).any():
             line = int(np.flatnonzero(bad)[0])
             raise CompetitionError(
                 f"{file}: {column} in line {line + 2} is {table[column].iloc[line]!r}, no whole number"
@@ -292,7 +297,7 @@ def _leave_out(
     for line, row in enumerate(_required(file, EXCLUDE, ["study_id"]).fillna("").itertuples(index=False), start=2):
         place, label = {"study_id": row.study_id}, {}
         if row.series_id:
-            place["series_id"] = int(row.series_id) if row.series_id.isdigit() else -1
+            place["series_id"] = number_of(row.series_id) or -1
         if not _fits(known, place).any():
             named = " and ".join(f"{key} {getattr(row, key)}" for key in place)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold together")
@@ -358,7 +363,7 @@ def _read_sample(root: Path, series: pd.DataFrame, notes: Notes) -> list[str]:
     rows = sample.row_id.dropna().str.strip().drop_duplicates().tolist()
     known = {str(study) for study in studies}
     absent = {row.partition("_")[0] for row in rows} - known
-    bare = pd.DataFrame({"study_id": sorted(int(study) for study in absent if study.isdigit())})
+    bare = pd.DataFrame({"study_id": sorted(filter(None, map(number_of, absent)))})
     notes.add(bare, "study_without_series", "in sample_submission.csv only", "answered by the prior")
     return rows
 

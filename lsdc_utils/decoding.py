@@ -93,7 +93,7 @@ def read_layout(header: Header) -> Layout:
     frames = 1 if frames is None else frames
     photometric = text(dataset, "PhotometricInterpretation").upper()
     if (whole(dataset, "SamplesPerPixel") or 1) != 1 or photometric not in GREY:
-        raise DicomError(f"is a colour image, such as a report or a screenshot")
+        raise DicomError("is a colour image, such as a report or a screenshot")
     if not 1 <= frames <= MAX_FRAMES or rows * columns > MAX_FRAME or frames * rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {frames} frames of {rows} x {columns} pixels, which no scanner makes")
     allocated = whole(dataset, "BitsAllocated") or 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,10 +146,10 @@ def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
             raise DicomError("a series of no files")
         return files[0].parent, files
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # where pathlib's raises for a folder that is closed
         raise DicomError(f"series {folder}: there is no such folder")
     try:
-        files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files = [file for file in folder.iterdir() if not file.name.startswith(".") and not os.path.isdir(file)]
     except OSError as error:
         raise DicomError(f"series {folder}: cannot be opened ({error.strerror or error})") from None
     return folder, sorted(files, key=lambda file: (len(file.stem), file.name))
@@ -210,7 +211,7 @@ def _instance_number(file: Path, dataset: Dataset) -> int:
     """The instance number of a file, or else the number that is its name."""
     number = whole(dataset, "InstanceNumber")
     if number is None and file.stem.isdecimal():
-        number = int(file.stem[:12])
+        number = int(file.stem)
     if number is None:
         raise DicomError("has no InstanceNumber, and its name is no number either: labels cannot name it")
     if abs(number) >= 2**31:
@@ -239,8 +240,8 @@ def _frame(places: list[Dataset], shape: tuple[int, int]) -> _Frame:
 def _value(places: list[Dataset], name: str, n: int) -> list[float] | None:
     """The n numbers of a tag; None where it is missing or empty, DicomError where it holds something else."""
     values = find(places, name, n)
-    if values is None and (said := text(places[-1], name)):
-        raise DicomError(f"has {name} {said[:80]!r} where {n} finite numbers are expected")
+    if values is None and text(places[-1], name):
+        raise DicomError(f"has something else as {name} where {n} finite numbers are expected")
     return values
 
 
@@ -256,10 +257,14 @@ def _rescale(values: np.ndarray, places: list[Dataset]) -> np.ndarray:
 
 
 def _repair(drafts: list[_Draft], skipped: list[Note]) -> tuple[list[_Draft], list[Note]]:
-    """Give frames without orientation or spacing those of the series, where all its other frames agree on them."""
+    """Give frames without orientation or spacing those of the series, where all its other frames agree on them.
+
+    A spacing tells nothing of images of another size.
+    """
+    alike = len({f.shape for d in drafts for f in d.frames}) == 1
     common = {
         "ImageOrientationPatient": _common([f.orientation for d in drafts for f in d.frames], SAME_TILT),
-        "PixelSpacing": _common([f.spacing for d in drafts for f in d.frames], SAME_SPACING),
+        "PixelSpacing": _common([f.spacing for d in drafts for f in d.frames if alike], SAME_SPACING),
     }
     usable, repaired = [], []
     for draft in drafts:
@@ -333,18 +338,29 @@ def _affine(position: list[float], orientation: list[float], spacing: list[float
     `orientation` is the direction of growing columns, then that of growing rows; `spacing` is the distance of rows,
     then that of columns.
     """
-    (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
-    normal = b * f - c * e, c * d - a * f, a * e - b * d
+    normal = normal_of(orientation)
     length = math.hypot(*normal)
     along_y, along_x = spacing
-    rows = zip((a, b, c), (d, e, f), normal, position, strict=True)
+    rows = zip(orientation[:3], orientation[3:], normal, position, strict=True)
     return np.array([[x * along_x, y * along_y, n / length, p] for x, y, n, p in rows] + [[0.0, 0.0, 0.0, 1.0]])
 
 
 def _plane(slices: list[Slice]) -> str:
-    """The anatomical plane of most slices, by the patient's axis that is nearest to their normals."""
-    axis = np.abs([image.affine[:3, 2] for image in slices]).argmax(axis=1)
-    return ("sagittal", "coronal", "axial")[np.bincount(axis, minlength=3).argmax()]
+    """The anatomical plane of most slices."""
+    planes = [plane_of(image.affine[:3, 2]) for image in slices]
+    return max(ORDER, key=planes.count)
+
+
+def plane_of(normal: Sequence[float]) -> str:
+    """The anatomical plane of images with this normal: that of the patient's axis nearest to it."""
+    x, y, z = map(abs, normal)
+    return "sagittal" if x >= max(y, z) else "coronal" if y >= z else "axial"
+
+
+def normal_of(orientation: Sequence[float]) -> tuple[float, float, float]:
+    """The cross product of the directions of growing columns and of growing rows."""
+    a, b, c, d, e, f = orientation
+    return b * f - c * e, c * d - a * f, a * e - b * d
 
 
 def _blocks(slices: list[Slice], direction: np.ndarray) -> list[list[int]]:
@@ -355,16 +371,13 @@ def _blocks(slices: list[Slice], direction: np.ndarray) -> list[list[int]]:
 
 def _by_tilt(slices: list[Slice]) -> list[list[int]]:
     """Indices grouped by orientation: columns and rows of a group run in the same directions."""
-    groups: list[tuple[np.ndarray, list[int]]] = []
-    for i, image in enumerate(slices):
-        turn = image.affine[:3, :2] / image.spacing
-        for first, members in groups:
-            if np.abs(first - turn).max() < SAME_TILT:
-                members.append(i)
-                break
-        else:
-            groups.append((turn, [i]))
-    return [members for _, members in groups]
+    turns = np.array([image.affine[:3, :2] / image.spacing for image in slices])
+    groups, left = [], np.arange(len(slices))
+    while left.size:
+        same = np.abs(turns[left] - turns[left[0]]).max(axis=(1, 2)) < SAME_TILT
+        groups.append(left[same].tolist())
+        left = left[~same]
+    return groups
 
 
 def _by_gap(members: list[int], slices: list[Slice], direction: np.ndarray) -> list[list[int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import dicom, headers
+from lsdc_utils import archive, dicom
 from lsdc_utils import vocabulary as words
-from lsdc_utils.competition import FINDINGS, KEY, SPLITS, Competition, CompetitionError, Notes, names, read
+from lsdc_utils.competition import FINDINGS, KEY, SPLITS, Competition, CompetitionError, Notes, names, number_of, read
 from lsdc_utils.files import atomic
 
 RULES = {  # rule -> what a finding of it means
@@ -222,8 +221,7 @@ def _inspect(task: _Task) -> _Looked:
     except dicom.DicomError as error:
         return _Looked(row, [("series_unusable", str(error), "series left out")])
     found = [("file_unusable", f"{file.name}: {reason}", "file left out") for file, reason in series.skipped]
-    repaired = getattr(series, "repaired", ())
-    found += [("file_repaired", f"{file.name}: {what}", "used as repaired") for file, what in repaired]
+    found += [("file_repaired", f"{file.name}: {what}", "used as repaired") for file, what in series.repaired]
     shapes = Counter(image.shape for image in series.slices)
     if len(shapes) > 1:
         found.append(("shapes_mixed", ", ".join(f"{r} x {c}" for r, c in sorted(shapes)), "each kept as it is"))
@@ -276,14 +274,13 @@ def spacing_fault(series: dicom.Series) -> str:
 
 
 def _contrast_fault(series: dicom.Series, series_type: str) -> str:
-    """The header's description where it names the other weighting, T1 against T2 or STIR, or ''."""
+    """Where the header's description names the other weighting alone, T1 against T2 or STIR, or ''."""
     try:
-        text = headers.read_tags(series.slices[0].file).description
-    except headers.DicomError:
+        named = archive.named_contrast(dicom.read_tags(series.slices[0].file))
+    except dicom.DicomError:
         return ""
-    named = {"T1" if word == "T1" else "T2" for word in re.findall(r"T1|T2|STIR", text.upper())}
-    expected = "T1" if series_type == words.T1 else "T2"
-    return f"{text!r}, described as {series_type}" if named and expected not in named else ""
+    expected = words.T1 if series_type == words.T1 else words.T2
+    return f"{archive.SHORT[named]} in the header, described as {series_type}" if named not in (None, expected) else ""
 
 
 def _places(points: list[_Point], series: dicom.Series) -> tuple[list[tuple[str, str, str]], list[tuple], list[tuple]]:
@@ -313,15 +310,15 @@ def _check_folders(comp: Competition, notes: Notes) -> None:
     studies = {*comp.series.study_id, *comp.labels.study_id, *named.study_id.dropna()}
     for split in SPLITS:
         for folder in sorted((comp.root / f"{split}_images").glob("*/")):
-            study = int(folder.name) if folder.name.isdigit() else pd.NA
-            if study is pd.NA or study not in studies:
-                place = pd.DataFrame({"study_id": [study]})
+            study = number_of(folder.name)
+            if study not in studies:
+                place = pd.DataFrame({"study_id": [study]}, dtype="Int64")
                 notes.add(place, "study_not_in_tables", f"{split}_images/{folder.name}", "study left out")
                 continue
             for inner in sorted(folder.glob("*/")):
-                number = int(inner.name) if inner.name.isdigit() else pd.NA
-                if number is pd.NA or (study, number) not in series:
-                    place = pd.DataFrame({"study_id": [study], "series_id": [number]})
+                number = number_of(inner.name)
+                if (study, number) not in series:
+                    place = pd.DataFrame({"study_id": [study], "series_id": [number]}, dtype="Int64")
                     value = f"{split}_images/{folder.name}/{inner.name}"
                     notes.add(place, "series_not_in_tables", value, "series left out")
 

@@ -152,7 +152,7 @@ def test_contrast_by_the_header(tmp_path: Path, tags: dict, kind: str) -> None:
         ({"SeriesDescription": "PD tse", "EchoTime": 20, "RepetitionTime": 3000}, SAGITTAL, "proton density"),
         ({"SeriesDescription": "T2"}, CORONAL, "coronal"),
         ({"SeriesDescription": "T1"}, AXIAL, "axial T1"),
-        ({"Modality": "CT"}, AXIAL, "modality CT"),
+        ({"Modality": "CT"}, AXIAL, "modality other than MR"),
         ({"SeriesDescription": "T2 sag cervical"}, SAGITTAL, "other part of the spine"),
         ({"drop": ("ImageOrientationPatient",)}, SAGITTAL, "no orientation"),
     ],

@@ -502,7 +502,9 @@ def test_a_series_of_more_pixels_than_memory(tmp_path: Path, monkeypatch: pytest
 
 def test_a_spacing_tells_nothing_of_images_of_another_size(tmp_path: Path) -> None:
     write_stack(tmp_path, [(0.0, 0.0, 0.0), (0.0, 0.0, 4.0)])
-    bare = write_slice(tmp_path / "3.dcm", 3, (0.0, 0.0, 8.0), pixels=np.zeros((5, 4), "uint16"), drop=("PixelSpacing",))
+    bare = write_slice(
+        tmp_path / "3.dcm", 3, (0.0, 0.0, 8.0), pixels=np.zeros((5, 4), "uint16"), drop=("PixelSpacing",)
+    )
     gone = tmp_path / "4.dcm"
     gone.symlink_to(tmp_path / "nowhere")
     series = read_series(tmp_path)

@@ -45,7 +45,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
     """blend.json of a finished run; PredictError where it or weights are missing, with their names."""
     file = run / "blend.json"
     recipe = json.loads(file.read_text()) if file.is_file() else {}
-    if recipe and "folds" not in recipe:
+    if recipe and "threads" not in recipe:
         raise PredictError(f"{file} was written by an older version: run 05 of this run again")
     names = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in recipe.get("folds", [])]
     names += [f"weights/vit3d_fold{fold}.safetensors" for fold in recipe.get("folds", [])]
@@ -72,7 +72,6 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         record.unlink(missing_ok=True)
         known = state | {"n_shards": _list_studies(root, out, cores)}
         write_json(record, known)
-    threads = 1 if known["n_shards"] > 1 else 2
     return steps.declared("05_ensemble_inference") | {
         "run_dir": str(run),
         "predict_dir": str(out),
@@ -83,8 +82,7 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         "folds": recipe["folds"],
         "blend_kind": recipe["kind"],
         "vit_views": recipe["vit_views"],
-        "threads": threads,
-        "inference_threads": threads,
+        "threads": recipe["threads"],
     }
 
 
@@ -132,6 +130,8 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     with atomic(out / "tables" / "findings.parquet") as file:
         findings.to_parquet(file, index=False)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
+    if others := comp.series["study_id"].nunique() - series["study_id"].nunique():
+        print(f"{others} training studies of the tables are passed over: give their folder of images to grade these")
     return count
 
 

@@ -203,6 +203,8 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     command += ["--configfile", config, "--cores", run.cores, "--resources", f"gpu={gpus}", "--scheduler", "greedy"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
     command += ["--max-checksum-file-size", 2**30]  # a file written again with the same bytes re-runs nothing
+    if run.snakefile == "predict.smk":
+        command += ["--keep-going"]  # a shard that fails holds up no other
     if forced := forced_steps(run):
         command += ["--forcerun", *(f"notebooks/{step.name}.ipynb" for step in forced)]
     return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
@@ -454,6 +456,8 @@ def predict(arguments: list[str]) -> int:
     if not trained.is_dir():
         runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
         raise UsageError(f"--run {asked.run}: there is no such run; finished runs: {runs}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {asked.out}: is a file, where a folder is expected")
     if out.is_relative_to(folder):
         raise UsageError(f"grades would go to {shown(out)}, inside {asked.folder}: give another folder by --out")
     if (out / "weights").is_dir():

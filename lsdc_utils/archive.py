@@ -9,12 +9,10 @@ sagittal T2/STIR or axial T2 is passed over, with the reason as a finding.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from scipy import ndimage
 
 from lsdc_utils import dicom
 from lsdc_utils import vocabulary as words
+from lsdc_utils.files import readable
 from lsdc_utils.headers import DicomError, Tags, read_tags
+from lsdc_utils.processes import each
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # of files that claim to be DICOM
 PROGRESS = 5000  # files between two lines of progress
@@ -104,7 +104,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     folders: dict[Path, _Folder] = defaultdict(_Folder)
     closed: list[OSError] = []
     listed = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, closed)]
-    answers = _each(_look, [file for _, file in listed], workers, len(listed) >= FEW_FILES)
+    answers = each(_look, [file for _, file in listed], workers, FEW_FILES, chunk=64)
     for n, ((split, file), answer) in enumerate(zip(listed, answers, strict=True), 1):
         folder = folders[file.parent]
         folder.n_files += 1
@@ -160,17 +160,6 @@ def _look(file: Path) -> Tags | str:
     if tags.study_uid or tags.series_uid or tags.rows:
         return tags
     return "has an empty header" if claims else ""  # may start like a DICOM file by chance
-
-
-def _each(function: Callable, items: list, workers: int, many: bool) -> Iterable:
-    """`function` of every item, in their order, by `workers` processes where there are `many`."""
-    if workers <= 1 or not many:
-        yield from map(function, items)
-        return
-    context = multiprocessing.get_context("forkserver")  # a notebook's kernel has threads that a fork would break
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, items, chunksize=max(1, min(64, len(items) // workers)))
 
 
 # ---- which images belong together ----------------------------------------------------------------------------------
@@ -316,10 +305,14 @@ def _why_not(tags: Tags) -> str:
     return next((reason for reason, pattern in DESCRIBED.items() if re.search(pattern, text)), "")
 
 
+def _gradient_echo(tags: Tags) -> bool:
+    return bool({"GR", "GRADIENT"} & {*tags.sequence}) and "SE" not in tags.sequence  # GRADIENT: of enhanced images
+
+
 def _by_times(tags: Tags) -> str | None:
     """T1 or T2 where echo, repetition and inversion time (ms) leave no doubt; the limits are those of spin echoes."""
     echo, repetition, inversion = tags.echo_time, tags.repetition_time, tags.inversion_time
-    if "GR" in tags.sequence and "SE" not in tags.sequence:
+    if _gradient_echo(tags):
         return None
     if inversion and 80 <= inversion <= 300:  # nulls fat: STIR
         return words.T2
@@ -333,8 +326,8 @@ def _by_times(tags: Tags) -> str | None:
 
 
 def named_contrast(tags: Tags) -> str | None:
-    """T1 or T2 where the description names one of them."""
-    text = _described(tags)
+    """T1 or T2 where the description, or the contrast of an enhanced image, names one of them."""
+    text = " ".join([_described(tags), *(word.lower() for word in tags.sequence if word in ("T1", "T2", "STIR"))])
     named = [kind for kind, pattern in ((words.T1, T1_WORDS), (words.T2, T2_WORDS)) if re.search(pattern, text)]
     return named[0] if len(named) == 1 else None
 
@@ -364,7 +357,7 @@ def _tell_types(series: list[_Series], workers: int) -> None:
                 one.reason = _unclear(first)
                 silent += [] if one.reason else [one]
     sources = [tuple(tags.file for tags in one.images) for one in silent]
-    for one, kind in zip(silent, _each(contrast, sources, workers, len(sources) > workers), strict=True):
+    for one, kind in zip(silent, each(contrast, sources, workers, workers + 1), strict=True):
         one.kind = kind
         one.reason = "" if kind else "neither header nor image tells T1 from T2"
     for one in series:
@@ -378,7 +371,7 @@ def _plane_of(one: _Series) -> str:
 
 def _unclear(tags: Tags) -> str:
     """Why a header that names neither T1 nor T2 is not to be decided by the image; empty where it is."""
-    if "GR" in tags.sequence and "SE" not in tags.sequence:
+    if _gradient_echo(tags):
         return "gradient echo that names neither T1 nor T2"
     proton = re.search(r"\b(pd|pdw|proton)\b", _described(tags))
     short = tags.echo_time and tags.echo_time < 60 and (tags.repetition_time or 0) >= 1500
@@ -521,7 +514,7 @@ def _number(series: list[_Series]) -> None:
 
 def _name(root: Path, file: Path) -> str:
     """A file or folder as findings call it."""
-    return str(file.relative_to(root)).encode(errors="replace").decode()
+    return readable(file.relative_to(root))
 
 
 def _collect(root: Path, series: list[_Series], folders: dict[Path, _Folder], found: Found) -> None:

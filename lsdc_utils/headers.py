@@ -41,12 +41,12 @@ ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # tags that start an item, i
 UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 
 WANTED_NAMES = """
-    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored BodyPartExamined Columns EchoPulseSequence
+    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored Columns EchoPulseSequence
     EchoTime EffectiveEchoTime HighBit ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber
     InversionTime InversionTimes Modality NumberOfFrames PatientBirthDate PatientID PatientName
     PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelRepresentation PixelSpacing ProtocolName
-    RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SequenceName SequenceVariant
-    SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID StudyDescription
+    RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence
+    SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID
     StudyInstanceUID TransferSyntaxUID
 """
 WANTED = {name: int(Tag(name)) for name in WANTED_NAMES.split()}
@@ -86,9 +86,8 @@ class Tags:
     patient: str  # a hash of identifier, name and birth date: tells patients apart and names none
     modality: str
     description: str  # of the series and of its protocol
-    study_description: str  # with the body part
     image_type: tuple[str, ...]  # upper-case words
-    sequence: tuple[str, ...]  # upper-case words: scanning sequence and variant, name, contrast of an enhanced image
+    sequence: tuple[str, ...]  # upper-case words: scanning sequence, and of an enhanced image its echoes and contrast
     orientation: tuple[float, ...] | None  # direction of growing columns, then of growing rows, LPS
     position: tuple[float, ...] | None  # of the centre of the first pixel, LPS mm
     echo_time: float | None  # ms, as the next two
@@ -136,13 +135,8 @@ def read_tags(file: str | Path) -> Tags:
             patient=_patient(dataset),
             modality=text(dataset, "Modality").upper(),
             description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),
-            study_description=" ".join(
-                filter(None, (text(dataset, "StudyDescription"), text(dataset, "BodyPartExamined")))
-            ),
             image_type=word("ImageType"),
-            sequence=word(
-                "ScanningSequence", "SequenceVariant", "SequenceName", "EchoPulseSequence", "AcquisitionContrast"
-            ),
+            sequence=word("ScanningSequence", "EchoPulseSequence", "AcquisitionContrast"),
             orientation=_tuple(find(groups, "ImageOrientationPatient", 6)),
             position=_tuple(find(groups, "ImagePositionPatient", 3)),
             echo_time=_first(find(groups, "EchoTime"), find(groups, "EffectiveEchoTime")),

@@ -7,11 +7,9 @@ its place in the label table, so that what a finding says is what the conversion
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,8 @@ import pandas as pd
 from lsdc_utils import archive, dicom
 from lsdc_utils import vocabulary as words
 from lsdc_utils.competition import FINDINGS, KEY, SPLITS, Competition, CompetitionError, Notes, names, number_of, read
-from lsdc_utils.files import atomic
+from lsdc_utils.files import atomic, readable
+from lsdc_utils.processes import each
 
 RULES = {  # rule -> what a finding of it means
     # the tables
@@ -114,7 +113,8 @@ def check(comp: Competition, workers: int = 1) -> Checked:
     `if __name__ == "__main__"`.
     """
     notes = Notes([comp.findings])
-    looked = [_Looked(*one) for one in _map(_inspect, _tasks(comp, _on_disk(comp, notes)), workers)]
+    tasks = _tasks(comp, _on_disk(comp, notes))
+    looked = [_Looked(*one) for one in each(_inspect, tasks, workers, FEW_TASKS, chunk=16)]
     problems = [(one.row["study_id"], one.row["series_id"], *problem) for one in looked for problem in one.problems]
     notes.tables.append(pd.DataFrame(problems, columns=FINDINGS))
     _check_folders(comp, notes)
@@ -199,18 +199,6 @@ def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
     return [_Task(comp.source(*key), row, points[key]) for key, row in zip(keys, rows, strict=True)]
 
 
-def _map(function: Callable[[_Task], Any], tasks: list[_Task], workers: int) -> list[Any]:
-    """`function` of every task, in their order, by `workers` processes where that pays."""
-    if workers <= 1 or len(tasks) < FEW_TASKS:
-        return [function(task) for task in tasks]
-    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
-    # from a server that has imported this module once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(function, tasks, chunksize=16))
-
-
 def _inspect(task: _Task) -> _Looked:
     """Read the headers of one series: its line of the series table, what is wrong with it, places of its points."""
     row = dict(task.row)
@@ -219,9 +207,9 @@ def _inspect(task: _Task) -> _Looked:
     try:
         series = dicom.read_series(task.source, pixels=False)
     except dicom.DicomError as error:
-        return _Looked(row, [("series_unusable", str(error), "series left out")])
-    found = [("file_unusable", f"{file.name}: {reason}", "file left out") for file, reason in series.skipped]
-    found += [("file_repaired", f"{file.name}: {what}", "used as repaired") for file, what in series.repaired]
+        return _Looked(row, [("series_unusable", readable(error), "series left out")])
+    found = [("file_unusable", readable(f"{file.name}: {reason}"), "file left out") for file, reason in series.skipped]
+    found += [("file_repaired", readable(f"{file.name}: {what}"), "used as repaired") for file, what in series.repaired]
     shapes = Counter(image.shape for image in series.slices)
     if len(shapes) > 1:
         found.append(("shapes_mixed", ", ".join(f"{r} x {c}" for r, c in sorted(shapes)), "each kept as it is"))
@@ -309,17 +297,17 @@ def _check_folders(comp: Competition, notes: Notes) -> None:
     series = {*zip(comp.series.study_id, comp.series.series_id, strict=True), *named.itertuples(index=False, name=None)}
     studies = {*comp.series.study_id, *comp.labels.study_id, *named.study_id.dropna()}
     for split in SPLITS:
-        for folder in sorted((comp.root / f"{split}_images").glob("*/")):
+        for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
             study = number_of(folder.name)
             if study not in studies:
                 place = pd.DataFrame({"study_id": [study]}, dtype="Int64")
-                notes.add(place, "study_not_in_tables", f"{split}_images/{folder.name}", "study left out")
+                notes.add(place, "study_not_in_tables", readable(f"{split}_images/{folder.name}"), "study left out")
                 continue
-            for inner in sorted(folder.glob("*/")):
+            for inner in sorted(folder.glob("[!.]*/")):
                 number = number_of(inner.name)
                 if (study, number) not in series:
                     place = pd.DataFrame({"study_id": [study], "series_id": [number]}, dtype="Int64")
-                    value = f"{split}_images/{folder.name}/{inner.name}"
+                    value = readable(f"{split}_images/{folder.name}/{inner.name}")
                     notes.add(place, "series_not_in_tables", value, "series left out")
 
 

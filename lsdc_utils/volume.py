@@ -6,9 +6,7 @@ are linear in the position along the slices' normal; slice thickness and instanc
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -21,6 +19,7 @@ import pandas as pd
 from lsdc_utils import dicom, validation
 from lsdc_utils.competition import FINDINGS, Competition
 from lsdc_utils.files import atomic, readable
+from lsdc_utils.processes import each
 from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
@@ -184,19 +183,12 @@ def convert(
     """Read, window and write studies as <folder>/<study>/<series>.npz; of each in turn, what could not be read.
 
     Tables are as in `read_study`. A process holds two series at most, and the files are the same whatever the number
-    of workers; above 1, a script needs Python's `if __name__ == "__main__"`.
+    of workers, which work as `processes.each` says.
     """
     tasks = [_sources(comp, split, study) for study in studies]
-    save = partial(_convert_study, Path(folder))
-    if workers <= 1 or len(tasks) < FEW_STUDIES:
-        yield from map(save, tasks)
-        return
-    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
-    # from a server that has imported this module once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(save, tasks)
+    yield from each(
+        partial(_convert_study, Path(folder)), tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1)
+    )
 
 
 def _convert_study(folder: Path, sources: list[Series]) -> pd.DataFrame:

@@ -433,7 +433,7 @@ def test_tags_of_a_header(tmp_path: Path) -> None:
     )
     tags = read_tags(file)
     assert (tags.study_uid, tags.series_uid, tags.sop_uid) == ("1.2", "1.3", "1.4")
-    assert (tags.modality, tags.description, tags.study_description) == ("MR", "t2_tse_sag Lumbar", "LSPINE")
+    assert (tags.modality, tags.description) == ("MR", "t2_tse_sag Lumbar")
     assert tags.image_type == ("ORIGINAL", "PRIMARY", "M") and tags.sequence == ("SE", "IR")
     assert (tags.echo_time, tags.repetition_time, tags.inversion_time) == (90.5, 3000.0, 160.0)
     assert tags.orientation == (0.0, 1.0, 0.0, 0.0, 0.0, -1.0) and tags.position == (1.0, 2.0, 3.0)

@@ -1,0 +1,27 @@
+"""Work that is shared among processes, its answers in the order of the items."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def each(
+    function: Callable, items: Sequence, workers: int, few: int, chunk: int = 1, begin: Callable | None = None
+) -> Iterator[Any]:
+    """`function` of every item, in their order, by `workers` processes where there are at least `few` items.
+
+    Fewer are done sooner than processes start. A process takes `chunk` items at a time and calls `begin` first. Above
+    one worker a script needs Python's `if __name__ == "__main__"`.
+    """
+    if workers <= 1 or len(items) < few:
+        yield from map(function, items)
+        return
+    # Not forked from here, since a notebook's kernel has threads that a forked process would inherit in any state, but
+    # from a server that has imported the function's module once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # of a partial, what it calls
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=begin) as pool:
+        yield from pool.map(function, items, chunksize=chunk)

@@ -62,10 +62,10 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],
     ),
-    "01_eda": ('data_dir: str = ""', "from lsdc_utils import used", ["tables/series.parquet", "tables/findings.csv"]),
+    "01_eda": ('data_dir: str = ""', "", ["tables/series.parquet", "tables/findings.csv"]),
     "02_convert_labels": (
         "n_splits: int = 2",
-        "",
+        "from lsdc_utils import used",
         ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
     ),
     "03_train_yolo": (

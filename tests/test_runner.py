@@ -205,8 +205,8 @@ def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path
     with (tiny_project / "lsdc_utils/used.py").open("a") as module:
         module.write("from . import helper\n")
     (tiny_project / "lsdc_utils/helper.py").write_text("")
-    assert len(would_run(tiny_project)) == 12  # all but 00
-    assert would_run(tiny_project, "--until", "01") == ["01_eda"]
+    assert len(would_run(tiny_project)) == 11  # all but 00 and 01
+    assert would_run(tiny_project, "--until", "02") == ["02_convert_labels"]
 
 
 def test_a_changed_code_cell_runs_the_step_and_what_follows(tiny_project: Path) -> None:
@@ -227,11 +227,16 @@ def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) 
 
 
 def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path) -> None:
-    series = tiny_project / "outputs/demo/tables/series.parquet"
-    series.write_text("whole")
+    labels = tiny_project / "outputs/demo/tables/labels.parquet"
+    labels.write_text("whole")
     assert would_run(tiny_project) == []
-    series.write_text("other")
-    assert "02_convert_labels" in would_run(tiny_project)
+    labels.write_text("other")
+    assert "03_train_yolo_scs_fold0" in would_run(tiny_project)
+
+
+def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
+    write_tiny_notebook(tiny_project, "01_eda", "print('another figure')")
+    assert would_run(tiny_project) == ["01_eda", "06_report"]
 
 
 def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
@@ -249,7 +254,7 @@ def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path)
 
 def test_sided_classes_need_no_canal_points(tiny_project: Path) -> None:
     plan = would_run(tiny_project, "--run", "sided", "--until", "03_train_yolo_nfn_fold0", "yolo_classes=sided")
-    assert plan == ["00_get_data", "01_eda", "02_convert_labels", "03_train_yolo_nfn_fold0"]
+    assert plan == ["00_get_data", "02_convert_labels", "03_train_yolo_nfn_fold0"]
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ started with the first such frame, dies with its parent, and is replaced where i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -33,7 +34,8 @@ MAX_FRAMES = 1 << 12
 MAX_FRAGMENTS = 1 << 16
 RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 
-FRAME_SECONDS = 3.0  # to decode one frame; usual ones take 5 to 30 ms
+FRAME_SECONDS = 3.0  # of processor time to decode one frame; usual ones take 5 to 30 ms
+WAIT_SECONDS = 30.0  # by the clock, on a machine so busy that its decoder hardly runs
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
 DONE, FAILED, EXHAUSTED = 0, 1, 2  # what the worker says of a frame; the last is a flag: replace me
 WORKER_MEMORY = 1 << 29  # bytes a worker may take beyond what it needs to start
@@ -271,15 +273,18 @@ class Worker:
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
-                deadline = time.monotonic() + FRAME_SECONDS
-                self._socket.settimeout(FRAME_SECONDS)
+                deadline = time.monotonic() + WAIT_SECONDS
+                self._socket.settimeout(WAIT_SECONDS)
                 self._socket.sendall(json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data)
                 answer = self._read(layout.bytes, deadline)
             except TimeoutError:
                 self.stop()
-                raise DicomError(f"has compressed pixels that took more than {FRAME_SECONDS:g} s to decode") from None
+                raise DicomError(f"has compressed pixels that took more than {WAIT_SECONDS:g} s to decode") from None
             except OSError:
-                self.stop()
+                if self._stopped_by() == signal.SIGPROF:
+                    raise DicomError(
+                        f"has compressed pixels that take more than {FRAME_SECONDS:g} s to decode"
+                    ) from None
                 raise DicomError("has compressed pixels that made the decoder crash") from None
             except DicomError:
                 raise
@@ -291,6 +296,15 @@ class Worker:
         if len(answer) != layout.bytes:
             raise DicomError("has compressed pixels of another size than its header says")
         return np.frombuffer(answer, layout.dtype)
+
+    def _stopped_by(self) -> int:
+        """End the process, and the signal that it had ended by before; 0 where it had not, or by none."""
+        process = self._process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        ended = process.returncode
+        self.stop()
+        return -ended if ended is not None and ended < 0 else 0
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
@@ -364,11 +378,13 @@ def serve() -> None:
     for line in requests:
         request = json.loads(line)
         data = requests.read(request.pop("bytes"))
-        signal.setitimer(signal.ITIMER_REAL, FRAME_SECONDS + 1)  # ends the process, should its parent be gone by then
+        signal.setitimer(signal.ITIMER_PROF, FRAME_SECONDS)  # each ends the process: too much processor time,
+        signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS + 1)  # or the parent gone before it took the answer
         try:
             answer, state = _decode_jpeg(data, Layout(**request)).tobytes(), DONE
         except Exception as error:
             answer, state = _line(error).encode(), FAILED
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if _memory() > used + WORKER_MEMORY // 2:  # a decoder that fails may keep what it took
             state |= EXHAUSTED

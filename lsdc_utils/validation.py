@@ -495,14 +495,14 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
         print(f"not usable: {error}")
         return 1
     series, findings = checked.series, checked.findings
+    if out is not None:
+        with atomic(out) as file:
+            findings.to_csv(file, index=False)
     for split, part in series.groupby("split"):
         print(f"{split}: {part.study_id.nunique()} studies, {len(part)} series, {part.n_slices.sum()} images")
     if len(labels := checked.labels):
         print(f"labels: {(labels.severity >= 0).sum()} grades, {labels.X.notna().sum()} points with a usable place")
     print(*_told(summary(findings)), sep="\n")
-    if out is not None:
-        with atomic(out) as file:
-            findings.to_csv(file, index=False)
     print(
         f"{len(findings)} findings: " + (f"written to {out}" if out else "give --out FILE.csv to have each as a line")
     )

@@ -50,10 +50,21 @@ def test_a_worker_that_died_is_replaced(worker: Worker) -> None:
     assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
 
 
+def signal_when_asked(process: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
+    """Send signals to a process when it is next asked whether it lives, which is just before it gets its work."""
+
+    def poll() -> None:
+        monkeypatch.undo()
+        for number in signals:
+            os.kill(process.pid, number)
+
+    monkeypatch.setattr(process, "poll", poll)
+
+
 def test_a_crash_costs_its_frame_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.decode(LOSSLESS_RAMP, LAYOUT)
     worker._process.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr(worker._process, "poll", lambda: os.kill(worker._process.pid, signal.SIGKILL))
+    signal_when_asked(worker._process, monkeypatch, signal.SIGKILL)
     with pytest.raises(DicomError, match="made the decoder crash"):
         worker.decode(LOSSLESS_RAMP, LAYOUT)
     assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
@@ -63,11 +74,21 @@ def test_a_frame_without_end_is_given_up(worker: Worker, monkeypatch: pytest.Mon
     worker.decode(LOSSLESS_RAMP, LAYOUT)
     hanging = worker._process
     hanging.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr(decoding, "FRAME_SECONDS", 0.2)
+    monkeypatch.setattr(decoding, "WAIT_SECONDS", 0.2)
     with pytest.raises(DicomError, match=r"more than 0.2 s"):
         worker.decode(LOSSLESS_RAMP, LAYOUT)
     assert hanging.poll() is not None  # nothing is left behind
     monkeypatch.undo()
+    assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
+
+
+def test_a_frame_may_take_so_much_processor_time_and_no_more(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.decode(LOSSLESS_RAMP, LAYOUT)
+    spent = worker._process
+    spent.send_signal(signal.SIGSTOP)
+    signal_when_asked(spent, monkeypatch, signal.SIGPROF, signal.SIGCONT)
+    with pytest.raises(DicomError, match=r"take more than 3 s"):
+        worker.decode(LOSSLESS_RAMP, LAYOUT)
     assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
 
 

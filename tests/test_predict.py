@@ -216,7 +216,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (*(f"yolo_{key}_fold0.pt" for key in GROUPS), "vit3d_fold0.safetensors"):
         (run / "weights" / name).write_text("")
         (run / "weights" / name).with_suffix(".json").write_text("")
-    (run / "blend.json").write_text(json.dumps({"kind": "fitted", "folds": [0], "vit_views": 7}))
+    (run / "blend.json").write_text(json.dumps({"kind": "fitted", "folds": [0], "vit_views": 7, "threads": 1}))
     return run
 
 

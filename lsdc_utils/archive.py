@@ -200,6 +200,7 @@ def _split(group: _Series, root: Path) -> list[_Series]:
     """The parts of a series that are to be read on their own: what is passed over, echoes, planes, repeated numbers."""
 
     def part(images: list[Tags], reason: str = "") -> _Series:
+        """Some images of the group as a series of their own."""
         return _Series(group.split, group.study, group.series, images, reason=reason)
 
     reasons = defaultdict(list)

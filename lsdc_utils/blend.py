@@ -83,6 +83,7 @@ def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, sc
     start = np.array([1 / len(models)] * len(models) + [0.0, 0.0])
 
     def objective(parameters: np.ndarray) -> float:
+        """The score's parts, with the pull to equal weights and no bias."""
         parts = scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))).score()
         loss = np.nansum([value for part, value in parts.items() if part != "total"])
         return float(loss + SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))

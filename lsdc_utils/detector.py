@@ -896,6 +896,7 @@ def localisation(errors: pd.DataFrame) -> pd.DataFrame:
     """Share of label points found, and found within 5 and 10 mm of the reader's point, by condition."""
 
     def line(group: pd.DataFrame) -> pd.Series:
+        """The shares of one condition."""
         near = {f"within_{mm}_mm": (group["distance"] <= mm).mean() for mm in (5, 10)}
         plane = {f"in_plane_within_{mm}_mm": (group["in_plane"] <= mm).mean() for mm in (5, 10)}
         found = group["distance"].notna()

@@ -125,6 +125,7 @@ def read_tags(file: str | Path) -> Tags:
         groups = frame_groups(dataset, 0)
 
         def word(*names: str) -> tuple[str, ...]:
+            """The words in these tags, upper case."""
             return tuple(part.strip() for name in names for part in text(dataset, name).upper().split("\\") if part)
 
         return Tags(
@@ -211,6 +212,7 @@ class _Piece(io.BytesIO):
     reads = 0
 
     def read(self, n: int | None = -1) -> bytes:
+        """As of any stream; DicomError where it is asked too often."""
         self.reads += 1
         if self.reads > MAX_READS:
             raise DicomError("has a header of more elements than any image has")
@@ -263,6 +265,7 @@ def _parse(
     found = None
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        """Whether the pixels are reached, which ends the header; notes where they are."""
         nonlocal found
         if tag in PIXEL_DATA:
             found = stream.tell(), length, vr if tag == PIXEL_DATA[0] else "OF"

@@ -506,11 +506,11 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     print(
         f"{len(findings)} findings: " + (f"written to {out}" if out else "give --out FILE.csv to have each as a line")
     )
-    readable = (series.n_slices > 0).sum()
-    if not readable:
+    usable = (series.n_slices > 0).sum()
+    if not usable:
         print("not usable: no image of any series can be read")
         return 1
-    print(f"usable: {readable} of {len(series)} series can be read")
+    print(f"usable: {usable} of {len(series)} series can be read")
     return 0
 
 

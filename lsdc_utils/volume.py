@@ -154,17 +154,17 @@ def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack
     return stacks, pd.DataFrame(problems, columns=FINDINGS)
 
 
-Series = tuple[Source, int, int, str]  # arguments of `read_stack`
+Described = tuple[Source, int, int, str]  # a series as `read_stack` takes it
 
 
-def _sources(comp: Competition, split: str, study_id: int) -> list[Series]:
+def _sources(comp: Competition, split: str, study_id: int) -> list[Described]:
     """The series of a study, by series id."""
     mine = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
     rows = sorted(zip(mine["series_id"].tolist(), mine["series_type"], strict=True))
     return [(comp.source(split, study_id, number), int(study_id), number, kind) for number, kind in rows]
 
 
-def _read_series(sources: Iterable[Series]) -> Iterator[tuple[Stack | None, list[tuple]]]:
+def _read_series(sources: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
     """For each series its stack, None where it cannot be read, and its lines of the findings table."""
     for source in sources:
         _, study_id, series_id, _ = source
@@ -191,7 +191,7 @@ def convert(
     )
 
 
-def _convert_study(folder: Path, sources: list[Series]) -> pd.DataFrame:
+def _convert_study(folder: Path, sources: list[Described]) -> pd.DataFrame:
     """Write the stacks of one study; what could not be read."""
     problems = []
     for stack, found in _read_series(sources):

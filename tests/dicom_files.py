@@ -10,8 +10,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
     RLELossless,
@@ -19,6 +21,10 @@ from pydicom.uid import (
 
 SAGITTAL = ((0.0, 1.0, 0.0), (0.0, 0.0, -1.0))  # columns run to the back, rows to the feet
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))  # columns run to the patient's left, rows to the back
+LOSSLESS = (  # transfer syntaxes that tests can write and that give the same pixels back
+    *(ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian),
+    *(RLELossless, JPEGLSLossless, JPEG2000Lossless),
+)
 ENCODERS: dict[str, dict] = {RLELossless: {}, JPEGLSLossless: {}, JPEG2000Lossless: {}, JPEG2000: {"j2k_cr": [4]}}
 
 # np.arange(48).reshape(6, 8) * 80 in 12 bits, as lossless JPEG of the first predictor, encoded by GDCM 3.2.6.

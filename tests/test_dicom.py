@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import LOSSLESS_RAMP, RAMP, SAGITTAL, tilted, write_frames, write_slice, write_stack
+from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, SAGITTAL, tilted, write_frames, write_slice, write_stack
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
@@ -125,19 +125,7 @@ def test_stored_values_become_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["uint16", "int16"])
-@pytest.mark.parametrize(
-    "syntax",
-    [
-        uid.ImplicitVRLittleEndian,
-        uid.ExplicitVRLittleEndian,
-        uid.ExplicitVRBigEndian,
-        uid.DeflatedExplicitVRLittleEndian,
-        uid.RLELossless,
-        uid.JPEGLSLossless,
-        uid.JPEG2000Lossless,
-    ],
-    ids=lambda syntax: syntax.keyword,
-)
+@pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.keyword)
 def test_every_lossless_way_of_storing_gives_the_same_pixels(tmp_path: Path, syntax: uid.UID, sign: str) -> None:
     stored = np.tile(RAMP, (8, 6)).astype(sign)
     stored -= 2000 * (sign == "int16")

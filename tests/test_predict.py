@@ -235,6 +235,9 @@ def test_mistakes_are_told(finished: Path, tmp_path: Path, capsys: pytest.Captur
     garbage.mkdir()
     assert asked(garbage, "--run", "demo", "--out", finished) == 2
     assert "over those of the run" in capsys.readouterr().err
+    (tmp_path / "taken").write_text("a file")
+    assert asked(garbage, "--run", "demo", "--out", tmp_path / "taken") == 2
+    assert "is a file" in capsys.readouterr().err
     assert asked(garbage, "--run", "demo", "--cores", 0) == 2
     assert "expected 1 or more" in capsys.readouterr().err
     (finished / "weights/vit3d_fold0.json").unlink()

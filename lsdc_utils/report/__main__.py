@@ -35,6 +35,7 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
     """The README with the places of `run` filled from its record; places of other runs stay."""
 
     def replacement(place: re.Match) -> str:
+        """What a marked place of the README is to hold."""
         if place[3] != run:
             return place[0]
         content = picture_line(run, place[4], record) if place[2] == "picture" else score_lines(run, record)

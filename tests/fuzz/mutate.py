@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from dicom_files import LOSSLESS_RAMP, RAMP, write_frames, write_slice
+from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, write_frames, write_slice
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
@@ -23,16 +23,7 @@ from lsdc_utils.headers import WANTED, WANTED_TAGS
 
 Random = np.random.Generator
 
-SYNTAXES = (
-    uid.ImplicitVRLittleEndian,
-    uid.ExplicitVRLittleEndian,
-    uid.ExplicitVRBigEndian,
-    uid.DeflatedExplicitVRLittleEndian,
-    uid.RLELossless,
-    uid.JPEGLSLossless,
-    uid.JPEG2000Lossless,
-    uid.JPEG2000,
-)
+SYNTAXES = (*LOSSLESS, uid.JPEG2000)
 OTHER_SYNTAXES = (*SYNTAXES, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.MPEG2MPML, "1.2.3", "")
 SIZES = (0, 1, 2, 7, 8, 255, 4096, 0x7FFF, 0xFFFE, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF0, 0xFFFFFFFF)
 VALUES = (

@@ -87,7 +87,7 @@ def read_part(cases: range, seed: int, keep: Path | None = None) -> dict:
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # a wild allocation fails, and the machine lives
     warnings.simplefilter("ignore")
     outcomes: Counter[str] = Counter()
-    failures, slowest = [], (0.0, 0)
+    failures, slowest, most = [], (0.0, 0), 0
     with tempfile.TemporaryDirectory() as folder:
         files = seeds(Path(folder))
         good = write_slice(Path(folder) / "good.dcm", 500, (0.0, 0.0, 100.0))
@@ -101,23 +101,22 @@ def read_part(cases: range, seed: int, keep: Path | None = None) -> dict:
                 "series": lambda file=file: check(dicom.read_series([good, file])),
             }
             for name, call in calls.items():
-                outcome, seconds = attempt(call)
-                slowest = max(slowest, (seconds, case))
+                outcome, seconds, memory = attempt(call)
+                slowest, most = max(slowest, (seconds, case)), max(most, memory)
                 outcomes[f"{name}: {outcome.split(':')[0]}"] += 1
-                if outcome.startswith("escaped") or seconds > SECONDS:
-                    failures.append(f"case {case}, {name}, {seconds:.1f} s: {outcome}")
+                if outcome.startswith("escaped") or seconds > SECONDS or memory > MEMORY:
+                    failures.append(f"case {case}, {name}, {seconds:.1f} s, {memory >> 20} MiB: {outcome}")
                 if keep:
                     print(f"{name}: {outcome} ({seconds:.3f} s)")
             if not keep:
                 file.unlink()
-    if memory() > MEMORY:
-        failures.append(f"{memory() >> 20} MiB of memory")
-    return {"outcomes": outcomes, "failures": failures, "slowest": slowest, "memory": memory()}
+    return {"outcomes": outcomes, "failures": failures, "slowest": slowest, "memory": most}
 
 
-def attempt(call: Callable[[], object]) -> tuple[str, float]:
-    """What a call gave: read, DicomError, or an error that escaped; and its seconds."""
+def attempt(call: Callable[[], object]) -> tuple[str, float, int]:
+    """What a call gave: read, DicomError, or an error that escaped; its seconds and the most bytes held meanwhile."""
     faulthandler.dump_traceback_later(HANG, exit=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: what made the file does not count
     start = processor_time()
     try:
         call()
@@ -128,7 +127,7 @@ def attempt(call: Callable[[], object]) -> tuple[str, float]:
         outcome = f"escaped: {type(error).__name__}: {error}"
     seconds = processor_time() - start
     faulthandler.cancel_dump_traceback_later()
-    return outcome, seconds
+    return outcome, seconds, peak_memory()
 
 
 def processor_time() -> float:
@@ -151,12 +150,17 @@ def check(series: dicom.Series) -> None:
     assert all(reason and "\n" not in reason for _, reason in (*series.skipped, *series.repaired))
 
 
-def memory() -> int:
-    """The most bytes of memory that this process has held, and the most that a process it started has."""
+def peak_memory() -> int:
+    """The most bytes that this process has held since its peak was reset, and the most that a decoding process has."""
     worker = decoding._worker(os.getpid())._process
-    live = psutil.Process(worker.pid).memory_info().rss if worker and worker.poll() is None else 0
-    mine, ended = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return mine + max(live, ended)
+    live = peak(worker.pid) if worker and worker.poll() is None else 0
+    return peak(os.getpid()) + max(live, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+
+
+def peak(process: int) -> int:
+    """The peak of a process's memory in bytes; ru_maxrss would also count what its parent held when it started it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def report(result: dict) -> str:

@@ -103,6 +103,7 @@ class Detections:
 
     points: np.ndarray  # (m, 3) LPS mm
     scores: np.ndarray  # (m, classes)
+    levels: np.ndarray  # (m,) number of the level that its axial slice shows by the canal points; -1: none, not axial
 
 
 # ---------------------------------------------------------------- classes
@@ -179,6 +180,19 @@ def normals(stack: Stack) -> np.ndarray:
 def plane_distances(stack: Stack, points: np.ndarray) -> np.ndarray:
     """Signed distance in mm of points (m, 3) from the plane of every slice: (n, m)."""
     return np.einsum("nmi,ni->nm", points[None] - stack.affines[:, None, :3, 3], normals(stack))
+
+
+def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
+    """The level that each slice of an axial series shows: (n,) numbers in LEVELS, or -1.
+
+    It is the level whose canal point (canal: level, X, Y, Z of one study) lies nearest to the slice's plane, if that is
+    within `AXIAL_REACH`. This is the one place where axial slices get their level.
+    """
+    if canal.empty:
+        return np.full(len(stack.pixels), -1)
+    distances = np.abs(plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float)))
+    numbers = np.array([LEVELS.index(level) for level in canal["level"]])
+    return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
 
 
 def to_pixels(affine: np.ndarray, point: np.ndarray) -> np.ndarray:
@@ -583,13 +597,16 @@ def detect(
         wanted = np.flatnonzero(_wanted(stack, config, canal))
         if not len(wanted):
             continue
+        by_canal = canal is not None and config.condition == "ss"
+        shown = axial_levels(stack, canal) if by_canal else np.full(len(stack.pixels), -1)
         inputs = channels(strips(stack, config), stack.blocks, config)[wanted]
         for scale, flip in config.views:
             centres, scores = _forward(detector, inputs, scale, flip)
             points = _to_patient(stack, wanted, centres, config)
-            parts.append((points.reshape(-1, 3), scores.reshape(-1, scores.shape[2])))
+            levels = np.repeat(shown[wanted], points.shape[1])
+            parts.append((points.reshape(-1, 3), scores.reshape(-1, scores.shape[2]), levels))
     if not parts:
-        return Detections(np.empty((0, 3)), np.empty((0, len(classes(config)))))
+        return Detections(np.empty((0, 3)), np.empty((0, len(classes(config)))), np.empty(0, dtype=int))
     return Detections(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
@@ -599,10 +616,9 @@ def _wanted(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndar
         return _wide_canal(stack)
     if config.everywhere or canal is None or canal.empty:
         return np.ones(len(stack.pixels), dtype=bool)
-    distances = plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float))
-    nearest = np.abs(distances).min(axis=1)
     if config.condition == "ss":
-        return nearest <= AXIAL_REACH
+        return axial_levels(stack, canal) >= 0
+    nearest = np.abs(plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float))).min(axis=1)
     return (nearest >= FORAMEN_REACH[0]) & (nearest <= FORAMEN_REACH[1])
 
 
@@ -791,17 +807,15 @@ def _find_foramina(detections: Detections, canal: pd.DataFrame | None) -> list[t
 
 
 def _find_recesses(detections: Detections, canal: pd.DataFrame | None) -> list[tuple]:
-    """Level by the canal point nearest in height, side by patient x against it; nothing without canal points."""
+    """Level by the detection's slice, side by patient x against its canal point; nothing without canal points."""
     if canal is None:
         return []
-    points, names = detections.points, list(canal.index)
-    # Slices stay in their blocks: a detection belongs to the level whose canal point lies nearest to it.
-    apart = np.linalg.norm(points[:, None] - canal.to_numpy()[None], axis=2)
-    nearest, found = apart.argmin(axis=1), []
-    for number, level in enumerate(names):
+    points, found = detections.points, []
+    for level, centre in zip(canal.index, canal.to_numpy(), strict=True):
+        here = detections.levels == LEVELS.index(level)
+        here &= np.linalg.norm(points - centre, axis=1) <= RECESS_REACH
         for side, sign in zip(SIDES, (1, -1), strict=True):
-            lateral = sign * (points[:, 0] - canal.loc[level, "X"])
-            index = np.flatnonzero((nearest == number) & (apart[:, number] <= RECESS_REACH) & (lateral > 0))
+            index = np.flatnonzero(here & (sign * (points[:, 0] - centre[0]) > 0))
             if len(index):
                 scores = detections.scores[index]
                 weight = scores.sum(axis=1)
@@ -847,15 +861,24 @@ def grade_study(
     rows, points = {}, {}
     rows["scs"], points["scs"] = grade(detectors["scs"], [(study_id, stacks)])
     rows["nfn"], points["nfn"] = grade(detectors["nfn"], [(study_id, stacks)], points["scs"])
-    canal = points["scs"] if len(points["scs"]) else canal_from_foramina(points["nfn"])
+    canal = study_canal(points["scs"], points["nfn"])
     rows["ss"], points["ss"] = grade(detectors["ss"], [(study_id, stacks)], canal)
     named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal
 
 
+def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
+    """Canal points of studies: those of the canal's detector, or where it found none, those from the foramina.
+
+    scs, nfn: points of any number of studies, as `grade` returns them; so is the result, which both out-of-fold and
+    test studies are graded by.
+    """
+    return pd.concat([scs, canal_from_foramina(nfn[~nfn["study_id"].isin(scs["study_id"])])], ignore_index=True)
+
+
 def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
-    """Canal points of one study from its foramen points, at levels where both sides were found; columns as there."""
-    both = points.groupby("level").filter(lambda level: set(level["side"]) == set(SIDES))
+    """Canal points of studies from their foramen points, at levels where both sides were found; columns as there."""
+    both = points.groupby(["study_id", "level"]).filter(lambda level: set(level["side"]) == set(SIDES))
     middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
     middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
     return middle.assign(side="")[points.columns]

@@ -1,5 +1,7 @@
 """Detectors: classes, boxes, data sets, weights, and what becomes of detections in patient space."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,7 +95,7 @@ def ideal(condition: str, severities: dict, scheme: str = "seen") -> tuple[detec
     settings = config(condition, scheme)
     table = detector.classes(settings)
     rng = np.random.default_rng(0)
-    points, scores = [], []
+    points, scores, levels = [], [], []
     for (name, level), point in toy_points(condition).items():
         for _ in range(2):
             score = np.full(len(table), 0.01)
@@ -101,14 +103,27 @@ def ideal(condition: str, severities: dict, scheme: str = "seen") -> tuple[detec
             score[fits & (table["severity"] == severities[name, level])] = 0.8
             points.append(point + rng.normal(0, 0.5, 3))
             scores.append(score)
+            levels.append(LEVELS.index(level))
     for _ in range(30):  # clutter in front of the spine
         points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
         scores.append(np.full(len(table), 0.02))
-    return detector.Detections(np.array(points), np.array(scores)), settings
+        levels.append(int(rng.integers(5)))
+    return detector.Detections(np.array(points), np.array(scores), np.array(levels)), settings
+
+
+def no_detections(settings: detector.Config) -> detector.Detections:
+    return detector.Detections(np.empty((0, 3)), np.empty((0, len(detector.classes(settings)))), np.empty(0, int))
 
 
 def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
     lines = [(study_id, level, "", *level_centre(level, shift), 0.9) for level in LEVELS]
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
+
+
+def foramen_points(study_id: int = 1) -> pd.DataFrame:
+    lines = [
+        (study_id, level, CONDITIONS[name].side, *point, 0.8) for (name, level), point in toy_points("nfn").items()
+    ]
     return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
 
 
@@ -213,7 +228,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition, scheme):
 def test_a_mirrored_study_exchanges_left_and_right(condition):
     severities = {key: int(key[0].startswith("left")) * 2 for key in toy_points(condition)}
     detections, settings = ideal(condition, severities)
-    mirrored = detector.Detections(detections.points * [-1, 1, 1], detections.scores)
+    mirrored = replace(detections, points=detections.points * [-1, 1, 1])
     rows, mirror = (
         detector.decode(d, 1, settings, canal_points())[0].set_index("row_id") for d in (detections, mirrored)
     )
@@ -234,8 +249,7 @@ def test_levels_are_assigned_once_in_anatomical_order():
 def test_no_evidence_no_rows():
     for condition in GROUPS:
         settings = config(condition)
-        nothing = detector.Detections(np.empty((0, 3)), np.empty((0, len(detector.classes(settings)))))
-        rows, points = detector.decode(nothing, 1, settings, canal_points())
+        rows, points = detector.decode(no_detections(settings), 1, settings, canal_points())
         assert rows.empty and points.empty and list(rows) == ["row_id", *SEVERITIES]
     severities = dict.fromkeys(toy_points("ss"), 0)
     detections, settings = ideal("ss", severities)
@@ -247,7 +261,7 @@ def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatc
     seen = {key: ideal(key, dict.fromkeys(toy_points(key), 1)) for key in ("nfn", "ss")}
     empty = config("scs"), config("scs", "sided")
     for settings in empty:
-        seen["scs"] = detector.Detections(np.empty((0, 3)), np.empty((0, 15))), settings
+        seen["scs"] = no_detections(settings), settings
         monkeypatch.setattr(detector, "detect", lambda found, stacks, canal: seen[found.config.condition][0])
         detectors = {key: [detector.Detector(torch.nn.Identity(), seen[key][1], 0, {})] for key in GROUPS}
         rows, points, canal = detector.grade_study(detectors, 1, [])
@@ -263,11 +277,36 @@ def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatc
     assert detector.canal_from_foramina(one_side.head(0)).empty
 
 
+def test_only_studies_without_canal_points_take_them_from_their_foramina():
+    nfn = pd.concat([foramen_points(1), foramen_points(2)])
+    canal = detector.study_canal(canal_points(1), nfn)
+    assert list(canal) == list(canal_points(1)) and set(canal["side"]) == {""}
+    pd.testing.assert_frame_equal(canal[canal["study_id"] == 1], canal_points(1))
+    mine = canal[canal["study_id"] == 2]
+    assert list(mine["level"]) == list(LEVELS)
+    shift = mine[["X", "Y", "Z"]].to_numpy() - [level_centre(level) for level in LEVELS]
+    np.testing.assert_allclose(shift, np.c_[np.zeros(5), detector.CANAL_FROM_FORAMINA])
+    assert detector.study_canal(canal_points(1).head(0), foramen_points(2).head(0)).empty
+
+
+def test_axial_slices_take_the_level_whose_point_is_nearest_to_their_plane():
+    stack, _ = toy_study("ss")
+    z = stack.affines[:, 2, 3]
+    apart = np.abs(z[:, None] - [level_centre(level)[2] for level in LEVELS])
+    expected = np.where(apart.min(axis=1) <= detector.AXIAL_REACH, apart.argmin(axis=1), -1)
+    assert set(expected) == {-1, 0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(detector.axial_levels(stack, canal_points()), expected)
+    np.testing.assert_array_equal(detector.axial_levels(stack, canal_points().iloc[::-1]), expected)
+    without = np.where(np.isin(expected, [1, 3]), -1, expected)
+    np.testing.assert_array_equal(detector.axial_levels(stack, canal_points().iloc[[0, 2, 4]]), without)
+    assert (detector.axial_levels(stack, canal_points().head(0)) == -1).all()
+
+
 def test_a_class_never_seen_gets_the_published_floor():
     settings = config("ss", "sided")
     scores = np.zeros((1, 30))
     scores[0, 2] = 0.5
-    detections = detector.Detections(np.zeros((1, 3)), scores)
+    detections = detector.Detections(np.zeros((1, 3)), scores, np.array([-1]))
     rows = detector.decode(detections, 1, settings)[0].set_index("row_id")
     floor = detector.FLOOR
     first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)

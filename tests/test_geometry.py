@@ -228,7 +228,8 @@ def detected(planted: Planted, columns: slice, series_type: str) -> detector.Det
     scores = np.full((len(points), per_level, 3), 1e-6)
     for number in range(len(points)):
         scores[number, number % per_level, 1] = 0.9
-    return detector.Detections(np.array(points), scores.reshape(len(points), -1))
+    levels = np.arange(len(points)) % len(LEVELS) if series_type == AXIAL else np.full(len(points), -1)
+    return detector.Detections(np.array(points), scores.reshape(len(points), -1), levels)
 
 
 def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
@@ -257,6 +258,8 @@ def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
         normal, origin = image.affine[:3, 2], image.affine[:3, 3]
         nearest = np.abs((canal[["X", "Y", "Z"]].to_numpy() - origin) @ normal).min()
         assert wanted[k] == (nearest <= detector.AXIAL_REACH)
+    levels = detector.axial_levels(stack, canal)
+    assert (levels[[series.to_pixel(*point)[0] for point in canal[["X", "Y", "Z"]].to_numpy()]] == range(5)).all()
 
 
 def test_the_canal_is_looked_for_where_it_is(planted):

@@ -16,15 +16,15 @@ of a study are jointly normal. With no evidence at all the expectation is the pr
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize
-from scipy.special import ndtr, ndtri
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import ndtr, ndtri, softmax
 
-from lsdc_utils.metric import PROBABILITIES, Scorer, solution_of, weight_rows
+from lsdc_utils.metric import PROBABILITIES, Scorer, StudyLosses, solution_of, weight_rows
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, parse_row_id, study_row_ids
 
 PUBLISHED_WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the bronze-medal method's arithmetic mean
@@ -84,21 +84,62 @@ def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, sc
 
     def objective(parameters: np.ndarray) -> float:
         """The score's parts, with the pull to equal weights and no bias."""
-        parts = scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))).score()
-        loss = np.nansum([value for part, value in parts.items() if part != "total"])
-        return float(loss + SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
+        loss = _touched(scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))))
+        return loss + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
 
     found = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x.tolist()
     weights, bias = found[: len(models)], found[len(models) :]
     return Mixture(dict(zip(models, weights, strict=True)), (bias[0], bias[1]))
 
 
+def _touched(losses: StudyLosses) -> float:
+    """The sum of the parts of the score that have a value: those that the scored rows touch."""
+    return float(np.nansum([value for part, value in losses.score().items() if part != "total"]))
+
+
+def temper(temperatures: dict[str, float], tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
+    """Rows p proportional to (the geometric mean of the models' rows)^T, with one temperature T a condition group.
+
+    A model's missing row is the prior's there; a row that no model gives stays the prior.
+    """
+    shares = prior[PROBABILITIES].to_numpy()
+    given = np.stack([_aligned(table, prior) for table in tables.values()])
+    logs = np.log(np.maximum(np.where(np.isnan(given), shares, given), SMALLEST)).mean(axis=0)
+    powers = pd.Series(_groups(prior)).map(temperatures).to_numpy(float)
+    natural = softmax(powers[:, None] * logs, axis=1)
+    return _table(prior["row_id"], np.where(np.isnan(given).all(axis=(0, 2))[:, None], shares, natural))
+
+
+def fit_temperatures(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, float]:
+    """The temperatures of `temper` with the best official score on `labels`, pulled to 1 (kept without a label)."""
+    labelled, found = prior.merge(solution_of(labels), on="row_id"), dict.fromkeys(GROUPS, 1.0)
+    groups = _groups(labelled)
+    for key in set(groups):
+        mine = labelled[groups == key]
+        scorer = Scorer(mine)
+
+        def objective(log_power: float, key: str = key, mine: pd.DataFrame = mine, scorer: Scorer = scorer) -> float:
+            """The score's parts that the group's rows touch, with the pull to 1."""
+            rows = temper({key: np.exp(log_power)}, tables, mine)[PROBABILITIES].to_numpy()
+            return _touched(scorer.losses(weight_rows(rows))) + SHRINKAGE / len(scorer.studies) * log_power**2
+
+        found[key] = float(np.exp(minimize_scalar(objective, bounds=(-4, 2), method="bounded").x))
+    return found
+
+
 def cross_fitted(
-    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, parts: int = 5, seed: int = 0
+    tables: Tables,
+    prior: pd.DataFrame,
+    labels: pd.DataFrame,
+    fit: Callable = fit_blend,
+    apply: Callable = apply_blend,
+    parts: int = 5,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Each row blended by numbers that were fitted on other studies, so that its score is honest.
 
-    `labels`: row_id, study_id, severity. Studies are dealt into `parts` at random.
+    `labels`: row_id, study_id, severity. Studies are dealt into `parts` at random. `fit` and `apply` are a pair such as
+    `fit_blend` and `apply_blend`.
     """
     study_of = prior["row_id"].map(lambda row: parse_row_id(row)[0])
     studies = np.random.default_rng(seed).permutation(np.sort(study_of.unique()))
@@ -106,8 +147,8 @@ def cross_fitted(
     for held_out in np.array_split(studies, min(parts, len(studies))):
         mine = study_of.isin(held_out)
         fitted_on = labels[~labels["study_id"].astype(str).isin(held_out)]
-        blend = fit_blend(tables, prior[~mine], fitted_on)
-        blended.append(apply_blend(blend, tables, prior[mine].reset_index(drop=True)))
+        found = fit(tables, prior[~mine], fitted_on)
+        blended.append(apply(found, tables, prior[mine].reset_index(drop=True)))
     return prior[["row_id"]].merge(pd.concat(blended), on="row_id")
 
 

@@ -189,33 +189,51 @@ def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, fl
     return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in PARTS}
 
 
-def total_interval(losses: StudyLosses, draws: int = 1000, seed: int = 0, share: float = 0.95) -> list[float]:
-    """Bootstrap interval [low, high] of the total score over studies; models compared share the draws of a seed."""
-    n = len(losses.studies)
+def resampled_scores(losses: dict[str, StudyLosses], draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Scores (draws, 5) of each model in the order of `PARTS`, on the same bootstrap draws of studies for all."""
+    n = len(next(iter(losses.values())).studies)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    totals = losses.resampled(counts)[:, -1]
-    # A resample may hold no severe canal or no row of a group at all; only a solution that lacks a group is all NaN.
-    totals = totals[np.isfinite(totals)]
-    return np.quantile(totals, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(totals) else [np.nan, np.nan]
+    return {model: of_study.resampled(counts) for model, of_study in losses.items()}
+
+
+def interval(samples: np.ndarray, share: float = 0.95) -> list[list[float]]:
+    """The [low, high] that hold `share` of the draws (draws, k), for each of the k columns; NaN where there is none.
+
+    A draw may hold no severe canal, or no row of a group at all: such draws do not count.
+    """
+    found = []
+    for column in samples.T:
+        finite = column[np.isfinite(column)]
+        found.append(np.quantile(finite, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(finite) else [np.nan] * 2)
+    return found
 
 
 def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict:
-    """One block of `scores.json`: every model's scores, their skill and the interval of their totals.
+    """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
 
     `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
     have no value (a group without a labelled row) are None, since JSON has no NaN.
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
-    skills = None
+    samples = resampled_scores(losses)
+    skills = skill_intervals = None
     if "oracle" in scores:
-        skills = {m: skill(parts, scores["prior"], scores["oracle"]) for m, parts in scores.items()}
+        skills = {m: _none_for_nan(skill(parts, scores["prior"], scores["oracle"])) for m, parts in scores.items()}
+        prior, limit = samples["prior"], samples["oracle"]
+        skill_intervals = {m: _intervals((prior - drawn) / (prior - limit)) for m, drawn in samples.items()}
     return {
         "n_studies": int(solution["row_id"].map(lambda row: parse_row_id(row)[0]).nunique()),
         "scores": {model: _none_for_nan(parts) for model, parts in scores.items()},
-        "skill": skills and {model: _none_for_nan(parts) for model, parts in skills.items()},
-        "interval": {model: {"total": _finite(total_interval(of_study))} for model, of_study in losses.items()},
+        "skill": skills,
+        "interval": {model: _intervals(drawn) for model, drawn in samples.items()},
+        "skill_interval": skill_intervals,
     }
+
+
+def _intervals(samples: np.ndarray) -> dict[str, list[float | None]]:
+    """The interval of each part, for JSON."""
+    return {part: _finite(found) for part, found in zip(PARTS, interval(samples), strict=True)}
 
 
 def _none_for_nan(parts: dict[str, float]) -> dict[str, float | None]:

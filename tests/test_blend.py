@@ -79,6 +79,20 @@ def test_cross_fitting_does_not_see_the_row_it_blends(world):
     assert not before.equals(after)
 
 
+def test_one_temperature_undoes_a_power_and_leaves_rows_without_evidence_to_the_prior(world):
+    labels, truth, sharp, noise = world
+    prior = metric.prior_out_of_fold(labels)
+    powers = blend.fit_temperatures({"vit3d": sharp}, prior, labels)
+    assert np.allclose(list(powers.values()), 1 / 3, atol=0.1)  # pulled to 1
+    rows = blend.cross_fitted({"vit3d": sharp[5:]}, prior, labels, blend.fit_temperatures, blend.temper)
+    assert total(labels, rows) < total(labels, truth) + 0.02
+    by_row, lost = rows.set_index("row_id"), truth["row_id"][:5]
+    np.testing.assert_allclose(by_row.loc[lost], prior.set_index("row_id").loc[lost])
+    both = blend.temper(dict.fromkeys(powers, 1.0), {"yolo": noise[5:], "vit3d": truth}, prior).set_index("row_id")
+    mean = np.sqrt(prior.set_index("row_id").loc[lost] * truth.set_index("row_id").loc[lost])  # half of it is the prior
+    np.testing.assert_allclose(both.loc[lost], mean.div(mean.sum(axis=1), axis=0))
+
+
 def test_published_blend_is_the_published_mean(world):
     labels, truth, sharp, _ = world
     prior = metric.prior_out_of_fold(labels)

@@ -139,15 +139,22 @@ def test_missing_labels_do_not_count():
     pd.testing.assert_frame_equal(metric.prior(labels), counted)
 
 
-def test_skill_and_interval():
-    solution, submission = tables(max(CASES, key=lambda case: len(case["rows"]))["rows"])
-    losses = metric.study_losses(solution, submission)
-    low, high = metric.total_interval(losses)
-    assert low < losses.score()["total"] < high
-    assert metric.total_interval(losses) == [low, high]
+def test_skill_is_0_at_the_prior_and_1_at_the_oracle():
     parts = dict.fromkeys(metric.PARTS, 0.5)
     assert metric.skill(parts, parts, dict.fromkeys(metric.PARTS, 0.2))["total"] == 0
     assert metric.skill(dict.fromkeys(metric.PARTS, 0.2), parts, dict.fromkeys(metric.PARTS, 0.2))["total"] == 1
+
+
+def test_models_are_resampled_together_and_an_interval_holds_the_score():
+    solution, submission = tables(max(CASES, key=lambda case: len(case["rows"]))["rows"])
+    losses = metric.study_losses(solution, submission)
+    samples = metric.resampled_scores({"one": losses, "other": losses})
+    np.testing.assert_array_equal(samples["one"], samples["other"])
+    low, high = metric.interval(samples["one"])[-1]
+    assert low < losses.score()["total"] < high
+    samples["one"][:10, -1] = np.nan
+    assert np.isfinite(metric.interval(samples["one"])[-1]).all()
+    assert np.isnan(metric.interval(np.full((10, 1), np.nan))).all()
 
 
 def test_calibration_error_tells_calibrated_from_sharpened():
@@ -165,8 +172,10 @@ def test_score_block_has_numbers_that_json_can_hold():
     block = metric.score_block(solution, {"prior": flat, "ensemble": submission, "oracle": submission})
     assert block["n_studies"] == 4
     assert block["skill"]["ensemble"]["total"] == 1 and block["skill"]["prior"]["total"] == 0
-    low, high = block["interval"]["ensemble"]["total"]
-    assert low <= block["scores"]["ensemble"]["total"] <= high
+    for part in metric.PARTS:
+        low, high = block["interval"]["ensemble"][part]
+        assert low <= block["scores"]["ensemble"][part] <= high
+    assert block["skill_interval"]["oracle"]["total"] == [1, 1] and block["skill_interval"]["prior"]["total"] == [0, 0]
     spinal = solution[solution["row_id"].str.contains("spinal")]
     partial = metric.score_block(spinal, {"prior": flat, "ensemble": submission})
     assert partial["skill"] is None and partial["scores"]["ensemble"]["total"] is None

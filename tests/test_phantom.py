@@ -20,7 +20,8 @@ from lsdc_utils.phantom.scanner import plan_series
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES, T1, T2
 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
-ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "planted.csv")
+ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
+ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "planted.csv", *ANATOMY)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,63 @@ def test_points_of_a_level_lie_together_and_left_is_left(folder):
                     assert sign * (row["X"] - canal["X"].iloc[0]) > 0
     for _, rows in points.groupby(["study_id", "condition"]):
         assert rows.sort_values("level")["Z"].is_monotonic_decreasing
+
+
+def seen_points(folder: Path) -> pd.DataFrame:
+    """anatomy.csv by study, series, condition and level."""
+    keys = ["study_id", "series_id", "condition", "level"]
+    return pd.read_csv(folder / "anatomy.csv", keep_default_na=False).set_index(keys)
+
+
+def test_anatomy_is_where_readers_click_in_the_same_series(folder):
+    clicked, anatomy = in_patient(folder), seen_points(folder)
+    names = {c.title: c.name for c in vocabulary.CONDITIONS.values()}
+    clicked["condition"] = clicked["condition"].map(names)
+    clicked["level"] = clicked["level"].map(vocabulary.level_from_name)
+    both = clicked.merge(anatomy.reset_index(), on=anatomy.index.names, how="left", suffixes=("", "_true"))
+    off = np.linalg.norm(both[[*"XYZ"]].to_numpy() - both[["X_true", "Y_true", "Z_true"]].to_numpy(float), axis=1)
+    assert len(off) > 60 and np.isfinite(off).all()  # every point that was clicked is one that the series shows
+    assert np.median(off) < 3.5  # 2 mm in the plane, and up to half a step to the slice
+    assert off.max() < 13  # a slice beside the nearest, of up to 6 mm, and five deviations in the plane
+
+
+def test_anatomy_has_sides_levels_and_motion_of_each_series(tables):
+    anatomy = seen_points(tables).reset_index()
+    places = anatomy.set_index(["study_id", "series_id", "level", "condition"])["X"].unstack()
+    for base in (vocabulary.FORAMINAL, vocabulary.SUBARTICULAR):
+        assert (places[f"left_{base}"] - places[f"right_{base}"]).dropna().gt(10).all()
+    z = anatomy[anatomy["condition"] == vocabulary.SPINAL_CANAL].pivot(index=["series_id"], columns="level", values="Z")
+    assert (np.diff(z.dropna()[list(LEVELS)], axis=1) < -15).all()
+    of_type = {
+        kind: rows.drop_duplicates(["study_id", "condition", "level"]) for kind, rows in anatomy.groupby("series_type")
+    }
+    both = of_type[T1].merge(of_type[T2], on=["study_id", "condition", "level"])
+    moved = np.linalg.norm(both[["X_x", "Y_x", "Z_x"]].to_numpy() - both[["X_y", "Y_y", "Z_y"]].to_numpy(), axis=1)
+    assert 0.8 < np.median(moved) < 4 and moved.max() < 15  # two motions of about 1.5 mm each
+    assert anatomy.groupby("series_type").size().min() > 0.9 * 240 * len(COLUMNS)
+
+
+def test_discs_lie_in_front_of_the_canal_at_its_height(tables):
+    anatomy = seen_points(tables).xs(vocabulary.SPINAL_CANAL, level="condition")
+    both = pd.read_csv(tables / "discs.csv").merge(
+        anatomy.reset_index(), on=anatomy.index.names, suffixes=("", "_canal")
+    )
+    both = both[both["series_type"] == AXIAL]
+    way = both[["X_canal", "Y_canal", "Z_canal"]].to_numpy() - both[list("XYZ")].to_numpy()
+    normal = both[list(study.NORMAL)].to_numpy()
+    assert len(both) > 240 * 4
+    assert np.abs(np.linalg.norm(normal, axis=1) - 1).max() < 1e-5 and (normal[:, 2] > 0.5).all()
+    assert np.abs((way * normal).sum(axis=1)).max() < 0.01  # the canal's point lies in the disc's plane
+    assert ((way[:, 1] > 10) & (way[:, 1] < 35)).all()
+
+
+def test_spines_tell_who_is_not_ordinary(tables):
+    spines = pd.read_csv(tables / "spines.csv")
+    assert len(spines) == spines["study_id"].nunique() == 240
+    assert (spines["ordinary"] == (~spines["transitional"] & (spines["slip_mm"] == 0))).all()
+    assert (spines["slip_level"].notna() == (spines["slip_mm"] != 0)).all()
+    assert 0.7 < spines["ordinary"].mean() < 0.9  # 12 % slips, 8 % transitional vertebrae
+    assert 0.1 < spines["stir"].mean() < 0.4 and 0.1 < spines["tilted_blocks"].mean() < 0.4
 
 
 def test_clicks_err_as_readers_do(tables):

@@ -16,6 +16,7 @@ from lsdc_utils.phantom.spoil import FORMS, IN_TEST, KINDS, OF_FILES, OF_POINTS,
 from lsdc_utils.vocabulary import AXIAL, SERIES_TYPES, T1
 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
+ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
 CSV = ("train", "train_series_descriptions", "train_label_coordinates")
 PLANTED = {kind: [kind] for kind in KINDS} | {  # kind -> rules by which a validator must report it
     "study_without_series": ["study_without_series", "grade_without_point"],
@@ -84,7 +85,7 @@ def test_without_dirt_the_phantom_is_what_it_was(tmp_path):
     root = write_phantom(tmp_path / "p", 8, 2, 3, images=False, second_axial=0.5)
     told = hashlib.sha256()
     for file in sorted(root.glob("*.csv")):
-        if file.name != "planted.csv":
+        if file.name not in ("planted.csv", *ANATOMY):
             told.update(file.read_bytes())
     # Taken when the phantom knew no other kinds than those of the real data: a kind that is off changes no byte.
     assert told.hexdigest() == "a66d5acfccb06170a7e4941082e126bfc09cdf5c4d0e05f12ba9270010faf2b8"
@@ -122,6 +123,14 @@ def test_what_is_planted_is_listed_with_what_follows_from_it(spoilt_tables, spoi
         for study_id, kind in dealt.items():
             rules = PLANTED.get(kind, []) if kind != "study_not_in_tables" else []  # nothing is there without images
             assert list(table.loc[table["study_id"] == study_id, "rule"]) == rules, kind
+
+
+def test_the_anatomy_is_told_whatever_was_spoilt(spoilt_tables, clean_tables):
+    for name in ANATOMY:
+        spoilt, clean = ((root / name).read_bytes() for root in (spoilt_tables[0], clean_tables))
+        told, before = (set(pd.read_csv(root / name)["study_id"]) for root in (spoilt_tables[0], clean_tables))
+        assert told == before == set(spoilt_tables[1])
+        assert name == "spines.csv" or len(spoilt) >= len(clean)  # a second axial series sees it too
 
 
 def test_spoilt_points_are_where_they_should_not_be(spoilt_tables, clean_tables):

@@ -95,6 +95,12 @@ class Body:
         v = np.concatenate([canal, [2.5] * 10, [RECESS[1]] * 10])
         return self.to_patient(u, v, np.tile(levels, 5) + up)
 
+    def disc_planes(self) -> tuple[Array, Array]:
+        """Middles (5, 3) of the graded discs in LPS mm, and unit normals (5, 3) of their planes, to the head."""
+        levels = self.discs[FIRST : FIRST + 5]
+        _, _, up = _frame(np.interp(levels, AXIS, self.tilt), np.interp(levels, AXIS, self.lean))
+        return self.to_patient(0.0, -np.interp(levels, AXIS, self.tables["depth"]) / 2, levels), up
+
     def measures(self) -> Array:
         """Sizes as built, (25,) in the order of COLUMNS: sac area mm2, foramen area mm2, recess depth mm."""
         index = np.rint((self.discs[FIRST : FIRST + 5] - AXIS[0]) / STEP).astype(int)

@@ -1,4 +1,4 @@
-"""One study of the phantom: its series, what is wrong with them, where a reader clicked, and its DICOM files."""
+"""One study of the phantom: its series, what is wrong with them, true anatomy, clicks, and its DICOM files."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lsdc_utils.vocabulary import (
 CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
 CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest; at one level to the same side
 SERIES_PER_STUDY = len(SERIES_TYPES) + 1  # at most: the axial series may come twice
+NORMAL = ("normal_x", "normal_y", "normal_z")  # columns of a unit vector
 COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
 
 
@@ -124,13 +125,19 @@ class Series:
 
 @dataclass
 class Study:
-    """What a study adds to the tables: labels (25,) with -1 where missing, rows of series, clicked and true points."""
+    """What a study adds to the tables: labels (25,) with -1 where missing, rows of series, clicked and true points.
+
+    `anatomy` and `discs` hold what lies where in the patient as each series sees it, `spine` what kind of spine it is.
+    """
 
     labels: np.ndarray
     measures: np.ndarray  # (25,) mm or mm2 on the body as built
     series: list[dict] = field(default_factory=list)
     clicked: list[dict] = field(default_factory=list)
     true: list[dict] = field(default_factory=list)
+    anatomy: list[dict] = field(default_factory=list)
+    discs: list[dict] = field(default_factory=list)
+    spine: dict = field(default_factory=dict)
     parts: list[Series] = field(default_factory=list)
     label_rows: int = 1  # in train.csv
     planted: list[dict] = field(default_factory=list)  # series_id, rule, value: what a validator must find
@@ -154,8 +161,10 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     seen = np.any([s.columns for s in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
     study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures(), parts=series)
+    study.spine = _spine(body, series)
     for one in series:
         study.series.append({"series_id": one.series_id, "series_description": one.acquisition.series_type})
+        _describe(study, one, body)
         _click(study, one, body, click_rng)
     _spoil_points(study, plan.dirt, happens[0]["sides_swapped"], dirt_rng)
     if images is not None:
@@ -206,6 +215,47 @@ def _instance_numbers(n: int, plane: str, dirt: dict[str, bool], rng: np.random.
     if dirt["far_numbers"]:
         numbers = numbers + start
     return numbers[::-1] if dirt[f"{plane}_reversed"] else numbers
+
+
+def _spine(body: Body, series: list[Series]) -> dict:
+    """What kind of spine and of pictures a study has: that by which results may be told apart."""
+    traits, images = body.traits, [one.acquisition for one in series]
+    return {
+        "ordinary": not traits["transitional"] and not traits["slip"],
+        "transitional": traits["transitional"],
+        "slip_mm": traits["slip"],
+        "slip_level": LEVELS[traits["slip_level"]] if traits["slip"] else "",
+        "scoliosis_mm": round(abs(traits["scoliosis"]), 3),
+        "stir": any(one.sequence == "stir" for one in images),
+        "tilted_blocks": any(one.blocks.max() > 0 for one in images),
+    }
+
+
+def _describe(study: Study, series: Series, body: Body) -> None:
+    """Add where a series sees the 25 places and the five discs, as far as its slices reach: LPS mm."""
+    acquisition = series.acquisition
+    own = {"series_id": series.series_id, "series_type": acquisition.series_type}
+    for column, point in enumerate(acquisition.to_scanner(body.points())):
+        if _is_inside(acquisition, point):
+            study.anatomy.append(own | {"column": column} | _place(point))
+    middles, normals = body.disc_planes()
+    turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
+    for level, point, normal in zip(LEVELS, acquisition.to_scanner(middles), turned, strict=True):
+        if _is_inside(acquisition, point):
+            study.discs.append(own | {"level": level} | _place(point) | dict(zip(NORMAL, normal, strict=True)))
+
+
+def _is_inside(acquisition: Acquisition, point: np.ndarray) -> bool:
+    """Whether the slice nearest to a point (3,) shows it and is no farther than one step away."""
+    x, y, away = project(acquisition.affines, point)
+    near = np.argmin(np.abs(away))
+    in_image = 0 <= x[near] <= acquisition.cols - 1 and 0 <= y[near] <= acquisition.rows - 1
+    return bool(in_image and abs(away[near]) <= acquisition.step)
+
+
+def _place(point: np.ndarray) -> dict[str, float]:
+    """A point (3,) as columns of a table."""
+    return dict(zip("XYZ", point.round(3).tolist(), strict=True))
 
 
 def _click(study: Study, series: Series, body: Body, rng: np.random.Generator) -> None:

@@ -13,10 +13,17 @@ and what the competition keeps to itself, to be opened when predictions are made
     solution_coordinates.csv    study_id, series_id, instance_number, condition, level, x, y: true points, test studies
     latents.csv                 row_id, split, narrowing (0 to 1), measure (mm or mm2 on the body as built), unit
     oracle.csv                  row_id, split, normal_mild, moderate, severe: natural probabilities given the latents
+    anatomy.csv                 study_id, split, series_id, series_type, condition, level, side, X, Y, Z: where each
+                                series sees the middle of each of the 25 places (LPS mm), as far as its slices reach
+    discs.csv                   study_id, split, series_id, series_type, level, X, Y, Z, normal_x, normal_y, normal_z:
+                                where each series sees the middle of each disc, and the unit normal of its plane
+    spines.csv                  study_id, split, ordinary, transitional, slip_mm, slip_level, scoliosis_mm, stir,
+                                tilted_blocks: ordinary is a spine without transitional vertebra and slip
     planted.csv                 study_id, series_id or nothing, rule, value: what a validator must find, line by line
     phantom.json                the arguments and the fingerprint
 
-`latents.csv` and `oracle.csv` tell of both splits, row by row and with the split named; the others of test alone.
+`latents.csv`, `oracle.csv`, `anatomy.csv`, `discs.csv` and `spines.csv` tell of both splits, with the split named; the
+others of test alone. A patient moves a little between series, so that each sees the anatomy at a place of its own.
 """
 
 from __future__ import annotations
@@ -179,6 +186,22 @@ def _write_tables(root: Path, plans: list[StudyPlan], studies: list[Study], grad
     _csv(told.assign(narrowing=narrowing, measure=measures, unit=units), root / "latents.csv")
     oracle = np.concatenate([g.oracle for g in grades]).reshape(-1, 3).round(9)
     _csv(told.assign(**dict(zip(SEVERITIES, oracle.T, strict=True))), root / "oracle.csv")
+    _write_anatomy(root, pairs)
+
+
+def _write_anatomy(root: Path, pairs: list[tuple[StudyPlan, Study]]) -> None:
+    """What the bodies and the patients' motion make true, whatever was lost or spoilt afterwards."""
+    owners = [({"study_id": plan.study_id, "split": plan.split}, study) for plan, study in pairs]
+    points = pd.DataFrame([owner | row for owner, study in owners for row in study.anatomy])
+    keys = [COLUMN_KEYS[column] for column in points["column"]]
+    points["condition"], points["level"] = zip(*keys, strict=True)
+    points["side"] = [CONDITIONS[condition].side or "" for condition, _ in keys]
+    _csv(
+        points[["study_id", "split", "series_id", "series_type", "condition", "level", "side", *"XYZ"]],
+        root / "anatomy.csv",
+    )
+    _csv(pd.DataFrame([owner | row for owner, study in owners for row in study.discs]), root / "discs.csv")
+    _csv(pd.DataFrame([owner | study.spine for owner, study in owners]), root / "spines.csv")
 
 
 def _wide_labels(pairs: list[tuple[StudyPlan, Study]]) -> pd.DataFrame:

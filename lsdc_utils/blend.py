@@ -17,14 +17,25 @@ of a study are jointly normal. With no evidence at all the expectation is the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import ndtr, ndtri, softmax
 
-from lsdc_utils.metric import PROBABILITIES, Scorer, StudyLosses, solution_of, weight_rows
+from lsdc_utils.metric import (
+    PARTS,
+    PROBABILITIES,
+    Scorer,
+    StudyLosses,
+    interval,
+    resampled_scores,
+    solution_of,
+    study_losses,
+    weight_rows,
+    weight_table,
+)
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, parse_row_id, study_row_ids
 
 PUBLISHED_WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the bronze-medal method's arithmetic mean
@@ -35,10 +46,16 @@ SHRINKAGE = 10.0  # pull to equal weights and no bias, in studies: it fades as s
 
 @dataclass(frozen=True)
 class Mixture:
-    """How one condition group is blended; weights are of log probabilities, bias is added to moderate and severe."""
+    """How one condition group is blended; weights are of log probabilities, bias is added to moderate and severe.
+
+    `gain`, where `choose_blend` measured it: what the fitted numbers take off the group's parts of the score compared
+    with the default, with its 95 % interval; `kept` says which of the two these numbers are.
+    """
 
     weights: dict[str, float]
     bias: tuple[float, float] = (0.0, 0.0)
+    gain: tuple[float, ...] = ()  # mean, low, high
+    kept: str = "fitted"  # or default
 
 
 Blend = dict[str, Mixture]  # by condition group: nfn, scs, ss
@@ -63,14 +80,17 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     return _table(prior["row_id"], natural)
 
 
-def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
+def fit_blend(
+    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = tuple(GROUPS)
+) -> Blend:
     """The blend with the best official score on `labels` (row_id, severity), pulled towards `default_blend`.
 
-    `tables` and `prior` must be out of fold for the rows of `labels`. A group without a single label keeps the default.
+    `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only`, or have not a
+    single label, keep the default.
     """
     labelled = prior.merge(solution_of(labels), on="row_id")
     logs, groups, blend = _log_ratios(tables, labelled), _groups(labelled), default_blend(list(tables))
-    for key in GROUPS:
+    for key in only:
         rows = groups == key
         if rows.any():
             stacked = np.stack([logs[model][rows] for model in tables])
@@ -90,6 +110,29 @@ def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, sc
     found = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x.tolist()
     weights, bias = found[: len(models)], found[len(models) :]
     return Mixture(dict(zip(models, weights, strict=True)), (bias[0], bias[1]))
+
+
+def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
+    """`fit_blend` for each group whose cross-fitted gain over `default_blend` is sure, `default_blend` for the others.
+
+    Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
+    parts of the score, spinal and any-severe. The numbers are cross-fitted, the choice of a group is made once.
+    """
+    candidates = {"default": default_blend(list(tables)), "fitted": fit_blend(tables, prior, labels)}
+    rows = {"default": apply_blend(candidates["default"], tables, prior), "fitted": cross_fitted(tables, prior, labels)}
+    solution = solution_of(labels[labels["row_id"].isin(prior["row_id"])])
+    losses = {name: study_losses(solution, weight_table(table)) for name, table in rows.items()}
+    drawn = resampled_scores(losses)
+    whole = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
+    chosen = {}
+    for key, group in GROUPS.items():
+        parts = [PARTS.index(part) for part in (group.score, "any_severe")[: 1 + (group.score == "spinal")]]
+        mean = (whole["default"] - whole["fitted"])[parts].sum()
+        [(low, high)] = interval((drawn["default"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
+        kept = "fitted" if low > 0 else "default"
+        gain = (float(mean), low, high) if np.isfinite([mean, low, high]).all() else ()
+        chosen[key] = replace(candidates[kept][key], gain=gain, kept=kept)
+    return chosen
 
 
 def _touched(losses: StudyLosses) -> float:
@@ -313,7 +356,11 @@ def to_json(blend: Blend) -> dict:
 
 def from_json(content: dict) -> Blend:
     """The inverse of `to_json`."""
-    return {key: Mixture(dict(entry["weights"]), tuple(entry["bias"])) for key, entry in content.items()}
+    tuples = ("bias", "gain")
+    return {
+        key: Mixture(**{name: tuple(value) if name in tuples else value for name, value in entry.items()})
+        for key, entry in content.items()
+    }
 
 
 def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,6 +79,22 @@ def test_cross_fitting_does_not_see_the_row_it_blends(world):
         before.loc[mine[before.index], list(SEVERITIES)], after.loc[mine[after.index], list(SEVERITIES)]
     )
     assert not before.equals(after)
+
+
+def test_fitted_numbers_are_kept_where_their_gain_is_sure(world):
+    labels, truth, _, noise = world
+    prior = metric.prior_out_of_fold(labels)
+    sure = blend.choose_blend({"yolo": noise, "vit3d": truth}, prior, labels)
+    assert {mixture.kept for mixture in sure.values()} == {"fitted"}
+    assert all(0 < low < mean < high for mean, low, high in (mixture.gain for mixture in sure.values()))
+    idle = blend.choose_blend({"yolo": truth, "vit3d": truth}, prior, labels)  # the default is right already
+    kept = [mixture for mixture in idle.values() if mixture.kept == "default"]
+    assert len(kept) >= 2  # one in forty is sure by chance
+    assert all(mixture.weights == {"yolo": 0.5, "vit3d": 0.5} and mixture.gain[1] <= 0 for mixture in kept)
+    assert blend.from_json(json.loads(json.dumps(blend.to_json(idle)))) == idle
+    spinal = labels["condition"] == "spinal_canal_stenosis"
+    alone = blend.choose_blend({"vit3d": truth}, prior, labels[spinal])
+    assert alone["ss"] == blend.Mixture({"vit3d": 1.0}, kept="default")  # no label, nothing to gain
 
 
 def test_one_temperature_undoes_a_power_and_leaves_rows_without_evidence_to_the_prior(world):

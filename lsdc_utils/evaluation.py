@@ -1,0 +1,163 @@
+"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, and the rows that are worst.
+
+Everything here takes judged rows, as `judge` makes them: labelled rows in the order of the solution, so that the tables
+of several models stand row by row beside each other. Probabilities are natural; only `loss` uses the weighted row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from lsdc_utils.metric import (
+    PARTS,
+    PROBABILITIES,
+    SMALLEST,
+    WEIGHTS,
+    calibration_error,
+    interval,
+    resampled_scores,
+    study_losses,
+    weight_rows,
+    weight_table,
+)
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SIDES, parse_row_id
+
+Judged = dict[str, pd.DataFrame]  # by model
+POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
+EVENTS = {"severe": 2, "moderate or severe": 1}  # the mildest severity that counts as the event
+SUSPECT = 0.05  # a label this improbable to models that did not see it is worth a second look
+
+
+def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
+    """Labelled rows: row_id, study_id, condition, level, group, side, severity, natural probabilities, weight, loss.
+
+    `weight` is the row's in the official score and `loss` what it adds there: weight times -log of the weighted row.
+    """
+    rows = solution[["row_id", "severity"]].merge(table[["row_id", *PROBABILITIES]], on="row_id")
+    keys = [parse_row_id(row) for row in rows["row_id"]]
+    for name, values in zip(("study_id", "condition", "level"), zip(*keys, strict=True), strict=False):
+        rows[name] = values
+    rows["group"] = [CONDITIONS[condition].group for _, condition, _ in keys]
+    rows["side"] = [CONDITIONS[condition].side or "" for _, condition, _ in keys]
+    severity = rows["severity"].to_numpy(int)
+    of_label = weight_rows(rows[PROBABILITIES].to_numpy())[np.arange(len(rows)), severity]
+    rows["weight"] = WEIGHTS[severity]
+    rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, SMALLEST, 1))
+    return rows
+
+
+def difference(
+    solution: pd.DataFrame, tables: dict[str, pd.DataFrame], one: str, other: str
+) -> dict[str, tuple[float, float, float]]:
+    """Score of `one` minus score of `other` in each part, with its paired 95 % interval: below 0, `one` is better."""
+    losses = {name: study_losses(solution, weight_table(tables[name])) for name in (one, other)}
+    whole = {name: of_study.score() for name, of_study in losses.items()}
+    samples = resampled_scores(losses)
+    found = zip(PARTS, interval(samples[one] - samples[other]), strict=True)
+    return {part: (whole[one][part] - whole[other][part], low, high) for part, (low, high) in found}
+
+
+def by_trait(judged: Judged, trait: np.ndarray, model: str = "ensemble", draws: int = 1000) -> pd.DataFrame:
+    """The weighted log loss of rows that share a value of `trait` (n,): a line a value; None values are left out.
+
+    Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the skill of `model` where
+    `prior` and `oracle` are among them, else of its loss; skill.
+    """
+    lines, skilled = {}, {"prior", "oracle"} <= judged.keys()
+    for value in sorted({value for value in trait if value is not None}):
+        mine = np.array([one == value for one in trait])
+        codes, studies = pd.factorize(judged[model].loc[mine, "study_id"])
+        counts = np.random.default_rng(0).multinomial(len(studies), np.full(len(studies), 1 / len(studies)), draws)
+        counts = np.vstack([np.ones(len(studies)), counts])  # the first line is the studies as they are
+        weight = counts @ np.bincount(codes, judged[model].loc[mine, "weight"])
+        loss = {name: counts @ np.bincount(codes, rows.loc[mine, "loss"]) / weight for name, rows in judged.items()}
+        line = {"studies": len(studies), "rows": int(mine.sum())} | {name: drawn[0] for name, drawn in loss.items()}
+        shown = loss[model]
+        if skilled:
+            shown = (loss["prior"] - loss[model]) / (loss["prior"] - loss["oracle"])
+            line["skill"] = shown[0]
+        [(low, high)] = interval(shown[1:, None])
+        lines[value] = line | {"low": low, "high": high}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`."""
+    lines = {}
+    for key, group in GROUPS.items():
+        mine = rows[rows["group"] == key]
+        for event, mildest in EVENTS.items():
+            truth = (mine["severity"] >= mildest).to_numpy()
+            chance = mine[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
+            both = truth.any() and not truth.all()
+            line = {"rows": len(mine), "events": int(truth.sum())}
+            line["AUC"] = roc_auc_score(truth, chance) if both else np.nan
+            for point in POINTS if both else ():
+                line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
+                line[f"specificity at {point}"] = (chance[~truth] < point).mean()
+            lines[group.score, event] = line
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def agreement(judged: Judged, models: tuple[str, ...] = ("yolo", "vit3d", "ensemble", "oracle")) -> pd.DataFrame:
+    """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group.
+
+    `two readers`, where an oracle is known: the kappa expected of two independent readers who grade these very rows,
+    each by the oracle's probabilities. A row's grades are then together (a, b) with the probability q_a q_b.
+    """
+    lines = {}
+    for key, group in GROUPS.items():
+        for weights in ("linear", "quadratic"):
+            line = {}
+            for model in (name for name in models if name in judged):
+                mine = judged[model][judged[model]["group"] == key]
+                if len(mine):
+                    grade = mine[PROBABILITIES].to_numpy().argmax(axis=1)
+                    line[model] = cohen_kappa_score(mine["severity"], grade, labels=[0, 1, 2], weights=weights)
+            if "oracle" in line:
+                q = judged["oracle"].loc[judged["oracle"]["group"] == key, PROBABILITIES].to_numpy()
+                one, other = np.divmod(np.arange(9), 3)
+                line["two readers"] = cohen_kappa_score(one, other, weights=weights, sample_weight=(q.T @ q).ravel())
+            lines[group.score, weights] = line
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def calibration(judged: Judged) -> pd.DataFrame:
+    """The expected calibration error of each model, by group and of all rows."""
+    whole = {group.score: [key] for key, group in GROUPS.items()} | {"all rows": list(GROUPS)}
+    found = {}
+    for name, keys in whole.items():
+        mine = {model: rows[rows["group"].isin(keys)] for model, rows in judged.items()}
+        found[name] = {
+            model: calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
+            for model, rows in mine.items()
+            if len(rows)
+        }
+    return pd.DataFrame(found)
+
+
+def suspects(rows: pd.DataFrame, chance: float = SUSPECT) -> pd.DataFrame:
+    """Labels less probable than `chance` to models that did not see them, the least probable first.
+
+    Columns: row_id, study_id, condition, level, severity, probability (of that label), grade and its probability.
+    """
+    natural = rows[PROBABILITIES].to_numpy()
+    found = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
+        probability=natural[np.arange(len(rows)), rows["severity"].to_numpy(int)],
+        grade=natural.argmax(axis=1),
+        grade_probability=natural.max(axis=1),
+    )
+    return found[found["probability"] < chance].sort_values(["probability", "row_id"]).reset_index(drop=True)
+
+
+def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id.
+
+    points: study_id, level, side, X, Y, Z, condition (a group's key), as predictions/points_*.parquet hold them.
+    """
+    sided = np.where(points["side"].isin(SIDES), points["side"], "")
+    known = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
+    keys = ["study_id", "group", "level", "side"]
+    return rows[["row_id", *keys]].merge(known[[*keys, *"XYZ"]], on=keys).set_index("row_id")[list("XYZ")]

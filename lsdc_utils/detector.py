@@ -28,8 +28,10 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from scipy.optimize import minimize
 
 from lsdc_utils.files import atomic, git_commit, write_json
+from lsdc_utils.metric import WEIGHTS
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, SIDES, row_id
 from lsdc_utils.volume import Stack
 
@@ -42,11 +44,14 @@ SAME_PLACE = 4.0  # mm: spread of the kernel by which detections support each ot
 NEAR = 8.0  # mm: detections this close to a level's point speak for it
 CANAL_REACH = 16.0  # mm to either side of the middle of a sagittal series in which the canal is looked for
 FORAMEN_REACH = (6.0, 30.0)  # mm off the canal at which foramina lie
+FORAMEN_SPREAD = 6.0  # mm: how far a foramen may lie from where the canal's points let it be expected, one sigma
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
 RECESS_REACH = 25.0  # mm from a level's canal point within which its recesses lie
 # mm to posterior and to the head from the middle of a level's two foramen points to its canal point, from head to foot:
 # medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm.
 CANAL_FROM_FORAMINA = np.array([[2.4, -9.9], [2.6, -9.7], [3.0, -9.5], [5.6, -8.2], [8.7, -6.3]])
+COPY_FALL = 2 / 3  # of the reach of copies: the sigma by which a copy's weight falls with its distance
+POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of evidence, among which `fit_reading` chooses
 
 
 class DetectorError(ValueError):
@@ -62,11 +67,12 @@ class Config:
     strip: tuple[float, float, float, float]  # left, right, top, bottom as fractions of the image
     size: tuple[int, int]  # rows and columns of the network's input, multiples of 32
     neighbours: bool  # channels are the slices before, at and behind; else the same slice thrice
-    box_side: float  # side of a box as a fraction of the image's sides
+    box_mm: float  # side of a box
     # How it predicts, out of fold and on test studies alike:
     views: tuple[tuple[float, bool], ...] = ((1.0, False),)  # scale, and whether flipped left to right
     exchange: bool = True  # a flipped axial image shows the other side: change the classes' sides back
     everywhere: bool = False  # look at all slices, not only where the condition can be
+    reading: tuple[float, float, float, float] = (2.0, 1.0, 0.0, 0.0)  # see `Finding`; fitted on out-of-fold findings
 
     def __post_init__(self) -> None:
         if self.condition not in GROUPS or self.scheme not in SCHEMES:
@@ -78,6 +84,8 @@ class Config:
             raise DetectorError(
                 f"strip {self.strip} of detector {self.condition}: need 0 <= left < right <= 1 and so on"
             )
+        if self.condition == "nfn" and self.scheme == "seen" and any(flip for _, flip in self.views):
+            raise DetectorError("detector nfn sees left and right alike: a flipped view would be the view itself")
 
 
 def config_from(values: dict[str, Any]) -> Config:
@@ -95,6 +103,24 @@ class Detector:
     config: Config
     fold: int
     about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the detections of one study say of one level, or one side of it.
+
+    A row is read off it by four numbers, a config's `reading`: power, temperature and the two biases of moderate and
+    severe. log p = temperature * (mean of the detections' log scores, weighted by evidence ** power) + bias; sum 1.
+    """
+
+    row_id: str
+    study_id: int
+    level: str
+    side: str  # left, right, or '' for the canal
+    point: np.ndarray  # (3,) LPS mm
+    confidence: float
+    evidence: np.ndarray  # (k,) sum of scores of each detection
+    scores: np.ndarray  # (k, 3) by severity
 
 
 @dataclass(frozen=True)
@@ -160,15 +186,38 @@ def strips(stack: Stack, config: Config) -> np.ndarray:
     return result
 
 
-def channels(images: np.ndarray, blocks: np.ndarray, config: Config) -> np.ndarray:
-    """Network inputs (n, 3, rows, cols) from strips (n, rows, cols): neighbours by position, inside a block only."""
+def channels(images: np.ndarray, blocks: np.ndarray, config: Config, lateral: np.ndarray | None = None) -> np.ndarray:
+    """Network inputs (n, 3, rows, cols) from strips (n, rows, cols): neighbours by position, inside a block only.
+
+    lateral: mm of each slice off the midline. Where given, channels run from medial to lateral, so that both sides of
+    the patient look alike.
+    """
     index = np.arange(len(images))
     if not config.neighbours:
         return np.repeat(images[:, None], 3, axis=1)
     before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(images) - 1)
     before = np.where(blocks[before] == blocks, before, index)
     behind = np.where(blocks[behind] == blocks, behind, index)
+    if lateral is not None:
+        inward = lateral[before] > lateral[behind]
+        before, behind = np.where(inward, behind, before), np.where(inward, before, behind)
     return np.stack([images[before], images, images[behind]], axis=1)
+
+
+def off_midline(stack: Stack, canal: pd.DataFrame | None) -> np.ndarray:
+    """Distance (n,) in mm of every slice from the middle of the study's canal points, or of the series without them."""
+    if canal is None or canal.empty:
+        middle = stack.affines[:, :3, 3].min(axis=0) / 2 + stack.affines[:, :3, 3].max(axis=0) / 2
+    else:
+        middle = canal[["X", "Y", "Z"]].to_numpy(dtype=float).mean(axis=0)
+    return np.abs(plane_distances(stack, middle[None])[:, 0])
+
+
+def inputs(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndarray:
+    """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points, or none."""
+    sided = config.condition == "nfn" and config.scheme == "seen"
+    lateral = off_midline(stack, canal) if sided else None
+    return channels(strips(stack, config), stack.blocks, config, lateral)
 
 
 def normals(stack: Stack) -> np.ndarray:
@@ -208,40 +257,50 @@ def boxes(stack: Stack, labels: pd.DataFrame, config: Config, copy_mm: float) ->
     """Boxes of a series' labels, and the labels that gave none.
 
     `labels` are rows of the label table on this series. A box stands on the slice that the reader clicked and, where
-    `copy_mm` > 0, on the slices of its block up to that far along the normal, since those show the same lesion.
+    `copy_mm` > 0, on the slices of its block up to that far along the normal, since those show the same lesion. In
+    scheme 'seen' both recesses of a level have a box on every slice that either of them has one on.
     Returns boxes (slice, row_id, class_id, severity, x, y, width, height as fractions of the strip, clipped to it,
-    copied) and skipped (row_id, reason).
+    copied, off: mm from the clicked slice) and skipped (row_id, reason).
     """
     numbers = _class_of(config)
-    found, skipped = [], []
+    found, skipped, clicked = [], [], []
     for label in labels.itertuples():
         here = np.flatnonzero(stack.instance_numbers == label.instance_number)
         reason = _unusable(label, len(here))
         if reason:
             skipped.append((label.row_id, reason))
-            continue
+        else:
+            clicked.append((label, here[0], slice_offsets(stack, label, here[0])))
+    pairs = config.scheme == "seen" and config.condition == "ss"
+    for label, own, off in clicked:
+        near = off <= copy_mm
+        for other, _, others_off in clicked if pairs else ():
+            near |= (other.level == label.level) & (others_off <= copy_mm) & np.isfinite(off)
         before = len(found)
-        point = np.array([label.X, label.Y, label.Z])
-        off = np.abs(plane_distances(stack, point[None])[:, 0])
-        near = (stack.blocks == stack.blocks[here[0]]) & (off <= copy_mm)
-        near[here[0]] = True
         for index in np.flatnonzero(near):
-            xy = (label.x, label.y) if index == here[0] else to_pixels(stack.affines[index], point)
-            place = _box(xy, stack.shapes[index], config)
+            point = np.array([label.X, label.Y, label.Z])
+            xy = (label.x, label.y) if index == own else to_pixels(stack.affines[index], point)
+            place = _box(xy, stack.shapes[index], stack.affines[index], config)
             if place:
                 number = numbers[label.condition, label.level, label.severity]
-                copied = index != here[0]
-                found.append((index, label.row_id, number, label.severity, *place, copied, off[index] * copied))
+                found.append((index, label.row_id, number, label.severity, *place, index != own, off[index]))
         if len(found) == before:
             skipped.append((label.row_id, "outside the strip"))
     names = ["slice", "row_id", "class_id", "severity", "x", "y", "width", "height", "clipped", "copied", "off"]
     table = pd.DataFrame(found, columns=names)
-    if config.scheme == "seen" and config.condition == "ss":
+    if pairs:
         # A slice between two levels shows one lesion a side: the nearer label speaks for it.
         side = table["row_id"].str.extract(f"({'|'.join(SIDES)})", expand=False)
         order = table.assign(side=side).sort_values(["slice", "off"], kind="stable")
         table = order.drop_duplicates(["slice", "side"]).drop(columns="side")
-    return table.drop(columns="off"), pd.DataFrame(skipped, columns=["row_id", "reason"])
+    return table, pd.DataFrame(skipped, columns=["row_id", "reason"])
+
+
+def slice_offsets(stack: Stack, label: Any, own: int) -> np.ndarray:
+    """Distance (n,) in mm along the normal of every slice from a label's point on slice `own`; inf in other blocks."""
+    off = np.abs(plane_distances(stack, np.array([[label.X, label.Y, label.Z]]))[:, 0])
+    off[own] = 0
+    return np.where(stack.blocks == stack.blocks[own], off, np.inf)
 
 
 def _unusable(label: Any, slices: int) -> str:
@@ -255,14 +314,15 @@ def _unusable(label: Any, slices: int) -> str:
     return ""
 
 
-def _box(xy: Sequence[float], shape: Sequence[int], config: Config) -> tuple | None:
+def _box(xy: Sequence[float], shape: Sequence[int], affine: np.ndarray, config: Config) -> tuple | None:
     """Box round pixel `xy` as x, y, width, height in fractions of the strip, clipped to it, and whether it was clipped.
 
     None where the point itself is outside: ultralytics drops a whole image for one box that leaves it.
     """
     left, top, width, height = strip_window(shape, config)
     centre = np.array([(xy[0] + 0.5 - left) / width, (xy[1] + 0.5 - top) / height])  # pixel 0 ends at 0.5
-    half = 0.5 * config.box_side * np.array([shape[1] / width, shape[0] / height])
+    spacing = np.linalg.norm(affine[:3, :2], axis=0)  # mm from column to column, from row to row
+    half = 0.5 * config.box_mm / spacing / np.array([width, height])
     if (centre < 0).any() or (centre > 1).any():
         return None
     low, high = np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
@@ -276,33 +336,41 @@ def write_dataset(
     folder: str | Path,
     config: Config,
     copy_mm: float,
+    margin_mm: float,
     background: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Write images, labels and data.yaml of one detector in YOLO's format; return its images, boxes, skipped labels.
 
-    `stacks` may hold any series: those of the condition's type are used. `background` slices without a box are added
-    from each series that has boxes. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without a
-    box). The tables are also written, as images.csv, boxes.csv and skipped.csv.
+    `stacks` may hold any series: those of the condition's type are used. A slice without a box is left out where
+    a label lies up to `margin_mm` beyond its copies: what it shows is not known. `background` slices beyond that are
+    added from each series that has boxes. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without
+    a box), weight (mean over the boxes of a normal curve of their distance from the click, 1 at the click).
+    The tables are also written, as images.csv, boxes.csv and skipped.csv.
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     mine = labels[labels["condition"].map({c.name: c.group for c in CONDITIONS.values()}) == config.condition]
+    canal = study_canal(_label_points(labels, "scs"), _label_points(labels, "nfn"))
     images, found, skipped = [], [], []
     for stack in stacks:
         here = mine[mine["series_id"] == stack.series_id]
         if stack.series_type != GROUPS[config.condition].series_type or here.empty:
             continue
         table, left_out = boxes(stack, here, config, copy_mm)
-        images += _write_images(stack, table, folder, config, background if len(table) else 0)
+        unknown = in_margin(stack, here, copy_mm + margin_mm)
+        table = table.assign(weight=np.exp(-0.5 * (table["off"] / max(copy_mm * COPY_FALL, 1e-6)) ** 2))
+        free = _background(stack, table["slice"].to_numpy(dtype=int), unknown, background if len(table) else 0)
+        shown = inputs(stack, config, canal[canal["study_id"] == stack.study_id])
+        images += _write_images(stack, table, shown, free, folder)
         found.append(table.assign(study_id=stack.study_id, series_id=stack.series_id))
         skipped.append(left_out)
     found, skipped = (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame() for tables in (found, skipped))
     if found.empty:
         raise DetectorError(f"no box for detector {config.condition}: no label lies on a series that could be read")
     skipped = pd.concat([skipped, _never_met(mine, found, skipped)], ignore_index=True)
-    images = pd.DataFrame(images, columns=["file", "study_id", "series_id", "slice", "boxes", "worst"])
+    images = pd.DataFrame(images, columns=["file", "study_id", "series_id", "slice", "boxes", "worst", "weight"])
     for name, table in (("images", images), ("boxes", found), ("skipped", skipped)):
         table.to_csv(folder / f"{name}.csv", index=False)
     names = dict(enumerate(classes(config)["name"]))
@@ -321,29 +389,43 @@ def _never_met(labels: pd.DataFrame, found: pd.DataFrame, skipped: pd.DataFrame)
     return pd.DataFrame({"row_id": rest["row_id"], "reason": reason})
 
 
-def _write_images(stack: Stack, table: pd.DataFrame, folder: Path, config: Config, background: int) -> list[tuple]:
-    """Write the slices that have boxes and `background` others of a series; return their lines of images.csv."""
-    inputs = channels(strips(stack, config), stack.blocks, config)
-    used = np.unique(table["slice"].to_numpy(dtype=int))
+def _label_points(labels: pd.DataFrame, group: str) -> pd.DataFrame:
+    """The readers' points of a condition group, in the columns of detected ones."""
+    side = {c.name: c.side or "" for c in CONDITIONS.values() if c.group == group}
+    mine = labels[labels["condition"].isin(list(side))].dropna(subset=["X", "Y", "Z"])
+    mine = mine.assign(side=mine["condition"].map(side), confidence=1.0)
+    return mine[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
+
+
+def in_margin(stack: Stack, labels: pd.DataFrame, reach: float) -> np.ndarray:
+    """Slices (n,) bool from which some label's point lies up to `reach` mm along the normal."""
+    found = np.zeros(len(stack.pixels), dtype=bool)
+    for label in labels.itertuples():
+        here = np.flatnonzero(stack.instance_numbers == label.instance_number)
+        if len(here) == 1 and np.isfinite([label.X, label.Y, label.Z]).all():
+            found |= slice_offsets(stack, label, here[0]) <= reach
+    return found
+
+
+def _write_images(stack: Stack, table: pd.DataFrame, shown: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:
+    """Write the slices of a series with boxes in `table`, and the `free` ones; return their lines of images.csv."""
     lines = []
-    for index in np.union1d(used, _background(stack, used, background)).astype(int):
+    for index in np.union1d(table["slice"].to_numpy(dtype=int), free).astype(int):
         mine = table[table["slice"] == index]
         name = f"{stack.study_id}_{stack.series_id}_{index:03d}"
         # OpenCV writes and ultralytics turns the order of channels round: the file shows them as the network sees them.
-        cv2.imwrite(str(folder / "images" / f"{name}.png"), inputs[index].transpose(1, 2, 0)[..., ::-1])
+        cv2.imwrite(str(folder / "images" / f"{name}.png"), shown[index].transpose(1, 2, 0)[..., ::-1])
         text = [f"{b.class_id} {b.x:.6f} {b.y:.6f} {b.width:.6f} {b.height:.6f}" for b in mine.itertuples(index=False)]
         (folder / "labels" / f"{name}.txt").write_text("\n".join(text) + "\n" * bool(text))
-        worst = int(mine["severity"].max()) if len(mine) else -1
-        lines.append((f"images/{name}.png", stack.study_id, stack.series_id, index, len(mine), worst))
+        worst, weight = (int(mine["severity"].max()), mine["weight"].mean()) if len(mine) else (-1, 1.0)
+        lines.append((f"images/{name}.png", stack.study_id, stack.series_id, index, len(mine), worst, weight))
     return lines
 
 
-def _background(stack: Stack, used: np.ndarray, count: int) -> np.ndarray:
-    """`count` slices that are not next to a slice with a box, spread evenly over those that prediction looks at."""
-    free = np.ones(len(stack.pixels), dtype=bool)
-    for shift in (-1, 0, 1):
-        free[np.clip(used + shift, 0, len(free) - 1)] = False
-    free &= _wide_canal(stack)
+def _background(stack: Stack, used: np.ndarray, unknown: np.ndarray, count: int) -> np.ndarray:
+    """`count` slices without a box or a label in their margin, spread evenly over those that prediction looks at."""
+    free = _wide_canal(stack) & ~unknown
+    free[used] = False
     index = np.flatnonzero(free)
     return index[np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)]
 
@@ -355,12 +437,11 @@ def _wide_canal(stack: Stack) -> np.ndarray:
     return np.abs(x - (x.min() + x.max()) / 2) <= CANAL_REACH if sagittal else np.ones(len(x), dtype=bool)
 
 
-def training_list(images: pd.DataFrame, studies: Iterable[int], repeats: Sequence[int]) -> list[str]:
-    """Files of these studies' images, each repeats[worst severity] times; background once."""
+def training_images(images: pd.DataFrame, studies: Iterable[int], repeats: Sequence[int]) -> pd.DataFrame:
+    """Images of these studies: file, and how often each is shown in an epoch, its weight times repeats[worst]."""
     mine = images[images["study_id"].isin(set(studies))]
-    return [
-        file for file, worst in zip(mine["file"], mine["worst"], strict=True) for _ in range(repeats[max(worst, 0)])
-    ]
+    times = np.array(repeats, dtype=float)[mine["worst"].clip(lower=0).to_numpy()]
+    return pd.DataFrame({"file": mine["file"], "weight": mine["weight"] * times})
 
 
 # ---------------------------------------------------------------- training
@@ -405,16 +486,34 @@ class Training:
     options: dict[str, Any]  # augmentation and loss gains, in ultralytics' names
 
 
+class WeightedSampler(torch.utils.data.Sampler):
+    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance."""
+
+    def __init__(self, weights: np.ndarray, seed: int) -> None:
+        self.weights = np.asarray(weights, dtype=float)
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return max(int(np.floor(self.weights.sum() + 1e-6)), 1)
+
+    def __iter__(self) -> Iterable[int]:
+        order = self.rng.permutation(len(self.weights))
+        ends = np.cumsum(self.weights[order])
+        drawn = np.searchsorted(ends, (np.arange(len(self)) + self.rng.random()) * ends[-1] / len(self), side="right")
+        return iter(self.rng.permutation(order[np.minimum(drawn, len(order) - 1)]).tolist())
+
+
 def train(
     folder: str | Path,
-    files: Sequence[str],
+    shown: pd.DataFrame,
     config: Config,
     training: Training,
     work: str | Path,
     held_out: Sequence[str] = (),
 ) -> tuple[torch.nn.Module, pd.DataFrame]:
-    """Train YOLO by ultralytics' trainer on `files` of the data set in `folder`; return the EMA model and its history.
+    """Train YOLO by ultralytics' trainer on images of the data set in `folder`; return the EMA model and its history.
 
+    `shown`: file and weight of each image, as `training_images` gives them.
     `held_out`: images to validate on after each epoch (none: no validation, which costs as much as training here).
     `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are returned: nothing is
     chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
@@ -432,10 +531,13 @@ def train(
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     engine.check_amp = lambda _: True  # asked on GPUs only; its own answer needs a network from the internet
-    data = _data_file(folder, work, files, held_out, config)
-    trainer = DetectionTrainer(overrides=_overrides(training, config, data, len(files), bool(held_out)))
+    data = _data_file(folder, work, list(shown["file"]), held_out, config)
+    sampler = WeightedSampler(shown["weight"].to_numpy(), training.seed)
+    trainer = DetectionTrainer(overrides=_overrides(training, config, data, len(sampler), bool(held_out)))
+    _sample_by(trainer, sampler)
     history: list[dict[str, float]] = []
-    trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(files)))
+    box = pd.read_csv(folder / "boxes.csv")[["width", "height"]].median().to_numpy() * config.size[::-1]
+    trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(shown), box))
     trainer.add_callback("on_fit_epoch_end", lambda t: history.append(_tell_epoch(t, history)))
     trainer.save_model = lambda: False  # we keep the last epoch's EMA ourselves
     trainer.final_eval = lambda: None
@@ -453,8 +555,9 @@ def _overrides(training: Training, config: Config, data: Path, images: int, vali
     return {
         "task": "detect", "mode": "train", "model": training.model, "data": str(data), "project": str(data.parent),
         "name": "train", "exist_ok": True, "device": "0" if torch.cuda.is_available() else "cpu",
-        "amp": torch.cuda.is_available(), "workers": training.threads, "seed": training.seed, "deterministic": True,
-        "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": training.epochs,
+        "amp": torch.cuda.is_available(), "workers": training.threads, "seed": training.seed,
+        "deterministic": torch.cuda.is_available(),  # as our operations on CPU are; asking costs an import of seconds
+                "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "epochs": training.epochs,
         "batch": batch, "nbs": batch, "optimizer": "AdamW", "lr0": training.rate, "lrf": 0.05, "cos_lr": True,
         "warmup_epochs": min(1.0, training.epochs / 10), "warmup_bias_lr": 0.0, "weight_decay": 5e-4,
         "close_mosaic": 0, "hsv_h": 0.0, "hsv_s": 0.0, "val": validate, "plots": False, "save": False,
@@ -462,17 +565,38 @@ def _overrides(training: Training, config: Config, data: Path, images: int, vali
     }  # fmt: skip
 
 
-def _begin(trainer: Any, training: Training, config: Config, images: int) -> None:
-    """What has to be set once ultralytics has set itself up."""
+def _sample_by(trainer: Any, sampler: WeightedSampler) -> None:
+    """Let the trainer draw its images by `sampler`; ultralytics knows no weights."""
+    build = trainer.get_dataloader
+
+    def get_dataloader(path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """ultralytics' loader, that of training with our sampler."""
+        loader = build(path, batch_size=batch_size, rank=rank, mode=mode)
+        if mode != "train":
+            return loader
+        dataset, workers = loader.dataset, loader.num_workers
+        return torch.utils.data.DataLoader(
+            dataset, batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=workers,
+            pin_memory=loader.pin_memory, persistent_workers=workers > 0, worker_init_fn=loader.worker_init_fn,
+        )  # fmt: skip
+
+    trainer.get_dataloader = get_dataloader
+
+
+def _begin(trainer: Any, training: Training, config: Config, images: int, box: np.ndarray) -> None:
+    """What has to be set once ultralytics has set itself up. box: usual width and height in input pixels."""
     torch.set_num_threads(training.threads)  # which ultralytics changes, and their number changes the weights
     got = len(trainer.train_loader.dataset)
     if got != images:  # it drops what it calls corrupt with a warning only
         raise DetectorError(f"detector {config.condition}: ultralytics took {got} of {images} training images")
     if training.model.endswith(".yaml"):
-        _start_boxes((trainer.model, trainer.ema.ema), config)
+        _start_boxes((trainer.model, trainer.ema.ema), box)
         _quicken_norms(trainer.model)
-    # A fifth faster, on CPU too, where ultralytics would not do it.
-    trainer.model.to(memory_format=torch.channels_last)
+    # Faster, on CPU too, where ultralytics would do neither; the averaged weights as the others, or copying is slow.
+    for model in (trainer.model, trainer.ema.ema):
+        model.to(memory_format=torch.channels_last)
+    for group in trainer.optimizer.param_groups:
+        group.update(fused=True, foreach=False)
 
 
 def _data_file(folder: Path, work: Path, files: Sequence[str], held_out: Sequence[str], config: Config) -> Path:
@@ -487,18 +611,14 @@ def _data_file(folder: Path, work: Path, files: Sequence[str], held_out: Sequenc
     return path
 
 
-def _start_boxes(models: Iterable[torch.nn.Module], config: Config) -> None:
-    """Let untrained networks begin with boxes of the known size.
+def _start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:
+    """Let untrained networks begin with boxes of the known size, `box`: width and height in pixels.
 
     A new YOLO head predicts boxes of 15 strides. Against a box of 10 pixels its overlap is under .01, and the assigner
     takes that to the sixth power: nothing is assigned, nothing learnt, for many epochs. So the distance bins start out
     at half a box: the two bins around it share the weight such that their mean is right.
     """
-    left, right, top, bottom = config.strip
-    rows, cols = config.size
-    half = (
-        0.5 * config.box_side * np.array([cols / (right - left), rows / (bottom - top)] * 2)
-    )  # left, top, right, bottom
+    half = 0.5 * np.tile(box, 2)  # left, top, right, bottom
     for head in (model.model[-1] for model in models):
         for heads in (head.cv2, head.one2one_cv2):
             for layer, stride in zip(heads, head.stride.tolist(), strict=True):
@@ -559,6 +679,14 @@ def save(detector: Detector, path: str | Path) -> None:
     write_json(path.with_suffix(".json"), about)
 
 
+def save_reading(path: str | Path, reading: Sequence[float]) -> None:
+    """Write how the findings of saved weights are read into the json beside them."""
+    path = Path(path).with_suffix(".json")
+    about = json.loads(path.read_text())
+    about["config"]["reading"] = list(reading)
+    write_json(path, about)
+
+
 def load(path: str | Path) -> Detector:
     """Read a detector that `save` wrote; DetectorError where weights and json do not belong together."""
     path = Path(path)
@@ -599,9 +727,9 @@ def detect(
             continue
         by_canal = canal is not None and config.condition == "ss"
         shown = axial_levels(stack, canal) if by_canal else np.full(len(stack.pixels), -1)
-        inputs = channels(strips(stack, config), stack.blocks, config)[wanted]
+        images = inputs(stack, config, canal)[wanted]
         for scale, flip in config.views:
-            centres, scores = _forward(detector, inputs, scale, flip)
+            centres, scores = _forward(detector, images, scale, flip)
             points = _to_patient(stack, wanted, centres, config)
             levels = np.repeat(shown[wanted], points.shape[1])
             parts.append((points.reshape(-1, 3), scores.reshape(-1, scores.shape[2]), levels))
@@ -623,15 +751,20 @@ def _wanted(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndar
 
 
 @torch.inference_mode()
-def _forward(detector: Detector, inputs: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip shares, scores (n, k, C)."""
+def _forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip shares, scores (n, k, C).
+
+    A flipped view is the mirrored patient: axial images change columns, sagittal ones the order of their slices. As
+    published, in scheme 'sided', columns change on sagittal images too.
+    """
+    columns = detector.config.condition == "ss" or detector.config.scheme == "sided"
     device = next(detector.model.parameters()).device
     head = detector.model.model[-1]
     rows, cols = detector.config.size
     found = []
-    for part in np.array_split(inputs, max(len(inputs) // 64, 1)):
+    for part in np.array_split(views, max(len(views) // 64, 1)):
         images = torch.from_numpy(part).to(device).float() / 255
-        images = images.flip(3) if flip else images
+        images = images.flip(3 if columns else 1) if flip else images
         if scale != 1:
             images = _scaled(images, scale)
         raw = detector.model(images)[1]["one2one"]
@@ -645,7 +778,7 @@ def _forward(detector: Detector, inputs: np.ndarray, scale: float, flip: bool) -
         )
         found.append((centres.cpu().numpy() / np.array([cols, rows]), scores.cpu().numpy()))
     centres, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    if flip:
+    if flip and columns:
         centres[..., 0] = 1 - centres[..., 0]
         if detector.config.exchange:
             scores = scores[..., _other_side(detector.config)]
@@ -680,53 +813,104 @@ def _to_patient(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config: C
 # ---------------------------------------------------------------- from detections to levels and rows
 
 
-def decode(
-    detections: Detections, study_id: int, config: Config, canal: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z, confidence) of a study.
-
-    side is left, right, or '' for the canal; X, Y, Z are LPS mm.
-
-    A row or point is there only where there is evidence. `canal`: the study's points by the scs detector.
-    """
+def findings(detections: Detections, study_id: int, config: Config, canal: pd.DataFrame | None = None) -> list[Finding]:
+    """What a study's detections say of each level; nothing of levels without evidence. `canal`: the study's points."""
+    if not len(detections.scores):
+        return []
     if config.scheme == "sided":
-        return _decode_sided(detections, study_id, config)
+        return _find_sided(detections, study_id, config)
     canal = None if canal is None or canal.empty else canal.set_index("level")[["X", "Y", "Z"]].astype(float)
     find = {"scs": _find_canal, "nfn": _find_foramina, "ss": _find_recesses}[config.condition]
-    rows, points = [], []
-    for side, level, point, confidence, scores in find(detections, canal) if len(detections.scores) else []:
+    found = []
+    for side, level, point, evidence, scores in find(detections, canal):
         condition = "_".join(filter(None, (side, GROUPS[config.condition].base)))
-        rows.append((row_id(study_id, condition, level), *_normalised(scores)))
-        points.append((study_id, level, side or "", *point, confidence))
-    return _tables(rows, points)
+        name = row_id(study_id, condition, level)
+        found.append(Finding(name, study_id, level, side or "", point, float(scores.max()), evidence, scores))
+    return found
 
 
-def _tables(rows: list[tuple], points: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two tables of `decode`, with their columns even where they are empty."""
-    names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
-    numbers = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64"}  # of empty tables too
-    predicted = pd.DataFrame(rows, columns=["row_id", *SEVERITIES]).astype(dict.fromkeys(SEVERITIES, float))
-    return predicted, pd.DataFrame(points, columns=names).astype(numbers)
-
-
-def _normalised(scores: np.ndarray) -> np.ndarray:
-    """Scores (3,) floored and scaled to sum 1."""
-    scores = np.maximum(np.asarray(scores, dtype=float), FLOOR)
-    return scores / scores.sum()
-
-
-def _decode_sided(detections: Detections, study_id: int, config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As published: the highest confidence of each class over all slices and views, normalised over severities."""
-    if not len(detections.scores):
-        return _tables([], [])
+def _find_sided(detections: Detections, study_id: int, config: Config) -> list[Finding]:
+    """As published: the highest confidence of each class over all slices and views."""
     table = classes(config)
-    rows, points = [], []
+    found = []
     best = detections.scores.max(axis=0)
     for (condition, level), numbers in table.groupby(["condition", "level"], sort=False).groups.items():
-        rows.append((row_id(study_id, condition, level), *_normalised(best[numbers])))
         place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
-        points.append((study_id, level, CONDITIONS[condition].side or "", *place, best[numbers].max()))
-    return _tables(rows, points)
+        name, side = row_id(study_id, condition, level), CONDITIONS[condition].side or ""
+        scores = best[numbers][None]
+        found.append(Finding(name, study_id, level, side, place, float(scores.max()), scores.sum(axis=1), scores))
+    return found
+
+
+def tables(found: Sequence[Finding], reading: Sequence[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z, confidence) of findings.
+
+    side is left, right, or '' for the canal; X, Y, Z are LPS mm.
+    """
+    names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
+    numbers = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64"}  # of empty tables too
+    points = pd.DataFrame([(f.study_id, f.level, f.side, *f.point, f.confidence) for f in found], columns=names)
+    rows = pd.DataFrame(read(found, reading), columns=SEVERITIES, dtype=float)
+    rows.insert(0, "row_id", [f.row_id for f in found])
+    return rows, points.astype(numbers)
+
+
+def read(found: Sequence[Finding], reading: Sequence[float]) -> np.ndarray:
+    """Natural probabilities (n, 3) of findings by the four numbers that `Finding` explains."""
+    power, temperature, *biases = reading
+    logits = temperature * _mean_logs(found, power) + np.array([0.0, *biases])
+    rows = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return rows / rows.sum(axis=1, keepdims=True)
+
+
+def _mean_logs(found: Sequence[Finding], power: float) -> np.ndarray:
+    """Mean log scores (n, 3) of each finding's detections, weighted by their evidence to a power."""
+    means = np.empty((len(found), len(SEVERITIES)))
+    for target, one in zip(means, found, strict=True):
+        weight = (one.evidence / max(one.evidence.max(), FLOOR)) ** power if len(one.evidence) > 1 else np.ones(1)
+        target[:] = weight @ np.log(np.maximum(one.scores, FLOOR)) / weight.sum()
+    return means
+
+
+def fit_reading(found: Sequence[Finding], labels: pd.DataFrame) -> tuple[float, float, float, float]:
+    """The numbers by which findings are read, fitted to their labels (row_id, severity) by the official log loss.
+
+    The biases are held near 0 by a small square, as few rows are severe. Without both mild and other labels: defaults.
+    """
+    severity = labels[labels["severity"] >= 0].set_index("row_id")["severity"]
+    found = [one for one in found if one.row_id in severity.index]
+    truth = severity.loc[[one.row_id for one in found]].to_numpy(dtype=int)
+    default = Config.__dataclass_fields__["reading"].default
+    if len(np.unique(truth)) < 2:
+        return default
+    weight = WEIGHTS[truth] / WEIGHTS[truth].sum()
+    best = np.inf, default
+    for power in POWERS:
+        means = _mean_logs(found, power)
+
+        def loss(numbers: np.ndarray, means: np.ndarray = means) -> float:
+            """Weighted log loss of the weighted rows, with the pull on the biases."""
+            logits = numbers[0] * means + np.array([0.0, *numbers[1:]]) + np.log(WEIGHTS)
+            logits -= logits.max(axis=1, keepdims=True)
+            logs = logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1))
+            return -weight @ logs + 1e-3 * (numbers[1:] ** 2).sum()
+
+        fitted = minimize(loss, [1.0, 0.0, 0.0], method="L-BFGS-B", bounds=[(0.05, 5), (-5, 5), (-5, 5)])
+        if fitted.fun < best[0]:
+            best = float(fitted.fun), (power, *(float(number) for number in fitted.x))
+    return best[1]
+
+
+def cross_read(found: Sequence[Finding], labels: pd.DataFrame, seed: int, parts: int = 5) -> np.ndarray:
+    """Natural probabilities (n, 3) of findings, each study's read by numbers fitted to studies of the other parts."""
+    studies = np.array(sorted({one.study_id for one in found}))
+    part_of = dict(zip(studies, np.random.default_rng(seed).permutation(len(studies)) % parts, strict=True))
+    part = np.array([part_of[one.study_id] for one in found])
+    rows = np.empty((len(found), len(SEVERITIES)))
+    for number in np.unique(part):
+        reading = fit_reading([one for one, p in zip(found, part, strict=True) if p != number], labels)
+        rows[part == number] = read([one for one, p in zip(found, part, strict=True) if p == number], reading)
+    return rows
 
 
 def assign_levels(points: np.ndarray, evidence: np.ndarray, expected: pd.DataFrame | None = None) -> np.ndarray:
@@ -760,31 +944,35 @@ def assign_levels(points: np.ndarray, evidence: np.ndarray, expected: pd.DataFra
     return few[np.array(chosen[::-1])]
 
 
-def _level_scores(weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Severity scores (3,) of a level: geometric mean of its detections' scores (k, 3), weighted by evidence squared.
-
-    Measured out of fold on the phantom, this ordered severe canals better than the highest scores (area under the
-    curve .94 against .90) and was never worse.
-    """
-    share = weights**2 / (weights**2).sum()
-    return np.exp(share @ np.log(np.maximum(scores, 1e-6)))
-
-
 def _sagittal_levels(detections: Detections, index: np.ndarray, expected: pd.DataFrame | None) -> list[tuple]:
-    """(level, point, confidence, severity scores) of the five levels from detections `index` on sagittal slices."""
+    """(level, point, evidence, severity scores) of the five levels from detections `index` on sagittal slices.
+
+    `expected`: points (index level) where the canal lets each level be; where they are five, they name the levels.
+    """
     points, scores = detections.points[index], detections.scores[index].reshape(len(index), len(LEVELS), 3)
     evidence = scores.sum(axis=2)
+    if expected is not None and len(expected) == len(LEVELS):
+        chosen = nearby_levels(points, evidence, expected)
+    else:
+        chosen = assign_levels(points, evidence, expected)
     found = []
-    for number, chosen in enumerate(assign_levels(points, evidence, expected)):
-        apart = np.linalg.norm(points[:, 1:] - points[chosen, 1:], axis=1)
+    for number, centre in enumerate(points[chosen]):
+        apart = np.linalg.norm(points[:, 1:] - centre[1:], axis=1)
         weight = evidence[:, number] * np.exp(-0.5 * (apart / SAME_PLACE) ** 2)
         place = (weight[:, None] * points).sum(axis=0) / weight.sum()
         near = np.flatnonzero(np.linalg.norm(points[:, 1:] - place[1:], axis=1) <= NEAR)
-        if not len(near) or evidence[near, number].max() < 1e-3:
-            continue
-        level_scores = _level_scores(evidence[near, number], scores[near, number])
-        found.append((LEVELS[number], place, float(scores[near, number].max()), level_scores))
+        if len(near) and evidence[near, number].max() >= 1e-3:
+            found.append((LEVELS[number], place, evidence[near, number], scores[near, number]))
     return found
+
+
+def nearby_levels(points: np.ndarray, evidence: np.ndarray, expected: pd.DataFrame) -> np.ndarray:
+    """For each level the detection that speaks for it most, near where it is `expected`: (5,) indices into points."""
+    plane = points[:, 1:]
+    apart = np.linalg.norm(plane[:, None] - plane[None], axis=2)
+    support = np.exp(-0.5 * (apart / SAME_PLACE) ** 2) @ evidence
+    off = np.linalg.norm(plane[:, None] - expected.loc[list(LEVELS), ["Y", "Z"]].to_numpy()[None], axis=2)
+    return (np.log(support + 1e-3) - 0.5 * (off / FORAMEN_SPREAD) ** 2).argmax(axis=0)
 
 
 def _find_canal(detections: Detections, canal: pd.DataFrame | None) -> list[tuple]:
@@ -795,14 +983,16 @@ def _find_foramina(detections: Detections, canal: pd.DataFrame | None) -> list[t
     """Left and right by patient x: more to the left than the canal at that height, or than the slices' middle."""
     x, z = detections.points[:, 0], detections.points[:, 2]
     if canal is None:
-        middle = np.full(len(x), (x.min() + x.max()) / 2)
+        middle, expected = np.full(len(x), (x.min() + x.max()) / 2), None
     else:
         line = canal.sort_values("Z")
         middle = np.interp(z, line["Z"], line["X"])
+        expected = canal.copy()
+        expected[["Y", "Z"]] -= CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in canal.index]]
     found = []
-    for side, mine in zip(SIDES, (x > middle, x <= middle), strict=True):
+    for side, mine in zip(SIDES, (x > middle, x < middle), strict=True):
         index = np.flatnonzero(mine)
-        found += [(side, *level) for level in _sagittal_levels(detections, index, canal)] if len(index) else []
+        found += [(side, *level) for level in _sagittal_levels(detections, index, expected)] if len(index) else []
     return found
 
 
@@ -818,36 +1008,39 @@ def _find_recesses(detections: Detections, canal: pd.DataFrame | None) -> list[t
             index = np.flatnonzero(here & (sign * (points[:, 0] - centre[0]) > 0))
             if len(index):
                 scores = detections.scores[index]
-                weight = scores.sum(axis=1)
-                place = (weight[:, None] ** 2 * points[index]).sum(axis=0) / (weight**2).sum()
-                found.append((side, level, place, float(scores.max()), _level_scores(weight, scores)))
+                evidence = scores.sum(axis=1)
+                place = (evidence[:, None] ** 2 * points[index]).sum(axis=0) / (evidence**2).sum()
+                found.append((side, level, place, evidence, scores))
+    return found
+
+
+def find(
+    detector: Detector,
+    studies: Iterable[tuple[int, Sequence[Stack]]],
+    canal: pd.DataFrame | None = None,
+    tell: Callable[[str], None] = print,
+) -> list[Finding]:
+    """Findings of one detector in studies, given as (study id, stacks). `canal`: points of any number of studies."""
+    found = []
+    for number, (study_id, stacks) in enumerate(studies, start=1):
+        here = None if canal is None else canal[canal["study_id"] == study_id]
+        found += findings(detect(detector, stacks, here), study_id, detector.config, here)
+        if number % 20 == 0:
+            tell(f"{detector.config.condition}: {number} studies looked at")
     return found
 
 
 def grade(
-    detectors: Sequence[Detector],
-    studies: Iterable[tuple[int, Sequence[Stack]]],
-    canal: pd.DataFrame | None = None,
-    tell: Callable[[str], None] = print,
+    detectors: Sequence[Detector], study_id: int, stacks: Sequence[Stack], canal: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows and points of studies by detectors of one condition, averaged over them (the folds, for test studies).
+    """Rows and points of a study by detectors of one condition, averaged over them (the folds, for test studies).
 
-    `studies` gives (study id, stacks); `canal` the scs points of any number of studies, as this function returned
-    them. Where only some detectors have evidence, the mean is over those; points are weighted by confidence.
+    `canal`: the study's canal points. Where only some detectors have evidence, the mean is over those; points are
+    weighted by confidence.
     """
-    rows, points = [], []
-    for number, (study_id, stacks) in enumerate(studies, start=1):
-        here = None if canal is None else canal[canal["study_id"] == study_id]
-        for detector in detectors:
-            seen = detect(detector, stacks, here)
-            found = decode(seen, study_id, detector.config, here)
-            rows.append(found[0])
-            points.append(found[1])
-        if number % 20 == 0:
-            tell(f"{detectors[0].config.condition}: {number} studies graded")
-    if not rows:
-        return _tables([], [])
-    return _mean_rows(pd.concat(rows, ignore_index=True)), _mean_points(pd.concat(points, ignore_index=True))
+    each = [tables(find(one, [(study_id, stacks)], canal), one.config.reading) for one in detectors]
+    rows, points = (pd.concat(parts, ignore_index=True) for parts in zip(*each, strict=True))
+    return _mean_rows(rows), _mean_points(points)
 
 
 def grade_study(
@@ -859,10 +1052,10 @@ def grade_study(
     sagittal T2, the canal points come from the foramina.
     """
     rows, points = {}, {}
-    rows["scs"], points["scs"] = grade(detectors["scs"], [(study_id, stacks)])
-    rows["nfn"], points["nfn"] = grade(detectors["nfn"], [(study_id, stacks)], points["scs"])
+    rows["scs"], points["scs"] = grade(detectors["scs"], study_id, stacks)
+    rows["nfn"], points["nfn"] = grade(detectors["nfn"], study_id, stacks, points["scs"])
     canal = study_canal(points["scs"], points["nfn"])
-    rows["ss"], points["ss"] = grade(detectors["ss"], [(study_id, stacks)], canal)
+    rows["ss"], points["ss"] = grade(detectors["ss"], study_id, stacks, canal)
     named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal
 
@@ -895,36 +1088,3 @@ def _mean_points(points: pd.DataFrame) -> pd.DataFrame:
     mean = weighted.groupby(keys, sort=False, dropna=False)[["X", "Y", "Z", "confidence", "n"]].sum().reset_index()
     mean[["X", "Y", "Z"]] = mean[["X", "Y", "Z"]].div(mean["confidence"], axis=0)
     return mean.assign(confidence=mean["confidence"] / mean["n"]).drop(columns="n")
-
-
-# ---------------------------------------------------------------- what was found, against labels
-
-
-def point_errors(points: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Labels with a position beside the detected points: row_id, condition, level, side, severity, found, distances.
-
-    distance: in mm in space; in_plane: in the plane of the series (sagittal: y and z, axial: x and y).
-    """
-    known = labels.dropna(subset=["X", "Y", "Z"])
-    known = known.assign(side=known["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()}))
-    both = known.merge(points, on=["study_id", "level", "side"], how="left", suffixes=("", "_found"))
-    off = np.abs(both[["X_found", "Y_found", "Z_found"]].to_numpy(float) - both[["X", "Y", "Z"]].to_numpy(float))
-    axial = both["condition"].map({c.name: c.group == "ss" for c in CONDITIONS.values()}).to_numpy()
-    in_plane = np.where(axial, np.hypot(off[:, 0], off[:, 1]), np.hypot(off[:, 1], off[:, 2]))
-    names = ["row_id", "study_id", "condition", "level", "side", "severity", "confidence"]
-    return both[names].assign(distance=np.linalg.norm(off, axis=1), in_plane=in_plane)
-
-
-def localisation(errors: pd.DataFrame) -> pd.DataFrame:
-    """Share of label points found, and found within 5 and 10 mm of the reader's point, by condition."""
-
-    def line(group: pd.DataFrame) -> pd.Series:
-        """The shares of one condition."""
-        near = {f"within_{mm}_mm": (group["distance"] <= mm).mean() for mm in (5, 10)}
-        plane = {f"in_plane_within_{mm}_mm": (group["in_plane"] <= mm).mean() for mm in (5, 10)}
-        found = group["distance"].notna()
-        return pd.Series(
-            {"points": len(group), "found": found.mean(), "median_mm": group["distance"].median(), **near, **plane}
-        )
-
-    return errors.groupby("condition").apply(line, include_groups=False).reset_index()

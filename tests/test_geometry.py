@@ -169,7 +169,7 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
         "scs": ((0.3, 0.8, 0.1, 0.92), (224, 160)),
         "ss": ((0.3, 0.8, 0.3, 0.7), (96, 96)),
     }
-    config = detector.Config(key, "seen", *settings[key], True, 0.05)
+    config = detector.Config(key, "seen", *settings[key], True, 14.0)
     stack = planted.stack(GROUPS[key].series_type)
     series = planted.series(GROUPS[key].series_type)
     index, x, y, _ = series.to_pixel(*planted.ball)
@@ -178,7 +178,7 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
     label = {"row_id": f"7_{condition}_l3_l4", "study_id": 7, "condition": condition, "level": "l3_l4", "severity": 1}
     label |= {"series_id": stack.series_id, "instance_number": series.slices[index].instance_number, "x": x, "y": y}
     labels = pd.DataFrame([label | dict(zip("XYZ", place, strict=True))])
-    images, boxes, skipped = detector.write_dataset([stack], labels, tmp_path, config, 5.0, 0)
+    images, boxes, skipped = detector.write_dataset([stack], labels, tmp_path, config, 5.0, 2.0, 0)
     assert skipped.empty and (boxes["slice"] == index).any()
     for line in images.itertuples():
         image = cv2.imread(str(tmp_path / line.file))[..., 1].astype(float)  # between its neighbours
@@ -248,7 +248,7 @@ def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
 
 
 def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
-    config = detector.Config("ss", "seen", (0.3, 0.7, 0.3, 0.7), (96, 96), True, 0.05)
+    config = detector.Config("ss", "seen", (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
     stack, canal = planted.stack(AXIAL), planted.canal
     wanted = detector._wanted(stack, config, canal)
     series = planted.series(AXIAL)
@@ -263,7 +263,7 @@ def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
 
 
 def test_the_canal_is_looked_for_where_it_is(planted):
-    config = detector.Config("scs", "seen", (0.3, 0.8, 0.1, 0.92), (224, 160), True, 0.05)
+    config = detector.Config("scs", "seen", (0.3, 0.8, 0.1, 0.92), (224, 160), True, 14.0)
     wanted = detector._wanted(planted.stack(T2), config, None)
     series = planted.series(T2)
     assert all(wanted[series.to_pixel(*point)[0]] for point in planted.body.points()[:5])

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 import studies  # noqa: F401 - puts the repository on the path and sets one thread
+import torch
 
 from lsdc_utils import detector
 

@@ -83,7 +83,10 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001",
         "name = f'fold{fold}'\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",
-        ["weights/vit3d_{name}.safetensors", "weights/vit3d_{name}.json", "predictions/vit3d_{name}_oof.parquet"],
+        [
+            *(f"weights/vit3d_{{name}}.{e}" for e in ("safetensors", "json")),
+            *(f"predictions/vit3d{t}_{{name}}_oof.parquet" for t in ("", "_at_readers")),
+        ],
     ),
     "05_ensemble_inference": (
         "tta: bool = True",

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from scipy.optimize import minimize
+from scipy.optimize import minimize_scalar
 
 from lsdc_utils.files import atomic, git_commit, write_json
 from lsdc_utils.metric import WEIGHTS
@@ -51,7 +51,7 @@ RECESS_REACH = 25.0  # mm from a level's canal point within which its recesses l
 # medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm.
 CANAL_FROM_FORAMINA = np.array([[2.4, -9.9], [2.6, -9.7], [3.0, -9.5], [5.6, -8.2], [8.7, -6.3]])
 COPY_FALL = 2 / 3  # of the reach of copies: the sigma by which a copy's weight falls with its distance
-POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of evidence, among which `fit_reading` chooses
+POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of evidence, among which `fit_power` chooses
 
 
 class DetectorError(ValueError):
@@ -72,7 +72,7 @@ class Config:
     views: tuple[tuple[float, bool], ...] = ((1.0, False),)  # scale, and whether flipped left to right
     exchange: bool = True  # a flipped axial image shows the other side: change the classes' sides back
     everywhere: bool = False  # look at all slices, not only where the condition can be
-    reading: tuple[float, float, float, float] = (2.0, 1.0, 0.0, 0.0)  # see `Finding`; fitted on out-of-fold findings
+    power: float = 2.0  # of evidence, see `Finding`; fitted on out-of-fold findings
 
     def __post_init__(self) -> None:
         if self.condition not in GROUPS or self.scheme not in SCHEMES:
@@ -109,8 +109,8 @@ class Detector:
 class Finding:
     """What the detections of one study say of one level, or one side of it.
 
-    A row is read off it by four numbers, a config's `reading`: power, temperature and the two biases of moderate and
-    severe. log p = temperature * (mean of the detections' log scores, weighted by evidence ** power) + bias; sum 1.
+    A row is read off it by a config's `power`: log p is the mean of the detections' log scores, weighted by their
+    evidence to that power. Its temperature is a matter of the blend.
     """
 
     row_id: str
@@ -679,11 +679,11 @@ def save(detector: Detector, path: str | Path) -> None:
     write_json(path.with_suffix(".json"), about)
 
 
-def save_reading(path: str | Path, reading: Sequence[float]) -> None:
-    """Write how the findings of saved weights are read into the json beside them."""
+def save_power(path: str | Path, power: float) -> None:
+    """Write the power by which the findings of saved weights are read into the json beside them."""
     path = Path(path).with_suffix(".json")
     about = json.loads(path.read_text())
-    about["config"]["reading"] = list(reading)
+    about["config"]["power"] = power
     write_json(path, about)
 
 
@@ -842,7 +842,7 @@ def _find_sided(detections: Detections, study_id: int, config: Config) -> list[F
     return found
 
 
-def tables(found: Sequence[Finding], reading: Sequence[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(found: Sequence[Finding], power: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z, confidence) of findings.
 
     side is left, right, or '' for the canal; X, Y, Z are LPS mm.
@@ -850,66 +850,54 @@ def tables(found: Sequence[Finding], reading: Sequence[float]) -> tuple[pd.DataF
     names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
     numbers = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64"}  # of empty tables too
     points = pd.DataFrame([(f.study_id, f.level, f.side, *f.point, f.confidence) for f in found], columns=names)
-    rows = pd.DataFrame(read(found, reading), columns=SEVERITIES, dtype=float)
+    rows = pd.DataFrame(read(found, power), columns=SEVERITIES, dtype=float)
     rows.insert(0, "row_id", [f.row_id for f in found])
     return rows, points.astype(numbers)
 
 
-def read(found: Sequence[Finding], reading: Sequence[float]) -> np.ndarray:
-    """Natural probabilities (n, 3) of findings by the four numbers that `Finding` explains."""
-    power, temperature, *biases = reading
-    logits = temperature * _mean_logs(found, power) + np.array([0.0, *biases])
+def read(found: Sequence[Finding], power: float) -> np.ndarray:
+    """Natural probabilities (n, 3) of findings: their detections' geometric mean, weighted by evidence to a power."""
+    logits = np.empty((len(found), len(SEVERITIES)))
+    for target, one in zip(logits, found, strict=True):
+        weight = (one.evidence / max(one.evidence.max(), FLOOR)) ** power if len(one.evidence) > 1 else np.ones(1)
+        target[:] = weight @ np.log(np.maximum(one.scores, FLOOR)) / weight.sum()
     rows = np.exp(logits - logits.max(axis=1, keepdims=True))
     return rows / rows.sum(axis=1, keepdims=True)
 
 
-def _mean_logs(found: Sequence[Finding], power: float) -> np.ndarray:
-    """Mean log scores (n, 3) of each finding's detections, weighted by their evidence to a power."""
-    means = np.empty((len(found), len(SEVERITIES)))
-    for target, one in zip(means, found, strict=True):
-        weight = (one.evidence / max(one.evidence.max(), FLOOR)) ** power if len(one.evidence) > 1 else np.ones(1)
-        target[:] = weight @ np.log(np.maximum(one.scores, FLOOR)) / weight.sum()
-    return means
-
-
-def fit_reading(found: Sequence[Finding], labels: pd.DataFrame) -> tuple[float, float, float, float]:
-    """The numbers by which findings are read, fitted to their labels (row_id, severity) by the official log loss.
-
-    The biases are held near 0 by a small square, as few rows are severe. Without both mild and other labels: defaults.
-    """
+def fit_power(found: Sequence[Finding], labels: pd.DataFrame) -> float:
+    """The power, of `POWERS`, whose rows have the least official log loss against labels (row_id, severity) at their
+    own best temperature; that of `Config` where there is only one severity."""
     severity = labels[labels["severity"] >= 0].set_index("row_id")["severity"]
     found = [one for one in found if one.row_id in severity.index]
     truth = severity.loc[[one.row_id for one in found]].to_numpy(dtype=int)
-    default = Config.__dataclass_fields__["reading"].default
     if len(np.unique(truth)) < 2:
-        return default
+        return Config.power
     weight = WEIGHTS[truth] / WEIGHTS[truth].sum()
-    best = np.inf, default
-    for power in POWERS:
-        means = _mean_logs(found, power)
 
-        def loss(numbers: np.ndarray, means: np.ndarray = means) -> float:
-            """Weighted log loss of the weighted rows, with the pull on the biases."""
-            logits = numbers[0] * means + np.array([0.0, *numbers[1:]]) + np.log(WEIGHTS)
-            logits -= logits.max(axis=1, keepdims=True)
-            logs = logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1))
-            return -weight @ logs + 1e-3 * (numbers[1:] ** 2).sum()
+    def loss(temperature: float, logs: np.ndarray) -> float:
+        """Weighted log loss of the weighted rows."""
+        logits = temperature * logs + np.log(WEIGHTS)
+        logits -= logits.max(axis=1, keepdims=True)
+        return -weight @ (logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1)))
 
-        fitted = minimize(loss, [1.0, 0.0, 0.0], method="L-BFGS-B", bounds=[(0.05, 5), (-5, 5), (-5, 5)])
-        if fitted.fun < best[0]:
-            best = float(fitted.fun), (power, *(float(number) for number in fitted.x))
-    return best[1]
+    def least(power: float) -> float:
+        """The loss at the best temperature."""
+        logs = np.log(np.maximum(read(found, power), FLOOR))
+        return minimize_scalar(loss, bounds=(0.05, 5), args=(logs,), method="bounded").fun
+
+    return min(POWERS, key=least)
 
 
 def cross_read(found: Sequence[Finding], labels: pd.DataFrame, seed: int, parts: int = 5) -> np.ndarray:
-    """Natural probabilities (n, 3) of findings, each study's read by numbers fitted to studies of the other parts."""
+    """Natural probabilities (n, 3) of findings, each study's read by a power fitted to studies of the other parts."""
     studies = np.array(sorted({one.study_id for one in found}))
     part_of = dict(zip(studies, np.random.default_rng(seed).permutation(len(studies)) % parts, strict=True))
     part = np.array([part_of[one.study_id] for one in found])
     rows = np.empty((len(found), len(SEVERITIES)))
     for number in np.unique(part):
-        reading = fit_reading([one for one, p in zip(found, part, strict=True) if p != number], labels)
-        rows[part == number] = read([one for one, p in zip(found, part, strict=True) if p == number], reading)
+        power = fit_power([one for one, p in zip(found, part, strict=True) if p != number], labels)
+        rows[part == number] = read([one for one, p in zip(found, part, strict=True) if p == number], power)
     return rows
 
 
@@ -1038,7 +1026,7 @@ def grade(
     `canal`: the study's canal points. Where only some detectors have evidence, the mean is over those; points are
     weighted by confidence.
     """
-    each = [tables(find(one, [(study_id, stacks)], canal), one.config.reading) for one in detectors]
+    each = [tables(find(one, [(study_id, stacks)], canal), one.config.power) for one in detectors]
     rows, points = (pd.concat(parts, ignore_index=True) for parts in zip(*each, strict=True))
     return _mean_rows(rows), _mean_points(points)
 

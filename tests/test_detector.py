@@ -291,27 +291,28 @@ def loss_of(rows: np.ndarray, labels: pd.DataFrame) -> float:
     return np.average(-np.log(weighted[np.arange(len(truth)), truth]), weights=metric.WEIGHTS[truth])
 
 
-def test_findings_are_read_by_numbers_that_fit():
+def test_findings_are_read_by_the_power_that_fits():
     found, labels = noisy_findings(60)
-    reading = detector.fit_reading(found, labels)
-    assert reading[0] >= 2  # weak detections say nothing here
+    power = detector.fit_power(found, labels)
+    assert power >= 2  # weak detections say nothing here
     fresh, truth = noisy_findings(60, seed=1)
-    default = detector.Config.__dataclass_fields__["reading"].default
-    assert loss_of(detector.read(fresh, reading), truth) < loss_of(detector.read(fresh, default), truth)
-    np.testing.assert_allclose(detector.read(fresh, reading).sum(axis=1), 1)
-    assert detector.fit_reading(found[:0], labels) == default
-    assert detector.fit_reading(found, labels.assign(severity=0)) == default
+    assert loss_of(detector.read(fresh, power), truth) < loss_of(detector.read(fresh, 0.0), truth)
+    np.testing.assert_allclose(detector.read(fresh, power).sum(axis=1), 1)
+    assert detector.fit_power(found[:0], labels) == detector.Config.power
+    assert detector.fit_power(found, labels.assign(severity=0)) == detector.Config.power
 
 
-def test_no_study_takes_part_in_the_numbers_its_rows_are_read_by():
+def test_no_study_takes_part_in_the_power_its_rows_are_read_by(monkeypatch):
     found, labels = noisy_findings(20)
+    asked = []
+    monkeypatch.setattr(detector, "fit_power", lambda some, _: asked.append({f.study_id for f in some}) or len(asked))
     rows = detector.cross_read(found, labels, seed=3)
-    study = labels["row_id"].str.startswith("7_")
-    changed = labels.assign(severity=labels["severity"].where(~study, 2 - labels["severity"]))
-    others = detector.cross_read(found, changed, seed=3)
-    mine = np.array([one.study_id == 7 for one in found])
-    np.testing.assert_array_equal(rows[mine], others[mine])
-    assert not np.allclose(rows[~mine], others[~mine])
+    everyone = {one.study_id for one in found}
+    assert len(asked) == 5 and set.union(*(everyone - some for some in asked)) == everyone
+    for power, some in enumerate(asked, start=1):
+        mine = [number for number, one in enumerate(found) if one.study_id not in some]
+        assert len(mine) == 20
+        np.testing.assert_array_equal(rows[mine], detector.read([found[number] for number in mine], power))
 
 
 def test_foramina_take_their_level_from_the_canal():
@@ -379,7 +380,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition, scheme):
     canal = canal_points()
     if condition == "nfn":  # as the body has it: the canal's points lie behind and below the foramina's
         canal[["Y", "Z"]] += detector.CANAL_FROM_FORAMINA
-    rows, points = detector.tables(detector.findings(detections, 1, settings, canal), settings.reading)
+    rows, points = detector.tables(detector.findings(detections, 1, settings, canal), settings.power)
     labels = toy_labels(stack, condition, severities)
     both = rows.merge(labels, on="row_id")
     assert len(both) == len(labels) == len(rows)
@@ -396,7 +397,7 @@ def test_a_mirrored_study_exchanges_left_and_right(condition):
     detections, settings = ideal(condition, severities)
     mirrored = replace(detections, points=detections.points * [-1, 1, 1])
     rows, mirror = (
-        detector.tables(detector.findings(d, 1, settings, canal_points()), settings.reading)[0].set_index("row_id")
+        detector.tables(detector.findings(d, 1, settings, canal_points()), settings.power)[0].set_index("row_id")
         for d in (detections, mirrored)
     )
     for row in rows.index:
@@ -417,7 +418,7 @@ def test_no_evidence_no_rows():
     for condition in GROUPS:
         settings = config(condition)
         found = detector.findings(no_detections(settings), 1, settings, canal_points())
-        rows, points = detector.tables(found, settings.reading)
+        rows, points = detector.tables(found, settings.power)
         assert rows.empty and points.empty and list(rows) == ["row_id", *SEVERITIES]
     severities = dict.fromkeys(toy_points("ss"), 0)
     detections, settings = ideal("ss", severities)
@@ -475,7 +476,7 @@ def test_a_class_never_seen_gets_the_published_floor():
     scores = np.zeros((1, 30))
     scores[0, 2] = 0.5
     detections = detector.Detections(np.zeros((1, 3)), scores, np.array([-1]))
-    rows = detector.tables(detector.findings(detections, 1, settings), (1.0, 1.0, 0.0, 0.0))[0].set_index("row_id")
+    rows = detector.tables(detector.findings(detections, 1, settings), 1.0)[0].set_index("row_id")
     floor = detector.FLOOR
     first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)
     np.testing.assert_allclose(first, np.array([floor, floor, 0.5]) / (0.5 + 2 * floor))
@@ -524,8 +525,8 @@ def test_training_saving_and_grading(tmp_path, capsys):
     assert len(points) == len(rows)
     for _, table in (detector.grade([loaded], 9, [stack]), detector.grade([loaded], 10, [])):
         assert set(table[["X", "Y", "Z", "confidence"]].dtypes) == {np.dtype(float)}  # of empty tables too
-    detector.save_reading(path, (1.0, 0.5, 0.25, -0.25))
-    assert detector.load(path).config.reading == (1.0, 0.5, 0.25, -0.25)
+    detector.save_power(path, 4.0)
+    assert detector.load(path).config.power == 4.0
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(detector.DetectorError, match="sha256"):
         detector.load(path)

@@ -1,11 +1,14 @@
-"""The second classifier: a 3D vision transformer of timm's blocks, with an ordinal head for the 25 columns.
+"""The second classifier: a factorised 3D vision transformer of timm's blocks, graded by an ordinal head.
 
-Two inputs, one class. `level_crops`: ten half crops a study (five levels, two sides, the right mirrored onto the left),
-each graded for canal, foramen and recess; the canal's latent is the mean of its two halves. `study_grid`: the whole
-study as one grid, 25 latents from one token, left and right learnt from mirrored studies with exchanged labels.
+`level_slices`: for each of five levels and two sides squares of the nearest slices of each series, as they were taken.
+An encoder makes a token of each slice, blocks attend over the slices of a half level, then over the ten halves of a
+study. The right side is mirrored onto the left; a half is graded for canal, foramen and recess, and the canal's latent
+is the mean of its two halves. `study_grid`, the published way: the whole study resampled to one grid, 25 latents from
+one token, left and right learnt from mirrored studies with exchanged labels.
 
 The head is a cumulative link: P(severity > k) = sigmoid(latent - threshold_k) (McCullagh 1980, Regression Models for
-Ordinal Data). It gives natural probabilities; the loss weighs them by 1, 2, 4 as the score does.
+Ordinal Data), or a softmax, for comparison. It gives natural probabilities; the loss weighs them by 1, 2, 4 as the
+score does.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
@@ -32,6 +36,7 @@ from torch.nn import functional as F
 from lsdc_utils import volume
 from lsdc_utils.files import atomic, git_commit, write_json
 from lsdc_utils.vocabulary import (
+    AXIAL,
     COLUMNS,
     CONDITIONS,
     GROUPS,
@@ -41,41 +46,56 @@ from lsdc_utils.vocabulary import (
     SEVERITIES,
     SEVERITY_WEIGHTS,
     SIDES,
+    T1,
+    T2,
     mirrored,
     study_row_ids,
 )
 
-INPUTS = ("level_crops", "study_grid")
-HALF_OUTPUTS = ("scs", "nfn", "ss")  # what one half crop is graded for
+INPUTS = ("level_slices", "study_grid")
+HEADS = ("ordinal", "softmax")
+HALF_OUTPUTS = ("scs", "nfn", "ss")  # what one half level is graded for
 COLUMN_GROUP = tuple(CONDITIONS[c].group for c in CONDITIONS for _ in LEVELS)  # of each of the 25 columns
 MIRROR = tuple(COLUMNS.index(f"{mirrored(c)}_{level}") for c in CONDITIONS for level in LEVELS)
+KINDS = [SERIES_TYPES.index(kind) for kind, _ in volume.SLOTS]  # series of each slot
+SLOTS_OF_SIDE = [[k for k, (_, side) in enumerate(volume.SLOTS) if side in ("", mine)] for mine in SIDES]
+NODES = np.arange(-12.0, 13.0, 4.0)  # mm: places between which what a slice means is interpolated
+AXES = ("left", "posterior", "head")  # of a level's frame
+VIEW_STEP = 1.5  # mm that a view at prediction is shifted
 
 
 @dataclass(frozen=True)
 class VitConfig:
-    """What the network sees and how large it is; axes of a volume go outwards (or left), to posterior, to the head."""
+    """What the network sees and how large it is."""
 
-    input: str = "level_crops"  # or study_grid
-    size: tuple[int, int, int] = (16, 16, 16)  # voxels the network sees
-    spacing: tuple[float, float, float] = (1.75, 1.5, 1.75)  # mm a voxel; unused by study_grid
-    offset: tuple[float, float, float] = (10.0, -1.0, 5.0)  # mm from the level's centre to the crop's middle
-    margin: int = 2  # voxels kept all round, to cut off-centre crops from
-    stem: int = 32  # channels of the stride-2 convolution before the patches; 0: none
-    patch: tuple[int, int, int] = (2, 2, 2)  # voxels of a patch, after the stem
-    width: int = 128  # of a token
-    depth: int = 1  # blocks over the patches of one volume
+    input: str = "level_slices"  # or study_grid
+    size: int = 16  # pixels a side of the square of a slice, or voxels a side of the grid
+    spacing: float = 1.75  # mm a pixel; unused by study_grid
+    margin: int = 4  # pixels kept all round, to cut shifted and turned squares from; unused by study_grid
+    slices: int = 5  # of a series, a level and a side; unused by study_grid
+    encoder: str = "vit"  # of a slice: vit, a small one from scratch, or the name of a model of timm's
+    stem: int = 32  # channels of the stride-2 convolution before the patches (vit)
+    patch: int = 2  # a side, in pixels after the stem (vit), or in voxels of a grid
+    width: int = 96  # of a token
+    depth: int = 1  # blocks over the patches of a slice (vit) or of a grid
     heads: int = 4
-    readout: int = 32  # numbers that each token hands to the readout, which keeps the tokens' places apart
-    context: int = 1  # blocks over the ten half crops of a study; a grid has none
+    readout: int = 8  # numbers that each patch hands to the readout, which keeps their places apart
+    mix: int = 1  # blocks over the slices of a half level
+    context: int = 1  # blocks over the ten half levels of a study
+    head: str = "ordinal"  # or softmax
 
     def __post_init__(self) -> None:
-        for name in ("size", "spacing", "offset", "patch"):  # lists where they come from JSON or YAML
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.input not in INPUTS:
             raise ValueError(f"input {self.input!r} is none of {INPUTS}")
-        step = [p * (2 if self.stem else 1) for p in self.patch]
-        if any(n % s for n, s in zip(self.size, step, strict=True)):
-            raise ValueError(f"size {self.size} is not a multiple of {tuple(step)}, the voxels of a token")
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} is none of {HEADS}")
+        if self.encoder == "vit" and self.size % self.step:
+            raise ValueError(f"size {self.size} is not a multiple of {self.step}, the pixels of a patch")
+
+    @property
+    def step(self) -> int:
+        """Pixels or voxels from one patch to the next."""
+        return self.patch if self.input == "study_grid" else 2 * self.patch
 
 
 @dataclass(frozen=True)
@@ -85,88 +105,60 @@ class Training:
     epochs: int = 24
     batch: int = 2  # studies
     lr: float = 1e-3
-    weight_decay: float = 0.5
+    weight_decay: float = 1.5
     warmup: float = 0.1  # share of the steps
     ema: float = 0.98  # decay of the averaged weights a step
-    jitter: float = 1.7  # mm, sd of the shift of a half crop along each axis, up to the margin
+    jitter: tuple[float, float, float] = (2.3, 1.6, 1.6)  # mm, sd of a level's shift to the left, posterior and head
+    rotation: float = 0.08  # radians, sd of the turn of a slot's slices in their plane
+    scale: float = 0.06  # sd of the logarithm of their size
     intensity: float = 0.15  # sd of contrast and of brightness, a series
     drop_series: float = 0.05  # share of series blanked
+    encoder_weights: str = ""  # file that a pretrained encoder begins with; "" = at random
+    encoder_rate: float = 1.0  # learning rate of the encoder as a share of lr
     seed: int = 52
     threads: int = 1
 
 
 class Vit3d(nn.Module):
-    """Volumes (B, ...) uint8 as `make_input` gives them -> natural log-probabilities (B, 25, 3) in COLUMNS order."""
+    """What `make_input` gives of B studies -> natural log-probabilities (B, 25, 3) in COLUMNS order."""
 
-    def __init__(self, config: VitConfig):
+    def __init__(self, config: VitConfig, encoder_weights: str = ""):
         super().__init__()
         self.config = config
-        channels = config.stem or len(SERIES_TYPES)
-        stride = 2 if config.stem else 1
-        self.stem = (
-            nn.Sequential(nn.Conv3d(len(SERIES_TYPES), config.stem, 3, stride=2, padding=1), nn.GELU())
-            if config.stem
-            else nn.Identity()
-        )
-        tokens = math.prod(n // (p * stride) for n, p in zip(config.size, config.patch, strict=True))
-        self.embed = nn.Sequential(
-            nn.Linear(channels * math.prod(config.patch), config.width), nn.LayerNorm(config.width)
-        )
-        self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
-        self.blocks = nn.Sequential(*_blocks(config, config.depth))
-        # A crop is aligned to the spine, so a token's place tells what it shows. Averaging tokens would lose the place,
-        # and a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
-        self.readout = nn.Sequential(
-            nn.LayerNorm(config.width),
-            nn.Linear(config.width, config.readout),
-            nn.Flatten(1),
-            nn.Linear(tokens * config.readout, config.width),
-        )
-        halves = config.input == "level_crops"
-        context = config.context if halves else 0
-        self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, config.width)) if context else None
-        self.context = nn.Sequential(*_blocks(config, context)) if context else None
-        self.head = nn.Linear(config.width, len(HALF_OUTPUTS) if halves else len(COLUMNS))
-        # Per column: the first threshold, and the logarithm of the step to the second. One for both sides of a half.
-        self.thresholds = nn.Parameter(torch.zeros(len(HALF_OUTPUTS) * len(LEVELS) if halves else len(COLUMNS), 2))
+        halves = config.input == "level_slices"
+        self.features = LevelSlices(config, encoder_weights) if halves else StudyGrid(config)
+        ordinal = config.head == "ordinal"
+        outputs = len(HALF_OUTPUTS) if halves else len(COLUMNS)
+        self.head = nn.Linear(config.width, outputs * (1 if ordinal else len(SEVERITIES)))
+        # Per column, one for both sides. Ordinal: the first threshold, and the logarithm of the step to the second;
+        # softmax: the logits of the prior.
+        rows = len(HALF_OUTPUTS) * len(LEVELS) if halves else len(COLUMNS)
+        self.thresholds = nn.Parameter(torch.zeros(rows, 2 if ordinal else len(SEVERITIES)))
         nn.init.zeros_(self.head.weight)  # so that training begins at the prior
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        latents = self.latents(volumes).float()
-        first, step = self.thresholds[self._threshold_of_column()].unbind(-1)
+    def forward(self, images: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        latents = self.latents(images, places).float()
+        thresholds = self.thresholds[self._threshold_of_column()]
+        if self.config.head == "softmax":
+            return F.log_softmax(latents + thresholds, dim=-1)
+        latents, (first, step) = latents.squeeze(-1), thresholds.unbind(-1)
         above = F.logsigmoid(latents - first), F.logsigmoid(latents - first - step.exp())
         below = F.logsigmoid(first - latents), F.logsigmoid(first + step.exp() - latents)
         # log P(moderate) = log(s(a) - s(b)) = log s(a) + log s(-b) + log(1 - exp(b - a)), for a > b
         middle = above[0] + below[1] + torch.log(-torch.expm1(-step.exp()))
         return torch.stack([below[0], middle, above[1]], dim=-1)
 
-    def latents(self, volumes: torch.Tensor) -> torch.Tensor:
-        """The 25 latent severities (B, 25) of volumes (B, 5, 2, 3, ...) or (B, 3, ...)."""
+    def latents(self, images: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """The latent severities (B, 25, 1), or logits (B, 25, 3), of level slices with places or of grids."""
         if self.config.input == "study_grid":
-            return self.head(self.features(volumes))
-        n = len(volumes)
-        features = self.features(volumes.flatten(0, 2)).reshape(n, len(LEVELS), len(SIDES), -1)
-        if self.context is not None:
-            tokens = (features + self.level).flatten(1, 2)
-            features = features + self.context(tokens).reshape(features.shape)
-        halves = self.head(features)  # (B, levels, sides, outputs)
-        columns = []
+            return self.head(self.features(images)).unflatten(-1, (len(COLUMNS), -1))
+        halves = self.head(self.features(images, places)).unflatten(-1, (len(HALF_OUTPUTS), -1))
+        columns = []  # of (B, levels, sides, outputs, 1 or 3)
         for condition in CONDITIONS.values():
-            output = halves[..., HALF_OUTPUTS.index(condition.group)]
+            output = halves[:, :, :, HALF_OUTPUTS.index(condition.group)]
             columns.append(output.mean(2) if condition.side is None else output[:, :, SIDES.index(condition.side)])
         return torch.cat(columns, dim=1)
-
-    def features(self, volumes: torch.Tensor) -> torch.Tensor:
-        """One vector (N, width) for each volume (N, 3, l, p, h) of grey values 0..255."""
-        values = self.stem(normalise(volumes))
-        n, channels, *size = values.shape
-        patch = self.config.patch
-        counts = [s // p for s, p in zip(size, patch, strict=True)]
-        split = [k for pair in zip(counts, patch, strict=True) for k in pair]
-        tokens = values.reshape(n, channels, *split).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        tokens = self.embed(tokens.reshape(n, math.prod(counts), -1)) + self.position
-        return self.readout(self.blocks(tokens))
 
     def _threshold_of_column(self) -> list[int]:
         if self.config.input == "study_grid":
@@ -186,39 +178,218 @@ class Vit3d(nn.Module):
         share = (pooled + 0.5) / (pooled + 0.5).sum(1, keepdims=True)
         first = np.log(share[:, 0] / (1 - share[:, 0]))
         second = np.log((1 - share[:, 2]) / share[:, 2])
-        values = np.stack([first, np.log(second - first)], axis=1)
-        self.thresholds.copy_(torch.from_numpy(values).to(self.thresholds))
+        ordinal = np.stack([first, np.log(second - first)], axis=1)
+        self.thresholds.copy_(torch.from_numpy(ordinal if self.config.head == "ordinal" else np.log(share)))
 
 
-def _blocks(config: VitConfig, depth: int) -> list[Block]:
+class LevelSlices(nn.Module):
+    """Slices (B, 5, slots * n, h, w) of grey values 0..255 and their places (B, 5, slots * n) in mm, NaN where there is
+    none -> one vector (B, 5, 2, width) for each half level."""
+
+    def __init__(self, config: VitConfig, encoder_weights: str = ""):
+        super().__init__()
+        self.count, width = config.slices, config.width
+        self.encoder = _encoder(config, encoder_weights)
+        features = self.encoder.num_features
+        self.read = nn.Parameter(torch.randn(len(SERIES_TYPES), features, width) / math.sqrt(features))
+        # What a slice shows depends on where it lies, so a token is read by a matrix of its place, interpolated between
+        # nodes in mm: a resampling between slices, but of features. Attention does not learn it from few studies.
+        shape = (len(SERIES_TYPES), len(NODES), width, width)
+        self.place = nn.Parameter(torch.randn(shape) / math.sqrt(width) + 0.5 * torch.eye(width))
+        self.place_bias = nn.Parameter(torch.zeros(len(SERIES_TYPES), len(NODES), width))
+        self.mix = _blocks(config, config.mix)
+        self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, width))
+        self.context = _blocks(config, config.context)
+        self.register_buffer("nodes", torch.from_numpy(NODES).float(), persistent=False)
+
+    def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        n = len(images)
+        there = ~places.isnan()
+        slots = (n, len(LEVELS), len(volume.SLOTS), self.count)
+        seen = normalise(images.reshape(*slots, *images.shape[3:]), there.reshape(slots))
+        encoded = self.encoder(seen.reshape(-1, 1, *images.shape[3:])).reshape(*slots, -1)
+        there, places = there.reshape(slots), places.nan_to_num().reshape(slots)
+        sides = []
+        for side, mine in enumerate(SLOTS_OF_SIDE):
+            tokens = [self._token(encoded[:, :, k], _outwards(places[:, :, k], k, side), KINDS[k]) for k in mine]
+            sides.append((torch.cat(tokens, dim=2), there[:, :, mine].flatten(2)))
+        tokens, there = (torch.stack(parts, dim=2) for parts in zip(*sides, strict=True))  # (B, 5, 2, slices, ...)
+        halves = self._pool(tokens.flatten(0, 2), there.flatten(0, 2)).reshape(n, len(LEVELS), len(SIDES), -1)
+        context = (halves + self.level).flatten(1, 2)
+        for block in self.context:
+            context = block(context)
+        return halves + context.reshape(halves.shape) if len(self.context) else halves
+
+    def _token(self, encoded: torch.Tensor, places: torch.Tensor, kind: int) -> torch.Tensor:
+        """Tokens (..., width) of encoded slices (..., features) of one series type at places (...) in mm."""
+        step = self.nodes[1] - self.nodes[0]
+        places = places.clamp(self.nodes[0], self.nodes[-1])
+        share = (1 - (places[..., None] - self.nodes).abs() / step).clamp(min=0)  # (..., nodes), sums to 1
+        read = torch.einsum("...f,ftw->...tw", encoded @ self.read[kind], self.place[kind].transpose(0, 1))
+        return ((read + self.place_bias[kind]) * share[..., None]).sum(dim=-2)
+
+    def _pool(self, tokens: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """One vector (N, width) of tokens (N, slices, width): their sum, and what blocks add that attend over them."""
+        pooled = (tokens * there[..., None]).sum(dim=1, keepdim=True) / math.sqrt(self.count)
+        tokens = torch.cat([pooled, tokens], dim=1)
+        there = torch.cat([torch.ones_like(there[:, :1]), there], dim=1)
+        unseen = torch.zeros_like(there, dtype=tokens.dtype).masked_fill(~there, -1e4)[:, None, None]
+        for block in self.mix:
+            tokens = block(tokens, attn_mask=unseen)
+        return tokens[:, 0]
+
+
+def _outwards(places: torch.Tensor, slot: int, side: int) -> torch.Tensor:
+    """Places in mm as a side sees them: from where its slot looks, and T2, which both sides share, outwards."""
+    kind, _ = volume.SLOTS[slot]
+    if kind == T2:
+        return places * float(volume.LATERAL[side])
+    return places - volume.FORAMEN if kind == T1 else places
+
+
+class SliceVit(nn.Module):
+    """A small vision transformer: slices (N, 1, h, w) -> features (N, num_features)."""
+
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.patch = config.patch
+        tokens = (config.size // config.step) ** 2
+        self.num_features = tokens * config.readout
+        self.stem = nn.Sequential(nn.Conv2d(1, config.stem, 3, stride=2, padding=1), nn.GELU())
+        self.embed = nn.Sequential(nn.Linear(config.stem * config.patch**2, config.width), nn.LayerNorm(config.width))
+        self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
+        self.blocks = nn.Sequential(*_blocks(config, config.depth))
+        # A square is aligned to the spine, so a patch's place tells what it shows. Averaging would lose the place, and
+        # a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
+        self.readout = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.readout), nn.Flatten(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = _patches(self.stem(images), self.patch)
+        return self.readout(self.blocks(self.embed(tokens) + self.position))
+
+
+class StudyGrid(nn.Module):
+    """Grids (B, 3, l, p, h) of grey values 0..255 -> one vector (B, width)."""
+
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.patch = config.patch
+        tokens = (config.size // config.step) ** 3
+        pixels = len(SERIES_TYPES) * config.patch**3
+        self.embed = nn.Sequential(nn.Linear(pixels, config.width), nn.LayerNorm(config.width))
+        self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
+        self.blocks = nn.Sequential(*_blocks(config, config.depth))
+        self.readout = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, config.readout),
+            nn.Flatten(1),
+            nn.Linear(tokens * config.readout, config.width),
+        )
+
+    def forward(self, grids: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(_patches(normalise(grids), self.patch)) + self.position
+        return self.readout(self.blocks(tokens))
+
+
+def _patches(values: torch.Tensor, patch: int) -> torch.Tensor:
+    """Values (N, channels, ...) of two or three axes as patches (N, patches, channels * pixels of a patch)."""
+    axes = values.ndim - 2
+    split = [k for size in values.shape[2:] for k in (size // patch, patch)]
+    order = [0, *range(2, 2 * axes + 2, 2), 1, *range(3, 2 * axes + 3, 2)]
+    return values.reshape(*values.shape[:2], *split).permute(order).flatten(axes + 1).flatten(1, axes)
+
+
+def _encoder(config: VitConfig, weights: str) -> nn.Module:
+    """The encoder of a slice: ours, or a model of timm's, which begins with the weights in a file if one is given."""
+    if config.encoder == "vit":
+        return SliceVit(config)
+    if weights and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"vit_encoder_weights {weights!r} are not there (looked from {Path.cwd()}). Nothing is downloaded: "
+            f"put weights of timm's {config.encoder} there, or give their path"
+        )
+    size = {"img_size": config.size} if timm.get_pretrained_cfg(config.encoder).fixed_input_size else {}
+    file = {"file": weights, "custom_load": weights.endswith(".npz")}
+    return timm.create_model(
+        config.encoder,
+        pretrained=bool(weights),
+        pretrained_cfg_overlay=file if weights else None,
+        in_chans=1,
+        num_classes=0,
+        **size,
+    )
+
+
+def _blocks(config: VitConfig, depth: int) -> nn.ModuleList:
     # Layer scale: a block begins as a small correction to what the readout already sees.
-    return [Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth)]
+    return nn.ModuleList(
+        Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth)
+    )
 
 
-def normalise(volumes: torch.Tensor) -> torch.Tensor:
-    """Grey values 0..255 (N, 3, l, p, h) as float32 with mean 0 and deviation about 1 in each series of each volume.
+def normalise(images: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+    """Grey values 0..255 (..., n, h, w) with mean 0 and deviation about 1 over the last three axes: over the slices of
+    a slot that are `there` (..., n), or over a grid.
 
     Windows and coils differ from scanner to scanner; 8 grey levels keep a series that shows nothing from growing.
     """
-    values = volumes.float()
-    mean = values.mean(dim=(2, 3, 4), keepdim=True)
-    return (values - mean) / (values.std(dim=(2, 3, 4), keepdim=True) + 8)
+    values, axes = images.float(), (-3, -2, -1)
+    weight = torch.ones(()) if there is None else there[..., None, None].float()
+    weight = weight.to(values.device).expand_as(values)
+    total = weight.sum(dim=axes, keepdim=True).clamp(min=1)
+    mean = (values * weight).sum(dim=axes, keepdim=True) / total
+    variance = ((values - mean).square() * weight).sum(dim=axes, keepdim=True) / total
+    return (values - mean) * weight / (variance.sqrt() + 8)
 
 
 # ---- inputs and labels ---------------------------------------------------------------------------------------------
 
 
 def make_input(stacks: list[volume.Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray | None:
-    """What the network sees of one study, uint8: (5, 2, 3, l, p, h) crops with their margin, or a (3, l, p, h) grid.
+    """What the network sees of one study: a grid uint8 (3, l, p, h), or a record of `images` uint8 (5, slots * n, h, w)
+    with their margin and `places` float32 (5, slots * n) in mm.
 
     points: the study's canal points (level, X, Y, Z in LPS mm, maybe confidence), not used by `study_grid`. None where
     the study cannot be seen: no series, or no point.
     """
-    if not stacks or (config.input == "level_crops" and points.empty):
+    if not stacks or (config.input == "level_slices" and points.empty):
         return None
     if config.input == "study_grid":
-        return volume.study_grid(stacks, config.size[0])
-    return volume.level_crops(stacks, points, config.size, config.spacing, config.offset, config.margin)
+        return volume.study_grid(stacks, config.size)
+    side = config.size + 2 * config.margin
+    images, places = volume.level_slices(stacks, points, side, config.spacing, config.slices)
+    kinds = [("images", np.uint8, images.shape), ("places", np.float32, places.shape)]
+    record = np.zeros((), dtype=kinds)
+    record["images"], record["places"] = images, places
+    return record
+
+
+def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
+    """How far the readers' canal points lie from the levels' points that crops are cut round: study_id, level, and mm
+    to the left, to posterior and to the head along the canal.
+
+    labels: the label table; detected: canal points of studies. Studies and levels that both have.
+    """
+    clicked, rows = dict(list(_clicked(labels).groupby("study_id"))), []
+    for study, mine in detected.groupby("study_id"):
+        if study not in clicked:
+            continue
+        centres, frames = volume.level_frames(mine)
+        level = clicked[study]["level"].map(LEVELS.index).to_numpy()
+        off = np.einsum("nij,nj->ni", frames[level], clicked[study][["X", "Y", "Z"]].to_numpy() - centres[level])
+        rows += [(study, LEVELS[k], *mm) for k, mm in zip(level, off, strict=True)]
+    return pd.DataFrame(rows, columns=["study_id", "level", *AXES])
+
+
+def spread(errors: pd.DataFrame) -> np.ndarray:
+    """Spread (3,) of `centre_errors` in mm, NaN where there are none: 1.4826 times the median distance, which is the
+    standard deviation of a normal distribution and forgets the few points that were set a level off."""
+    return 1.4826 * errors[list(AXES)].astype(float).abs().median().to_numpy()
+
+
+def _clicked(labels: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the label table that have a canal point."""
+    return labels[(labels["condition"].map(lambda c: CONDITIONS[c].group) == "scs") & labels["X"].notna()]
 
 
 def canal_points(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
@@ -228,7 +399,7 @@ def canal_points(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) ->
     meets the errors that prediction will meet; every other study takes the label table's points.
     """
     columns = ["study_id", "level", "X", "Y", "Z", "confidence"]
-    clicked = labels[(labels["condition"].map(lambda c: CONDITIONS[c].group) == "scs") & labels["X"].notna()]
+    clicked = _clicked(labels)
     found = [table[columns] for table in detected]
     known = {study for table in found for study in table["study_id"]}
     clicked = clicked[~clicked["study_id"].isin(known)].assign(confidence=1.0)[columns]
@@ -276,79 +447,127 @@ def row_losses(log_natural: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -weighted.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
 
 
-def planes(seen: np.ndarray, config: VitConfig) -> Iterator[tuple[str, np.ndarray, tuple, tuple[str, str]]]:
-    """For each series type one plane of a volume (3, l, p, h) to look at: its name, image, extent and axis labels.
+def shown(inputs: np.ndarray, level: int, config: VitConfig) -> Iterator[tuple[str, np.ndarray, float, tuple]]:
+    """For each series type one image of a study (a record or grid of `make_inputs`), as the network sees it unshifted.
 
-    Half crops: T1 where the foramen lies, T2 at the midline, axial at the level of the disc, extent in mm from the
-    level's centre. Grids: the middle planes, in voxels. Images are to be drawn with origin "lower".
+    Level slices: the slice of the left half of a level that lies nearest to where its slot looks. Gives the series
+    type, image, the slice's place in mm and the image's extent in mm from the level's point, first row first: sagittal
+    squares go to posterior and to the head, axial ones outwards and to posterior. Grids: the middle plane, in voxels.
     """
-    halves = config.input == "level_crops"
-    spacing, offset = (config.spacing, config.offset) if halves else ((1.0,) * 3, tuple(n / 2 for n in config.size))
-    places = [(np.arange(n) - (n - 1) / 2) * d + o for n, d, o in zip(config.size, spacing, offset, strict=True)]
-    edges = [(p[0] - d / 2, p[-1] + d / 2) for p, d in zip(places, spacing, strict=True)]
-    foramen, midline, disc = (16.0, 0.0, 0.0) if halves else offset  # mm outwards, mm outwards, mm to the head
-    unit, outward = ("mm", "outwards") if halves else ("voxels", "to the left")
-    cuts = ((0, foramen), (0, midline), (2, disc))
-    for volume_of, kind, (axis, place) in zip(seen, SERIES_TYPES, cuts, strict=True):
-        image = volume_of.take(np.abs(places[axis] - place).argmin(), axis)  # (p, h) or (l, p)
-        across, up = (1, 2) if axis == 0 else (0, 1)
-        extent = (*edges[across], *edges[up]) if axis == 0 else (*edges[across], *edges[up][::-1])
-        names = [(outward, "to posterior", "to the head")[k] + f" ({unit})" for k in (across, up)]
-        yield kind, image.T if axis == 0 else image.T[::-1], extent, tuple(names)
+    images = [part.numpy()[0] for part in next(views(inputs[None], config, 1))[0]]
+    for kind in SERIES_TYPES:
+        if config.input == "study_grid":
+            half = config.size / 2
+            yield kind, images[0][SERIES_TYPES.index(kind), config.size // 2].T, 0.0, (-half, half, half, -half)
+            continue
+        slot = next(k for k, (mine, side) in enumerate(volume.SLOTS) if mine == kind and side != SIDES[1])
+        aim = volume.FORAMEN if kind == T1 else 0.0
+        first = slot * config.slices
+        off = np.abs(images[1][level, first : first + config.slices] - aim)
+        nearest = first + int(np.argsort(off)[0])  # a missing slice is sorted last
+        middle = volume.AXIAL_MIDDLE if kind == AXIAL else volume.SAGITTAL_MIDDLE
+        half = config.size * config.spacing / 2
+        extent = (middle[0] - half, middle[0] + half, middle[1] + half, middle[1] - half)
+        yield kind, images[0][level, nearest], float(images[1][level, nearest]), extent
 
 
 # ---- augmentation and views ----------------------------------------------------------------------------------------
 
+Seen = tuple[torch.Tensor, ...]  # what the network is called with: images and places, or grids
 
-def cut(volumes: np.ndarray, config: VitConfig, shifts: np.ndarray) -> np.ndarray:
-    """Half crops (B, 5, 2, 3, ...) with margin cut to `config.size`, `shifts` (B, 5, 2, 3) voxels off the middle."""
-    start = shifts + config.margin
-    result = np.empty((*volumes.shape[:4], *config.size), dtype=volumes.dtype)
-    for index in np.ndindex(volumes.shape[:3]):
-        window = tuple(slice(a, a + n) for a, n in zip(start[index], config.size, strict=True))
-        result[index] = volumes[index][:, *window]
-    return result
+
+def cut(
+    inputs: np.ndarray,
+    config: VitConfig,
+    shifts: np.ndarray,
+    turns: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+) -> Seen:
+    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of levels moved by `shifts` (B, 5, 3).
+
+    shifts: mm to the left, to posterior and to the head: in the plane the square moves, across it the places of the
+    slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
+    """
+    shape = (*inputs["places"].shape[:2], len(volume.SLOTS), config.slices)
+    turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns
+    across, down, through = (np.empty(shape[:3]) for _ in range(3))
+    for slot, (kind, side) in enumerate(volume.SLOTS):
+        left, posterior, head = np.moveaxis(shifts, -1, 0)
+        outward = left * (volume.LATERAL[SIDES.index(side)] if side else 1.0)
+        moved = (outward, posterior, head) if kind == AXIAL else (posterior, head, outward)
+        across[..., slot], down[..., slot], through[..., slot] = moved
+    images = torch.from_numpy(inputs["images"]).to(device).float()
+    stored = images.shape[-1]
+    angle, size = turns[..., 0], turns[..., 1] * config.size / stored
+    cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * config.spacing)
+    theta = np.stack([cosine, -sine, across * to_share, sine, cosine, down * to_share], axis=-1)
+    theta = np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)
+    grid = F.affine_grid(
+        torch.from_numpy(theta).float().to(device), (len(theta), 1, config.size, config.size), align_corners=False
+    )
+    found = F.grid_sample(images.reshape(-1, 1, stored, stored), grid, align_corners=False)
+    places = inputs["places"].reshape(shape) - through[..., None]
+    return (
+        found.reshape(*images.shape[:3], config.size, config.size),
+        torch.from_numpy(places.reshape(inputs["places"].shape)).float().to(device),
+    )
 
 
 def augment(
-    volumes: np.ndarray, labels: np.ndarray, config: VitConfig, training: Training, rng: np.random.Generator
-) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """A training batch: shifted centres, or mirrored studies; contrast and brightness; now and then a series blanked.
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    config: VitConfig,
+    training: Training,
+    rng: np.random.Generator,
+    device: torch.device | str = "cpu",
+) -> tuple[Seen, np.ndarray, np.ndarray]:
+    """A training batch: shifted and turned squares, or mirrored studies; contrast and brightness; series left out.
 
-    Returns float32 volumes, and for each study the order (B, 25) in which its columns and weights are to be taken:
-    for a mirrored study left and right are exchanged.
+    Returns what the network sees, the labels, and for each study the order (B, 25) in which its columns and weights are
+    to be taken: for a mirrored study left and right are exchanged.
     """
-    n = len(volumes)
+    n = len(inputs)
     order = np.tile(np.arange(len(COLUMNS)), (n, 1))
-    if config.input == "level_crops":
-        shifts = rng.normal(0, training.jitter / np.array(config.spacing), (*volumes.shape[:3], 3))
-        volumes = cut(volumes, config, np.rint(shifts).astype(int).clip(-config.margin, config.margin))
-    else:
+    gain, gamma = np.exp(rng.normal(0, training.intensity, (2, n, len(SERIES_TYPES))))
+    kept = rng.random((n, len(SERIES_TYPES))) >= training.drop_series
+    if config.input == "study_grid":
         turned = rng.random(n) < 0.5
-        volumes = np.where(turned[:, None, None, None, None], volumes[:, :, ::-1], volumes)
+        grids = np.where(turned[:, None, None, None, None], inputs[:, :, ::-1], inputs)
         order[turned] = MIRROR
-    series = volumes.ndim - 4  # axis of the three series
-    shape = [n if axis == 0 else len(SERIES_TYPES) if axis == series else 1 for axis in range(volumes.ndim)]
-    gain, gamma = np.exp(rng.normal(0, training.intensity, (2, *shape)))
-    kept = rng.random(shape) >= training.drop_series
-    values = torch.from_numpy(volumes.astype(np.float32) / 255)
-    values = values.pow(torch.from_numpy(gamma).float()) * torch.from_numpy(gain * kept * 255).float()
-    return values, np.take_along_axis(labels, order, axis=1), order
+        images = _vary(torch.from_numpy(grids).to(device).float(), gain * kept, gamma)
+        return (images,), np.take_along_axis(labels, order, axis=1), order
+    shifts = rng.normal(0, 1, (n, len(LEVELS), 3)).clip(-2.5, 2.5) * training.jitter
+    slots = (n, len(LEVELS), len(volume.SLOTS))
+    turns = np.stack([rng.normal(0, training.rotation, slots), np.exp(rng.normal(0, training.scale, slots))], axis=-1)
+    images, places = cut(inputs, config, shifts, turns, device)
+    kinds = np.repeat(KINDS, config.slices)
+    images = _vary(images.transpose(1, 2), gain[:, kinds], gamma[:, kinds]).transpose(1, 2)
+    gone = torch.from_numpy(~kept[:, kinds]).to(device)[:, None].expand_as(places)
+    return (images, places.masked_fill(gone, math.nan)), labels, order
 
 
-def views(volumes: np.ndarray, config: VitConfig, count: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+def _vary(images: torch.Tensor, gain: np.ndarray, gamma: np.ndarray) -> torch.Tensor:
+    """Grey values (n, k, a, b, c) raised to `gamma` (n, k) as shares of 255, times `gain` (n, k)."""
+    gain, gamma = (torch.from_numpy(x).float().to(images.device)[:, :, None, None, None] for x in (gain, gamma))
+    return (images / 255).clamp(min=1e-6).pow(gamma) * gain * 255
+
+
+def views(
+    inputs: np.ndarray, config: VitConfig, count: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Seen, list[int]]]:
     """The first `count` views of a batch for test-time augmentation, each with the order of its 25 columns.
 
-    Half crops: the middle, then a voxel inwards and outwards, to the front and back, up and down. Grids: as it is, then
-    mirrored with the columns of left and right exchanged.
+    Level slices: the middle, then shifted by `VIEW_STEP` mm to either side, back and forth, up and down. Grids: as it
+    is, then mirrored with the columns of left and right exchanged.
     """
     same = list(range(len(COLUMNS)))
     if config.input == "study_grid":
-        yield from ((volumes, same), (volumes[:, :, ::-1], list(MIRROR)))[:count]
+        for grids, order in ((inputs, same), (inputs[:, :, ::-1], list(MIRROR)))[:count]:
+            yield (torch.from_numpy(np.ascontiguousarray(grids)).to(device),), order
         return
-    steps = [(0, 0, 0), *(tuple(sign * k for k in axis) for axis in np.eye(3, dtype=int).tolist() for sign in (1, -1))]
+    steps = [np.zeros(3), *(sign * VIEW_STEP * axis for axis in np.eye(3) for sign in (1, -1))]
     for shift in steps[:count]:
-        yield cut(volumes, config, np.broadcast_to(np.array(shift), (*volumes.shape[:3], 3))), same
+        yield cut(inputs, config, np.broadcast_to(shift, (len(inputs), len(LEVELS), 3)), device=device), same
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------------
@@ -366,7 +585,7 @@ def fit(
     training: Training,
     held_out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[Vit3d, pd.DataFrame]:
-    """Train on inputs (n, ...) uint8 and labels (n, 25); gives the averaged weights of the last epoch, and curves.
+    """Train on inputs (n, ...) of `make_inputs` and labels (n, 25); the averaged weights of the last epoch, and curves.
 
     held_out: inputs and labels that are looked at a few times for the curves, and never used to choose anything.
     The curves hold epoch, loss (the score's mean over its three groups of rows), held_out_loss (NaN where not looked),
@@ -375,7 +594,7 @@ def fit(
     torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
     device = choose_device()
-    model = Vit3d(config)
+    model = Vit3d(config, training.encoder_weights)
     model.start_at_prior(labels)
     model.to(device)
     averaged = ModelEmaV3(model, decay=training.ema, use_warmup=True, warmup_power=0.8)
@@ -392,10 +611,10 @@ def fit(
         total = 0.0
         model.train()
         for batch in np.array_split(rng.permutation(len(inputs)), steps // training.epochs):
-            volumes, truth, order = augment(inputs[batch], labels[batch], config, training, rng)
+            seen, truth, order = augment(inputs[batch], labels[batch], config, training, rng, device)
             weight = torch.from_numpy(np.take_along_axis(weights[batch], order, axis=1)).to(device)
             with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
-                answer = model(volumes.to(device))
+                answer = model(*seen)
             loss = (row_losses(answer, torch.from_numpy(truth).to(device)) * weight).sum(1).mean()
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -406,26 +625,28 @@ def fit(
             scheduler.step()
             averaged.update(model)
             total += float(loss.detach()) * len(batch)
-        seen = math.nan
+        checked = math.nan
         if held_out is not None and (epoch % look == 0 or epoch == training.epochs):
-            seen = loss_of(averaged.module, *held_out, training.batch)
-        curves.append((epoch, total / len(inputs), seen, time.monotonic() - began))
-        told = "" if math.isnan(seen) else f" held out {seen:.3f}"
+            checked = loss_of(averaged.module, *held_out, training.batch)
+        curves.append((epoch, total / len(inputs), checked, time.monotonic() - began))
+        told = "" if math.isnan(checked) else f" held out {checked:.3f}"
         print(f"epoch {epoch}/{training.epochs} loss {curves[-1][1]:.3f}{told} ({curves[-1][3]:.1f} s)", flush=True)
     return averaged.module.eval(), pd.DataFrame(curves, columns=["epoch", "loss", "held_out_loss", "seconds"])
 
 
 def _optimizer(model: Vit3d, training: Training) -> torch.optim.AdamW:
-    """AdamW without decay of biases, norms, places and thresholds; thresholds move faster, since they are log-odds."""
-    named = dict(model.named_parameters())
-    thresholds = [named.pop("thresholds")]
-    plain = [named.pop(name) for name in list(named) if named[name].ndim < 2 or name in ("position", "level")]
-    groups = [
-        {"params": list(named.values()), "weight_decay": training.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        {"params": thresholds, "weight_decay": 0.0, "lr": training.lr * 10},
-    ]
-    return torch.optim.AdamW(groups, lr=training.lr, betas=(0.9, 0.98))
+    """AdamW without decay of biases, norms, places and thresholds; thresholds move faster, since they are log-odds, and
+    a pretrained encoder slower."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("position", "level", "place_bias", "thresholds")
+        rate = 10.0 if name == "thresholds" else 1.0
+        rate *= training.encoder_rate if name.startswith("features.encoder.") else 1.0
+        groups.setdefault((rate, 0.0 if plain else training.weight_decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr": training.lr * rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+        betas=(0.9, 0.98),
+    )
 
 
 def _speed(step: int, steps: int, warmup: float) -> float:
@@ -445,12 +666,9 @@ def probabilities(models: list[Vit3d], inputs: np.ndarray, views_count: int = 1,
     models = [model.to(device).eval() for model in models]
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
-        seen = list(views(part, models[0].config, views_count))
-        for volumes, order in seen:
-            volumes = torch.from_numpy(np.ascontiguousarray(volumes)).to(device)
+        for seen, order in views(part, models[0].config, views_count, device):
             for model in models:
-                found = model(volumes).exp().cpu().numpy()[:, order]
-                total[start : start + batch] += found / (len(models) * len(seen))
+                total[start : start + batch] += model(*seen).exp().cpu().numpy()[:, order]
     return total / total.sum(-1, keepdims=True)
 
 

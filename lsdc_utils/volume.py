@@ -1,7 +1,8 @@
 """Series as stacks of 8-bit slices in patient space, and what networks read from them: level crops and study grids.
 
-All coordinates are LPS millimetres: x grows to the patient's left, y to posterior, z to the head. Values between slices
-are linear in the position along the slices' normal; slice thickness and instance numbers are never used.
+All coordinates are LPS millimetres: x grows to the patient's left, y to posterior, z to the head. Crops are cut in the
+plane of each slice, nothing is resampled between slices; in a grid values between slices are linear in the position
+along their normal. Slice thickness and instance numbers are never used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lsdc_utils import dicom, validation
 from lsdc_utils.competition import FINDINGS, Competition
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.processes import each
-from lsdc_utils.vocabulary import LEVELS, SERIES_TYPES
+from lsdc_utils.vocabulary import AXIAL, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 PIECE = 2**15  # points that are sampled at once: what the processor's cache holds
@@ -35,6 +36,14 @@ SPINE_Y = np.array([10.0, 4.0, 0.0, 1.0, 9.0])
 SPINE_Z = np.array([64.0, 32.0, 0.0, -31.0, -56.0])
 SPINE_SLOPE = np.tan(np.deg2rad([11.0, 8.0, 2.0, -9.0, -26.0]))  # mm to posterior a mm up: usual tilts of the discs
 LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of vocabulary.SIDES
+
+# Which slices show a level: at the canal, at either foramen, at the disc; axial images are seen from each side.
+SLOTS = ((T2, ""), (T1, SIDES[0]), (T1, SIDES[1]), (AXIAL, SIDES[0]), (AXIAL, SIDES[1]))
+FORAMEN = 16.0  # mm outwards of the canal: where its outer wall narrows the nerve
+SLICE_REACH = 14.0  # mm from there that a slice may lie: three steps
+SAME_SLICE = 1.0  # mm between slices that show the same
+SAGITTAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
+AXIAL_MIDDLE = (8.0, -1.0)  # mm outwards and to posterior
 
 
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
@@ -433,37 +442,113 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def crop_lattices(
-    centres: np.ndarray, axes: np.ndarray, size: tuple, spacing: tuple, offset: tuple, margin: int
-) -> list[list[Lattice]]:
-    """Where the half crops of each of five levels and two sides are cut.
+@dataclass(frozen=True)
+class Cut:
+    """A square of pixels in the plane of one slice: pixel (row r, column c) is the patient point origin + c columns +
+    r rows; LPS mm."""
 
-    `size` voxels of `spacing` mm go outwards, to posterior and to the head; `offset` mm is the way from the level's
-    centre to the crop's middle along these; `margin` voxels are added all round, for crops cut off-centre.
+    image: np.ndarray  # (rows, cols) uint8: the slice
+    affine: np.ndarray  # (4, 4): (column, row, 0, 1) of the slice -> mm
+    origin: np.ndarray  # (3,)
+    columns: np.ndarray  # (3,) mm a pixel
+    rows: np.ndarray  # (3,) mm a pixel
+    place: float  # of the slice, mm from the level's point: outwards (T2: to the left) or, if axial, to the head
+
+    def sample(self, size: int) -> np.ndarray:
+        """Its grey values uint8 (size, size), bilinear in the slice; 0 outside."""
+        axes = self.affine[:3, :2]
+        to_pixel = (axes / (axes**2).sum(axis=0)).T
+        corner = to_pixel @ (self.origin - self.affine[:3, 3])
+        matrix = np.column_stack([to_pixel @ self.columns, to_pixel @ self.rows, corner])
+        return cv2.warpAffine(self.image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def level_cuts(
+    stacks: list[Stack], points: pd.DataFrame, size: int, spacing: float, count: int
+) -> list[list[list[Cut]]]:
+    """For each of five levels and each of `SLOTS` the squares of the `count` slices nearest to where a slot looks.
+
+    points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
+    to the head; in axial slices columns lead outwards, so that a right half is mirrored onto a left one, and rows to
+    posterior. Slices are taken as they are, from whichever series of the type holds them; there may be fewer, or none.
     """
-    shape = tuple(n + 2 * margin for n in size)
-    corner = np.array(offset) - (np.array(shape) - 1) / 2 * spacing
-    outward = [frame * np.array([side, 1.0, 1.0])[:, None] for frame in axes for side in LATERAL]
-    middles = np.repeat(centres, len(LATERAL), axis=0)
-    cut = [
-        Lattice(c + corner @ o, o * np.array(spacing)[:, None], shape) for c, o in zip(middles, outward, strict=True)
-    ]
-    return [cut[i : i + len(LATERAL)] for i in range(0, len(cut), len(LATERAL))]
+    slices = {kind: list(_slices(stacks, kind, spacing)) for kind in SERIES_TYPES}
+    levels = []
+    for centre, frame in zip(*level_frames(points), strict=True):
+        found = []
+        for kind, side in SLOTS:
+            outward = LATERAL[SIDES.index(side)] if side else 1.0
+            aim = outward * FORAMEN if kind == T1 else 0.0
+            chosen = _nearest(slices[kind], centre, aim, count)
+            found.append([_cut(one, kind, centre, frame, outward, size, spacing) for one in chosen])
+        levels.append(found)
+    return levels
 
 
-def level_crops(
-    stacks: list[Stack], points: pd.DataFrame, size: tuple, spacing: tuple, offset: tuple, margin: int = 0
-) -> np.ndarray:
-    """Half crops uint8 (5 levels, 2 sides, 3 series types, l, p, h) of one study round its canal points.
+_Slice = tuple[np.ndarray, np.ndarray, np.ndarray]  # image (rows, cols), affine (4, 4), normal (3,) to the left or head
 
-    The right side is cut mirrored, so that both sides look alike and the first axis of a crop leads outwards: no side
-    needs to be learnt, and a mirrored study gives the same crops with the sides exchanged. A series that the study
-    lacks, or that does not reach, is 0. Arguments as in `level_frames` and `crop_lattices`.
-    """
-    levels = crop_lattices(*level_frames(points), size, spacing, offset, margin)
-    lattices = [lattice for sides in levels for lattice in sides]
-    crops = np.stack([_fill(stacks, kind, lattices, min(spacing)) for kind in SERIES_TYPES], axis=1)
-    return crops.reshape(len(levels), len(LATERAL), *crops.shape[1:])
+
+def _slices(stacks: list[Stack], series_type: str, spacing: float) -> Iterator[_Slice]:
+    """All slices of a series type, coarsened to `spacing` mm where they are finer."""
+    for stack in stacks:
+        if stack.series_type != series_type:
+            continue
+        stack = coarsen(stack, spacing)
+        for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
+            normal = _unit(np.cross(affine[:3, 0], affine[:3, 1]))
+            towards = normal[2] if series_type == AXIAL else normal[0]
+            yield image[:rows, :cols], affine, normal if towards > 0 else -normal
+
+
+def _place(one: _Slice, centre: np.ndarray) -> float:
+    """Where a slice lies, mm along its normal from a patient point."""
+    _, affine, normal = one
+    return float(normal @ (affine[:3, 3] - centre))
+
+
+def _nearest(slices: list[_Slice], centre: np.ndarray, aim: float, count: int) -> list[_Slice]:
+    """The slices nearest to the place `aim` (mm), at most `SLICE_REACH` from it; of a repeated slice one alone."""
+    chosen, places = [], []
+    off = [abs(_place(one, centre) - aim) for one in slices]
+    for index in np.argsort(off, kind="stable"):
+        place = _place(slices[index], centre)
+        if len(chosen) == count or off[index] > SLICE_REACH:
+            break
+        if all(abs(place - other) >= SAME_SLICE for other in places):
+            chosen.append(slices[index])
+            places.append(place)
+    return chosen
+
+
+def _cut(
+    one: _Slice, kind: str, centre: np.ndarray, frame: np.ndarray, outward: float, size: int, spacing: float
+) -> Cut:
+    """The square of a slice whose middle lies `AXIAL_MIDDLE` or `SAGITTAL_MIDDLE` off a level's point."""
+    image, affine, normal = one
+    place = _place(one, centre)
+    across, down = (frame[0] * outward, frame[1]) if kind == AXIAL else (frame[1], frame[2])
+    across = _unit(across - normal * (normal @ across))
+    down = down - normal * (normal @ down)
+    down = _unit(down - across * (across @ down))
+    offset = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE
+    middle = centre + normal * place + across * offset[0] + down * offset[1]
+    origin = middle - (across + down) * (size - 1) / 2 * spacing
+    return Cut(image, affine, origin, across * spacing, down * spacing, place if kind == AXIAL else place * outward)
+
+
+def level_slices(
+    stacks: list[Stack], points: pd.DataFrame, size: int, spacing: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The squares of `level_cuts` as images uint8 (5 levels, slots * count, size, size), slot by slot, and their places
+    float32 (5, slots * count) in mm, NaN where there is no slice."""
+    images = np.zeros((len(LEVELS), len(SLOTS), count, size, size), dtype=np.uint8)
+    places = np.full((len(LEVELS), len(SLOTS), count), np.nan, dtype=np.float32)
+    for level, slots in enumerate(level_cuts(stacks, points, size, spacing, count)):
+        for slot, cuts in enumerate(slots):
+            for k, cut in enumerate(cuts):
+                images[level, slot, k] = cut.sample(size)
+                places[level, slot, k] = cut.place
+    return images.reshape(len(LEVELS), -1, size, size), places.reshape(len(LEVELS), -1)
 
 
 def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:

@@ -198,17 +198,26 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
         assert (np.abs(off) < 0.5 * np.maximum(pixel, 1)).all()
 
 
-def test_level_crops_show_the_ball_in_its_place_and_on_its_side(planted):
+def test_squares_show_the_ball_in_its_place_and_on_its_side(planted):
+    """The ball lies 16 mm to the left of the canal: in the squares of the left side, and there to half a pixel."""
     stacks = [planted.stack(kind) for kind in SERIES_TYPES]
     config = VitConfig()
-    left, right = SIDES.index("left"), SIDES.index("right")
-    crops = volume.level_crops(stacks, planted.canal, config.size, config.spacing, config.offset)
-    assert (crops[LEVEL, left].max(axis=(1, 2, 3)) > 100).all()
-    assert (crops[LEVEL, right] < 40).all()  # the patient's right, where there is no ball
-    shape = ((32, 32, 32), config.spacing, config.offset)  # wide enough to hold all of the ball
-    lattice = volume.crop_lattices(*volume.level_frames(planted.canal), *shape, 0)[LEVEL][left]
-    for crop in volume.level_crops(stacks, planted.canal, *shape)[LEVEL, left]:
-        assert_half_a_voxel(centre(crop, lattice.points(), planted), planted, lattice.steps)
+    size, spacing = 40, 1.0  # wide enough to hold all of the ball
+    images, _ = volume.level_slices(stacks, planted.canal, config.size, config.spacing, config.slices)
+    by_slot = images[LEVEL].reshape(len(volume.SLOTS), config.slices, config.size, config.size)
+    cuts = volume.level_cuts(stacks, planted.canal, size, spacing, config.slices)[LEVEL]
+    for (kind, side), seen, mine in zip(volume.SLOTS, by_slot, cuts, strict=True):
+        if side == "right":
+            assert (seen < 60).all()
+        if side != "left":
+            continue
+        assert seen.max() > 100
+        rows, cols = np.indices((size, size))[..., None]
+        squares = [(cut.sample(size), cut.origin + cols * cut.columns + rows * cut.rows) for cut in mine]
+        image, places = max(squares, key=lambda square: square[0].max())  # the slice nearest to the ball
+        found = centre(image, places, planted)
+        off = [(found - planted.ball) @ step / (step @ step) for step in (mine[0].columns, mine[0].rows)]
+        assert (np.abs(off) <= 0.5).all(), f"{kind}: off by {np.round(off, 2)} pixels"
 
 
 def test_the_study_grid_shows_the_ball_in_its_place(planted):

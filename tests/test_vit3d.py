@@ -7,34 +7,66 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
-from test_volume import AXIAL_PLANE, SAGITTAL, make_affines, make_stack, mirror_study, spine
+from safetensors.torch import save_file
+from test_volume import mirror_study, noisy_study, spine
 
-from lsdc_utils import metric, vit3d
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, SEVERITIES, T1, T2, parse_row_id
+from lsdc_utils import metric, vit3d, volume
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, T1, parse_row_id
 
-SMALL = vit3d.VitConfig(size=(8, 8, 8), margin=1, stem=0, patch=(4, 4, 4), width=32, depth=1, heads=2)
-GRID = dataclasses.replace(SMALL, input="study_grid", size=(16, 16, 16), margin=0)
+SMALL = vit3d.VitConfig(size=8, margin=1, slices=2, stem=8, patch=2, width=32, heads=2)
+GRID = dataclasses.replace(SMALL, input="study_grid", size=16, patch=4)
+SLOTS = len(volume.SLOTS)
+
+
+def records(images: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What `make_inputs` gives for images (n, 5, slots * k, h, w) and places (n, 5, slots * k)."""
+    kinds = [("images", np.uint8, images.shape[1:]), ("places", np.float32, places.shape[1:])]
+    result = np.zeros(len(images), dtype=kinds)
+    result["images"], result["places"] = images, places
+    return result
+
+
+def draw_inputs(n: int, rng: np.random.Generator, config: vit3d.VitConfig = SMALL) -> np.ndarray:
+    """Squares of noise, their slices 4 mm apart about where each slot looks."""
+    side, k = config.size + 2 * config.margin, config.slices
+    images = rng.integers(20, 60, (n, 5, SLOTS * k, side, side)).astype(np.uint8)
+    aims = [volume.FORAMEN if kind == T1 else 0.0 for kind, _ in volume.SLOTS]
+    places = np.repeat(aims, k) + np.tile(4.0 * np.arange(k) - 1.0, SLOTS)
+    return records(images, np.broadcast_to(places, (n, 5, SLOTS * k)))
+
+
+def exchanged(inputs: np.ndarray, config: vit3d.VitConfig = SMALL) -> np.ndarray:
+    """The same inputs of the mirrored studies."""
+    k, result = config.slices, inputs.copy()
+    order = np.concatenate([np.arange(slot * k, (slot + 1) * k) for slot in (0, 2, 1, 4, 3)])
+    result["images"], result["places"] = inputs["images"][:, :, order], inputs["places"][:, :, order]
+    result["places"][:, :, :k] *= -1  # T2 lies to the left, all else outwards or to the head
+    return result
+
+
+def seen(inputs: np.ndarray, config: vit3d.VitConfig = SMALL) -> vit3d.Seen:
+    return next(vit3d.views(inputs, config, 1))[0]
 
 
 def draw_studies(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Half crops (n, 5, 2, 3, 10, 10, 10) with a bright cube on one series a condition group, and labels (n, 25).
+    """Inputs of n studies with a bright square on one series a condition group, and labels (n, 25).
 
-    The more severe, the smaller the cube; the canal's is cut in half by the midline, so it shows on both sides.
+    The more severe, the smaller the square.
     """
     rng = np.random.default_rng(seed)
     labels = rng.choice(3, (n, len(COLUMNS)), p=[0.6, 0.25, 0.15]).astype(np.int8)
-    volumes = rng.integers(20, 60, (n, 5, 2, 3, 10, 10, 10)).astype(np.uint8)
+    inputs = draw_inputs(n, rng)
+    slots = {("scs", None): 0, ("nfn", "left"): 1, ("nfn", "right"): 2, ("ss", "left"): 3, ("ss", "right"): 4}
     for column, name in enumerate(COLUMNS):
         _, condition, level = parse_row_id(f"1_{name}")
-        group, side = CONDITIONS[condition].group, CONDITIONS[condition].side
-        sides = (0, 1) if side is None else (("left", "right").index(side),)
+        slot = slots[CONDITIONS[condition].group, CONDITIONS[condition].side]
         for study in range(n):
             edge = (6, 4, 2)[labels[study, column]]
-            for s in sides:
-                target = volumes[study, LEVELS.index(level), s, vit3d.HALF_OUTPUTS.index(group)]
-                target[2 : 2 + edge, 2 : 2 + edge, 2 : 2 + edge] = 200
-    return volumes, labels
+            target = inputs["images"][study, LEVELS.index(level), SMALL.slices * slot : SMALL.slices * (slot + 1)]
+            target[:, 2 : 2 + edge, 2 : 2 + edge] = 200
+    return inputs, labels
 
 
 def test_cumulative_link_gives_probabilities_in_order():
@@ -42,15 +74,15 @@ def test_cumulative_link_gives_probabilities_in_order():
     model = vit3d.Vit3d(SMALL)
     labels = np.repeat([[0] * 25, [1] * 25, [2] * 25], [70, 20, 10], axis=0).astype(np.int8)
     model.start_at_prior(labels)
-    volumes = torch.randint(0, 255, (2, 5, 2, 3, 8, 8, 8))
-    start = model(volumes).exp()
+    volumes = seen(draw_inputs(2, np.random.default_rng(0)))
+    start = model(*volumes).exp()
     expected = (np.array([140, 40, 20]) + 0.5) / 201.5  # both sides pooled
     np.testing.assert_allclose(start[0, -1].detach(), expected, atol=1e-5)
     torch.nn.init.normal_(model.head.weight, std=2)
     torch.nn.init.normal_(model.head.bias, std=2)
-    found = model(volumes).exp()
+    found = model(*volumes).exp()
     assert torch.allclose(found.sum(-1), torch.ones(2, 25), atol=1e-5)
-    latents = model.latents(volumes)
+    latents = model.latents(*volumes).squeeze(-1)
     order = latents[:, 5].argsort()  # same thresholds: a higher latent is never less severe
     assert (found[order, 5, 2].diff() >= 0).all() and (found[order, 5, 0].diff() <= 0).all()
 
@@ -77,13 +109,80 @@ def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
     assert (found == 2).sum() == 1
 
 
-def test_exchanged_halves_exchange_left_and_right_columns():
-    """A mirrored study gives the same half crops with the sides exchanged: mirror symmetry by construction."""
+@pytest.mark.parametrize("head", vit3d.HEADS)
+def test_exchanged_sides_exchange_left_and_right_columns(head):
+    """A mirrored study gives the same squares with the sides exchanged: mirror symmetry by construction."""
     torch.manual_seed(0)
-    model = vit3d.Vit3d(dataclasses.replace(SMALL, context=1))
+    model = vit3d.Vit3d(dataclasses.replace(SMALL, head=head))
     torch.nn.init.normal_(model.head.weight)
-    volumes = torch.randint(0, 255, (2, 5, 2, 3, 8, 8, 8))
-    torch.testing.assert_close(model(volumes.flip(2)), model(volumes)[:, list(vit3d.MIRROR)], atol=1e-5, rtol=1e-4)
+    inputs = draw_inputs(2, np.random.default_rng(0))
+    inputs["places"][0, 3, 2:5] = np.nan
+    found, turned = model(*seen(inputs)), model(*seen(exchanged(inputs)))
+    assert torch.allclose(found.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
+    torch.testing.assert_close(turned, found[:, list(vit3d.MIRROR)], atol=1e-5, rtol=1e-4)
+
+
+def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
+    torch.manual_seed(0)
+    model = vit3d.Vit3d(SMALL)
+    torch.nn.init.normal_(model.head.weight)
+    inputs = draw_inputs(2, np.random.default_rng(0))
+    inputs["places"][:, :, 3] = np.nan
+    expected = model(*seen(inputs))
+    other = inputs.copy()
+    other["images"][:, :, 3] = 255
+    for part in ("images", "places"):
+        other[part][:, :, [0, 1]] = other[part][:, :, [1, 0]]
+    torch.testing.assert_close(model(*seen(other)), expected, atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(model(*seen(records(inputs["images"], np.full((2, 5, 10), np.nan))))).all()
+
+
+def test_a_cut_moves_squares_and_places_as_the_level_moves():
+    config = dataclasses.replace(SMALL, size=8, margin=4, spacing=2.0)
+    inputs = draw_inputs(1, np.random.default_rng(0), config)
+    inputs["images"][:, :, :, 8, 10] = 255  # row 8, column 10 of 16
+    shift = np.broadcast_to([2.0, 4.0, -2.0], (1, 5, 3))  # mm to the left, posterior, head: pixels are 2 mm
+    images, places = vit3d.cut(inputs, config, shift)
+    for slot, (kind, side) in enumerate(volume.SLOTS):
+        out = -1 if side == "right" else 1
+        across, down, through = (out, 2, -2.0) if kind == "Axial T2" else (2, -1, 2.0 * out)
+        k = slot * config.slices
+        assert images[0, 0, k].argmax().item() == (8 - 4 - down) * 8 + 10 - 4 - across
+        np.testing.assert_allclose(places[0, 0, k], inputs["places"][0, 0, k] - through, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_model_of_timm_encodes_slices_and_begins_with_weights_in_a_file(tmp_path, name):
+    path = tmp_path / "encoder.safetensors"
+    pretrained = timm.create_model(name, num_classes=7)
+    save_file(pretrained.state_dict(), path)
+    config = dataclasses.replace(SMALL, size=32, encoder=name)
+    training = vit3d.Training(epochs=1, batch=2, encoder_weights=str(path), encoder_rate=0.1)
+    inputs = draw_inputs(2, np.random.default_rng(0), config)
+    model, _ = vit3d.fit(inputs, np.zeros((2, 25), np.int8), config, dataclasses.replace(training, lr=0.0))
+    found = model.features.encoder.state_dict()
+    same = [key for key, value in pretrained.state_dict().items() if key in found and found[key].shape == value.shape]
+    assert len(same) > 5 and all(torch.allclose(found[key], pretrained.state_dict()[key]) for key in same)
+    vit3d.save(model, tmp_path / "vit3d_fold0.safetensors", 0, training)
+    path.unlink()
+    again = vit3d.load(tmp_path / "vit3d_fold0.safetensors")
+    np.testing.assert_array_equal(vit3d.probabilities([again], inputs), vit3d.probabilities([model], inputs))
+    with pytest.raises(FileNotFoundError, match=r"vit_encoder_weights.*encoder\.safetensors"):
+        vit3d.fit(inputs, np.zeros((2, 25), np.int8), config, training)
+
+
+def test_spread_of_detected_centres_is_measured_along_the_canal():
+    readers = spine().assign(condition="spinal_canal_stenosis")
+    rng, detected = np.random.default_rng(0), []
+    labels = pd.concat([readers.assign(study_id=study) for study in range(60)])
+    for study in range(60):
+        moved = spine().assign(study_id=study)
+        moved[["X", "Y", "Z"]] += rng.normal(0, (2.0, 1.0, 3.0))  # all levels of a study alike
+        detected.append(moved)
+    errors = vit3d.centre_errors(labels, pd.concat([*detected, spine().assign(study_id=99)]))
+    assert len(errors) == 300 and list(errors.columns) == ["study_id", "level", *vit3d.AXES]
+    np.testing.assert_allclose(vit3d.spread(errors), [2.0, 1.0, 3.0], rtol=0.3)
+    assert np.isnan(vit3d.spread(vit3d.centre_errors(labels, detected[0].iloc[:0]))).all()
 
 
 def test_mirrored_grids_carry_exchanged_labels():
@@ -91,7 +190,7 @@ def test_mirrored_grids_carry_exchanged_labels():
     volumes = rng.integers(0, 255, (16, 3, 16, 16, 16)).astype(np.uint8)
     labels = np.tile(np.arange(25), (16, 1))
     plain = dataclasses.replace(vit3d.Training(), intensity=0.0, drop_series=0.0)
-    values, truth, order = vit3d.augment(volumes, labels, GRID, plain, rng)
+    (values,), truth, order = vit3d.augment(volumes, labels, GRID, plain, rng)
     turned = truth[:, 5] != 5
     assert 0 < turned.sum() < 16 and (truth == order).all()
     assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [
@@ -101,13 +200,13 @@ def test_mirrored_grids_carry_exchanged_labels():
     ]
     for study in range(16):
         expected = volumes[study, :, ::-1] if turned[study] else volumes[study]
-        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5)
-    (_, same), (_, exchanged) = vit3d.views(volumes, GRID, 2)
-    assert same == list(range(25)) and exchanged == list(vit3d.MIRROR)
+        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5, atol=1e-3)
+    (_, same), (_, mirrored) = vit3d.views(volumes, GRID, 2)
+    assert same == list(range(25)) and mirrored == list(vit3d.MIRROR)
 
 
 def test_training_learns_and_is_reproducible():
-    training = vit3d.Training(epochs=10, batch=4, lr=2e-3, ema=0.9)
+    training = vit3d.Training(epochs=10, batch=4, lr=2e-3, ema=0.9, weight_decay=0.5)
     train, test = draw_studies(48, seed=1), draw_studies(24, seed=2)
     train[1][::7, 3:9] = -1
     model, curves = vit3d.fit(*train, SMALL, training, held_out=test)
@@ -161,16 +260,11 @@ def test_detected_points_take_the_place_of_clicked_ones():
 
 
 def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cannot_see():
-    rng = np.random.default_rng(0)
-    stacks = []
-    for kind, plane, step, n in ((T1, SAGITTAL, 4.5, 15), (T2, SAGITTAL, 4.5, 15), (AXIAL, AXIAL_PLANE, 4.0, 40)):
-        affines = make_affines(n, 2.0, step, centre=(3, 30, -40), size=(96, 96), **plane)
-        stack = make_stack(lambda p: p[..., 0] * 0, affines, (96, 96), kind)
-        stacks.append(dataclasses.replace(stack, pixels=rng.integers(0, 255, stack.pixels.shape).astype(np.uint8)))
+    stacks = noisy_study()
     torch.manual_seed(0)
-    model = vit3d.Vit3d(dataclasses.replace(SMALL, context=1))
+    model = vit3d.Vit3d(SMALL)
     torch.nn.init.normal_(model.head.weight)
-    points = pd.concat([spine().assign(study_id=study) for study in (7, 9)])
+    points = pd.concat([spine(x=3.9).assign(study_id=study) for study in (7, 9)])
     rows = vit3d.predict([model], [(7, stacks), (8, stacks), (9, [])], points, views_count=3)
     mirrored = vit3d.predict([model], [(7, [mirror_study(s) for s in stacks])], points.assign(X=-points["X"]), 3)
     assert rows["row_id"].tolist() == vit3d.study_row_ids(7) == mirrored["row_id"].tolist()

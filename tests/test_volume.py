@@ -268,35 +268,65 @@ def mirror_study(stack):
     return volume.replace(stack, affines=np.diag([-1.0, 1, 1, 1]) @ stack.affines)
 
 
-def test_a_mirrored_study_gives_the_same_half_crops_with_sides_exchanged():
-    rng = np.random.default_rng(0)
-    stacks = []
+def noisy_study(n_axial=40):
+    """A study of noise: three series of 2 mm pixels."""
+    rng, stacks = np.random.default_rng(0), []
     for kind, plane, step in ((T1, SAGITTAL, 4.5), (T2, SAGITTAL, 4.5), (AXIAL, AXIAL_PLANE, 4.0)):
-        size, n = (96, 96), 15 if plane is SAGITTAL else 40
-        affines = make_affines(n, 2.0, step, centre=(3, 30, -40), size=size, **plane)
-        stack = make_stack(lambda p: p[..., 0] * 0 + 100, affines, size, kind)
+        n = 15 if plane is SAGITTAL else n_axial
+        affines = make_affines(n, 2.0, step, centre=(3.3, 30, -40.7), size=(96, 96), **plane)
+        stack = make_stack(lambda p: p[..., 0] * 0, affines, (96, 96), kind)
         stacks.append(volume.replace(stack, pixels=rng.integers(0, 255, stack.pixels.shape).astype(np.uint8)))
-    shape = {"size": (8, 12, 8), "spacing": (3.0, 3.0, 4.0), "offset": (10.0, -2.0, 2.0), "margin": 1}
-    points = spine(tilt=0.05)
-    crops = volume.level_crops(stacks, points, **shape)
-    mirrored = volume.level_crops([mirror_study(s) for s in stacks], points.assign(X=-points["X"]), **shape)
-    assert crops.shape == (5, 2, 3, 10, 14, 10) and (crops > 0).mean() > 0.9
-    assert np.abs(mirrored[:, ::-1].astype(int) - crops).max() <= 1  # rounding of coordinates
+    return stacks
+
+
+def test_a_mirrored_study_gives_the_same_squares_with_sides_exchanged():
+    stacks, points = noisy_study(), spine(tilt=0.05, x=3.9)
+    images, places = volume.level_slices(stacks, points, 12, 2.0, 3)
+    mirrored = [mirror_study(s) for s in stacks]
+    images_m, places_m = volume.level_slices(mirrored, points.assign(X=-points["X"]), 12, 2.0, 3)
+    assert images.shape == (5, 15, 12, 12) and places.shape == (5, 15) and np.isfinite(places).all()
+    exchanged = [*range(3), *range(6, 9), *range(3, 6), *range(12, 15), *range(9, 12)]
+    assert np.abs(images_m[:, exchanged].astype(int) - images).max() <= 2  # OpenCV rounds coordinates
+    sign = np.where(np.arange(15) < 3, -1, 1)  # T2 lies to the left, all else outwards or to the head
+    np.testing.assert_allclose(places_m[:, exchanged] * sign, places, atol=1e-4)
     grid = volume.study_grid(stacks, 16).astype(int)
-    turned = volume.study_grid([mirror_study(s) for s in stacks], 16).astype(int)
+    turned = volume.study_grid(mirrored, 16).astype(int)
     assert np.abs(turned[:, ::-1] - grid).max() <= 1
     with pytest.raises(volume.VolumeError):
         volume.study_grid([], 16)
 
 
-def test_crops_are_where_they_say_and_series_that_lack_are_blank():
-    size = (96, 96)
+def test_squares_do_not_depend_on_the_order_of_slices_or_their_numbers():
+    stacks, points = noisy_study(), spine(x=3.9)
+    names = ("pixels", "shapes", "affines", "blocks")
+    reverse = [volume.replace(s, **{name: getattr(s, name)[::-1].copy() for name in names}) for s in stacks]
+    for one, other in zip(
+        volume.level_slices(stacks, points, 12, 2.0, 3), volume.level_slices(reverse, points, 12, 2.0, 3), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_squares_are_where_they_say_and_series_that_lack_are_blank():
+    size, points = (96, 96), spine()
     stack = make_stack(ramp, make_affines(21, 2.0, 4.5, centre=(3, 30, -40), size=size, **SAGITTAL), size, T2)
-    points, shape = spine(), ((4, 4, 4), (3.0, 2.0, 2.0), (6.0, 0.0, 0.0), 0)
-    crops = volume.level_crops([stack], points, *shape)
-    lattices = volume.crop_lattices(*volume.level_frames(points), *shape)
-    places = np.array([[lattice.points() for lattice in sides] for sides in lattices])
-    np.testing.assert_allclose(crops[:, :, 1], np.clip(ramp(places), 0, 255), atol=1.5)
-    assert (crops[:, :, [0, 2]] == 0).all()
-    assert (places[:, 0, ..., 0] > 4).all() and (places[:, 1, ..., 0] < 2).all()  # left grows in x, right mirrored
-    assert (np.diff(places[:, 0, ..., 0], axis=1) > 0).all() and (np.diff(places[:, 1, ..., 0], axis=1) < 0).all()
+    images, places = volume.level_slices([stack], points, 6, 2.0, 5)
+    centres, frames = volume.level_frames(points)
+    for level, slots in enumerate(volume.level_cuts([stack], points, 6, 2.0, 5)):
+        assert [len(cuts) for cuts in slots] == [5, 0, 0, 0, 0]
+        for k, cut in enumerate(slots[0]):
+            rows, cols = np.indices((6, 6))[..., None]
+            at_pixel = cut.origin + cols * cut.columns + rows * cut.rows
+            np.testing.assert_allclose(images[level, k], np.clip(ramp(at_pixel), 0, 255), atol=1.5)
+            off = (at_pixel.mean(axis=(0, 1)) - centres[level]) @ frames[level].T
+            np.testing.assert_allclose(off[1:], volume.SAGITTAL_MIDDLE, atol=1.0)
+            assert places[level, k] == pytest.approx(at_pixel[0, 0, 0] - centres[level, 0], abs=1e-4)
+    assert (np.diff(np.abs(places[:, :5]), axis=1) >= -1e-4).all() and np.isnan(places[:, 5:]).all()
+    assert (images[:, 5:] == 0).all()
+
+
+def test_a_repeated_series_gives_no_slice_twice_and_far_slices_none():
+    stacks, points = noisy_study(n_axial=3), spine(x=3.9)
+    again = [volume.replace(s, series_id=9) for s in stacks]
+    one = volume.level_slices(stacks, points, 12, 2.0, 5)
+    np.testing.assert_array_equal(volume.level_slices(stacks + again, points, 12, 2.0, 5)[1], one[1])
+    assert np.isnan(one[1][0, 15:]).all() and np.isfinite(one[1][:, :15]).all()

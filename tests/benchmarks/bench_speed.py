@@ -7,10 +7,10 @@ the wall, converting links to that study: the machine must be idle for that, and
 
 Where the time goes (46 slices; floor 1.2 ms a slice, of which the RLE decoder itself 0.8): read_series calls the
 decoder directly and so saves more of pydicom's copies than the geometry costs; windowing is a look-up table (0.08 ms a
-slice) and percentiles of every 16th pixel; a grid or crops sample only the slices that they meet, averaged down to
+slice) and percentiles of every 16th pixel; a grid or squares sample only the slices that they meet, averaged down to
 about their voxels before (0.1 ms a slice). The 786,432 points of a grid take about half a floor, in some 50 pieces that
-fit the cache: a machine whose other core is busy with the same cache shows more. Kaggle's crops are 20 times the voxels
-of the demo's, and linear in them.
+fit the cache: a machine whose other core is busy with the same cache shows more. Squares round levels are cut from
+single slices, five of a series, a level and a side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from studies import fastest, write_studies
 
 from lsdc_utils import competition, dicom, vit3d, volume
 
-KAGGLE = vit3d.VitConfig(size=(32, 64, 48), spacing=(0.9, 0.6, 0.75), margin=4)
+KAGGLE = vit3d.VitConfig(size=128, spacing=0.5, margin=8)
 
 
 def main() -> None:
@@ -58,8 +58,8 @@ def compare_with_floor(root: Path, comp: competition.Competition, points: pd.Dat
         "read_series": (1.3, lambda: [dicom.read_series(one) for one in series]),
         "conversion: read, window, write": (3.0, lambda: list(volume.convert(comp, "test", [1], root / "slices"))),
         "3 x 64^3 grid": (1.7, lambda: volume.study_grid(stacks(), 64)),
-        "15 level crops, demo": (1.5, lambda: vit3d.make_input(stacks(), points, vit3d.VitConfig())),
-        "15 level crops, kaggle": (None, lambda: vit3d.make_input(stacks(), points, KAGGLE)),
+        "125 squares, demo": (1.5, lambda: vit3d.make_input(stacks(), points, vit3d.VitConfig())),
+        "125 squares, kaggle": (None, lambda: vit3d.make_input(stacks(), points, KAGGLE)),
     }
     found = fastest({name: run for name, (_, run) in contenders.items()}, repeats)
     floor = next(iter(found.values()))

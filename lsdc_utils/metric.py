@@ -156,26 +156,33 @@ def _refuse(what: str, rows: pd.Series) -> None:
         raise ValueError(f"{len(rows)} {what}: {named}{', ...' if len(rows) > 5 else ''}")
 
 
-def prior(labels: pd.DataFrame) -> pd.DataFrame:
+def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """What counting labels tells: per condition and level the natural probabilities (n + 0.5) / (N + 1.5).
 
     `labels`: condition, level, severity (-1 = missing, not counted). Returned: condition, level and three columns for
     every column of the competition that `labels` names; half a count a class keeps it finite where no severe label is.
+    `pool_sides` counts left and right together, so that what is made of it treats both sides alike.
     """
     counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
-    counts = counts.groupby([labels["condition"], labels["level"]]).sum() + 0.5
+    counts = counts.groupby([labels["condition"], labels["level"]]).sum()
+    if pool_sides:
+        groups = counts.index.get_level_values("condition").map(lambda name: CONDITIONS[name].group)
+        counts = counts.groupby([groups, counts.index.get_level_values("level")]).transform("sum")
+    counts += 0.5
     return counts.div(counts.sum(axis=1), axis=0).reset_index()
 
 
-def prior_rows(train: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def prior_rows(train: pd.DataFrame, rows: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """The prediction table that `prior(train)` gives for `rows` (row_id, condition, level)."""
-    table = rows[["row_id", "condition", "level"]].merge(prior(train), on=["condition", "level"], how="left")
+    counted = prior(train, pool_sides)
+    table = rows[["row_id", "condition", "level"]].merge(counted, on=["condition", "level"], how="left")
     return table[["row_id", *PROBABILITIES]]
 
 
-def prior_out_of_fold(labels: pd.DataFrame) -> pd.DataFrame:
+def prior_out_of_fold(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """The prior of each training row, counted on the other folds; `labels` as in tables/labels.parquet."""
-    parts = [prior_rows(labels[labels["fold"] != fold], rows) for fold, rows in labels.groupby("fold")]
+    folds = labels.groupby("fold")
+    parts = [prior_rows(labels[labels["fold"] != fold], rows, pool_sides) for fold, rows in folds]
     return pd.concat(parts, ignore_index=True)
 
 

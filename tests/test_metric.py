@@ -139,6 +139,14 @@ def test_missing_labels_do_not_count():
     pd.testing.assert_frame_equal(metric.prior(labels), counted)
 
 
+def test_the_prior_may_count_both_sides_together() -> None:
+    conditions = ["left_neural_foraminal_narrowing"] * 3 + ["right_neural_foraminal_narrowing"] * 2
+    labels = pd.DataFrame({"condition": conditions, "level": "l4_l5", "severity": [0, 0, 2, 1, -1]})
+    pooled = metric.prior(labels, pool_sides=True).set_index("condition")[metric.PROBABILITIES]
+    assert (pooled.to_numpy() == np.array([2.5, 1.5, 1.5]) / 5.5).all() and len(pooled) == 2
+    assert metric.prior(labels).set_index("condition").loc["right_neural_foraminal_narrowing", "moderate"] == 1.5 / 2.5
+
+
 def test_skill_is_0_at_the_prior_and_1_at_the_oracle():
     parts = dict.fromkeys(metric.PARTS, 0.5)
     assert metric.skill(parts, parts, dict.fromkeys(metric.PARTS, 0.2))["total"] == 0

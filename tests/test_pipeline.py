@@ -21,6 +21,7 @@ from lsdc_utils import steps
 from lsdc_utils.vocabulary import GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
 
 ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv")
+ANSWERS += ("anatomy.csv", "discs.csv", "spines.csv")
 AGAIN = ("--profile", "smoke", "--run", "demo")
 
 

@@ -24,7 +24,17 @@ import psutil
 import yaml
 
 from .files import atomic
-from .steps import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, STEP_PARAMETERS, Step, all_steps, declared, stopped_at
+from .steps import (
+    NOTEBOOK_ORDER,
+    NOTEBOOKS,
+    ROOT,
+    STEP_PARAMETERS,
+    Step,
+    all_steps,
+    declared,
+    read_parameters,
+    stopped_at,
+)
 
 PROFILES = NOTEBOOKS / "profiles"
 OUTPUTS = ROOT / "outputs"
@@ -512,6 +522,89 @@ def bench(arguments: list[str]) -> int:
     return int(bool(failed))
 
 
+def ablate(arguments: list[str]) -> int:
+    """Take ingredients away from a finished run, one at a time, and say what each is worth."""
+    made = _experiment_parser("ablate", "Take ingredients away from a finished run, one at a time.")
+    made.add_argument("names", metavar="NAME", nargs="*", help="only these of notebooks/ablations.yml")
+    asked = made.parse_args(arguments)
+    from . import experiments
+
+    base, parameters = _finished_run(asked.run)
+    known = experiments.read_ablations()
+    if unknown := set(asked.names) - {ablation.name for ablation in known}:
+        names = ", ".join(ablation.name for ablation in known)
+        raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {names}")
+    tried = []
+    for ablation in (one for one in known if not asked.names or one.name in asked.names):
+        folder = base.with_name(f"{base.name}-{ablation.name}")
+        experiments.begin(base, folder)
+        if status := _experiment(folder, _changed(parameters, ablation.change), "ablate", asked):
+            return status
+        tried.append((ablation, folder))
+    return _tell_experiments(base / "ablation.csv", experiments.ablation_table(base, tried))
+
+
+def curve(arguments: list[str]) -> int:
+    """Repeat a finished run with other numbers of training studies, and say what more studies are worth."""
+    made = _experiment_parser("curve", "Repeat a finished run on a phantom with other numbers of training studies.")
+    made.add_argument("sizes", metavar="N", type=int, nargs="*", default=[40, 80, 160, 320], help="training studies")
+    asked = made.parse_args(arguments)
+    from . import experiments
+
+    base, parameters = _finished_run(asked.run)
+    if parameters["data_dir"] or not parameters["phantom"]:
+        raise UsageError(f"--run {asked.run}: its data are given; only a phantom can be drawn in other sizes")
+    runs = []
+    for n_train in asked.sizes:
+        own = n_train == parameters["n_train"]
+        folder = base if own else base.with_name(f"{base.name}-n{n_train}")
+        if not own and (status := _experiment(folder, _changed(parameters, {"n_train": n_train}), "curve", asked)):
+            return status
+        runs.append((n_train, folder))
+    return _tell_experiments(base / "curve.csv", experiments.curve_table(runs))
+
+
+def _experiment_parser(command: str, what: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(f"./run_all.sh {command}", description=what)
+    made.add_argument("--run", default="demo", metavar="NAME", help="a finished run: outputs/NAME (default: demo)")
+    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores (default: all)")
+    return made
+
+
+def _finished_run(name: str) -> tuple[Path, dict[str, Any]]:
+    """Folder and parameters of a run that has its scores; UsageError where there is none of that name."""
+    base = OUTPUTS / name
+    if not (base / "scores.json").is_file():
+        raise UsageError(f"--run {name}: there is no such finished run; make it by ./run_all.sh --run {name}")
+    return base, read_parameters(base)
+
+
+def _changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with some changed; of a value by condition, `change` may name some conditions alone."""
+    changed = dict(parameters)
+    for key, value in change.items():
+        if key not in parameters:
+            raise UsageError(f"ablation: unknown parameter {key!r}")
+        old = parameters[key]
+        changed[key] = _converted(key, {**old, **value} if isinstance(old, dict) else value, old)
+    return changed
+
+
+def _experiment(folder: Path, parameters: dict[str, Any], command: str, asked: argparse.Namespace) -> int:
+    """Run up to the scores; the exit status."""
+    resume = f"./run_all.sh {command} --run {asked.run} --cores {asked.cores}"
+    with locked(folder):
+        return work(Run(folder, parameters, resume, asked.cores, until="05_ensemble_inference"))
+
+
+def _tell_experiments(file: Path, table: Any) -> int:
+    """Write a table of experiments and print it."""
+    with atomic(file) as temporary:
+        table.to_csv(temporary, index=False)
+    print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
+    return 0
+
+
 def run_tests(everything: bool) -> int:
     """Run the tests; those that take minutes each only where `everything` is asked for."""
     command = [sys.executable, "-m", "pytest", *([] if everything else ["-m", "not slow"])]
@@ -540,6 +633,8 @@ def open_jupyterlab() -> int:
 EPILOG = """other commands, each with its own --help:
   validate DIR               check a data folder; print findings, exit 1 where it cannot be used
   predict DIR --run NAME     grade every study of a folder with a finished run
+  ablate [NAME ...]          take ingredients away from a finished run, one at a time; a table of what each is worth
+  curve [N ...]              repeat a finished run with N training studies each; a table of what more are worth
   bench [NAME]               measure the speed of reading, conversion and resampling
   test [--all]               run the tests; --all: the slow proofs too
   lab                        JupyterLab in the environment
@@ -597,7 +692,7 @@ def main(arguments: list[str]) -> int:
             made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
             made.add_argument("--all", action="store_true", help="the slow proofs too")
             return run_tests(made.parse_args(arguments[1:]).all)
-        for command in (validate, predict, bench):
+        for command in (validate, predict, ablate, curve, bench):
             if arguments[:1] == [command.__name__]:
                 return command(arguments[1:])
         if arguments[:1] == ["lab"]:

@@ -63,6 +63,9 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
     tables["ensemble"].to_parquet(folder / "predictions/ensemble_oof.parquet")
     found = {"study": 1, "series": 11, "rule": f"bad {HOSTILE}", "value": "", "action": "left out"}
     pd.DataFrame([found, found]).to_csv(folder / "tables/findings.csv", index=False)
+    lines = ["oof,all,spinal_canal_stenosis,0.9625,0.975,1.0,2,", "oof,ordinary,spinal_canal_stenosis,1,1,1,0,"]
+    names = "split,spines,condition,within_5_mm,in_plane_within_5_mm,within_10_mm,sides_exchanged,level_right"
+    (folder / "localisation.csv").write_text("\n".join([names, *lines, "oof,all,axial slices,,,,,0.9"]) + "\n")
     write_images(folder, labels)
     for step, seconds in {"00_get_data": 12.3, "03_train_yolo_scs_fold0": 187, "03_train_yolo_scs_fold4": 9}.items():
         (folder / f"logs/{step}.tsv").write_text(f"s\th:m:s\tmax_rss\tmean_load\n{seconds}\t0:00\t812.5\t97\n")
@@ -230,6 +233,7 @@ def test_summary_shows_scores_cost_and_origin(index, run_dir):
         assert f"{scores['oof']['scores'][model]['total']:.3f}" in text
     for words in ("Out of fold, 24 studies", "Test, 24 studies", "Skill", "Oracle", "12 s", "812 MiB", "phantom-0a1b"):
         assert words in text
+    assert all(words in text for words in ("Where the levels were found", "96.2%", "97.5%", "Axial slices", "90.0%"))
     assert commit() in text and "torch 2." in text and "fold4" not in text
     assert "3D ViT: no better than counting labels" in text
     assert len(Page(index).all("img")) == 5
@@ -291,10 +295,12 @@ def test_durations_read_well(seconds, text):
 def test_the_readme_takes_its_numbers_from_a_run(index, run_dir, tmp_path):
     file = tmp_path / "README.md"
     place = "<!-- scores {0} -->\nold\n<!-- end -->\n<!-- picture {0} {1} -->\n<!-- end -->\n"
+    place += "<!-- localisation {0} -->\n<!-- end -->\n"
     file.write_text(f"before\n{place.format('made-up', 'example')}{place.format('other', 'totals')}after\n")
     readme.update_readme(report.read_run(run_dir), file)
     text = file.read_text()
     assert text.startswith("before\n<!-- scores made-up -->\nOut of fold, on 24 studies, the ensemble scores")
+    assert "| Spinal canal stenosis | 96.2% | 97.5% | 100.0% | – | 2 |" in text
     assert "| Ensemble | 0." in text and "(docs/made-up-example.png)" in text and "Run `made-up`, 20" in text
     assert text.endswith(f"{place.format('other', 'totals')}after\n")
     assert {file.name for file in (tmp_path / "docs").iterdir()} == {"made-up.json", "made-up-example.png"}

@@ -12,13 +12,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pages import duration
 from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.run import ROOT, Run, read_run, score_table, summary
+from lsdc_utils.report.run import ROOT, Run, localisation_table, read_run, score_table, summary
 
-PLACE = re.compile(r"(<!-- (scores|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- (scores|localisation|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def record_of(run: Run) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def record_of(run: Run) -> dict[str, Any]:
     return {
         "facts": json.loads((run.folder / "report" / "provenance.json").read_text()),
         "scores": run.scores,
+        "localisation": run.localisation.to_dict("records"),
         "seconds": float(run.steps["seconds"].sum()),
         "memory": float(run.steps["memory"].fillna(0).max()) if len(run.steps) else 0.0,
     }
@@ -38,7 +41,12 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         """What a marked place of the README is to hold."""
         if place[3] != run:
             return place[0]
-        content = picture_line(run, place[4], record) if place[2] == "picture" else score_lines(run, record)
+        if place[2] == "picture":
+            content = picture_line(run, place[4], record)
+        elif place[2] == "localisation":
+            content = markdown(localisation_table(pd.DataFrame(record["localisation"])))
+        else:
+            content = score_lines(run, record)
         return f"{place[1]}{content}\n{place[6]}"
 
     return PLACE.sub(replacement, text)
@@ -46,14 +54,17 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
 
 def score_lines(run: str, record: dict[str, Any]) -> str:
     """Sentences, the score table, and whose numbers these are, as Markdown."""
-    table = score_table(record["scores"])
-    head = ["Model", *(f"{block}: {column}" for block, column in table.columns)]
-    lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
-    rows = ["| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines]
     facts = record["facts"]
     cost = f"its steps took {duration(record['seconds'])} in sum and at most {record['memory'] / 1024:.1f} GiB each"
     about = f"Run `{run}`, {facts['Made']}, commit {facts['Commit']}, data: {facts['Data']}; {cost}."
-    return "\n\n".join([" ".join(summary(record["scores"])), "\n".join(rows), about])
+    return "\n\n".join([" ".join(summary(record["scores"])), markdown(score_table(record["scores"])), about])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text with two rows of column names as Markdown."""
+    head = [table.index.name, *(f"{block}: {column}" for block, column in table.columns)]
+    lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines)
 
 
 def picture_line(run: str, name: str, record: dict[str, Any]) -> str:

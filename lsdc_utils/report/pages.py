@@ -29,7 +29,16 @@ from traitlets.config import Config
 
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pictures import Picture
-from lsdc_utils.report.run import BLOCK_NAMES, Run, blocks, parts_table, provenance, score_table, summary
+from lsdc_utils.report.run import (
+    BLOCK_NAMES,
+    Run,
+    blocks,
+    localisation_table,
+    parts_table,
+    provenance,
+    score_table,
+    summary,
+)
 
 TEMPLATES = Path(__file__).with_name("templates")
 WARNING = "Not for clinical use: research software, not a medical device."
@@ -69,6 +78,7 @@ def write_report(run: Run, pictures: list[Picture]) -> Path:
         "summary": summary(run.scores),
         "scores": score_table(run.scores),
         "parts": [(BLOCK_NAMES[name].lower(), parts_table(block)) for name, block in blocks(run.scores).items()],
+        "localisation": localisation_table(run.localisation),
         "pictures": [(picture, embedded(picture.figure)) for picture in pictures],
         "steps": run.steps[[run.asks_for(step) for step in run.steps["step"]]],
         "findings": count_findings(run.findings),

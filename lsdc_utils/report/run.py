@@ -44,6 +44,7 @@ class Run:
     labels: pd.DataFrame  # tables/labels.parquet
     rows: pd.DataFrame  # predictions/ensemble_oof.parquet: row_id and three natural probabilities
     findings: pd.DataFrame  # tables/findings.csv
+    localisation: pd.DataFrame  # localisation.csv, as text
     steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
 
     @property
@@ -68,6 +69,7 @@ def read_run(run_dir: str | Path) -> Run:
         labels=_table(folder / "tables/labels.parquet"),
         rows=_table(folder / "predictions/ensemble_oof.parquet"),
         findings=_table(folder / "tables/findings.csv"),
+        localisation=_table(folder / "localisation.csv"),
         steps=read_steps(folder / "logs"),
     )
 
@@ -169,6 +171,32 @@ def parts_table(block: dict[str, Any]) -> pd.DataFrame:
         both = zip(texts, skills, strict=True)
         columns[PART_NAMES[part]] = [text if skill is None else f"{text} ({number(skill, 2)})" for text, skill in both]
     return pd.DataFrame(columns, index=pd.Index(map(model_name, block["scores"]), name="Model"))
+
+
+def localisation_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Where the detectors found the levels, as text, from localisation.csv: a row a condition; empty where that is.
+
+    For out of fold and test: the share of points within 5 mm in space and in the image plane, and within 10 mm, and how
+    many changed sides. Axial slices, a row of their own, count as right where they were given their level.
+    """
+    if found.empty:
+        return pd.DataFrame()
+    every = found[found["spines"] == "all"]
+    columns = {}
+    for split, name in BLOCK_NAMES.items():
+        mine = every[every["split"] == split].set_index("condition").replace("", None)
+        for title, column in (
+            ("Within 5 mm", "within_5_mm"), ("In plane", "in_plane_within_5_mm"), ("Within 10 mm", "within_10_mm"),
+            ("Right level", "level_right"),
+        ):  # fmt: skip
+            if column in mine:
+                columns[name, title] = mine[column].astype(float).map("{:.1%}".format, na_action="ignore")
+        columns[name, "Sides exchanged"] = (
+            mine["sides_exchanged"].astype(float).map("{:.0f}".format, na_action="ignore")
+        )
+    table = pd.DataFrame(columns, dtype=object).fillna("–")
+    table.index = pd.Index([name.replace("_", " ").capitalize() for name in table.index], name="Points")
+    return table
 
 
 def summary(scores: dict[str, Any]) -> list[str]:

@@ -217,10 +217,10 @@ def test_a_changed_code_cell_runs_the_step_and_what_follows(tiny_project: Path) 
 
 def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) -> None:
     assert would_run(tiny_project, "vit_lr=1e-4", "--until", "04") == ["04_train_vit3d_fold0", "04_train_vit3d_fold1"]
-    # Of the epochs by condition only the foramina's changed: the other two detectors stay.
-    assert would_run(tiny_project, "yolo_epochs={nfn: 5, scs: 3, ss: 1}") == [
-        "03_train_yolo_nfn_fold0",
-        "03_train_yolo_nfn_fold1",
+    # Of the epochs by condition only the recesses' changed: the other two detectors stay, and what reads their points.
+    assert would_run(tiny_project, "yolo_epochs={nfn: 2, scs: 3, ss: 5}") == [
+        "03_train_yolo_ss_fold0",
+        "03_train_yolo_ss_fold1",
         "05_ensemble_inference",
         "06_report",
     ]

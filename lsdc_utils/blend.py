@@ -126,7 +126,8 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     whole = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     chosen = {}
     for key, group in GROUPS.items():
-        parts = [PARTS.index(part) for part in (group.score, "any_severe")[: 1 + (group.score == "spinal")]]
+        touched = [group.score, "any_severe"] if key == "scs" else [group.score]
+        parts = [PARTS.index(part) for part in touched]
         mean = (whole["default"] - whole["fitted"])[parts].sum()
         [(low, high)] = interval((drawn["default"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
         kept = "fitted" if low > 0 else "default"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score
 
 from lsdc_utils.metric import (
     PARTS,
     PROBABILITIES,
     SMALLEST,
     WEIGHTS,
+    auc,
     calibration_error,
     interval,
     resampled_scores,
@@ -93,7 +94,7 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
             chance = mine[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
             both = truth.any() and not truth.all()
             line = {"rows": len(mine), "events": int(truth.sum())}
-            line["AUC"] = roc_auc_score(truth, chance) if both else np.nan
+            line["AUC"] = auc(truth, chance)
             for point in POINTS if both else ():
                 line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
                 line[f"specificity at {point}"] = (chance[~truth] < point).mean()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import mannwhitneyu
 
 from lsdc_utils.vocabulary import (
     CONDITIONS,
@@ -264,3 +265,11 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10)
         observed = np.bincount(bin_of, weights=severity == k, minlength=bins)
         errors.append(np.abs(expected - observed).sum() / len(severity))
     return float(np.mean(errors))
+
+
+def auc(positive: np.ndarray, chance: np.ndarray) -> float:
+    """Area under the curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties counting
+    half (Mann and Whitney 1947). NaN where all rows are alike."""
+    positive, chance = np.asarray(positive, dtype=bool), np.asarray(chance, dtype=float)
+    pairs = positive.sum() * (~positive).sum()
+    return float(mannwhitneyu(chance[positive], chance[~positive]).statistic / pairs) if pairs else np.nan

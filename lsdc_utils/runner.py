@@ -538,7 +538,7 @@ def ablate(arguments: list[str]) -> int:
     for ablation in (one for one in known if not asked.names or one.name in asked.names):
         folder = base.with_name(f"{base.name}-{ablation.name}")
         experiments.begin(base, folder)
-        if status := _experiment(folder, _changed(parameters, ablation.change), "ablate", asked):
+        if status := _experiment(folder, _changed(parameters, ablation.change), ["ablate", *arguments], asked.cores):
             return status
         tried.append((ablation, folder))
     return _tell_experiments(base / "ablation.csv", experiments.ablation_table(base, tried))
@@ -558,7 +558,8 @@ def curve(arguments: list[str]) -> int:
     for n_train in asked.sizes:
         own = n_train == parameters["n_train"]
         folder = base if own else base.with_name(f"{base.name}-n{n_train}")
-        if not own and (status := _experiment(folder, _changed(parameters, {"n_train": n_train}), "curve", asked)):
+        changed = _changed(parameters, {"n_train": n_train})
+        if not own and (status := _experiment(folder, changed, ["curve", *arguments], asked.cores)):
             return status
         runs.append((n_train, folder))
     return _tell_experiments(base / "curve.csv", experiments.curve_table(runs))
@@ -590,11 +591,11 @@ def _changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, An
     return changed
 
 
-def _experiment(folder: Path, parameters: dict[str, Any], command: str, asked: argparse.Namespace) -> int:
+def _experiment(folder: Path, parameters: dict[str, Any], command: list[str], cores: int) -> int:
     """Run up to the scores; the exit status."""
-    resume = f"./run_all.sh {command} --run {asked.run} --cores {asked.cores}"
+    resume = shlex.join(["./run_all.sh", *command])
     with locked(folder):
-        return work(Run(folder, parameters, resume, asked.cores, until="05_ensemble_inference"))
+        return work(Run(folder, parameters, resume, cores, until="05_ensemble_inference"))
 
 
 def _tell_experiments(file: Path, table: Any) -> int:

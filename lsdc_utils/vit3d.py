@@ -138,6 +138,7 @@ class Vit3d(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Natural log-probabilities (B, 25, 3); images and places as `latents` takes them."""
         latents = self.latents(images, places).float()
         thresholds = self.thresholds[self._threshold_of_column()]
         if self.config.head == "softmax":
@@ -203,6 +204,7 @@ class LevelSlices(nn.Module):
         self.register_buffer("nodes", torch.from_numpy(NODES).float(), persistent=False)
 
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Vectors (B, 5, 2, width) of the half levels, each joined by what the other nine tell it."""
         n = len(images)
         there = ~places.isnan()
         slots = (n, len(LEVELS), len(volume.SLOTS), self.count)
@@ -264,6 +266,7 @@ class SliceVit(nn.Module):
         self.readout = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.readout), nn.Flatten(1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, num_features) of slices (N, 1, h, w) that `normalise` has scaled."""
         tokens = _patches(self.stem(images), self.patch)
         return self.readout(self.blocks(self.embed(tokens) + self.position))
 
@@ -287,6 +290,7 @@ class StudyGrid(nn.Module):
         )
 
     def forward(self, grids: torch.Tensor) -> torch.Tensor:
+        """Vectors (B, width) of grids (B, 3, l, p, h)."""
         tokens = self.embed(_patches(normalise(grids), self.patch)) + self.position
         return self.readout(self.blocks(tokens))
 
@@ -666,9 +670,12 @@ def probabilities(models: list[Vit3d], inputs: np.ndarray, views_count: int = 1,
     models = [model.to(device).eval() for model in models]
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
-        for seen, order in views(part, models[0].config, views_count, device):
-            for model in models:
-                total[start : start + batch] += model(*seen).exp().cpu().numpy()[:, order]
+        seen, orders = zip(*views(part, models[0].config, views_count, device), strict=True)
+        stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
+        for model in models:
+            found = model(*stacked).exp().cpu().numpy()
+            for order, of_view in zip(orders, np.split(found, len(orders)), strict=True):
+                total[start : start + batch] += of_view[:, order]
     return total / total.sum(-1, keepdims=True)
 
 

@@ -188,3 +188,10 @@ def test_score_block_has_numbers_that_json_can_hold():
     partial = metric.score_block(spinal, {"prior": flat, "ensemble": submission})
     assert partial["skill"] is None and partial["scores"]["ensemble"]["total"] is None
     json.dumps(partial, allow_nan=False)
+
+
+def test_the_area_under_the_curve_counts_pairs_and_ties() -> None:
+    positive = np.array([False, False, True, True])
+    assert metric.auc(positive, np.array([0.1, 0.4, 0.4, 0.8])) == (3 + 0.5) / 4
+    assert metric.auc(~positive, np.array([0.1, 0.4, 0.4, 0.8])) == 0.5 / 4
+    assert np.isnan(metric.auc(positive[:2], np.array([0.1, 0.2]))) and np.isnan(metric.auc(positive[:0], np.array([])))

@@ -220,6 +220,7 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
     t = AXIS - discs[near]
 
     def along(values: ArrayLike) -> Array:
+        """Values given by disc, from head to foot, at the places of AXIS."""
         return np.interp(AXIS, order, np.asarray(values, float)[::-1])
 
     above = np.where(t >= 0, near - 1, near).clip(0, discs.size - 2)  # a vertebra lies between discs above, above + 1

@@ -182,6 +182,7 @@ def _solve_column(column: int) -> tuple[float, float]:
     weights = _normal_weights()
 
     def miss(unknown: np.ndarray) -> np.ndarray:
+        """How far offset and the logarithm of the slope are from giving both shares, as normal quantiles."""
         narrowing = ndtr(unknown[0] + np.exp(unknown[1]) * _GRID)
         exceeds = ndtr((narrowing - _CUTS[column][:, None]) / _NOISE[column])
         return ndtri(np.clip(exceeds @ weights, 1e-9, 1 - 1e-9)) - wanted

@@ -203,6 +203,7 @@ class _Lattice:
 
     @staticmethod
     def over(body: Body, acquisition: Acquisition, affines: Array) -> _Lattice:
+        """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""
         affine = acquisition.inverse_motion() @ affines[0]
         reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
         knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))

@@ -848,11 +848,11 @@ def tables(found: Sequence[Finding], power: float) -> tuple[pd.DataFrame, pd.Dat
     side is left, right, or '' for the canal; X, Y, Z are LPS mm.
     """
     names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
-    numbers = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64"}  # of empty tables too
+    kinds = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64", "level": "str", "side": "str"}
     points = pd.DataFrame([(f.study_id, f.level, f.side, *f.point, f.confidence) for f in found], columns=names)
     rows = pd.DataFrame(read(found, power), columns=SEVERITIES, dtype=float)
-    rows.insert(0, "row_id", [f.row_id for f in found])
-    return rows, points.astype(numbers)
+    rows.insert(0, "row_id", pd.Series([f.row_id for f in found], dtype="str"))
+    return rows, points.astype(kinds)  # of empty tables too
 
 
 def read(found: Sequence[Finding], power: float) -> np.ndarray:

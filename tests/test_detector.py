@@ -558,3 +558,9 @@ def test_untrained_networks_begin_with_boxes_of_the_known_size(tmp_path):
         corners = model.model[-1]._get_decode_boxes(model(torch.zeros(1, 3, 96, 64))[1]["one2one"])[0]
     width, height = corners[2:].median(dim=1).values.numpy()  # without suppression asked for: x, y, width, height
     assert abs(width - expected[0]) < 3 and abs(height - expected[1]) < 3
+
+
+def test_tables_of_no_findings_join_with_others() -> None:
+    rows, points = detector.tables([], 2.0)
+    labels = pd.DataFrame({"row_id": ["1_spinal_canal_stenosis_l1_l2"], "level": ["l1_l2"], "side": [""]})
+    assert labels.merge(points, on=["level", "side"]).merge(rows, on="row_id").empty

@@ -300,7 +300,8 @@ def test_the_readme_takes_its_numbers_from_a_run(index, run_dir, tmp_path):
     readme.update_readme(report.read_run(run_dir), file)
     text = file.read_text()
     assert text.startswith("before\n<!-- scores made-up -->\nOut of fold, on 24 studies, the ensemble scores")
-    assert "| Spinal canal stenosis | 96.2% | 97.5% | 100.0% | – | 2 |" in text
+    assert "Out of fold:\n\n| Points | Within 5 mm |" in text
+    assert "| Spinal canal stenosis | 96.2% | 100.0% | 97.5% | 2 | – |" in text
     assert "| Ensemble | 0." in text and "(docs/made-up-example.png)" in text and "Run `made-up`, 20" in text
     assert text.endswith(f"{place.format('other', 'totals')}after\n")
     assert {file.name for file in (tmp_path / "docs").iterdir()} == {"made-up.json", "made-up-example.png"}

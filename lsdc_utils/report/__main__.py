@@ -18,7 +18,7 @@ from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pages import duration
 from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.run import ROOT, Run, localisation_table, read_run, score_table, summary
+from lsdc_utils.report.run import ROOT, Run, localisation_tables, read_run, score_table, summary
 
 PLACE = re.compile(r"(<!-- (scores|localisation|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
 
@@ -44,7 +44,8 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         if place[2] == "picture":
             content = picture_line(run, place[4], record)
         elif place[2] == "localisation":
-            content = markdown(localisation_table(pd.DataFrame(record["localisation"])))
+            tables = localisation_tables(pd.DataFrame(record["localisation"]))
+            content = "\n\n".join(f"{name}:\n\n{markdown(table)}" for name, table in tables.items())
         else:
             content = score_lines(run, record)
         return f"{place[1]}{content}\n{place[6]}"
@@ -61,8 +62,8 @@ def score_lines(run: str, record: dict[str, Any]) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of text with two rows of column names as Markdown."""
-    head = [table.index.name, *(f"{block}: {column}" for block, column in table.columns)]
+    """A table of text as Markdown; of column names in two rows the upper stands before the lower."""
+    head = [table.index.name, *(name if isinstance(name, str) else ": ".join(name) for name in table.columns)]
     lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
     return "\n".join("| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines)
 

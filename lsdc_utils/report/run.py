@@ -173,30 +173,34 @@ def parts_table(block: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(map(model_name, block["scores"]), name="Model"))
 
 
-def localisation_table(found: pd.DataFrame) -> pd.DataFrame:
-    """Where the detectors found the levels, as text, from localisation.csv: a row a condition; empty where that is.
+LOCALISATION = {
+    "within_5_mm": ("Within 5 mm", "{:.1%}"),
+    "within_10_mm": ("Within 10 mm", "{:.1%}"),
+    "in_plane_within_5_mm": ("Within 5 mm in plane", "{:.1%}"),
+    "sides_exchanged": ("Sides exchanged", "{:.0f}"),
+    "level_right": ("Right level", "{:.1%}"),
+}
 
-    For out of fold and test: the share of points within 5 mm in space and in the image plane, and within 10 mm, and how
-    many changed sides. Axial slices, a row of their own, count as right where they were given their level.
+
+def localisation_tables(found: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Where the detectors found the levels, as text, from localisation.csv: a table a block, a row a condition.
+
+    Columns: shares of points near their place in space and in the image's plane, and how many changed sides. Axial
+    slices, a row of their own, count as right where they were given their level. Empty where `found` is.
     """
-    if found.empty:
-        return pd.DataFrame()
-    every = found[found["spines"] == "all"]
-    columns = {}
-    for split, name in BLOCK_NAMES.items():
-        mine = every[every["split"] == split].set_index("condition").replace("", None)
-        for title, column in (
-            ("Within 5 mm", "within_5_mm"), ("In plane", "in_plane_within_5_mm"), ("Within 10 mm", "within_10_mm"),
-            ("Right level", "level_right"),
-        ):  # fmt: skip
-            if column in mine:
-                columns[name, title] = mine[column].astype(float).map("{:.1%}".format, na_action="ignore")
-        columns[name, "Sides exchanged"] = (
-            mine["sides_exchanged"].astype(float).map("{:.0f}".format, na_action="ignore")
-        )
-    table = pd.DataFrame(columns, dtype=object).fillna("–")
-    table.index = pd.Index([name.replace("_", " ").capitalize() for name in table.index], name="Points")
-    return table
+    tables = {}
+    for split, name in BLOCK_NAMES.items() if len(found) else ():
+        mine = found[(found["split"] == split) & (found["spines"] == "all")].set_index("condition").replace("", None)
+        shown = {
+            title: mine[column].astype(float).map(form.format, na_action="ignore")
+            for column, (title, form) in LOCALISATION.items()
+            if column in mine
+        }
+        table = pd.DataFrame(shown, dtype=object).fillna("–")
+        table.index = pd.Index([text.replace("_", " ").capitalize() for text in mine.index], name="Points")
+        if len(table):
+            tables[name] = table
+    return tables
 
 
 def summary(scores: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from lsdc_utils.processes import each
 from lsdc_utils.vocabulary import AXIAL, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
+SPARSE = 5  # an odd step in pixels, by which they are taken
 PIECE = 2**15  # points that are sampled at once: what the processor's cache holds
 LARGEST = 32_000  # rows or columns of an image that OpenCV samples from
 FEW_STUDIES = 20  # so many are converted sooner than processes start
@@ -93,9 +94,12 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
 
 
 def _percentiles(images: list[np.ndarray]) -> np.ndarray:
-    """The two percentiles `WINDOW` of all images, by every 4th pixel each way: they move by less than a grey level, and
-    cost a sixteenth."""
-    seen = np.concatenate([image[::4, ::4].ravel() for image in images])
+    """The two percentiles `WINDOW` of all images, by every `SPARSE`-th pixel each way, which costs little.
+
+    A mirrored image has the same. In 60 phantom series the lower moved by less than a grey level, the upper by 1.4 on
+    average and 9 at most; networks are shown images by their own mean and deviation, or with varied brightness.
+    """
+    seen = np.concatenate([image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images])
     if seen.dtype.kind != "u" or seen.itemsize > 2:
         return np.percentile(seen, WINDOW)
     # The same by counting, in a third of the time.
@@ -103,6 +107,13 @@ def _percentiles(images: list[np.ndarray]) -> np.ndarray:
     at_most = np.bincount(seen).cumsum()
     low, high = (np.searchsorted(at_most, np.floor(rank) + k, side="right") for k in (0, 1))
     return low + (np.minimum(high, len(at_most) - 1) - low) * (rank % 1)
+
+
+def _sparse(count: int) -> slice:
+    """Every `SPARSE`-th of `count` pixels, as many left over before as behind; the step is odd so that this can be."""
+    over = (count - 1) % SPARSE
+    first = over // 2 if over % 2 == 0 else (over + SPARSE) // 2
+    return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
 
 
 def window(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:

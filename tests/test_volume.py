@@ -180,10 +180,12 @@ def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (41, 60)])
-def test_percentiles_are_numpys(kind, shape):
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"), [((1, 1), [0], [0]), ((7, 9), [3], [4]), ((41, 60), range(0, 41, 5), range(2, 60, 5))]
+)
+def test_percentiles_are_numpys(kind, shape, rows, columns):
     images = [np.random.default_rng(k).gamma(2, 30, shape).astype(kind) for k in range(3)]
-    seen = np.stack(images)[:, ::4, ::4]
+    seen = np.stack(images)[:, list(rows)][:, :, list(columns)]
     np.testing.assert_allclose(volume._percentiles(images), np.percentile(seen, volume.WINDOW), rtol=1e-6)
 
 
@@ -330,3 +332,12 @@ def test_a_repeated_series_gives_no_slice_twice_and_far_slices_none():
     one = volume.level_slices(stacks, points, 12, 2.0, 5)
     np.testing.assert_array_equal(volume.level_slices(stacks + again, points, 12, 2.0, 5)[1], one[1])
     assert np.isnan(one[1][0, 15:]).all() and np.isfinite(one[1][:, :15]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7, 4), (9, 6), (33, 40), (64, 61), (70, 62), (51, 63)])
+def test_a_mirrored_image_has_the_same_window(shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(3).integers(0, 4000, shape).astype(np.uint16)
+    window = volume._percentiles([image]).tolist()
+    assert volume._percentiles([image[:, ::-1]]).tolist() == window
+    assert volume._percentiles([image[::-1]]).tolist() == window
+    assert volume._percentiles([image.astype(float)[:, ::-1]]) == pytest.approx(window)

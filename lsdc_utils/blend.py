@@ -9,6 +9,9 @@ moderate and for severe. The prior takes what the models leave of the weight, so
 the prior and not to a uniform guess, the sum of the weights is an inverse temperature, and a row without a model's
 evidence is filled by the prior in the same formula.
 
+The numbers are pulled towards a simple blend (`simple_blend`): equal weights or one model alone, whichever scores best,
+without temperature and bias. Equal weights alone would drag a good model down to a poor one where the two differ much.
+
 A row without evidence from any model is then expected from the study's other rows by a Gaussian copula (`complete`):
 behind each column j stands a latent severity z_j ~ N(0, 1), cut by thresholds into the prior's shares, and the latents
 of a study are jointly normal. With no evidence at all the expectation is the prior.
@@ -41,7 +44,7 @@ from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, parse_row
 PUBLISHED_WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the bronze-medal method's arithmetic mean
 SMALLEST = 1e-7  # probabilities are raised to this before a logarithm: the published floor of a confidence
 WITHOUT_EVIDENCE = ("expectation", "prior")  # sources of rows that no model gave
-SHRINKAGE = 10.0  # pull to equal weights and no bias, in studies: it fades as studies are added
+SHRINKAGE = 10.0  # pull to the simple blend, in studies: it fades as studies are added
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,22 @@ class Mixture:
     """How one condition group is blended; weights are of log probabilities, bias is added to moderate and severe.
 
     `gain`, where `choose_blend` measured it: what the fitted numbers take off the group's parts of the score compared
-    with the default, with its 95 % interval; `kept` says which of the two these numbers are.
+    with the simple ones, with its 95 % interval; `kept` says which of the two these numbers are.
     """
 
     weights: dict[str, float]
     bias: tuple[float, float] = (0.0, 0.0)
     gain: tuple[float, ...] = ()  # mean, low, high
-    kept: str = "fitted"  # or default
+    kept: str = "fitted"  # or simple
 
 
 Blend = dict[str, Mixture]  # by condition group: nfn, scs, ss
 Tables = dict[str, pd.DataFrame]  # by model: row_id and three natural probabilities; rows may be missing
 
 
-def default_blend(models: list[str]) -> Blend:
+def equal_blend(models: list[str]) -> Blend:
     """Equal weights, temperature 1, no bias."""
-    return {group: Mixture(dict.fromkeys(models, 1 / len(models))) for group in GROUPS}
+    return {group: Mixture(dict.fromkeys(models, 1 / len(models)), kept="simple") for group in GROUPS}
 
 
 def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
@@ -80,60 +83,72 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     return _table(prior["row_id"], natural)
 
 
+def simple_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
+    """For each group equal weights or one model alone, at temperature 1 without bias: what scores best on `labels`."""
+    return fit_blend(tables, prior, labels, only=())
+
+
 def fit_blend(
     tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = tuple(GROUPS)
 ) -> Blend:
-    """The blend with the best official score on `labels` (row_id, severity), pulled towards `default_blend`.
+    """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend.
 
-    `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only`, or have not a
-    single label, keep the default.
+    `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only` keep the simple
+    blend, groups without a single label equal weights.
     """
     labelled = prior.merge(solution_of(labels), on="row_id")
-    logs, groups, blend = _log_ratios(tables, labelled), _groups(labelled), default_blend(list(tables))
-    for key in only:
+    logs, groups, blend = _log_ratios(tables, labelled), _groups(labelled), equal_blend(list(tables))
+    for key in GROUPS:
         rows = groups == key
         if rows.any():
             stacked = np.stack([logs[model][rows] for model in tables])
-            blend[key] = _fit_group(list(tables), stacked, logs["prior"][rows], Scorer(labelled[rows]))
+            blend[key] = _fit_group(list(tables), stacked, logs["prior"][rows], Scorer(labelled[rows]), key in only)
     return blend
 
 
-def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, scorer: Scorer) -> Mixture:
-    """Minimise the parts of the score that these rows touch (for the canal: spinal and any-severe)."""
-    start = np.array([1 / len(models)] * len(models) + [0.0, 0.0])
+def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, scorer: Scorer, freely: bool) -> Mixture:
+    """Minimise the parts of the score that these rows touch (for the canal: spinal and any-severe): over the simple
+    blends, and then, where `freely`, over all numbers round the best of them."""
+
+    def loss(parameters: np.ndarray) -> float:
+        """The score's parts."""
+        return _touched(scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))))
+
+    simple = [np.full(len(models), 1 / len(models)), *(np.eye(len(models)) if len(models) > 1 else ())]
+    start = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
 
     def objective(parameters: np.ndarray) -> float:
-        """The score's parts, with the pull to equal weights and no bias."""
-        loss = _touched(scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))))
-        return loss + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
+        """The score's parts, with the pull to the simple blend."""
+        return loss(parameters) + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
 
-    found = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x.tolist()
-    weights, bias = found[: len(models)], found[len(models) :]
-    return Mixture(dict(zip(models, weights, strict=True)), (bias[0], bias[1]))
+    found = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x if freely else start
+    weights, bias = found[: len(models)].tolist(), found[len(models) :].tolist()
+    kept = "fitted" if freely else "simple"
+    return Mixture(dict(zip(models, weights, strict=True)), (bias[0], bias[1]), kept=kept)
 
 
 def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
-    """`fit_blend` for each group whose cross-fitted gain over `default_blend` is sure, `default_blend` for the others.
+    """`fit_blend` for each group whose cross-fitted gain over `simple_blend` is sure, `simple_blend` for the others.
 
     Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
-    parts of the score, spinal and any-severe. The numbers are cross-fitted, the choice of a group is made once.
+    parts of the score, spinal and any-severe. Both are cross-fitted, the choice between them is made once a group.
     """
-    candidates = {"default": default_blend(list(tables)), "fitted": fit_blend(tables, prior, labels)}
-    rows = {"default": apply_blend(candidates["default"], tables, prior), "fitted": cross_fitted(tables, prior, labels)}
+    fits = {"simple": simple_blend, "fitted": fit_blend}
+    rows = {name: cross_fitted(tables, prior, labels, fit) for name, fit in fits.items()}
     solution = solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     losses = {name: study_losses(solution, weight_table(table)) for name, table in rows.items()}
     drawn = resampled_scores(losses)
     whole = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
-    chosen = {}
+    gains = {}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]
         parts = [PARTS.index(part) for part in touched]
-        mean = (whole["default"] - whole["fitted"])[parts].sum()
-        [(low, high)] = interval((drawn["default"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
-        kept = "fitted" if low > 0 else "default"
-        gain = (float(mean), low, high) if np.isfinite([mean, low, high]).all() else ()
-        chosen[key] = replace(candidates[kept][key], gain=gain, kept=kept)
-    return chosen
+        mean = (whole["simple"] - whole["fitted"])[parts].sum()
+        [(low, high)] = interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
+        gains[key] = (float(mean), low, high) if np.isfinite([mean, low, high]).all() else ()
+    sure = [key for key, gain in gains.items() if gain and gain[1] > 0]
+    blend = fit_blend(tables, prior, labels, sure)
+    return {key: replace(mixture, gain=gains[key]) for key, mixture in blend.items()}
 
 
 def _touched(losses: StudyLosses) -> float:

@@ -404,3 +404,20 @@ def read_folds(file: str | Path) -> pd.DataFrame:
     if (twice := folds.study_id[folds.study_id.duplicated()]).any():
         raise CompetitionError(f"{file}: study {twice.iloc[0]} is in more than one fold")
     return folds.reset_index(drop=True)
+
+
+def mark_trained(labels: pd.DataFrame, suspects_csv: str | Path = "") -> pd.DataFrame:
+    """The label table with the column `trained`: whether training uses a label; False for those of `suspects_csv`.
+
+    suspects_csv: a table with the column row_id, such as suspect_labels.csv of a finished run. Raises CompetitionError
+    where it lacks that column or names a row that is no label.
+    """
+    distrusted = _required(Path(suspects_csv), ["row_id"], []).row_id if suspects_csv else pd.Series([], dtype=str)
+    if (unknown := ~distrusted.isin(labels.row_id)).any():
+        raise CompetitionError(f"{suspects_csv}: no label has the row_id {distrusted[unknown].iloc[0]!r}")
+    return labels.assign(trained=~labels.row_id.isin(distrusted))
+
+
+def as_trained(labels: pd.DataFrame) -> pd.DataFrame:
+    """The label table as training sees it: labels that it does not use have no grade; their points stay."""
+    return labels.assign(severity=labels.severity.where(labels.trained, words.MISSING))

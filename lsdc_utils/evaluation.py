@@ -6,9 +6,11 @@ of several models stand row by row beside each other. Probabilities are natural;
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, precision_recall_curve
 
 from lsdc_utils.metric import (
     PARTS,
@@ -43,7 +45,7 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
     rows["group"] = [CONDITIONS[condition].group for _, condition, _ in keys]
     rows["side"] = [CONDITIONS[condition].side or "" for _, condition, _ in keys]
     severity = rows["severity"].to_numpy(int)
-    of_label = weight_rows(rows[PROBABILITIES].to_numpy())[np.arange(len(rows)), severity]
+    of_label = _of_label(rows, weight_rows(rows[PROBABILITIES].to_numpy()))
     rows["weight"] = WEIGHTS[severity]
     rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, SMALLEST, 1))
     return rows
@@ -146,11 +148,40 @@ def suspects(rows: pd.DataFrame, chance: float = SUSPECT) -> pd.DataFrame:
     """
     natural = rows[PROBABILITIES].to_numpy()
     found = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
-        probability=natural[np.arange(len(rows)), rows["severity"].to_numpy(int)],
+        probability=_of_label(rows, natural),
         grade=natural.argmax(axis=1),
         grade_probability=natural.max(axis=1),
     )
     return found[found["probability"] < chance].sort_values(["probability", "row_id"]).reset_index(drop=True)
+
+
+def suspicion(rows: pd.DataFrame, wrong: Collection[str], chance: float = SUSPECT) -> dict[str, float]:
+    """How well improbable labels find wrong ones, where the row ids of the wrong are known.
+
+    planted: how many rows are wrong; listed: how many `suspects` lists, with its precision and recall; and the
+    precision where, with the least probable labels first, half of the wrong ones are found (`suspicion_curve`).
+    """
+    truth, listed = rows["row_id"].isin(list(wrong)).to_numpy(), _of_label(rows, rows[PROBABILITIES]) < chance
+    found, curve = int((truth & listed).sum()), suspicion_curve(rows, wrong)
+    return {
+        "planted": int(truth.sum()),
+        "listed": int(listed.sum()),
+        "precision": found / max(int(listed.sum()), 1),
+        "recall": found / max(int(truth.sum()), 1),
+        "precision_at_half": float(curve.loc[curve["recall"] >= 0.5, "precision"].iloc[-1]),
+    }
+
+
+def suspicion_curve(rows: pd.DataFrame, wrong: Collection[str]) -> pd.DataFrame:
+    """Precision and recall of wrong labels among those below each probability, from all labels to the fewest."""
+    truth = rows["row_id"].isin(list(wrong)).to_numpy()
+    precision, recall, _ = precision_recall_curve(truth, -_of_label(rows, rows[PROBABILITIES]))
+    return pd.DataFrame({"precision": precision, "recall": recall})
+
+
+def _of_label(rows: pd.DataFrame, probabilities: np.ndarray | pd.DataFrame) -> np.ndarray:
+    """The probability (n,) of each row's own label."""
+    return np.asarray(probabilities)[np.arange(len(rows)), rows["severity"].to_numpy(int)]
 
 
 def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:

@@ -59,7 +59,7 @@ def test_ignorance_falls_to_the_prior(world):
 def test_a_missing_row_is_the_prior_with_the_group_s_bias_at_most(world):
     labels, truth, _, _ = world
     prior = metric.prior_out_of_fold(labels)
-    rows = blend.apply_blend(blend.default_blend(["yolo", "vit3d"]), {"yolo": truth[5:], "vit3d": truth[9:]}, prior)
+    rows = blend.apply_blend(blend.equal_blend(["yolo", "vit3d"]), {"yolo": truth[5:], "vit3d": truth[9:]}, prior)
     by_row = rows.set_index("row_id")
     lost = truth["row_id"][:5]
     np.testing.assert_allclose(by_row.loc[lost], prior.set_index("row_id").loc[lost])
@@ -82,19 +82,31 @@ def test_cross_fitting_does_not_see_the_row_it_blends(world):
 
 
 def test_fitted_numbers_are_kept_where_their_gain_is_sure(world):
-    labels, truth, _, noise = world
+    labels, truth, sharp, noise = world
     prior = metric.prior_out_of_fold(labels)
-    sure = blend.choose_blend({"yolo": noise, "vit3d": truth}, prior, labels)
+    sure = blend.choose_blend({"yolo": noise, "vit3d": sharp}, prior, labels)
     assert {mixture.kept for mixture in sure.values()} == {"fitted"}
     assert all(0 < low < mean < high for mean, low, high in (mixture.gain for mixture in sure.values()))
-    idle = blend.choose_blend({"yolo": truth, "vit3d": truth}, prior, labels)  # the default is right already
-    kept = [mixture for mixture in idle.values() if mixture.kept == "default"]
+    idle = blend.choose_blend({"yolo": truth, "vit3d": truth}, prior, labels)  # equal weights are right already
+    kept = [mixture for mixture in idle.values() if mixture.kept == "simple"]
     assert len(kept) >= 2  # one in forty is sure by chance
     assert all(mixture.weights == {"yolo": 0.5, "vit3d": 0.5} and mixture.gain[1] <= 0 for mixture in kept)
     assert blend.from_json(json.loads(json.dumps(blend.to_json(idle)))) == idle
     spinal = labels["condition"] == "spinal_canal_stenosis"
     alone = blend.choose_blend({"vit3d": truth}, prior, labels[spinal])
-    assert alone["ss"] == blend.Mixture({"vit3d": 1.0}, kept="default")  # no label, nothing to gain
+    assert alone["ss"] == blend.Mixture({"vit3d": 1.0}, kept="simple")  # no label, nothing to gain
+
+
+def test_the_simple_blend_drops_a_useless_model_and_the_fit_begins_there(world):
+    labels, truth, _, noise = world
+    prior = metric.prior_out_of_fold(labels)
+    simple = blend.simple_blend({"yolo": noise, "vit3d": truth}, prior, labels)
+    assert all(mixture.weights == {"yolo": 0.0, "vit3d": 1.0} for mixture in simple.values())
+    assert all(mixture.bias == (0.0, 0.0) and mixture.kept == "simple" for mixture in simple.values())
+    fitted = blend.fit_blend({"yolo": noise, "vit3d": truth}, prior, labels)
+    assert all(abs(mixture.weights["yolo"]) < 0.1 and mixture.weights["vit3d"] > 0.8 for mixture in fitted.values())
+    mixed = blend.fit_blend({"yolo": noise, "vit3d": truth}, prior, labels, only=["scs"])
+    assert [mixture.kept for mixture in mixed.values()] == ["fitted" if key == "scs" else "simple" for key in mixed]
 
 
 def test_one_temperature_undoes_a_power_and_leaves_rows_without_evidence_to_the_prior(world):
@@ -211,8 +223,8 @@ def test_rows_without_evidence_are_completed_and_named(cohort):
     vit3d = table(list(shares["row_id"][2:6]), np.tile([0.2, 0.2, 0.6], (4, 1)))
     given = {"yolo": yolo, "vit3d": vit3d}
     correlations = dict.fromkeys(blend.pair_kinds().ravel(), 0.3)
-    blended = {name: blend.apply_blend(blend.default_blend([name]), given, shares) for name in given}
-    blended["ensemble"] = blend.apply_blend(blend.default_blend(list(given)), given, shares)
+    blended = {name: blend.apply_blend(blend.equal_blend([name]), given, shares) for name in given}
+    blended["ensemble"] = blend.apply_blend(blend.equal_blend(list(given)), given, shares)
     unseen = set(shares["row_id"][[0, 1, 3, 4, 9]])
     finished, sources = blend.finish(blended, given, shares, correlations, unseen)
     assert list(sources[:7]) == ["yolo", "yolo", "yolo+vit3d", "vit3d", "vit3d", "vit3d", "expectation"]

@@ -158,6 +158,23 @@ def test_published_folds(tmp_path: Path) -> None:
         competition.read_folds(tmp_path / "none.csv")
 
 
+def test_suspects_are_kept_out_of_training_and_keep_their_grade(tmp_path: Path) -> None:
+    labels = pd.DataFrame({"row_id": ["1_a", "1_b", "2_a"], "severity": [2, 0, -1], "X": [1.0, 2.0, 3.0]})
+    assert competition.mark_trained(labels)["trained"].all()
+    file = tmp_path / "suspect_labels.csv"
+    pd.DataFrame({"row_id": ["1_b"], "probability": [0.01]}).to_csv(file, index=False)
+    marked = competition.mark_trained(labels, file)
+    assert marked["trained"].tolist() == [True, False, True] and marked["severity"].equals(labels["severity"])
+    seen = competition.as_trained(marked)
+    assert seen["severity"].tolist() == [2, -1, -1] and seen["X"].equals(labels["X"])
+    file.write_text("row_id\n7_a\n")
+    with pytest.raises(CompetitionError, match=r"suspect_labels\.csv: no label has the row_id '7_a'"):
+        competition.mark_trained(labels, file)
+    file.write_text("study_id\n7\n")
+    with pytest.raises(CompetitionError, match=r"lacks the column\(s\) row_id"):
+        competition.mark_trained(labels, file)
+
+
 def test_the_data_folder_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "data").mkdir()

@@ -96,6 +96,20 @@ def test_exchanged_labels_are_suspected_first(world):
     assert found["row_id"].head(20).isin(wrong).mean() > 0.5
 
 
+def test_how_well_suspicion_finds_planted_labels(world):
+    solution, tables = world
+    sure = tables["oracle"].copy()  # a model that knows every label, and is asked about some that are wrong
+    sure[list(SEVERITIES)] = 0.01 + 0.97 * np.eye(3)[solution.set_index("row_id")["severity"].loc[sure["row_id"]]]
+    wrong = list(solution["row_id"].head(8))
+    changed = solution.assign(severity=(solution["severity"] + solution["row_id"].isin(wrong)) % 3)
+    told = evaluation.suspicion(evaluation.judge(sure, changed), wrong)
+    assert told == {"planted": 8, "listed": 8, "precision": 1.0, "recall": 1.0, "precision_at_half": 1.0}
+    told = evaluation.suspicion(evaluation.judge(sure, changed), wrong[:4])  # half of those listed are right after all
+    assert told["precision"] == 0.5 and told["recall"] == 1.0 and told["precision_at_half"] == 0.5
+    curve = evaluation.suspicion_curve(evaluation.judge(sure, solution), wrong)  # nothing is suspect
+    assert curve.loc[curve["recall"] == 1, "precision"].min() == 8 / len(solution)
+
+
 def test_a_row_finds_its_detected_point(judged):
     points = pd.DataFrame([(3, "l4_l5", "left", 1.0, 2.0, 3.0, "ss"), (3, "l4_l5", "", 4.0, 5.0, 6.0, "scs")])
     points.columns = ["study_id", "level", "side", *"XYZ", "condition"]

@@ -17,11 +17,24 @@ from lsdc_utils import dicom, metric, vocabulary
 from lsdc_utils.phantom import fingerprint, labels, study, write, write_phantom
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.scanner import plan_series
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES, T1, T2
+from lsdc_utils.vocabulary import (
+    AXIAL,
+    COLUMNS,
+    LEVEL_NAMES,
+    LEVELS,
+    MISSING,
+    SERIES_TYPES,
+    SEVERITIES,
+    T1,
+    T2,
+)
 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
 ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
-ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "planted.csv", *ANATOMY)
+ANSWERS = (
+    *("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "planted.csv", "wrong_labels.csv"),
+    *ANATOMY,
+)
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +340,26 @@ def test_dirt_can_be_switched_off_or_forced(tmp_path):
     assert points["instance_number"].min() >= 100
     train = pd.read_csv(bad / "train.csv")
     assert train.filter(like="subarticular").notna().all().all()
+
+
+def test_wrong_labels_are_planted_in_training_alone_and_told(tmp_path):
+    right, wrong = (
+        write_phantom(tmp_path / name, 60, 30, 4, images=False, **CLEAN | {"label_wrong": share})
+        for name, share in (("right", 0.0), ("wrong", 0.1))
+    )
+    assert pd.read_csv(right / "wrong_labels.csv").empty
+    told = pd.read_csv(wrong / "wrong_labels.csv").set_index("row_id")
+    assert 0.08 < len(told) / (60 * len(COLUMNS)) < 0.12 and (told["severity"] != told["meant"]).all()
+    words = {name: k for k, name in enumerate(vocabulary.SEVERITY_NAMES)}
+    before, after = (
+        pd.read_csv(root / "train.csv").set_index("study_id").stack().map(words) for root in (right, wrong)
+    )
+    before.index = after.index = [f"{study}_{column}" for study, column in after.index]
+    changed = before != after
+    assert set(before.index[changed]) == set(told.index)
+    assert before[changed].equals(told["meant"].loc[before.index[changed]].rename(None))
+    for name in ("train_label_coordinates.csv", "solution.csv", "oracle.csv", "latents.csv"):
+        assert (right / name).read_bytes() == (wrong / name).read_bytes()
 
 
 def test_missing_labels_do_not_depend_on_the_grade(tmp_path):

@@ -88,6 +88,8 @@ class Dirt:
     signed: float = 0.0  # numbers below 0
     high_bits: float = 0.0  # something above the 12 bits stored
     headers_silent: float = 0.0  # no SeriesDescription
+    # Slips of the pen: no validator can see them.
+    label_wrong: float = 0.0  # share of training labels replaced by one of the two other grades
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -140,6 +142,7 @@ class Study:
     spine: dict = field(default_factory=dict)
     parts: list[Series] = field(default_factory=list)
     label_rows: int = 1  # in train.csv
+    meant: dict[int, int] = field(default_factory=dict)  # the reader's grade of each column that has a wrong one
     planted: list[dict] = field(default_factory=list)  # series_id, rule, value: what a validator must find
 
     def plant(self, rule: str, series_id: int | None = None, value: object = "") -> None:
@@ -161,6 +164,7 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     seen = np.any([s.columns for s in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
     study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures(), parts=series)
+    _mistake(study, plan)
     study.spine = _spine(body, series)
     for one in series:
         study.series.append({"series_id": one.series_id, "series_description": one.acquisition.series_type})
@@ -289,6 +293,15 @@ def project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndar
     x = (offset * along_x).sum(axis=1) / (along_x**2).sum(axis=1)
     y = (offset * along_y).sum(axis=1) / (along_y**2).sum(axis=1)
     return x, y, (offset * normal).sum(axis=1) / np.linalg.norm(normal, axis=1)
+
+
+def _mistake(study: Study, plan: StudyPlan) -> None:
+    """Replace some training labels by another grade, and keep what the reader meant."""
+    rng = np.random.default_rng([*plan.seed, 6])
+    tosses, other = rng.random(len(COLUMNS)), rng.integers(1, 3, len(COLUMNS))
+    wrong = (tosses < plan.dirt.label_wrong) & (study.labels != MISSING) & (plan.split == "train")
+    study.meant = {int(column): int(study.labels[column]) for column in np.flatnonzero(wrong)}
+    study.labels = np.where(wrong, (study.labels + other) % 3, study.labels)
 
 
 def _spoil_points(study: Study, dirt: Dirt, swap: bool, rng: np.random.Generator) -> None:

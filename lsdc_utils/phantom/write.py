@@ -19,11 +19,13 @@ and what the competition keeps to itself, to be opened when predictions are made
                                 where each series sees the middle of each disc, and the unit normal of its plane
     spines.csv                  study_id, split, ordinary, transitional, slip_mm, slip_level, scoliosis_mm, stir,
                                 tilted_blocks: ordinary is a spine without transitional vertebra and slip
+    wrong_labels.csv            row_id, severity, meant: training labels that are not what their reader meant
     planted.csv                 study_id, series_id or nothing, rule, value: what a validator must find, line by line
     phantom.json                the arguments and the fingerprint
 
-`latents.csv`, `oracle.csv`, `anatomy.csv`, `discs.csv` and `spines.csv` tell of both splits, with the split named; the
-others of test alone. A patient moves a little between series, so that each sees the anatomy at a place of its own.
+`latents.csv`, `oracle.csv`, `anatomy.csv`, `discs.csv` and `spines.csv` tell of both splits, with the split named,
+`wrong_labels.csv` of training alone and the others of test alone. A patient moves a little between series, so that each
+sees the anatomy at a place of its own.
 """
 
 from __future__ import annotations
@@ -176,6 +178,12 @@ def _write_tables(root: Path, plans: list[StudyPlan], studies: list[Study], grad
     severity = np.ravel([study.labels for _, study in by_split["test"]]).astype(int)
     solution = pd.DataFrame({"row_id": test, "severity": severity})
     _csv(solution[severity != MISSING], root / "solution.csv")
+    wrong = [
+        (vocabulary.row_id(plan.study_id, *COLUMN_KEYS[column]), study.labels[column], meant)
+        for plan, study in by_split["train"]
+        for column, meant in study.meant.items()
+    ]
+    _csv(pd.DataFrame(wrong, columns=["row_id", "severity", "meant"]), root / "wrong_labels.csv")
     planted = [{"study_id": plan.study_id} | row for plan, study in pairs for row in study.planted]
     planted = pd.DataFrame(planted, columns=["study_id", "series_id", "rule", "value"])
     _csv(planted.astype({"series_id": "Int64"}), root / "planted.csv")

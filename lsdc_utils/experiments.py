@@ -1,11 +1,12 @@
-"""Experiments round a finished run: what each ingredient is worth, and what more studies are worth.
+"""Experiments round a finished run: what each ingredient, more studies, and labels kept out of training are worth.
 
 `notebooks/ablations.yml` names the ingredients; each is taken away alone, by changing parameters, in a run of its own,
 `outputs/<run>-<name>/`. That run begins as a copy of the finished one, so that Snakemake repeats no step but those that
 the change touches: an ingredient of the transformer leaves the detectors as they are. The learning curve repeats the
-run with other numbers of training studies; its test studies stay the same.
+run with other numbers of training studies; its test studies stay the same. Label noise is planted in the phantom's
+training labels; the labels that the models of that run call improbable are then kept out of a second training.
 
-Both end in a table beside the run: `outputs/<run>/ablation.csv` and `outputs/<run>/curve.csv`.
+Each ends in a table beside the run, which its report shows: `ablation.csv`, `curve.csv`, `noise.csv`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from lsdc_utils.competition import data_dir
 from lsdc_utils.metric import PARTS, Scorer, StudyLosses, solution_of, weight_table
-from lsdc_utils.steps import NOTEBOOKS, read_parameters
+from lsdc_utils.steps import EXPERIMENT_TABLES, NOTEBOOKS, read_parameters
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
-NOT_COPIED = ("report", "predict", "work", ".lock", "ablation.csv", "curve.csv")
+NOT_COPIED = ("report", "predict", "work", ".lock", *EXPERIMENT_TABLES)
 DRAWS = 2000  # of a paired bootstrap
 
 
@@ -59,17 +61,11 @@ def ablation_table(base: Path, tried: list[tuple[Ablation, Path]]) -> pd.DataFra
     Scores are those of `PARTS`, skill is the total's (absent without an oracle); worse_by, low and high are how much
     the total rose against the run, with a 95 % interval of a bootstrap over studies that both runs share.
     """
-    reference = _out_of_fold(base)
-    draws = _draws(len(reference.studies))
     rows = [{"name": base.name, "without": "", **_scores(base)}]
     for ablation, folder in tried:
-        losses = _out_of_fold(folder)
-        if list(losses.studies) != list(reference.studies):
-            raise ValueError(f"{folder} graded other studies than {base}: an ablation must leave the data alone")
-        apart = losses.resampled(draws)[:, -1] - reference.resampled(draws)[:, -1]
-        low, high = np.nanquantile(apart, [0.025, 0.975])
+        worse_by, low, high = _apart(folder, base, "oof")
         row = {"name": ablation.name, "without": ablation.without, **_scores(folder)}
-        rows.append(row | {"worse_by": row["total"] - rows[0]["total"], "low": low, "high": high})
+        rows.append(row | {"worse_by": worse_by, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -84,6 +80,25 @@ def curve_table(runs: list[tuple[int, Path]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def noise_table(base: Path, wrong: Path, left_out: Path) -> pd.DataFrame:
+    """A row for a run, for the same run with wrong labels planted, and for that run with its suspects kept out.
+
+    Scores and skill are the ensemble's on test studies, whose labels are as their readers meant them. better_by, low
+    and high: how much the total fell against the run with wrong labels, with its paired 95 % interval. planted, listed,
+    precision, recall and precision_at_half tell how well a run's suspects find what was planted, as
+    `evaluation.suspicion` says.
+    """
+    rows = []
+    labels = {base: "as read", wrong: "with wrong labels", left_out: "with wrong labels, suspects kept out"}
+    for folder, name in labels.items():
+        row = {"labels": name, **_scores(folder, "test")}
+        if folder != wrong:
+            worse_by, low, high = _apart(folder, wrong, "test")
+            row |= {"better_by": -worse_by, "low": -high, "high": -low}
+        rows.append(row | json.loads((folder / "scores.json").read_text())["oof"].get("suspects", {}))
+    return pd.DataFrame(rows)
+
+
 def _scores(folder: Path, block: str = "oof") -> dict[str, float]:
     """The ensemble's scores in one block of a run's scores.json, and the total's skill where it is known."""
     scores = json.loads((folder / "scores.json").read_text())[block]
@@ -91,11 +106,24 @@ def _scores(folder: Path, block: str = "oof") -> dict[str, float]:
     return {part: scores["scores"]["ensemble"][part] for part in PARTS} | skill
 
 
-def _out_of_fold(folder: Path) -> StudyLosses:
-    """What each study adds to the out-of-fold score of a run's ensemble."""
-    labels = pd.read_parquet(folder / "tables/labels.parquet")
-    labels = labels[labels["fold"].isin(read_parameters(folder)["folds"])]
-    rows = solution_of(labels).merge(pd.read_parquet(folder / "predictions/ensemble_oof.parquet"), on="row_id")
+def _apart(folder: Path, base: Path, block: str) -> tuple[float, float, float]:
+    """Total score of a run's ensemble minus that of `base`, on the same studies, with its paired 95 % interval."""
+    one, other = _losses(folder, block), _losses(base, block)
+    if list(one.studies) != list(other.studies):
+        raise ValueError(f"{folder} graded other studies than {base}: such runs cannot be compared")
+    draws = _draws(len(one.studies))
+    low, high = np.nanquantile(one.resampled(draws)[:, -1] - other.resampled(draws)[:, -1], [0.025, 0.975])
+    return one.score()["total"] - other.score()["total"], float(low), float(high)
+
+
+def _losses(folder: Path, block: str) -> StudyLosses:
+    """What each study adds to the score of a run's ensemble, out of fold (oof) or on test studies (test)."""
+    if block == "oof":
+        labels = pd.read_parquet(folder / "tables/labels.parquet")
+        solution = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
+    else:
+        solution = pd.read_csv(data_dir(folder) / "solution.csv")
+    rows = solution.merge(pd.read_parquet(folder / f"predictions/ensemble_{block}.parquet"), on="row_id")
     return Scorer(rows).losses(weight_table(rows).drop(columns="row_id").to_numpy())
 
 

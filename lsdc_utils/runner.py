@@ -541,7 +541,7 @@ def ablate(arguments: list[str]) -> int:
         if status := _experiment(folder, _changed(parameters, ablation.change), ["ablate", *arguments], asked.cores):
             return status
         tried.append((ablation, folder))
-    return _tell_experiments(base / "ablation.csv", experiments.ablation_table(base, tried))
+    return _tell_experiments(base / "ablation.csv", experiments.ablation_table(base, tried), asked.cores)
 
 
 def curve(arguments: list[str]) -> int:
@@ -551,9 +551,7 @@ def curve(arguments: list[str]) -> int:
     asked = made.parse_args(arguments)
     from . import experiments
 
-    base, parameters = _finished_run(asked.run)
-    if parameters["data_dir"] or not parameters["phantom"]:
-        raise UsageError(f"--run {asked.run}: its data are given; only a phantom can be drawn in other sizes")
+    base, parameters = _finished_run(asked.run, of_phantom=True)
     runs = []
     for n_train in asked.sizes:
         own = n_train == parameters["n_train"]
@@ -562,7 +560,35 @@ def curve(arguments: list[str]) -> int:
         if not own and (status := _experiment(folder, changed, ["curve", *arguments], asked.cores)):
             return status
         runs.append((n_train, folder))
-    return _tell_experiments(base / "curve.csv", experiments.curve_table(runs))
+    return _tell_experiments(base / "curve.csv", experiments.curve_table(runs), asked.cores)
+
+
+def noise(arguments: list[str]) -> int:
+    """Repeat a finished run with wrong labels planted, then with those kept out of training that its models doubt."""
+    made = _experiment_parser(
+        "noise", "Plant wrong labels, see whether they are found, and train without the suspects."
+    )
+    made.add_argument(
+        "share", metavar="SHARE", type=float, nargs="?", default=0.05, help="wrong labels (default: 0.05)"
+    )
+    asked = made.parse_args(arguments)
+    if not 0 < asked.share < 1:
+        raise UsageError(f"noise {asked.share}: expected a share of labels between 0 and 1")
+    from . import experiments
+
+    base, parameters = _finished_run(asked.run, of_phantom=True)
+    if not parameters["n_test"]:
+        raise UsageError(f"--run {asked.run}: has no test studies, on which what is gained could be measured")
+    wrong = base.with_name(f"{base.name}-wrong")
+    left_out = base.with_name(f"{base.name}-wrong-left_out")
+    changed = _changed(parameters, {"wrong_labels": asked.share})
+    if status := _experiment(wrong, changed, ["noise", *arguments], asked.cores):
+        return status
+    experiments.begin(wrong, left_out)
+    changed = _changed(changed, {"suspects_csv": str(wrong / "suspect_labels.csv")})
+    if status := _experiment(left_out, changed, ["noise", *arguments], asked.cores):
+        return status
+    return _tell_experiments(base / "noise.csv", experiments.noise_table(base, wrong, left_out), asked.cores)
 
 
 def _experiment_parser(command: str, what: str) -> argparse.ArgumentParser:
@@ -572,12 +598,16 @@ def _experiment_parser(command: str, what: str) -> argparse.ArgumentParser:
     return made
 
 
-def _finished_run(name: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and parameters of a run that has its scores; UsageError where there is none of that name."""
+def _finished_run(name: str, of_phantom: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Folder and parameters of a run that has its scores; UsageError where there is none of that name, or where its
+    data should be a phantom's, which can be drawn otherwise, and are not."""
     base = OUTPUTS / name
     if not (base / "scores.json").is_file():
         raise UsageError(f"--run {name}: there is no such finished run; make it by ./run_all.sh --run {name}")
-    return base, read_parameters(base)
+    parameters = read_parameters(base)
+    if of_phantom and (parameters["data_dir"] or not parameters["phantom"]):
+        raise UsageError(f"--run {name}: its data are given; only a phantom can be drawn otherwise")
+    return base, parameters
 
 
 def _changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -598,10 +628,14 @@ def _experiment(folder: Path, parameters: dict[str, Any], command: list[str], co
         return work(Run(folder, parameters, resume, cores, until="05_ensemble_inference"))
 
 
-def _tell_experiments(file: Path, table: Any) -> int:
-    """Write a table of experiments and print it."""
+def _tell_experiments(file: Path, table: Any, cores: int) -> int:
+    """Write a table of experiments beside its run, make the run's report again, which shows it, and print it."""
     with atomic(file) as temporary:
         table.to_csv(temporary, index=False)
+    base = file.parent
+    with locked(base):
+        if status := work(Run(base, read_parameters(base), f"./run_all.sh --run {base.name}", cores)):
+            return status
     print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
     return 0
 
@@ -636,6 +670,7 @@ EPILOG = """other commands, each with its own --help:
   predict DIR --run NAME     grade every study of a folder with a finished run
   ablate [NAME ...]          take ingredients away from a finished run, one at a time; a table of what each is worth
   curve [N ...]              repeat a finished run with N training studies each; a table of what more are worth
+  noise [SHARE]              plant wrong labels in the phantom, find them, train without the suspects; a table of it
   bench [NAME]               measure the speed of reading, conversion and resampling
   test [--all]               run the tests; --all: the slow proofs too
   lab                        JupyterLab in the environment
@@ -693,7 +728,7 @@ def main(arguments: list[str]) -> int:
             made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
             made.add_argument("--all", action="store_true", help="the slow proofs too")
             return run_tests(made.parse_args(arguments[1:]).all)
-        for command in (validate, predict, ablate, curve, bench):
+        for command in (validate, predict, ablate, curve, noise, bench):
             if arguments[:1] == [command.__name__]:
                 return command(arguments[1:])
         if arguments[:1] == ["lab"]:

@@ -38,6 +38,7 @@ NOTEBOOK_ORDER = (
     "06_report",
 )
 ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
+EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lsdc_utils import metric, runner
-from lsdc_utils.experiments import Ablation, ablation_table, begin, curve_table, read_ablations
+from lsdc_utils.experiments import Ablation, ablation_table, begin, curve_table, noise_table, read_ablations
 from lsdc_utils.vocabulary import CONDITIONS, LEVELS, row_id
 
 
@@ -36,6 +36,20 @@ def write_run(folder: Path, sharpness: float, studies: range = range(1, 31)) -> 
     (folder / "parameters.yml").write_text(yaml.safe_dump({"folds": [0, 1]}))
     block = metric.score_block(metric.solution_of(labels), {"ensemble": rows})
     (folder / "scores.json").write_text(json.dumps({"oof": block, "test": None}))
+    return folder
+
+
+def add_test_studies(folder: Path) -> Path:
+    """Let the run have graded its own training studies as test studies too."""
+    (folder / "data").mkdir()
+    (folder / "data.json").write_text(json.dumps({"data_dir": "data", "kind": "phantom"}))
+    labels = pd.read_parquet(folder / "tables/labels.parquet")
+    metric.solution_of(labels).to_csv(folder / "data/solution.csv", index=False)
+    (folder / "predictions/ensemble_test.parquet").write_bytes(
+        (folder / "predictions/ensemble_oof.parquet").read_bytes()
+    )
+    block = json.loads((folder / "scores.json").read_text())["oof"]
+    (folder / "scores.json").write_text(json.dumps({"oof": block, "test": block}))
     return folder
 
 
@@ -79,6 +93,21 @@ def test_the_curve_lists_runs_by_size_and_block(tmp_path: Path) -> None:
     assert table["total"].is_monotonic_decreasing and (table["low"] < table["high"]).all()
 
 
+def test_what_wrong_labels_cost_is_told_against_the_run_that_learnt_from_them(tmp_path: Path) -> None:
+    suspects = {"planted": 40, "listed": 50, "precision": 0.6, "recall": 0.75, "precision_at_half": 0.7}
+    runs = {"demo": 2.0, "wrong": 1.0, "left_out": 1.5}
+    base, wrong, left_out = (add_test_studies(write_run(tmp_path / name, sharp)) for name, sharp in runs.items())
+    scores = json.loads((wrong / "scores.json").read_text())
+    scores["oof"]["suspects"] = suspects
+    (wrong / "scores.json").write_text(json.dumps(scores))
+    table = noise_table(base, wrong, left_out)
+    assert table["labels"].tolist() == ["as read", "with wrong labels", "with wrong labels, suspects kept out"]
+    assert table["better_by"].isna().tolist() == [False, True, False]
+    assert table.loc[0, "better_by"] > table.loc[2, "better_by"] > 0
+    assert (table["low"] <= table["better_by"])[[0, 2]].all() and (table["better_by"] <= table["high"])[[0, 2]].all()
+    assert table.loc[1, list(suspects)].to_dict() == suspects and table.loc[0, list(suspects)].isna().all()
+
+
 def test_every_ablation_changes_parameters_that_there_are() -> None:
     parameters = runner.load_parameters("demo")
     ablations = read_ablations()
@@ -101,6 +130,8 @@ def test_an_ablation_may_change_one_condition_alone() -> None:
     [
         (["ablate", "--run", "never"], "no such finished run"),
         (["curve", "--run", "never"], "no such finished run"),
+        (["noise", "--run", "never"], "no such finished run"),
+        (["noise", "1.5"], "expected a share of labels between 0 and 1"),
     ],
 )
 def test_experiments_need_a_finished_run(arguments: list[str], message: str, capsys) -> None:

@@ -66,11 +66,26 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
     lines = ["oof,all,spinal_canal_stenosis,0.9625,0.975,1.0,2,", "oof,ordinary,spinal_canal_stenosis,1,1,1,0,"]
     names = "split,spines,condition,within_5_mm,in_plane_within_5_mm,within_10_mm,sides_exchanged,level_right"
     (folder / "localisation.csv").write_text("\n".join([names, *lines, "oof,all,axial slices,,,,,0.9"]) + "\n")
+    write_experiments(folder)
     write_images(folder, labels)
     for step, seconds in {"00_get_data": 12.3, "03_train_yolo_scs_fold0": 187, "03_train_yolo_scs_fold4": 9}.items():
         (folder / f"logs/{step}.tsv").write_text(f"s\th:m:s\tmax_rss\tmean_load\n{seconds}\t0:00\t812.5\t97\n")
         nbformat.write(make_notebook(step), folder / f"notebooks/{step}.ipynb")
     return folder
+
+
+def write_experiments(folder: Path) -> None:
+    """The tables that experiments leave beside a run; the last is not there."""
+    parts = dict.fromkeys(metric.PARTS, 0.5)
+    change = {"worse_by": 0.0213, "low": -0.004, "high": 0.05}
+    lines = [{"name": "made-up", "without": ""} | parts, {"name": "x", "without": HOSTILE} | parts | change]
+    pd.DataFrame(lines).to_csv(folder / "ablation.csv", index=False)
+    curve = [
+        {"n_train": n, "block": block, "total": total, "skill": 1 - total, "low": total - 0.1, "high": total + 0.1}
+        for n, total in ((40, 0.9), (320, 0.4))
+        for block in ("oof", "test")
+    ]
+    pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
 
 
 def make_rows(rng: np.random.Generator, n_studies: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
@@ -198,6 +213,23 @@ def test_every_page_stands_alone(index):
                 assert not anchor or anchor in [attributes.get("id") for _, attributes in target.tags], address
 
 
+def test_experiments_are_shown_as_far_as_they_were_made(index, run_dir):
+    text = re.sub(r"\s+", " ", Page(index).text)
+    assert "What each ingredient is worth" in text and "+0.021 (-0.004 to +0.050)" in text
+    assert "nothing: the run itself 0.500" in text
+    assert "What more training studies are worth" in text and "0.400 0.300 to 0.500 0.60" in text
+    assert "What wrong labels cost" not in text
+    noise = {"labels": ["as read", "with wrong labels"], "total": [0.4, 0.5], "skill": [0.8, 0.7]}
+    noise |= {"better_by": [0.1, None], "low": [0.05, None], "high": [0.15, None]}
+    noise |= {name: [None, 0.6] for name in ("precision", "recall", "precision_at_half")}
+    noise |= {"planted": [None, 200.0], "listed": [None, 180.0]}
+    [table] = report.experiment_tables({"noise": pd.DataFrame(noise)}).values()
+    assert table.loc["As read"].tolist() == ["0.400", "0.80", "+0.100 (+0.050 to +0.150)", *"–––––"]
+    assert table.loc["With wrong labels"].tolist() == ["0.500", "0.70", "–", "200", "180", "0.60", "0.60", "0.60"]
+    pictures = {picture.name: picture for picture in report.run_pictures(report.read_run(run_dir))}
+    assert pictures["curve"].alt == "Out of fold: 40 0.900, 320 0.400; Test: 40 0.900, 320 0.400"
+
+
 def test_text_from_data_stays_text(index):
     for file in index.parent.glob("*.html"):
         page = Page(file)
@@ -236,7 +268,7 @@ def test_summary_shows_scores_cost_and_origin(index, run_dir):
     assert all(words in text for words in ("Where the levels were found", "96.2%", "97.5%", "Axial slices", "90.0%"))
     assert commit() in text and "torch 2." in text and "fold4" not in text
     assert "3D ViT: no better than counting labels" in text
-    assert len(Page(index).all("img")) == 5
+    assert len(Page(index).all("img")) == 6
 
 
 def test_a_browser_opens_every_page_without_complaint(index, tmp_path):
@@ -295,13 +327,14 @@ def test_durations_read_well(seconds, text):
 def test_the_readme_takes_its_numbers_from_a_run(index, run_dir, tmp_path):
     file = tmp_path / "README.md"
     place = "<!-- scores {0} -->\nold\n<!-- end -->\n<!-- picture {0} {1} -->\n<!-- end -->\n"
-    place += "<!-- localisation {0} -->\n<!-- end -->\n"
+    place += "<!-- localisation {0} -->\n<!-- end -->\n<!-- experiments {0} -->\n<!-- end -->\n"
     file.write_text(f"before\n{place.format('made-up', 'example')}{place.format('other', 'totals')}after\n")
     readme.update_readme(report.read_run(run_dir), file)
     text = file.read_text()
     assert text.startswith("before\n<!-- scores made-up -->\nOut of fold, on 24 studies, the ensemble scores")
     assert "Out of fold:\n\n| Points | Within 5 mm |" in text
     assert "| Spinal canal stenosis | 96.2% | 100.0% | 97.5% | 2 | – |" in text
+    assert "| 320 | 0.400 | 0.300 to 0.500 | 0.60 | 0.400 |" in text
     assert "| Ensemble | 0." in text and "(docs/made-up-example.png)" in text and "Run `made-up`, 20" in text
     assert text.endswith(f"{place.format('other', 'totals')}after\n")
     assert {file.name for file in (tmp_path / "docs").iterdir()} == {"made-up.json", "made-up-example.png"}

@@ -5,6 +5,15 @@ run: what a run's files say, as tables and sentences; pictures: its figures; pag
 
 from lsdc_utils.report.pages import write_report
 from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.run import blocks, parts_table, read_run, score_table, summary
+from lsdc_utils.report.run import blocks, experiment_tables, parts_table, read_run, score_table, summary
 
-__all__ = ["blocks", "parts_table", "read_run", "run_pictures", "score_table", "summary", "write_report"]
+__all__ = [
+    "blocks",
+    "experiment_tables",
+    "parts_table",
+    "read_run",
+    "run_pictures",
+    "score_table",
+    "summary",
+    "write_report",
+]

@@ -18,9 +18,9 @@ from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pages import duration
 from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.run import ROOT, Run, localisation_tables, read_run, score_table, summary
+from lsdc_utils.report.run import ROOT, Run, experiment_tables, localisation_tables, read_run, score_table, summary
 
-PLACE = re.compile(r"(<!-- (scores|localisation|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- (scores|localisation|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def record_of(run: Run) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def record_of(run: Run) -> dict[str, Any]:
         "facts": json.loads((run.folder / "report" / "provenance.json").read_text()),
         "scores": run.scores,
         "localisation": run.localisation.to_dict("records"),
+        "experiments": {name: json.loads(table.to_json(orient="records")) for name, table in run.experiments.items()},
         "seconds": float(run.steps["seconds"].sum()),
         "memory": float(run.steps["memory"].fillna(0).max()) if len(run.steps) else 0.0,
     }
@@ -44,8 +45,9 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         if place[2] == "picture":
             content = picture_line(run, place[4], record)
         elif place[2] == "localisation":
-            tables = localisation_tables(pd.DataFrame(record["localisation"]))
-            content = "\n\n".join(f"{name}:\n\n{markdown(table)}" for name, table in tables.items())
+            content = titled(localisation_tables(pd.DataFrame(record["localisation"])))
+        elif place[2] == "experiments":
+            content = titled(experiment_tables({k: pd.DataFrame(rows) for k, rows in record["experiments"].items()}))
         else:
             content = score_lines(run, record)
         return f"{place[1]}{content}\n{place[6]}"
@@ -59,6 +61,11 @@ def score_lines(run: str, record: dict[str, Any]) -> str:
     cost = f"its steps took {duration(record['seconds'])} in sum and at most {record['memory'] / 1024:.1f} GiB each"
     about = f"Run `{run}`, {facts['Made']}, commit {facts['Commit']}, data: {facts['Data']}; {cost}."
     return "\n\n".join([" ".join(summary(record["scores"])), markdown(score_table(record["scores"])), about])
+
+
+def titled(tables: dict[str, pd.DataFrame]) -> str:
+    """Tables of text as Markdown, each under its name."""
+    return "\n\n".join(f"{name}:\n\n{markdown(table)}" for name, table in tables.items())
 
 
 def markdown(table: pd.DataFrame) -> str:

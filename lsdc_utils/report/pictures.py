@@ -57,6 +57,8 @@ def run_pictures(run: Run) -> list[Picture]:
     labelled = labelled_rows(run)
     if len(labelled):
         pictures += [plot_grades(labelled), plot_reliability(labelled)]
+    if "curve" in run.experiments:
+        pictures.append(plot_curve(run.experiments["curve"], run.scores))
     example = plot_example(run)
     return [example, *pictures] if example else pictures
 
@@ -110,6 +112,35 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
     figure.legend(**OUTSIDE)
     caption = "Lower is better." if kind == "scores" else "0 is counting labels, 1 (dashed) is the limit of the labels."
     return Picture("parts", caption, ". ".join(said), figure)
+
+
+def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
+    """The ensemble's total by the number of training studies, with intervals; of test studies prior and oracle too."""
+    figure, said = Figure(figsize=(6, 4.2)), []
+    ax = figure.add_subplot()
+    for (name, title), dashes in zip(BLOCK_NAMES.items(), ("--", "-"), strict=True):
+        mine = curve[curve["block"] == name].sort_values("n_train")
+        if mine.empty:
+            continue
+        colour = figures.MODEL_COLOURS["ensemble"]
+        ax.fill_between(mine["n_train"], mine["low"], mine["high"], color=colour, alpha=0.12, linewidth=0)
+        ax.plot(mine["n_train"], mine["total"], "o", linestyle=dashes, color=colour, label=f"Ensemble, {title.lower()}")
+        told = [f"{n} {number(total)}" for n, total in zip(mine["n_train"], mine["total"], strict=True)]
+        said.append(f"{title}: {', '.join(told)}")
+    for model in ("prior", "oracle"):
+        total = value(scores.get("test") or {}, "scores", model)
+        if total is not None:
+            ax.axhline(total, color=figures.MODEL_COLOURS[model], linewidth=1.2, label=f"{model_name(model)}, test")
+    sizes = sorted(curve["n_train"].unique())
+    ax.set_xscale("log")
+    ax.set_xticks(sizes, [str(n) for n in sizes], minor=False)
+    ax.minorticks_off()
+    ax.set(xlabel="Training studies", ylabel="Weighted log loss (lower is better)", title="What more studies are worth")
+    figure.legend(**OUTSIDE)
+    caption = (
+        "The ensemble's total by the number of training studies, with its 95 % interval; test studies stay the same."
+    )
+    return Picture("curve", caption, "; ".join(said), figure)
 
 
 def plot_reliability(labelled: pd.DataFrame) -> Picture:

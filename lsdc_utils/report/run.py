@@ -16,6 +16,7 @@ import pandas as pd
 import yaml
 
 from lsdc_utils.metric import PARTS, PROBABILITIES
+from lsdc_utils.steps import EXPERIMENT_TABLES
 from lsdc_utils.vocabulary import GROUPS, MISSING, SIDES, row_id
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,7 @@ class Run:
     rows: pd.DataFrame  # predictions/ensemble_oof.parquet: row_id and three natural probabilities
     findings: pd.DataFrame  # tables/findings.csv
     localisation: pd.DataFrame  # localisation.csv, as text
+    experiments: dict[str, pd.DataFrame]  # ablation, curve and noise, as far as those tables lie beside the run
     steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
 
     @property
@@ -70,6 +72,9 @@ def read_run(run_dir: str | Path) -> Run:
         rows=_table(folder / "predictions/ensemble_oof.parquet"),
         findings=_table(folder / "tables/findings.csv"),
         localisation=_table(folder / "localisation.csv"),
+        experiments={
+            Path(name).stem: pd.read_csv(file) for name in EXPERIMENT_TABLES if (file := folder / name).is_file()
+        },
         steps=read_steps(folder / "logs"),
     )
 
@@ -201,6 +206,55 @@ def localisation_tables(found: pd.DataFrame) -> dict[str, pd.DataFrame]:
         if len(table):
             tables[name] = table
     return tables
+
+
+def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """What experiments round a run showed, as text, from their tables: a heading each, in the order of the tables.
+
+    Scores are the ensemble's totals; what is behind a +/- comes with its paired 95 % interval over studies.
+    """
+    tables = {}
+    if "ablation" in found:
+        table = found["ablation"]
+        shown = {"Out of fold": [number(total) for total in table["total"]]}
+        shown |= {PART_NAMES[part]: [number(score) for score in table[part]] for part in PARTS[:3]}
+        shown["Worse by"] = _differences(table, "worse_by")
+        names = pd.Index(table["without"].fillna("nothing: the run itself"), name="Taken away")
+        tables["What each ingredient is worth"] = pd.DataFrame(shown, index=names)
+    if "curve" in found:
+        columns = {}
+        for name, title in BLOCK_NAMES.items():
+            table = found["curve"][found["curve"]["block"] == name].set_index("n_train")
+            columns[title, "Score"] = table["total"].map(number)
+            columns[title, "95 % interval"] = table["low"].map(number) + " to " + table["high"].map(number)
+            if "skill" in table:
+                columns[title, "Skill"] = table["skill"].map(lambda skill: number(skill, 2))
+        table = pd.DataFrame(columns).fillna("–")
+        table.index = pd.Index([str(n) for n in table.index], name="Training studies")
+        tables["What more training studies are worth"] = table
+    if "noise" in found:
+        table = found["noise"]
+        shown = {"Test": [number(total) for total in table["total"]]}
+        shown["Skill"] = [number(skill, 2) for skill in table["skill"]]
+        shown["Better by"] = _differences(table, "better_by")
+        for column, title in {"planted": "Wrong labels", "listed": "Suspects"}.items():
+            shown[title] = [
+                number(count, 0) for count in table[column].astype(object).where(table[column].notna(), None)
+            ]
+        for column in ("precision", "recall", "precision_at_half"):
+            title = column.replace("_at_half", " at recall 0.5").capitalize()
+            shown[title] = [
+                number(share, 2) for share in table[column].astype(object).where(table[column].notna(), None)
+            ]
+        names = pd.Index(table["labels"].str.capitalize(), name="Training labels")
+        tables["What wrong labels cost, and whether they are found"] = pd.DataFrame(shown, index=names)
+    return tables
+
+
+def _differences(table: pd.DataFrame, column: str) -> list[str]:
+    """A difference with its interval from the columns `column`, low and high; a dash where there is none."""
+    lines = table[[column, "low", "high"]].itertuples(index=False, name=None)
+    return ["–" if pd.isna(line[0]) else "{:+.3f} ({:+.3f} to {:+.3f})".format(*line) for line in lines]
 
 
 def summary(scores: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from lsdc_utils import steps
 from lsdc_utils.vocabulary import GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
 
 ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv")
-ANSWERS += ("anatomy.csv", "discs.csv", "spines.csv")
+ANSWERS += ("anatomy.csv", "discs.csv", "spines.csv", "wrong_labels.csv")
 AGAIN = ("--profile", "smoke", "--run", "demo")
 
 
@@ -93,6 +93,7 @@ def test_labels_folds_and_series_cover_the_training_studies(run: Path, data: Pat
     assert set(labels.severity) <= {MISSING, 0, 1, 2}
     assert (labels.groupby("study_id").fold.nunique() == 1).all()
     assert set(labels.fold) == set(range(parameters["n_splits"]))
+    assert labels.trained.all()
     series = pd.read_parquet(run / "tables/series.parquet")
     assert set(series.split) == {"train", "test"}
     assert set(train.study_id) <= set(series.study_id)
@@ -240,3 +241,31 @@ def test_the_submission_knows_no_answers(smoke_copy: Path, run: Path, data: Path
     scores = json.loads((smoke_copy / "outputs/demo/scores.json").read_text())
     assert scores["test"] is None
     assert scores["oof"]["scores"]["ensemble"]["total"] > 0
+
+
+# ---- experiments round the run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_planted_doubted_and_kept_out_of_training(smoke_copy: Path) -> None:
+    done = run_all(smoke_copy, "noise", "0.1", "--run", "demo", timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outputs = smoke_copy / "outputs"
+    table = pd.read_csv(outputs / "demo/noise.csv")
+    assert table.labels.tolist() == ["as read", "with wrong labels", "with wrong labels, suspects kept out"]
+    assert table.planted.notna().tolist() == [False, True, True] and table.planted[1] > 10
+    suspects = pd.read_csv(outputs / "demo-wrong/suspect_labels.csv")
+    assert len(suspects) == table.listed[1] > 0
+    plain, wrong, left_out = (
+        pd.read_parquet(outputs / name / "tables/labels.parquet").set_index("row_id")
+        for name in ("demo", "demo-wrong", "demo-wrong-left_out")
+    )
+    assert (plain.severity != wrong.severity).sum() == table.planted[1]
+    assert wrong.trained.all() and set(left_out.index[~left_out.trained]) == set(suspects.row_id)
+    assert left_out.severity.equals(wrong.severity)
+    scored = [
+        json.loads((outputs / name / "scores.json").read_text())["oof"] for name in ("demo", "demo-wrong-left_out")
+    ]
+    assert scored[0]["n_studies"] == scored[1]["n_studies"]
+    assert "What wrong labels cost" in (outputs / "demo/report/index.html").read_text()
+    assert would_run(smoke_copy) == []

@@ -161,13 +161,13 @@ def suspicion(rows: pd.DataFrame, wrong: Collection[str], chance: float = SUSPEC
     planted: how many rows are wrong; listed: how many `suspects` lists, with its precision and recall; and the
     precision where, with the least probable labels first, half of the wrong ones are found (`suspicion_curve`).
     """
-    truth, listed = rows["row_id"].isin(list(wrong)).to_numpy(), _of_label(rows, rows[PROBABILITIES]) < chance
-    found, curve = int((truth & listed).sum()), suspicion_curve(rows, wrong)
+    planted, listed = set(rows["row_id"]) & set(wrong), set(suspects(rows, chance)["row_id"])
+    found, curve = len(planted & listed), suspicion_curve(rows, wrong)
     return {
-        "planted": int(truth.sum()),
-        "listed": int(listed.sum()),
-        "precision": found / max(int(listed.sum()), 1),
-        "recall": found / max(int(truth.sum()), 1),
+        "planted": len(planted),
+        "listed": len(listed),
+        "precision": found / max(len(listed), 1),
+        "recall": found / max(len(planted), 1),
         "precision_at_half": float(curve.loc[curve["recall"] >= 0.5, "precision"].iloc[-1]),
     }
 

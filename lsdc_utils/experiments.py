@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from lsdc_utils.competition import data_dir
-from lsdc_utils.metric import PARTS, Scorer, StudyLosses, solution_of, weight_table
+from lsdc_utils.evaluation import difference
+from lsdc_utils.metric import PARTS, solution_of
 from lsdc_utils.steps import EXPERIMENT_TABLES, NOTEBOOKS, read_parameters
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
 NOT_COPIED = ("report", "predict", "work", ".lock", *EXPERIMENT_TABLES)
-DRAWS = 2000  # of a paired bootstrap
 
 
 @dataclass(frozen=True)
@@ -108,25 +107,17 @@ def _scores(folder: Path, block: str = "oof") -> dict[str, float]:
 
 def _apart(folder: Path, base: Path, block: str) -> tuple[float, float, float]:
     """Total score of a run's ensemble minus that of `base`, on the same studies, with its paired 95 % interval."""
-    one, other = _losses(folder, block), _losses(base, block)
-    if list(one.studies) != list(other.studies):
+    solution = _solution(base, block)
+    if set(_solution(folder, block)["row_id"]) != set(solution["row_id"]):
         raise ValueError(f"{folder} graded other studies than {base}: such runs cannot be compared")
-    draws = _draws(len(one.studies))
-    low, high = np.nanquantile(one.resampled(draws)[:, -1] - other.resampled(draws)[:, -1], [0.025, 0.975])
-    return one.score()["total"] - other.score()["total"], float(low), float(high)
+    file = f"predictions/ensemble_{block}.parquet"
+    tables = {"one": pd.read_parquet(folder / file), "other": pd.read_parquet(base / file)}
+    return difference(solution, tables, "one", "other")["total"]
 
 
-def _losses(folder: Path, block: str) -> StudyLosses:
-    """What each study adds to the score of a run's ensemble, out of fold (oof) or on test studies (test)."""
-    if block == "oof":
-        labels = pd.read_parquet(folder / "tables/labels.parquet")
-        solution = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
-    else:
-        solution = pd.read_csv(data_dir(folder) / "solution.csv")
-    rows = solution.merge(pd.read_parquet(folder / f"predictions/ensemble_{block}.parquet"), on="row_id")
-    return Scorer(rows).losses(weight_table(rows).drop(columns="row_id").to_numpy())
-
-
-def _draws(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of `n` studies is drawn in each of `DRAWS` resamples: (DRAWS, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+def _solution(folder: Path, block: str) -> pd.DataFrame:
+    """The labels, row_id and severity, that a run is scored by out of fold (oof) or on test studies (test)."""
+    if block == "test":
+        return pd.read_csv(data_dir(folder) / "solution.csv")
+    labels = pd.read_parquet(folder / "tables/labels.parquet")
+    return solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])

@@ -149,7 +149,7 @@ def value(block: dict[str, Any], kind: str, model: str, part: str = "total") -> 
 
 def number(found: float | None, digits: int = 3) -> str:
     """A number as text, a dash where there is none."""
-    return "–" if found is None else f"{found:.{digits}f}"
+    return "–" if pd.isna(found) else f"{found:.{digits}f}"
 
 
 def score_table(scores: dict[str, Any]) -> pd.DataFrame:
@@ -238,14 +238,10 @@ def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
         shown["Skill"] = [number(skill, 2) for skill in table["skill"]]
         shown["Better by"] = _differences(table, "better_by")
         for column, title in {"planted": "Wrong labels", "listed": "Suspects"}.items():
-            shown[title] = [
-                number(count, 0) for count in table[column].astype(object).where(table[column].notna(), None)
-            ]
+            shown[title] = [number(count, 0) for count in table[column]]
         for column in ("precision", "recall", "precision_at_half"):
             title = column.replace("_at_half", " at recall 0.5").capitalize()
-            shown[title] = [
-                number(share, 2) for share in table[column].astype(object).where(table[column].notna(), None)
-            ]
+            shown[title] = [number(share, 2) for share in table[column]]
         names = pd.Index(table["labels"].str.capitalize(), name="Training labels")
         tables["What wrong labels cost, and whether they are found"] = pd.DataFrame(shown, index=names)
     return tables

@@ -217,8 +217,8 @@ def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
     if "ablation" in found:
         table = found["ablation"]
         shown = {"Out of fold": [number(total) for total in table["total"]]}
-        shown |= {PART_NAMES[part]: [number(score) for score in table[part]] for part in PARTS[:3]}
         shown["Worse by"] = _differences(table, "worse_by")
+        shown |= {PART_NAMES[part]: [number(score) for score in table[part]] for part in PARTS[:3]}
         names = pd.Index(table["without"].fillna("nothing: the run itself"), name="Taken away")
         tables["What each ingredient is worth"] = pd.DataFrame(shown, index=names)
     if "curve" in found:

@@ -138,8 +138,8 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
     ax.set(xlabel="Training studies", ylabel="Weighted log loss (lower is better)", title="What more studies are worth")
     figure.legend(**OUTSIDE)
     caption = (
-        "The ensemble's total by the number of training studies, with its 95 % interval. Test studies are the same at each "
-        "size; out of fold each size has its own."
+        "The ensemble's total by the number of training studies, with its 95 % interval. Test studies are "
+        "the same at each size; out of fold each size has its own."
     )
     return Picture("curve", caption, "; ".join(said), figure)
 

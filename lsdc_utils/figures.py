@@ -94,6 +94,11 @@ def spacing(affine: np.ndarray) -> tuple[float, float]:
     return float(x), float(y)
 
 
+def scale_length(width: float) -> int:
+    """Length in mm of the scale bar of an image `width` mm wide: a round one, at most three tenths of the width."""
+    return max([mm for mm in _SCALE_LENGTHS if mm <= 0.3 * width], default=_SCALE_LENGTHS[0])
+
+
 def to_pixels(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Patient points (n, 3) in LPS mm to (n, 3): x, y in pixels of the slice, and signed mm off its plane."""
     affine = np.asarray(affine, float)
@@ -162,7 +167,7 @@ def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
     ax.text(0.5, 0.985, letters["top"], ha="center", va="top", **text)
     ax.text(0.5, 0.015, letters["bottom"], ha="center", va="bottom", **text)
     width = cols * spacing(affine)[0]
-    length = max([mm for mm in _SCALE_LENGTHS if mm <= 0.3 * width], default=_SCALE_LENGTHS[0])
+    length = scale_length(width)
     ax.plot([0.03, 0.03 + length / width], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
     ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)
 

@@ -58,11 +58,10 @@ def _read(run: Path, name: str) -> pd.DataFrame:
 
 def _labels(run: Path, block: str) -> dict[str, int]:
     """Label by row id, as far as labels are known: a phantom's test studies have theirs beside the tables."""
-    if block == "oof":
-        table = pd.read_parquet(run / "tables/labels.parquet")
-    else:
-        file = competition.data_dir(run) / "solution.csv"
-        table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["row_id", "severity"])
+    file = run / "tables/labels.parquet" if block == "oof" else competition.data_dir(run) / "solution.csv"
+    if not file.is_file():
+        return {}
+    table = pd.read_parquet(file) if block == "oof" else pd.read_csv(file)
     return dict(zip(table["row_id"], table["severity"].astype(int), strict=True))
 
 

@@ -1,12 +1,14 @@
-"""Pages of HTML and CSS, images embedded and no script, from the templates beside this file.
+"""Pages of HTML and CSS, images embedded, from the templates beside this file.
 
-A content security policy in each page forbids the browser to load anything, and whatever comes from data or notebooks
-is escaped or cleaned, so a report may be opened from disk and passed on. `templates/page.html.j2` frames every page.
+A content security policy in each page forbids the browser to load anything and to run any script but the page's own few
+lines, named by their hash; whatever comes from data or notebooks is escaped or cleaned. So a report may be opened from
+disk and passed on. `templates/page.html.j2` frames every page.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 import re
@@ -24,24 +26,34 @@ import pandas as pd
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
+from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
+from lsdc_utils.graded import read_graded, study_reader
+from lsdc_utils.report import studies
 from lsdc_utils.report.pictures import Picture
 from lsdc_utils.report.run import (
     BLOCK_NAMES,
     Run,
     blocks,
+    box_sizes,
     experiment_tables,
+    limits,
     localisation_tables,
+    other_runs,
     parts_table,
     provenance,
     score_table,
     summary,
 )
+from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 TEMPLATES = Path(__file__).with_name("templates")
+FIGURE_QUALITY = 48  # of notebooks' figures, as AVIF
+PRINTED = ("totals", "parts", "grades", "reliability")  # figures that the report has as vector PDF too
 WARNING = "Not for clinical use: research software, not a medical device."
 # What a notebook may put on a page; everything else is shown as text.
 TAGS = set(
@@ -49,6 +61,7 @@ TAGS = set(
     s small span strong sub sup table tbody td tfoot th thead tr ul""".split()  # noqa: SIM905
 )
 ATTRIBUTES = {"class", "id", "title", "alt", "colspan", "rowspan", "scope"}
+UNCOLOURED = re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>')  # names, brackets and blanks: the text's colour
 STYLER_RULES = re.compile(r"(?:\s*#T_[\w#., :-]+\{[\w\s#.,:;%()-]*\})*\s*")  # what pandas' Styler writes for a table
 
 
@@ -63,41 +76,161 @@ class Chapter:
     sections: list[tuple[str, str]]  # anchor and title of its second-level headings
 
 
-def write_report(run: Run, pictures: list[Picture]) -> Path:
-    """Write report/index.html, a page for each executed notebook and provenance.json; returns the index."""
+def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed: int = 0) -> Path:
+    """Write report/index.html with all that it leads to; returns the index.
+
+    A page for each executed notebook and each graded study (`whole_studies` of them, some drawn by `seed`, with all
+    their slices), one of limits and one of the checklist for reports on imaging models, the main figures as PDF, and
+    provenance.json. Pages of an earlier report that are not made any more go.
+    """
     folder = run.folder / "report"
-    chapters, facts = read_chapters(run), provenance(run)
-    pages = [("index.html", "Summary"), *((chapter.page, chapter.title) for chapter in chapters)]
+    chapters, facts, graded = read_chapters(run), provenance(run), graded_studies(run)
+    pages = [("index.html", "Summary"), *([("studies.html", "Studies")] if len(graded) else [])]
+    pages += [(chapter.page, chapter.title) for chapter in chapters]
+    pages += [("limits.html", "Limits"), ("claim.html", "CLAIM checklist")]
+    frame = {"run": run, "pages": pages, "warning": WARNING, "facts": facts, "kind": run.data.get("kind", "")}
+    made = set(_write_studies(folder, frame, graded, whole_studies, seed)) if len(graded) else set()
     seconds = dict(zip(run.steps["step"], run.steps["seconds"], strict=True))
-    for k, chapter in enumerate(chapters, start=1):
+    for chapter in chapters:
         more = {"sections": chapter.sections, "chapter": chapter, "seconds": seconds.get(chapter.step)}
-        _write_page(folder, "chapter.html.j2", pages, k, run=run, **more)
+        _write_page(folder, frame, "chapter.html.j2", (chapter.page, chapter.title), styles="code", **more)
+    for name in ("limits", "claim"):
+        title = next(page for page in pages if page[0] == f"{name}.html")
+        _write_page(folder, frame, f"{name}.html.j2", title, limits=limits(run))
     write_json(folder / "provenance.json", facts)
-    for file in set(folder.glob("*.html")) - {folder / page for page, _ in pages}:
-        file.unlink()  # of a fold or a notebook that the run no longer has
+    printed = [write_pdf(picture, folder) for picture in pictures if picture.name in PRINTED]
+    for file in {*folder.glob("*.html"), *folder.glob("*.pdf")} - {folder / page for page, _ in pages} - made:
+        if file not in printed:
+            file.unlink()  # of a fold, a notebook or a study that the run no longer has
+    return _write_index(folder, frame, pictures, chapters)
+
+
+def _write_index(folder: Path, frame: dict[str, Any], pictures: list[Picture], chapters: list[Chapter]) -> Path:
+    """The summary, which is written last: where it is there, so is everything that it leads to."""
+    run = frame["run"]
     context = {
         "summary": summary(run.scores),
         "scores": score_table(run.scores),
         "parts": [(BLOCK_NAMES[name].lower(), parts_table(block)) for name, block in blocks(run.scores).items()],
+        "others": other_runs(run),
         "localisation": localisation_tables(run.localisation),
         "experiments": experiment_tables(run.experiments),
         "pictures": [(picture, embedded(picture.figure)) for picture in pictures],
+        "printed": PRINTED,
         "steps": run.steps[[run.asks_for(step) for step in run.steps["step"]]],
         "findings": count_findings(run.findings),
-        "facts": facts,
         "chapters": chapters,
     }
-    return _write_page(folder, "index.html.j2", pages, 0, run=run, sections=[], **context)
+    return _write_page(folder, frame, "index.html.j2", ("index.html", "Summary"), **context)
 
 
-def _write_page(folder: Path, template: str, pages: list[tuple[str, str]], k: int, **context: Any) -> Path:
-    """Render the k-th of `pages` (file name, title), with links to the pages before and after it."""
-    around = {"before": pages[k - 1] if k else None, "after": pages[k + 1] if k + 1 < len(pages) else None}
-    frame = {"pages": pages, "page": pages[k], "warning": WARNING, "css": style_sheet(), **around}
-    html = environment().get_template(template).render(**frame, **context)
-    with atomic(folder / pages[k][0]) as temporary:
+def _write_page(
+    folder: Path,
+    frame: dict[str, Any],
+    template: str,
+    page: tuple[str, str],
+    script: str = "",
+    styles: str = "text",
+    around: tuple | None = None,
+    **context: Any,
+) -> Path:
+    """Render a page (file name, title) with links to those `around` it: before and after among the frame's pages.
+
+    script: name of the script that the page has; styles: what of the style sheet it needs (`style_sheet`).
+    """
+    if around is None:
+        k = frame["pages"].index(page)
+        around = frame["pages"][k - 1] if k else None, frame["pages"][k + 1 : k + 2]
+        around = around[0], around[1][0] if around[1] else None
+    text = (TEMPLATES / script).read_text() if script else ""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    own = {"page": page, "css": style_sheet(styles), "script": text, "digest": digest}
+    own |= {"sections": [], "before": around[0], "after": around[1]}
+    html = environment().get_template(template).render(**{**frame, **own, **context})
+    with atomic(folder / page[0]) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    return folder / pages[k][0]
+    return folder / page[0]
+
+
+def write_pdf(picture: Picture, folder: Path) -> Path:
+    """A figure as <name>.pdf in the folder, for print; the same bytes for the same figure."""
+    file = folder / f"{picture.name}.pdf"
+    with atomic(file) as temporary:
+        picture.figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
+    return file
+
+
+# ---- studies -------------------------------------------------------------------------------------------------------
+
+
+def graded_studies(run: Run) -> pd.DataFrame:
+    """Rows of the studies that get a page (`graded.read_graded`): the scored test studies, else all graded ones."""
+    there = [name for name in BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
+    if run.scores.get("test") and "test" in there:
+        there = ["test"]
+    tables = [table for name in there if len(table := read_graded(run.folder, name))]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, count: int, seed: int) -> list[Path]:
+    """The page of each study and their overview; returns the files of the studies."""
+    run = frame["run"]
+    whole, losses = studies.choose_studies(graded, count, seed), studies.study_losses(graded)
+    readers = {block: study_reader(run.folder, block) for block in graded["block"].unique()}
+    lines = studies.overview(graded)
+    around = [("studies.html", "Studies"), *((line["page"], f"Study {line['study_id']}") for line in lines), None]
+    words = {
+        "grid": studies.GRID,
+        "short": studies.SHORT_NAMES,
+        "levels": list(zip(LEVELS, LEVEL_NAMES, strict=True)),
+        "titles": dict(zip(LEVELS, LEVEL_NAMES, strict=True)),
+        "severities": [name.lower().capitalize() for name in SEVERITY_NAMES],
+        "sources": studies.SOURCE_NAMES,
+    }
+    found = studies.read_pages(graded, lambda block, study: readers[block](study), box_sizes(run), whole)
+    for k, study in enumerate(found, start=1):
+        rows = list(study.rows.itertuples())
+        known = study.rows[study.rows["severity"] != MISSING]
+        _write_page(
+            folder,
+            frame,
+            "study.html.j2",
+            around[k],
+            script="study.js" if study.viewers else "",
+            styles="study",
+            around=(around[k - 1], around[k + 1]),
+            study=study,
+            block=study.rows["block"].iloc[0],
+            all=[row._asdict() for row in rows],
+            rows={(row.level, row.condition): row for row in rows},
+            findings=sorted((row for row in rows if row.grade), key=lambda row: (-row.grade, -row.confidence)),
+            known=len(known),
+            agreed=int((known["grade"] == known["severity"]).sum()),
+            loss=losses.get(study.study_id),
+            reason=whole.get(study.study_id, ""),
+            **words,
+        )
+    labelled = bool(len(losses))
+    heads = ["Study", *(studies.SHORT_NAMES[name] for name in studies.GRID), "Moderate", "Severe", "Least sure"]
+    _write_page(
+        folder,
+        frame,
+        "studies.html.j2",
+        ("studies.html", "Studies"),
+        script="studies.js",
+        styles="study",
+        lines=lines,
+        whole=whole,
+        blocks=graded["block"].unique().tolist(),
+        heads=heads + (["Agreement", "Loss"] if labelled else []),
+        labelled=labelled,
+        groups={key: group.score for key, group in GROUPS.items()},
+        short_severities=("Normal/mild", "Moderate", "Severe"),
+    )
+    return [folder / line["page"] for line in lines]
+
+
+# ---- how a page looks ----------------------------------------------------------------------------------------------
 
 
 @cache
@@ -112,10 +245,14 @@ def environment() -> jinja2.Environment:
 
 
 @cache
-def style_sheet() -> str:
-    """The style of every page, with the colours of code for light and for dark."""
-    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
-    return f"{(TEMPLATES / 'style.css').read_text()}\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+def style_sheet(kind: str) -> str:
+    """The style of a page: what all need, and what `text`, `code` (light and dark) or `study` pages need besides."""
+    colours = "".join(f"--g{k}: {colour}; " for k, colour in figures.SEVERITY_COLOURS.items() if k != MISSING)
+    own = [f":root {{ {colours}}}", *((TEMPLATES / f"{name}.css").read_text() for name in ("style", kind))]
+    if kind == "code":
+        light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
+        own += [light, f"@media (prefers-color-scheme: dark) {{ {dark} }}"]
+    return re.sub(r"\s+", " ", re.sub(r"/\*.*?\*/", "", " ".join(own), flags=re.S))
 
 
 def html_table(table: pd.DataFrame) -> str:
@@ -150,8 +287,11 @@ def count_findings(findings: pd.DataFrame) -> list[tuple[str, str, int]]:
 
 
 def embedded(figure: Figure) -> str:
-    """A figure as the address of an embedded SVG image, text as outlines so that no font is needed."""
+    """A figure as the address of an embedded SVG image, text as outlines so that no font is needed; slices as AVIF."""
     content = io.BytesIO()
+    if any(ax.images for ax in figure.axes) and figure.axes[0].images[0].get_size()[0] > 3:  # slices, not a matrix
+        figure.savefig(content, format="png", dpi=150)
+        return studies.avif(Image.open(content), FIGURE_QUALITY)
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
         figure.savefig(content, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -175,6 +315,7 @@ def read_chapter(file: Path) -> Chapter:
     exporter.register_filter("cleaned", cleaned)
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a line printed is an output of its own
     body, _ = exporter.from_notebook_node(notebook)
+    body = UNCOLOURED.sub(r"\1", body)  # half of what code takes
     heading = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
     title = _plain(heading[1]) if heading else file.stem
     training = re.search(r"_(?:(nfn|scs|ss)_)?fold(\d+)$", file.stem)
@@ -194,6 +335,9 @@ def _describe_images(notebook: nbformat.NotebookNode) -> None:
             if "data" in output:
                 given = output.metadata.get("image/png", {}).get("alt")
                 output.metadata.setdefault("alt", given or f"Figure {section}")
+            if "image/png" in output.get("data", {}):
+                png = base64.b64decode(output.data["image/png"])
+                output.metadata["address"] = studies.avif(Image.open(io.BytesIO(png)), FIGURE_QUALITY)
 
 
 def cleaned(html: str) -> str:

@@ -13,24 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lsdc_utils import figures
+from lsdc_utils.graded import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report.run import (
     BLOCK_NAMES,
     PART_NAMES,
     Run,
     blocks,
-    graded_points,
     labelled_rows,
     model_name,
     models,
     number,
     value,
 )
+from lsdc_utils.report.studies import REACH
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES, Group
 from lsdc_utils.volume import Stack, load_study
 
 PLAIN = "#1A1A1A"  # of what has no colour of its own
-REACH = 6.0  # mm off a slice's plane that a point may lie to be drawn on it
 OUTSIDE = {"loc": "outside lower center", "ncols": 3}  # of legends, so that they cover nothing
 
 
@@ -173,8 +173,10 @@ def plot_example(run: Run) -> Picture | None:
 
     One slice of each series type: where the worst finding lies. None where the run has no points or no slices.
     """
-    points = graded_points(run)
-    if points.empty or run.labels.empty:
+    if run.labels.empty or not (run.folder / "predictions/points_oof.parquet").is_file():
+        return None
+    points = read_graded(run.folder, "oof").dropna(subset=["X"])
+    if points.empty:
         return None
     severe = run.labels["severity"].eq(2).groupby(run.labels["study_id"]).sum()
     study_id = int(severe[severe.index.isin(points["study_id"])].idxmax())

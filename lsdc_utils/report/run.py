@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lsdc_utils.metric import PARTS, PROBABILITIES
+from lsdc_utils.metric import PARTS
 from lsdc_utils.steps import EXPERIMENT_TABLES
-from lsdc_utils.vocabulary import GROUPS, MISSING, SIDES, row_id
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAMES = {
@@ -109,6 +109,94 @@ def provenance(run: Run) -> dict[str, str]:
         "Seeds and folds": ", ".join(seeds) or "not recorded",
         "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
+
+
+def box_sizes(run: Run) -> dict[str, float]:
+    """Side in mm of the boxes that each group's detectors were taught, by group (nfn, scs, ss), as far as known."""
+    files = {key: sorted((run.folder / "weights").glob(f"yolo_{key}_fold*.json")) for key in GROUPS}
+    return {key: float(json.loads(found[0].read_text())["config"]["box_mm"]) for key, found in files.items() if found}
+
+
+def other_runs(run: Run) -> pd.DataFrame:
+    """Ensembles of the finished runs beside this one, as text: a row a run, this one first; empty where it is alone."""
+    lines = {}
+    for file in sorted(run.folder.parent.glob("*/scores.json"), key=lambda file: (file.parent != run.folder, file)):
+        scores, data = json.loads(file.read_text()), json.loads(_text(file.with_name("data.json")))
+        same = data.get("data_dir") == run.data.get("data_dir")
+        line = {"Data": "the same" if same else Path(data.get("data_dir", "unknown")).name}
+        for name, title in BLOCK_NAMES.items():
+            block = scores.get(name) or {}
+            line[title] = number(value(block, "scores", "ensemble"))
+            line[f"{title}: 95 % interval"] = " to ".join(map(number, value(block, "interval", "ensemble") or [None]))
+            line[f"{title}: skill"] = number(value(block, "skill", "ensemble"), 2)
+        lines[file.parent.name] = line
+    table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("Run")
+    return table.loc[:, (table != "–").any()] if len(lines) > 1 else pd.DataFrame()
+
+
+def limits(run: Run) -> dict[str, list[str]]:
+    """What the results of this run do not show, as sentences under headings; numbers come from the run's files."""
+    phantom = run.data.get("kind") == "phantom"
+    collected = (
+        "The studies are a phantom's: bodies, images and grades are drawn by a program. Scores on it say whether the "
+        "pipeline learns, and what its parts are worth beside each other. They say nothing about patients."
+        if phantom
+        else "All studies come from one collection; other scanners, protocols and populations were not tried."
+    )
+    once = len(run.parameters.get("folds", []))
+    return {
+        "Data": [
+            collected,
+            f"{len(run.findings)} findings in the data were repaired or left out by rule; the summary lists them.",
+        ],
+        "Labels": list(_limits_of_labels(run, phantom)),
+        "Models": [
+            f"Each model was trained once for each of {once} folds, with one seed: intervals come from drawing studies "
+            "again and leave out what another seed would change.",
+            "A row whose series is missing, or on which nothing was found, is graded from the study's other rows or by "
+            "counting labels. The page of a study says so; the probabilities of such a row tell less.",
+            "Nothing in the models tells images of another part of the body, or of a spine after surgery, from what "
+            "they learnt on.",
+        ],
+        "Scores": [
+            *(_weakest(name, block) for name, block in blocks(run.scores).items()),
+            "The score weighs a moderate label twice and a severe one four times. It does not measure benefit: what a "
+            "grade changes in a patient's care was not studied.",
+        ],
+    }
+
+
+def _limits_of_labels(run: Run, phantom: bool) -> Iterator[str]:
+    """What one label a row cannot show, and how few of them are severe."""
+    if phantom:
+        yield "A row has one label, by a simulated reader who errs; how often is known from the phantom's oracle alone."
+    else:
+        yield "A row has one label, without a second reading: how far readers would agree is not known."
+    labelled = labelled_rows(run)
+    if labelled.empty:
+        return
+    parts = labelled["condition"].map({name: PART_NAMES[GROUPS[c.group].score] for name, c in CONDITIONS.items()})
+    severe = labelled["severity"].eq(2).groupby(parts).sum()
+    counts = ", ".join(f"{count} {name.lower()}" for name, count in severe.items())
+    missing = int((run.labels["severity"] == MISSING).sum())
+    yield (
+        f"Severe labels are rare: {counts}, of {len(labelled)} labelled training rows. What is said of them rests on "
+        f"few. {missing} training rows have no label."
+    )
+
+
+def _weakest(name: str, block: dict[str, Any]) -> str:
+    """A sentence on the part of the score in which the ensemble is weakest."""
+    kind, word, pick = ("skill", "skill", min) if block.get("skill") else ("scores", "score", max)
+    found = {part: value(block, kind, "ensemble", part) for part in PARTS[:3]}
+    known = {part: one for part, one in found.items() if one is not None}
+    if not known:
+        return f"{BLOCK_NAMES[name]}: no part of the score has enough labels."
+    part = pick(known, key=known.get)
+    return (
+        f"{BLOCK_NAMES[name]}, on {block['n_studies']} studies, the weakest part is {PART_NAMES[part].lower()}, with a "
+        f"{word} of {number(known[part], 2)}."
+    )
 
 
 def commit() -> str:
@@ -285,7 +373,7 @@ def _no_better_than_counting(block: dict[str, Any]) -> Iterator[str]:
             yield f"{model_name(model)}: no better than counting labels at this budget, out of fold."
 
 
-# ---- rows and points -----------------------------------------------------------------------------------------------
+# ---- rows ---------------------------------------------------------------------------------------------------------
 
 
 def labelled_rows(run: Run) -> pd.DataFrame:
@@ -294,21 +382,3 @@ def labelled_rows(run: Run) -> pd.DataFrame:
         return pd.DataFrame()
     labels = run.labels.loc[run.labels["severity"] != MISSING, ["row_id", "condition", "severity"]]
     return run.rows.merge(labels, on="row_id")
-
-
-def graded_points(run: Run) -> pd.DataFrame:
-    """Where the detectors found levels, out of fold, with the ensemble's grade there (its most probable severity).
-
-    Columns: row_id, group (nfn, scs, ss), study_id, level, side, X, Y, Z (LPS mm), confidence, grade.
-    """
-    tables = []
-    for key, group in GROUPS.items():
-        for file in sorted((run.folder / "predictions").glob(f"points_{key}_fold*_oof.parquet")):
-            table = pd.read_parquet(file)
-            conditions = [f"{side}_{group.base}" if side in SIDES else group.base for side in table["side"]]
-            keys = zip(table["study_id"], conditions, table["level"], strict=True)
-            tables.append(table.assign(group=key, row_id=[row_id(*key) for key in keys]))
-    if not tables or run.rows.empty:
-        return pd.DataFrame()
-    grades = run.rows[["row_id"]].assign(grade=run.rows[PROBABILITIES].to_numpy().argmax(axis=1))
-    return pd.concat(tables, ignore_index=True).merge(grades, on="row_id")

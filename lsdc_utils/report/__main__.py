@@ -1,7 +1,8 @@
-"""The README's results from a finished run: `python -m lsdc_utils.report readme --run demo`.
+"""What the repository shows of a finished run: `python -m lsdc_utils.report readme --run demo`, and `... sample`.
 
-It fills the places between `<!-- scores demo -->` or `<!-- picture demo example -->` and the next `<!-- end -->`, and
-keeps what it wrote them from in docs/, where a test compares the two.
+readme fills the README's places between `<!-- scores demo -->` or `<!-- picture demo example -->` and the next
+`<!-- end -->`, and keeps what it wrote them from in docs/, where a test compares the two. sample copies the run's
+report to outputs/sample/, which is committed, and pictures three of its pages for the README.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +105,46 @@ def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
         temporary.write_text(fill(text, run.name, record))
 
 
+def update_sample(run: Run, sample: Path = ROOT / "outputs" / "sample") -> None:
+    """Copy a run's report to `sample`, and picture its index and its first study with slices in docs/ beside outputs/.
+
+    FileNotFoundError where the run has no report; playwright's errors where there is no browser.
+    """
+    source = run.folder / "report"
+    shutil.rmtree(sample, ignore_errors=True)
+    shutil.copytree(source, sample)
+    study = next(file for file in sorted(sample.glob("study_*.html")) if 'type="range"' in file.read_text())
+    for file, name in ((sample / "index.html", "summary"), (study, "study"), (sample / "studies.html", "studies")):
+        photograph(file, sample.parents[1] / "docs" / f"sample-{name}.png")
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """The top of a page as a browser shows it, as PNG."""
+    from playwright.sync_api import sync_playwright  # of the tests: nothing else needs a browser
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
+        shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        shown.goto(page.as_uri())
+        with atomic(picture) as temporary:
+            temporary.write_bytes(shown.screenshot())
+        browser.close()
+
+
 def main() -> None:
-    """Read the command line, write README.md and docs/."""
+    """Read the command line, write README.md and docs/, or outputs/sample/ and docs/."""
     parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description="Write a run's results.")
-    parser.add_argument("command", choices=["readme"])
+    parser.add_argument("command", choices=["readme", "sample"])
     parser.add_argument("--run", default="demo", help="name of a run under outputs/")
     given = parser.parse_args()
     figures.use_style()
-    update_readme(read_run(ROOT / "outputs" / given.run))
-    print(f"README.md and docs/ now show run {given.run}")
+    run = read_run(ROOT / "outputs" / given.run)
+    if given.command == "sample":
+        update_sample(run)
+        print(f"outputs/sample/ and docs/ now show the report of run {given.run}")
+    else:
+        update_readme(run)
+        print(f"README.md and docs/ now show run {given.run}")
 
 
 if __name__ == "__main__":

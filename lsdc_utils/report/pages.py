@@ -38,6 +38,7 @@ from lsdc_utils.report.pictures import Picture
 from lsdc_utils.report.run import (
     BLOCK_NAMES,
     Run,
+    about,
     blocks,
     box_sizes,
     experiment_tables,
@@ -109,6 +110,7 @@ def _write_index(folder: Path, frame: dict[str, Any], pictures: list[Picture], c
     """The summary, which is written last: where it is there, so is everything that it leads to."""
     run = frame["run"]
     context = {
+        "about": about(run),
         "summary": summary(run.scores),
         "scores": score_table(run.scores),
         "parts": [(BLOCK_NAMES[name].lower(), parts_table(block)) for name, block in blocks(run.scores).items()],

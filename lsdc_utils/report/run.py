@@ -341,6 +341,21 @@ def _differences(table: pd.DataFrame, column: str) -> list[str]:
     return ["–" if pd.isna(line[0]) else "{:+.3f} ({:+.3f} to {:+.3f})".format(*line) for line in lines]
 
 
+def about(run: Run) -> str:
+    """What was graded by what, in two sentences for a reader who knows neither data nor models."""
+    words = {"oof": "training", "test": "test"}
+    sizes = [f"{block['n_studies']} {words[name]}" for name, block in blocks(run.scores).items()]
+    kind = {"phantom": "synthetic", "kaggle": "real"}.get(run.data.get("kind", ""), "")
+    folds = run.parameters.get("folds", [])
+    trained = f", each trained on {len(folds)} folds" if folds else ""
+    return (
+        f"Magnetic resonance images of {' and '.join(sizes)} {kind} studies of the lumbar spine were graded at five "
+        "levels for narrowing of the spinal canal, of both neural foramina and of both subarticular recesses: normal "
+        "or mild, moderate, severe. Three YOLOv10 detectors, one a condition, and a 3D vision transformer"
+        f"{trained}, grade every row; a blend fitted out of fold joins them."
+    )
+
+
 def summary(scores: dict[str, Any]) -> list[str]:
     """What the scores say, as sentences computed from them."""
     sentences = [_sentence(name, block) for name, block in blocks(scores).items() if value(block, "scores", "ensemble")]

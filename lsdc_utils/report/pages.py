@@ -227,7 +227,7 @@ def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, co
         heads=heads + (["Agreement", "Loss"] if labelled else []),
         labelled=labelled,
         groups={key: group.score for key, group in GROUPS.items()},
-        short_severities=("Normal/mild", "Moderate", "Severe"),
+        severities=words["severities"],
     )
     return [folder / line["page"] for line in lines]
 

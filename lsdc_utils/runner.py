@@ -503,6 +503,27 @@ def validate(arguments: list[str]) -> int:
     return validation.main(asked.folder.resolve(), asked.out)
 
 
+def export(arguments: list[str]) -> int:
+    """Write the grades of a finished run's studies for other systems."""
+    made = argparse.ArgumentParser("./run_all.sh export", description="Write grades as CSV and DICOM SR, by study.")
+    made.add_argument("studies", metavar="STUDY", type=int, nargs="*", help="study ids (default: the test studies)")
+    made.add_argument("--run", default="demo", metavar="NAME", help="a finished run: outputs/NAME (default: demo)")
+    made.add_argument("--out", type=Path, metavar="DIR", help="where they go (default: outputs/NAME/exports)")
+    asked = made.parse_args(arguments)
+    base, _ = _finished_run(asked.run)
+    from . import exports
+
+    out = (asked.out or base / "exports").resolve()
+    try:
+        written = exports.export_studies(base, asked.studies or None, out)
+    except exports.ExportError as error:
+        raise UsageError(str(error)) from error
+    for line in written[written["problem"] != ""].itertuples():
+        print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
+    print(f"{len(written)} studies exported to {shown(out)}, with {written['images_written'].sum()} key images")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """Run the benchmarks, or those with NAME in their names, one after the other."""
     made = argparse.ArgumentParser("./run_all.sh bench", description="Measure speed; a script prints its own ratios.")
@@ -668,6 +689,7 @@ def open_jupyterlab() -> int:
 EPILOG = """other commands, each with its own --help:
   validate DIR               check a data folder; print findings, exit 1 where it cannot be used
   predict DIR --run NAME     grade every study of a folder with a finished run
+  export [STUDY ...]         write grades of a finished run as CSV and DICOM SR, a folder a study
   ablate [NAME ...]          take ingredients away from a finished run, one at a time; a table of what each is worth
   curve [N ...]              repeat a finished run with N training studies each; a table of what more are worth
   noise [SHARE]              plant wrong labels in the phantom, find them, train without the suspects; a table of it
@@ -728,7 +750,7 @@ def main(arguments: list[str]) -> int:
             made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
             made.add_argument("--all", action="store_true", help="the slow proofs too")
             return run_tests(made.parse_args(arguments[1:]).all)
-        for command in (validate, predict, ablate, curve, noise, bench):
+        for command in (validate, predict, export, ablate, curve, noise, bench):
             if arguments[:1] == [command.__name__]:
                 return command(arguments[1:])
         if arguments[:1] == ["lab"]:

@@ -321,7 +321,7 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime.datetim
     for dataset in (
         report,
         *report.ContributingEquipmentSequence,
-    ):  # not now, so that the same grades give the same file
+    ):  # the same grades give the same file
         for element in dataset:
             if element.value and element.VR in ("DA", "TM", "DT"):
                 element.value = when.strftime({"DA": "%Y%m%d", "TM": "%H%M%S", "DT": "%Y%m%d%H%M%S"}[element.VR])

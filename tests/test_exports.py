@@ -1,4 +1,4 @@
-"""Exports of a phantom's grades: right places and numbers, legal UIDs, nothing private; what other tools say of them."""
+"""Exports of a phantom's grades: right places and numbers, legal UIDs, nothing private; what other tools say."""
 
 from __future__ import annotations
 

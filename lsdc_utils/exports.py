@@ -37,6 +37,7 @@ from lsdc_utils.dicom import DicomError, Series, Slice, read_series
 from lsdc_utils.files import git_commit
 from lsdc_utils.graded import BLOCKS, read_graded
 from lsdc_utils.report.studies import SHORT_NAMES, SOURCE_NAMES
+from lsdc_utils.viewer import REACH
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, SEVERITIES, SEVERITY_NAMES
 
 NAME = "lsdc_utils: grading of lumbar-spine MRI"
@@ -45,7 +46,6 @@ SCHEME = "99LSDC"  # private codes, where SNOMED CT has none that is known here
 LEGAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){2,}")
 CONTRAST = ("ScanningSequence", "SequenceVariant", "EchoTime", "RepetitionTime", "FlipAngle", "MagneticFieldStrength",
             "SliceThickness", "SpacingBetweenSlices")  # fmt: skip
-REACH = 6.0  # mm off the nearest slice that a point may lie to be reported on it
 
 FINDINGS = {
     "scs": codes.SCT.Stenosis,

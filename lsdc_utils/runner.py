@@ -682,7 +682,8 @@ def open_jupyterlab() -> int:
     """JupyterLab in notebooks/, with the kernel of this environment; returns when it is closed."""
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}
     environment.pop("JUPYTER_PATH", None)
-    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={NOTEBOOKS}"]
+    start = "--LabApp.default_url=/lab/tree/start.ipynb"  # what there is to open
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={NOTEBOOKS}", start]
     return subprocess.run(command, env=environment).returncode
 
 

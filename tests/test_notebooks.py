@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import json
 import re
 import subprocess
 import sys
@@ -12,10 +14,12 @@ import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from nbclient import NotebookClient
 
 from lsdc_utils import steps
 from lsdc_utils.runner import NBSTRIPOUT_KEYS, load_parameters
 
+START = ROOT / "notebooks" / "start.ipynb"
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in steps.NOTEBOOK_ORDER]
 PROFILES = ("demo", "smoke", "kaggle", "original")
 MAX_CELL_LINES = 30  # about 25
@@ -38,7 +42,21 @@ def parameters_source(file: Path) -> str:
 
 
 def test_the_notebooks_are_those_of_the_pipeline() -> None:
-    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == NOTEBOOKS
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == [*NOTEBOOKS, START]
+
+
+def test_the_start_page_leads_to_every_notebook_and_lists_the_runs(tmp_path: Path) -> None:
+    notebook = read(START)
+    links = re.findall(r"\]\((\w+\.ipynb)\)", notebook.cells[0].source)
+    assert links == [file.name for file in NOTEBOOKS]
+    scores = {"oof": {"scores": {"ensemble": {"total": 0.4321}}}, "test": None}
+    for folder, expected in ((tmp_path / "none", "none yet"), (tmp_path / "some", "0.4321")):
+        (folder / "notebooks").mkdir(parents=True)
+        (folder / "outputs/one").mkdir(parents=True)
+        if folder.name == "some":
+            (folder / "outputs/one/scores.json").write_text(json.dumps(scores))
+        done = NotebookClient(copy.deepcopy(notebook), resources={"metadata": {"path": folder / "notebooks"}}).execute()
+        assert expected in str(done.cells[1].outputs)
 
 
 @each_notebook

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -26,9 +25,9 @@ from lsdc_utils.report.run import (
     number,
     value,
 )
-from lsdc_utils.report.studies import REACH
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES, Group
-from lsdc_utils.volume import Stack, load_study
+from lsdc_utils.viewer import draw_still
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITY_NAMES
+from lsdc_utils.volume import load_study
 
 PLAIN = "#1A1A1A"  # of what has no colour of its own
 OUTSIDE = {"loc": "outside lower center", "ncols": 3}  # of legends, so that they cover nothing
@@ -184,11 +183,7 @@ def plot_example(run: Run) -> Picture | None:
     if not stacks:
         return None
     points = points[points["study_id"] == study_id]
-    figure = Figure(figsize=(9, 3.9))
-    for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
-        mine = points[points["group"] == group.key]
-        _show_worst(ax, [stack for stack in stacks if stack.series_type == group.series_type], mine, group)
-    figures.severity_legend(figure, frameon=False, **OUTSIDE)
+    figure = draw_still(stacks, points)
     caption = (
         f"Study {study_id}, graded by models that had not seen it: one slice of each series type, "
         "with the ensemble's grades where the detectors found the levels."
@@ -196,23 +191,3 @@ def plot_example(run: Run) -> Picture | None:
     counts = points["grade"].value_counts().sort_index()
     said = ", ".join(f"{count} {SEVERITY_NAMES[k]}" for k, count in counts.items())
     return Picture("example", caption, f"{caption} Grades at the points found: {said}.", figure, wide=True)
-
-
-def _show_worst(ax: Axes, stacks: list[Stack], points: pd.DataFrame, group: Group) -> None:
-    """Draw the slice of `stacks` that lies nearest to the worst of `points` on any slice, with the points beside it."""
-    places = points[["X", "Y", "Z"]].to_numpy(float)
-    slices = [(stack, k) for stack in stacks for k in range(len(stack.affines))]
-    off = np.array([np.abs(figures.to_pixels(stack.affines[k], places)[:, 2]) for stack, k in slices])
-    reached = np.flatnonzero((off <= REACH).any(axis=0)) if off.size else []
-    if not len(reached):
-        ax.set_axis_off()
-        ax.set_title(f"{group.series_type}: nothing found")
-        return
-    grades = points["grade"].to_numpy()
-    worst = max(reached, key=lambda n: (grades[n], points["confidence"].iloc[n]))
-    nearest = off[:, worst].argmin()
-    stack, k = slices[nearest]
-    near = off[nearest] <= REACH
-    rows, cols = stack.shapes[k]
-    title = f"{group.series_type}, at {LEVEL_NAMES[LEVELS.index(points['level'].iloc[worst])]}"
-    figures.show_slice(ax, stack.pixels[k, :rows, :cols], stack.affines[k], places[near], grades[near], title=title)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lsdc_utils import figures
 from lsdc_utils.metric import WEIGHTS, weight_rows
+from lsdc_utils.viewer import REACH, distances
 from lsdc_utils.vocabulary import (
     CONDITIONS,
     GROUPS,
@@ -49,7 +50,6 @@ SOURCE_NAMES = {
     "prior": "prior: no model had evidence",
 }
 KEY_WIDTH = 80.0  # mm of a slice that is shown round a finding
-REACH = 6.0  # mm off a slice's plane that a point may lie to be marked on it
 LARGEST = 384  # pixels of a side of an image; more is scaled down
 QUALITY = {"key": 48, "series": 42}  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
 
@@ -157,8 +157,7 @@ def _key_film(stack: Stack, n: int, row, boxes_mm: dict[str, float]) -> Film:
 def _viewer(key: str, stack: Stack, rows: pd.DataFrame, boxes_mm: dict[str, float]) -> Viewer:
     """All slices of a series, each with the points of rows that are graded on its type and lie near its plane."""
     own = [row for row in rows.itertuples() if GROUPS[row.group].series_type == stack.series_type and row.X == row.X]
-    places = np.array([[row.X, row.Y, row.Z] for row in own]).reshape(-1, 3)
-    off = np.abs(_local(stack, places)[:, :, 2])  # (slices, rows)
+    off = distances(stack, pd.DataFrame(own, columns=["Index", *rows.columns]))
     films = []
     for n, (rows_px, cols_px) in enumerate(stack.shapes):
         near = [(own[m], row_words(own[m])) for m in np.flatnonzero(off[n] <= REACH)]

@@ -22,14 +22,26 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lsdc_utils import figures
-from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, SERIES_TYPES, Group
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SERIES_TYPES, SEVERITY_NAMES, Group
 from lsdc_utils.volume import Stack
 
 REACH = 6.0  # mm off a slice's plane that a point may lie to be drawn on it
 RUN_MARK = "LSDC_RUN"  # in the environment of every process of ./run_all.sh: there nobody clicks
 BOX_MM = 14.6  # side of a box, where a group has none of its own
 
+SHORT_NAMES = {
+    name: f"{condition.side.capitalize()} {GROUPS[condition.group].score}" if condition.side else "Spinal canal"
+    for name, condition in CONDITIONS.items()
+}
+
 Reader = Callable[[int], list[Stack]]
+
+
+def row_words(row) -> str:
+    """A row of `graded.read_graded` in words, e.g. `L4/L5 left foraminal: severe 72 %`."""
+    name = SHORT_NAMES[row.condition]
+    level = LEVEL_NAMES[LEVELS.index(row.level)]
+    return f"{level} {name[0].lower()}{name[1:]}: {SEVERITY_NAMES[row.grade].lower()} {row.confidence:.0%}"
 
 
 class Viewer:
@@ -67,6 +79,7 @@ class Viewer:
         self.stacks = sorted(found, key=lambda stack: SERIES_TYPES.index(stack.series_type))
         names = [(f"{stack.series_type} ({stack.series_id})", k) for k, stack in enumerate(self.stacks)]
         self.series.options = names
+        self.series.value = 0 if names else None  # which new options leave as it was
         if not names:
             self.image.value, self.text.value = b"", "This study has no series that can be read."
         self._turn()

@@ -23,7 +23,6 @@ import jinja2
 import matplotlib as mpl
 import nbformat
 import pandas as pd
-from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 from PIL import Image
@@ -50,6 +49,7 @@ from lsdc_utils.report.run import (
     score_table,
     summary,
 )
+from lsdc_utils.viewer import SHORT_NAMES
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -117,7 +117,7 @@ def _write_index(folder: Path, frame: dict[str, Any], pictures: list[Picture], c
         "others": other_runs(run),
         "localisation": localisation_tables(run.localisation),
         "experiments": experiment_tables(run.experiments),
-        "pictures": [(picture, embedded(picture.figure)) for picture in pictures],
+        "pictures": [(picture, embedded(picture)) for picture in pictures],
         "printed": PRINTED,
         "steps": run.steps[[run.asks_for(step) for step in run.steps["step"]]],
         "findings": count_findings(run.findings),
@@ -183,7 +183,7 @@ def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, co
     around = [("studies.html", "Studies"), *((line["page"], f"Study {line['study_id']}") for line in lines), None]
     words = {
         "grid": studies.GRID,
-        "short": studies.SHORT_NAMES,
+        "short": SHORT_NAMES,
         "levels": list(zip(LEVELS, LEVEL_NAMES, strict=True)),
         "titles": dict(zip(LEVELS, LEVEL_NAMES, strict=True)),
         "severities": [name.lower().capitalize() for name in SEVERITY_NAMES],
@@ -213,7 +213,7 @@ def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, co
             **words,
         )
     labelled = bool(len(losses))
-    heads = ["Study", *(studies.SHORT_NAMES[name] for name in studies.GRID), "Moderate", "Severe", "Least sure"]
+    heads = ["Study", *(SHORT_NAMES[name] for name in studies.GRID), "Moderate", "Severe", "Least sure"]
     _write_page(
         folder,
         frame,
@@ -288,14 +288,14 @@ def count_findings(findings: pd.DataFrame) -> list[tuple[str, str, int]]:
     return [(rule, action, int(count)) for (rule, action), count in counts.items()]
 
 
-def embedded(figure: Figure) -> str:
-    """A figure as the address of an embedded SVG image, text as outlines so that no font is needed; slices as AVIF."""
+def embedded(picture: Picture) -> str:
+    """The address of an embedded image: SVG, text as outlines so that no font is needed, or AVIF where it shows slices."""
     content = io.BytesIO()
-    if any(ax.images for ax in figure.axes) and figure.axes[0].images[0].get_size()[0] > 3:  # slices, not a matrix
-        figure.savefig(content, format="png", dpi=150)
+    if picture.slices:
+        picture.figure.savefig(content, format="png", dpi=150)
         return studies.avif(Image.open(content), FIGURE_QUALITY)
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
+        picture.figure.savefig(content, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

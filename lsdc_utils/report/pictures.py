@@ -42,6 +42,7 @@ class Picture:
     alt: str
     figure: Figure
     wide: bool = False  # takes the whole width of a page
+    slices: bool = False  # holds images, which take less room as such
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a notebook shows: the figure with its description, the caption where there are no images."""
@@ -190,4 +191,4 @@ def plot_example(run: Run) -> Picture | None:
     )
     counts = points["grade"].value_counts().sort_index()
     said = ", ".join(f"{count} {SEVERITY_NAMES[k]}" for k, count in counts.items())
-    return Picture("example", caption, f"{caption} Grades at the points found: {said}.", figure, wide=True)
+    return Picture("example", caption, f"{caption} Grades at the points found: {said}.", figure, wide=True, slices=True)

@@ -17,16 +17,14 @@ from PIL import Image
 
 from lsdc_utils import figures
 from lsdc_utils.metric import WEIGHTS, weight_rows
-from lsdc_utils.viewer import REACH, distances
+from lsdc_utils.viewer import REACH, distances, row_words
 from lsdc_utils.vocabulary import (
-    CONDITIONS,
     GROUPS,
     LEVEL_NAMES,
     LEVELS,
     MISSING,
     SERIES_TYPES,
     SEVERITIES,
-    SEVERITY_NAMES,
 )
 from lsdc_utils.volume import Stack
 
@@ -38,10 +36,6 @@ GRID = (
     "left_neural_foraminal_narrowing",
     "left_subarticular_stenosis",
 )
-SHORT_NAMES = {
-    name: f"{condition.side.capitalize()} {GROUPS[condition.group].score}" if condition.side else "Spinal canal"
-    for name, condition in CONDITIONS.items()
-}
 SOURCE_NAMES = {
     "yolo+vit3d": "detector and ViT",
     "yolo": "detector alone",
@@ -194,13 +188,6 @@ def avif(image: Image.Image, quality: int, largest: int = 4096) -> str:
     content = io.BytesIO()
     image.save(content, "AVIF", quality=quality)
     return f"data:image/avif;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def row_words(row) -> str:
-    """A row in words, e.g. `L4/L5 left foraminal: severe 72 %`."""
-    name = SHORT_NAMES[row.condition]
-    level = LEVEL_NAMES[LEVELS.index(row.level)]
-    return f"{level} {name[0].lower()}{name[1:]}: {SEVERITY_NAMES[row.grade].lower()} {row.confidence:.0%}"
 
 
 # ---- which studies -------------------------------------------------------------------------------------------------

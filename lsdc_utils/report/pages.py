@@ -289,7 +289,7 @@ def count_findings(findings: pd.DataFrame) -> list[tuple[str, str, int]]:
 
 
 def embedded(picture: Picture) -> str:
-    """The address of an embedded image: SVG with text as outlines, which needs no font, or AVIF where it shows slices."""
+    """The address of an embedded image: SVG with text as outlines (no font needed), or AVIF where it shows slices."""
     content = io.BytesIO()
     if picture.slices:
         picture.figure.savefig(content, format="png", dpi=150)

@@ -520,7 +520,8 @@ def export(arguments: list[str]) -> int:
         raise UsageError(str(error)) from error
     for line in written[written["problem"] != ""].itertuples():
         print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
-    print(f"{len(written)} studies exported to {shown(out)}, with {written['images_written'].sum()} key images")
+    count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
+    print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
     return 0
 
 

@@ -39,6 +39,7 @@ NOTEBOOK_ORDER = (
 )
 ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
 EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
+GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
 

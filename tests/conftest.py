@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lsdc_utils import steps
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -94,8 +96,8 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "(run / 'scores.json').write_text(json.dumps({'oof': {'n_studies': 3, 'scores': {'ensemble': parts},\n"
         "    'skill': None, 'interval': {'ensemble': {'total': [.4, .6]}}}, 'test': None}))",
         [
-            *(f"predictions/{t}_{p}.parquet" for t in ("yolo", "vit3d", "ensemble", "points") for p in ("oof", "test")),
-            *(f"predictions/{t}_test.parquet" for t in ("sources", "findings")),
+            *(f"predictions/{t}_{p}.parquet" for t in steps.GRADED_TABLES for p in ("oof", "test")),
+            "predictions/findings_test.parquet",
             "blend.json",
             "submission.csv",
         ],

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import run_all
+from nbclient import NotebookClient
 
 from lsdc_utils import steps
 from lsdc_utils.vocabulary import GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
@@ -175,9 +176,50 @@ def test_the_report_opens_without_a_network(run: Path) -> None:
     assert index.count("data:image/") >= 2
 
 
+def test_each_test_study_has_its_page_and_its_exports(run: Path, data: Path) -> None:
+    studies = sorted(path.name for path in (data / "test_images").iterdir())
+    assert len(studies) == 3
+    assert sorted(path.name for path in (run / "report").glob("study_*.html")) == [f"study_{s}.html" for s in studies]
+    assert sum('type="range"' in path.read_text() for path in (run / "report").glob("study_*.html")) == 2
+    assert sorted(path.name for path in (run / "exports").iterdir()) == studies
+    for study in studies:
+        assert len(pd.read_csv(run / "exports" / study / "grades.csv")) == 25
+    natural = pd.read_parquet(run / "predictions/ensemble_test.parquet").set_index("row_id")
+    table = pd.read_csv(run / "exports" / studies[0] / "grades.csv").set_index("row_id")
+    np.testing.assert_allclose(table[list(SEVERITIES)], natural.loc[table.index, list(SEVERITIES)], atol=1e-6)
+
+
+def test_export_writes_one_study_where_it_is_told_to(smoke_project: Path, run: Path, tmp_path: Path) -> None:
+    study = next((run / "exports").iterdir()).name
+    done = run_all(smoke_project, "export", "--run", "demo", study, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and "1 study exported" in done.stdout, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [study]
+    for arguments in (["--run", "none"], ["--run", "demo", "7"]):
+        done = run_all(smoke_project, "export", *arguments)
+        assert done.returncode == 2 and arguments[-1] in done.stderr, done.stderr
+
+
 def test_no_half_written_file_is_left(run: Path) -> None:
     assert not [path for path in run.rglob(".writing-*") if ".snakemake" not in path.parts]
     assert not list((run / "logs").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+def test_every_notebook_runs_by_hand(smoke_copy: Path, parameters: dict) -> None:
+    """From the first cell to the last in a fresh kernel, with nothing but other values in its cell of parameters."""
+    for name in steps.NOTEBOOK_ORDER:
+        notebook = nbformat.read(smoke_copy / f"notebooks/{name}.ipynb", as_version=4)
+        [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+        own = [key for key in steps.declared(name) if key in parameters]
+        cell.source += "\n" + "\n".join(f"{key} = {parameters[key]!r}" for key in own)
+        environment = {**os.environ, "PYTHONPATH": str(smoke_copy)}
+        environment.pop("JUPYTER_PATH", None)
+        client = NotebookClient(notebook, resources={"metadata": {"path": smoke_copy / "notebooks"}})
+        client.execute(env=environment)
+        assert steps.all_ran(client.nb), name
+        live = [key for cell in client.nb.cells for out in cell.get("outputs", []) for key in out.get("data", {})]
+        viewers = sum(key == "application/vnd.jupyter.widget-view+json" for key in live)
+        assert viewers == (name in ("01_eda", "05_ensemble_inference")), name
 
 
 # ---- what runs again -----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_help_names_every_command_and_option() -> None:
         "KEY=VALUE",
         "validate DIR",
         "predict DIR --run NAME",
+        "export [STUDY ...]",
         "bench [NAME]",
         "test",
         "lab",
@@ -555,8 +556,18 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
     (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(runner, "open_jupyterlab", lambda: 0)
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+
+    def started(command: list, **options) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0) if "jupyterlab" in command else run(command, **options)
+
+    monkeypatch.setattr(runner.subprocess, "run", started)
     assert runner.lab() == 0
+    monkeypatch.undo()
+    assert commands[-1][-1] == "--LabApp.default_url=/lab/tree/start.ipynb"
+    assert (ROOT / "notebooks/start.ipynb").is_file()
     cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="out")], execution_count=1)
     cell.metadata["papermill"] = {"duration": 1}
     file = tmp_path / "notebooks" / "a.ipynb"

@@ -56,6 +56,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 FIGURE_QUALITY = 48  # of notebooks' figures, as AVIF
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that the report has as vector PDF too
 WARNING = "Not for clinical use: research software, not a medical device."
+OVERVIEW = ("studies.html", "Studies")
+GRADE_NAMES = [name.capitalize() for name in SEVERITY_NAMES]  # Normal/mild, Moderate, Severe
 # What a notebook may put on a page; everything else is shown as text.
 TAGS = set(
     """a b blockquote br caption code dd del div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre
@@ -86,7 +88,7 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
     """
     folder = run.folder / "report"
     chapters, facts, graded = read_chapters(run), provenance(run), graded_studies(run)
-    pages = [("index.html", "Summary"), *([("studies.html", "Studies")] if len(graded) else [])]
+    pages = [("index.html", "Summary"), *([OVERVIEW] if len(graded) else [])]
     pages += [(chapter.page, chapter.title) for chapter in chapters]
     pages += [("limits.html", "Limits"), ("claim.html", "CLAIM checklist")]
     frame = {"run": run, "pages": pages, "warning": WARNING, "facts": facts, "kind": run.data.get("kind", "")}
@@ -140,18 +142,21 @@ def _write_page(
 
     script: name of the script that the page has; styles: what of the style sheet it needs (`style_sheet`).
     """
-    if around is None:
-        k = frame["pages"].index(page)
-        around = frame["pages"][k - 1] if k else None, frame["pages"][k + 1 : k + 2]
-        around = around[0], around[1][0] if around[1] else None
+    before, after = around or _neighbours(frame["pages"], page)
     text = (TEMPLATES / script).read_text() if script else ""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     own = {"page": page, "css": style_sheet(styles), "script": text, "digest": digest}
-    own |= {"sections": [], "before": around[0], "after": around[1]}
+    own |= {"sections": [], "before": before, "after": after}
     html = environment().get_template(template).render(**{**frame, **own, **context})
     with atomic(folder / page[0]) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return folder / page[0]
+
+
+def _neighbours(pages: list[tuple[str, str]], page: tuple[str, str]) -> tuple:
+    """The pages before and after one; None where there is none."""
+    k = pages.index(page)
+    return pages[k - 1] if k else None, pages[k + 1] if k + 1 < len(pages) else None
 
 
 def write_pdf(picture: Picture, folder: Path) -> Path:
@@ -180,56 +185,46 @@ def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, co
     whole, losses = studies.choose_studies(graded, count, seed), studies.study_losses(graded)
     readers = {block: study_reader(run.folder, block) for block in graded["block"].unique()}
     lines = studies.overview(graded)
-    around = [("studies.html", "Studies"), *((line["page"], f"Study {line['study_id']}") for line in lines), None]
-    words = {
-        "grid": studies.GRID,
-        "short": SHORT_NAMES,
-        "levels": list(zip(LEVELS, LEVEL_NAMES, strict=True)),
-        "titles": dict(zip(LEVELS, LEVEL_NAMES, strict=True)),
-        "severities": [name.lower().capitalize() for name in SEVERITY_NAMES],
-        "sources": studies.SOURCE_NAMES,
-    }
+    chain = [OVERVIEW, *((line["page"], f"Study {line['study_id']}") for line in lines), None]
     found = studies.read_pages(graded, lambda block, study: readers[block](study), box_sizes(run), whole)
     for k, study in enumerate(found, start=1):
-        rows = list(study.rows.itertuples())
-        known = study.rows[study.rows["severity"] != MISSING]
-        _write_page(
-            folder,
-            frame,
-            "study.html.j2",
-            around[k],
-            script="study.js" if study.viewers else "",
-            styles="study",
-            around=(around[k - 1], around[k + 1]),
-            study=study,
-            block=study.rows["block"].iloc[0],
-            all=[row._asdict() for row in rows],
-            rows={(row.level, row.condition): row for row in rows},
-            findings=sorted((row for row in rows if row.grade), key=lambda row: (-row.grade, -row.confidence)),
-            known=len(known),
-            agreed=int((known["grade"] == known["severity"]).sum()),
-            loss=losses.get(study.study_id),
-            reason=whole.get(study.study_id, ""),
-            **words,
-        )
-    labelled = bool(len(losses))
+        more = {"loss": losses.get(study.study_id), "reason": whole.get(study.study_id, "")}
+        _write_study(folder, frame, study, (chain[k - 1], chain[k], chain[k + 1]), **more)
     heads = ["Study", *(SHORT_NAMES[name] for name in studies.GRID), "Moderate", "Severe", "Least sure"]
-    _write_page(
-        folder,
-        frame,
-        "studies.html.j2",
-        ("studies.html", "Studies"),
-        script="studies.js",
-        styles="study",
-        lines=lines,
-        whole=whole,
-        blocks=graded["block"].unique().tolist(),
-        heads=heads + (["Agreement", "Loss"] if labelled else []),
-        labelled=labelled,
-        groups={key: group.score for key, group in GROUPS.items()},
-        severities=words["severities"],
-    )
+    context = {
+        "lines": lines,
+        "whole": whole,
+        "blocks": graded["block"].unique().tolist(),
+        "heads": heads + (["Agreement", "Loss"] if len(losses) else []),
+        "labelled": bool(len(losses)),
+        "groups": {key: group.score for key, group in GROUPS.items()},
+        "severities": GRADE_NAMES,
+    }
+    _write_page(folder, frame, "studies.html.j2", OVERVIEW, script="studies.js", styles="study", **context)
     return [folder / line["page"] for line in lines]
+
+
+def _write_study(folder: Path, frame: dict[str, Any], study: studies.StudyPage, chain: tuple, **more: Any) -> None:
+    """The page of one study; `chain` is the page before, its own, and the one after."""
+    before, own, after = chain
+    rows, known = list(study.rows.itertuples()), study.rows[study.rows["severity"] != MISSING]
+    context = {
+        "study": study,
+        "block": study.rows["block"].iloc[0],
+        "all": [row._asdict() for row in rows],
+        "rows": {(row.level, row.condition): row for row in rows},
+        "findings": sorted((row for row in rows if row.grade), key=lambda row: (-row.grade, -row.confidence)),
+        "known": len(known),
+        "agreed": int((known["grade"] == known["severity"]).sum()),
+        "grid": studies.GRID,
+        "short": SHORT_NAMES,
+        "titles": dict(zip(LEVELS, LEVEL_NAMES, strict=True)),
+        "severities": GRADE_NAMES,
+        "sources": studies.SOURCE_NAMES,
+    }
+    script = "study.js" if study.viewers else ""
+    around = (before, after)
+    _write_page(folder, frame, "study.html.j2", own, script=script, styles="study", around=around, **context, **more)
 
 
 # ---- how a page looks ----------------------------------------------------------------------------------------------

@@ -106,14 +106,15 @@ def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
 
 
 def update_sample(run: Run, sample: Path = ROOT / "outputs" / "sample") -> None:
-    """Copy a run's report to `sample`, and picture its index and its first study with slices in docs/ beside outputs/.
+    """Copy a run's report to `sample`, and picture three of its pages in docs/ beside outputs/.
 
     FileNotFoundError where the run has no report; playwright's errors where there is no browser.
     """
     source = run.folder / "report"
     shutil.rmtree(sample, ignore_errors=True)
     shutil.copytree(source, sample)
-    study = next(file for file in sorted(sample.glob("study_*.html")) if 'type="range"' in file.read_text())
+    whole = [file for file in sorted(sample.glob("study_*.html")) if 'type="range"' in file.read_text()]
+    study = max(whole, key=lambda file: file.read_text().count("<figure"))  # most findings
     for file, name in ((sample / "index.html", "summary"), (study, "study"), (sample / "studies.html", "studies")):
         photograph(file, sample.parents[1] / "docs" / f"sample-{name}.png")
 
@@ -124,7 +125,7 @@ def photograph(page: Path, picture: Path) -> None:
 
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
-        shown = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        shown = browser.new_page(viewport={"width": 1440, "height": 1080}, color_scheme="light")
         shown.goto(page.as_uri())
         with atomic(picture) as temporary:
             temporary.write_bytes(shown.screenshot())

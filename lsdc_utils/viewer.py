@@ -60,7 +60,8 @@ class Viewer:
         self.window = widgets.IntRangeSlider(min=0, max=255, value=(0, 255), description="Window", layout=wide)
         self.points = widgets.Checkbox(value=True, description="points")
         self.boxes = widgets.Checkbox(value=True, description="boxes")
-        self.image, self.text = widgets.Image(format="png"), widgets.HTML()
+        as_drawn = widgets.Layout(width="36em", height="max-content", align_self="flex-start")  # a box would stretch it
+        self.image, self.text = widgets.Image(format="png", layout=as_drawn), widgets.HTML()
         self.study.observe(lambda _: self._open(), "value")
         self.series.observe(lambda _: self._turn(), "value")
         for control in (self.slice, self.window, self.points, self.boxes):

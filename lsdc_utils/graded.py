@@ -40,8 +40,11 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     natural = rows[list(SEVERITIES)].to_numpy()
     rows = rows.assign(grade=natural.argmax(axis=1), confidence=natural.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
-    named = rows.assign(study_id=rows["study_id"].astype(str))
-    rows = rows.join(points_of(named, _read(run, f"points_{block}")), on="row_id")
+    if len(rows):
+        named = rows.assign(study_id=rows["study_id"].astype(str))
+        rows = rows.join(points_of(named, _read(run, f"points_{block}")), on="row_id")
+    else:  # empty tables have no types to be joined by
+        rows = rows.assign(X=np.nan, Y=np.nan, Z=np.nan)
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
     for model, name in PARTS.items():
         own = _read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{name}_")

@@ -125,6 +125,7 @@ def test_the_overview_filters_and_sorts(browser, folder):
     assert page.locator("#studies tbody tr:visible").count() == expected
     assert page.locator("#count").inner_text() == f"{expected} of 12 studies"
     page.click("button[type=reset]")
+    page.get_by_text("12 of 12 studies").wait_for()  # the form is empty only after its event
     assert page.locator("#studies tbody tr:visible").count() == 12
     page.get_by_role("button", name="Least sure").click()
     assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"

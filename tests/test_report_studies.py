@@ -37,6 +37,14 @@ def test_graded_rows_are_those_of_the_run(rows, run_dir):
     assert rows.loc[~rows["own_series"], "source"].eq("prior").all()
 
 
+def test_no_graded_study_is_an_empty_table(run_dir, tmp_path):
+    (tmp_path / "predictions").mkdir()
+    for file in (run_dir / "predictions").glob("*_oof.parquet"):
+        pd.read_parquet(file)[:0].to_parquet(tmp_path / "predictions" / file.name)
+    empty = graded.read_graded(tmp_path, "oof")
+    assert empty.empty and {"X", "grade", "source", "severity", "vit_severe"} <= set(empty)
+
+
 def test_marks_lie_where_the_points_are(rows, run_dir):
     mine, stacks = rows[rows["study_id"] == 2], volume.load_study(run_dir / "slices", 2)
     page = studies.show_study(mine, stacks, {"scs": 14.6}, whole=True)

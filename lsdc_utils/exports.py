@@ -14,11 +14,12 @@ and contrast are taken over; a patient is named by the study's number in the dat
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,10 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-from lsdc_utils import competition
 from lsdc_utils.competition import Competition
 from lsdc_utils.dicom import DicomError, Series, Slice, read_series
 from lsdc_utils.files import git_commit
-from lsdc_utils.graded import BLOCKS, read_graded
-from lsdc_utils.report.studies import SOURCE_NAMES
+from lsdc_utils.graded import BLOCKS, SOURCE_NAMES, read_data, read_graded
 from lsdc_utils.viewer import REACH, SHORT_NAMES
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, SEVERITIES, SEVERITY_NAMES
 
@@ -46,6 +45,9 @@ SCHEME = "99LSDC"  # private codes, where SNOMED CT has none that is known here
 LEGAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){2,}")
 CONTRAST = ("ScanningSequence", "SequenceVariant", "EchoTime", "RepetitionTime", "FlipAngle", "MagneticFieldStrength",
             "SliceThickness", "SpacingBetweenSlices")  # fmt: skip
+
+EMPTY = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID",
+         "ReferringPhysicianName")  # fmt: skip
 
 FINDINGS = {
     "scs": codes.SCT.Stenosis,
@@ -72,6 +74,9 @@ CHANCES = tuple(Code(f"P{k}", SCHEME, f"Probability of {name.lower()}") for k, n
 SOURCES = {name: Code(f"FROM{k}", SCHEME, words) for k, (name, words) in enumerate(SOURCE_NAMES.items())}
 
 
+Counted = Callable[[str], int]  # how many files of the data have a SOP Instance UID
+
+
 class ExportError(ValueError):
     """What cannot be exported, with the run or the study and the reason."""
 
@@ -82,7 +87,8 @@ class Key:
 
     image: Slice
     pixels: np.ndarray | None  # (rows, cols) where the image has to be written anew
-    header: Dataset  # UIDs, class and the patient's stand-in
+    header: Dataset  # UIDs, class and the patient's stand-in; else what the standard wants, empty
+    before: dict[str, str]  # the source's own UIDs
     point: tuple[float, float]
 
 
@@ -102,14 +108,14 @@ def export_studies(
     }
     if not tables:
         raise ExportError(f"the run in {run} has no grades: run it up to 05_ensemble_inference")
-    comp, folder = competition.read(competition.data_dir(run)), Path(out or run / "exports")
+    comp, folder = read_data(run), Path(out or run / "exports")
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
     default = "test" if len(tables.get("test", ())) else "oof"
     asked = [study for study, block in known.items() if block == default] if study_ids is None else list(study_ids)
     if strange := [str(study) for study in asked if study not in known]:
         raise ExportError(f"the run in {run} did not grade {', '.join(strange)}")
     when = datetime.datetime.fromtimestamp((run / "scores.json").stat().st_mtime)
-    seen, lines = Seen(comp), []
+    seen, lines = uid_counter(comp), []
     for number, study in enumerate(sorted(asked), 1):
         rows = tables[known[study]]
         mine = rows[rows["study_id"] == study]
@@ -119,7 +125,7 @@ def export_studies(
     return pd.DataFrame(lines, columns=["study_id", "block", "images_referred", "images_written", "problem"])
 
 
-def _export_study(comp: Competition, seen: Seen, rows: pd.DataFrame, folder: Path, when: datetime.datetime) -> tuple:
+def _export_study(comp: Competition, seen: Counted, rows: pd.DataFrame, folder: Path, when: datetime.datetime) -> tuple:
     """Write one study's folder; its line of the table that is returned."""
     study, block = int(rows["study_id"].iloc[0]), rows["block"].iloc[0]
     beside = folder.with_name(f".writing-{folder.name}")
@@ -144,23 +150,20 @@ def _export_study(comp: Competition, seen: Seen, rows: pd.DataFrame, folder: Pat
 # ---- key images ----------------------------------------------------------------------------------------------------
 
 
-class Seen:
-    """How often each SOP Instance UID occurs in the data; the files are looked through when it is first asked for."""
+def uid_counter(comp: Competition) -> Counted:
+    """Tells how many files of the data have a SOP Instance UID; they are looked through when it is first asked."""
 
-    def __init__(self, comp: Competition):
-        self.comp, self.counts = comp, None
-
-    def unique(self, uid: str) -> bool:
-        """Whether at most one file of the data has this UID."""
-        if self.counts is None:
-            self.counts = Counter(_uid(file) for row in self.comp.series.itertuples() for file in self._files(row))
-        return self.counts[uid] <= 1
-
-    def _files(self, row) -> list[Path]:
-        source = self.comp.source(row.split, row.study_id, row.series_id)
+    def files(row) -> list[Path]:
+        source = comp.source(row.split, row.study_id, row.series_id)
         if not isinstance(source, Path):
             return list(source)
         return sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else []
+
+    @functools.cache
+    def counts() -> Counter:
+        return Counter(_uid(file) for row in comp.series.itertuples() for file in files(row))
+
+    return lambda uid: counts()[uid]
 
 
 def _uid(file: Path) -> str:
@@ -171,7 +174,7 @@ def _uid(file: Path) -> str:
         return ""
 
 
-def find_keys(comp: Competition, seen: Seen, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
+def find_keys(comp: Competition, seen: Counted, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
     """The image nearest to the point of each row that has one, by row id, and what could not be read."""
     study = int(rows["study_id"].iloc[0])
     split = BLOCKS[rows["block"].iloc[0]]
@@ -193,16 +196,18 @@ def find_keys(comp: Competition, seen: Seen, rows: pd.DataFrame) -> tuple[dict[s
     return keys, problems
 
 
-def _key(seen: Seen, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
+def _key(seen: Counted, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
     """One image as it can be referred to: by its own UIDs where they are legal and unique, else by new ones."""
     image, pixels = series.slices[n], series.pixels[n]
     source = pydicom.dcmread(image.file, stop_before_pixels=True)
     header = Dataset()
-    header.PatientID, header.PatientName = str(study), f"Study^{study}"
+    for name in EMPTY:
+        setattr(header, name, "")
+    header.PatientID, header.PatientName, header.Modality = str(study), f"Study^{study}", "MR"
     names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-    own = {name: str(source.get(name, "")) for name in names}
+    own = before = {name: str(source.get(name, "")) for name in names}
     legal = all(LEGAL_UID.fullmatch(uid) and len(uid) <= 64 for uid in own.values())
-    if legal and seen.unique(own["SOPInstanceUID"]):
+    if legal and seen(own["SOPInstanceUID"]) == 1:
         pixels = None
     else:
         place = f"{study}/{series_id}"
@@ -215,7 +220,7 @@ def _key(seen: Seen, study: int, series_id: int, series: Series, n: int, point: 
     for name, uid in own.items():
         setattr(header, name, uid)
     header.Rows, header.Columns = image.shape
-    return Key(image, pixels, header, point)
+    return Key(image, pixels, header, before, point)
 
 
 def new_uid(content: str | bytes) -> str:
@@ -229,16 +234,13 @@ def _write_images(keys: dict[str, Key], folder: Path, when: datetime.datetime) -
     """Write the images that got new UIDs to images/, and the table of what they were."""
     (folder / "images").mkdir()
     lines = []
-    for number, (uid, key) in enumerate(keys.items(), 1):
+    for number, key in enumerate(keys.values(), 1):
         name = f"images/{number}.dcm"
         make_image(key, number, when).save_as(folder / name, enforce_file_format=True)
-        source = pydicom.dcmread(key.image.file, stop_before_pixels=True)
-        before = {f"{word}_before": source.get(word, "") for word in ("StudyInstanceUID", "SeriesInstanceUID")}
-        before |= {"SOPInstanceUID_before": source.get("SOPInstanceUID", "")}
-        after = {"StudyInstanceUID": key.header.StudyInstanceUID, "SeriesInstanceUID": key.header.SeriesInstanceUID}
-        place = "/".join(key.image.file.parts[-3:])
-        lines.append({"image": name, "file": place, "frame": key.image.frame + 1} | before | after)
-        lines[-1]["SOPInstanceUID"] = uid
+        line = {"image": name, "file": "/".join(key.image.file.parts[-3:]), "frame": key.image.frame + 1}
+        for word in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            line |= {f"{word}_before": key.before[word], word: key.header[word].value}
+        lines.append(line)
     pd.DataFrame(lines).to_csv(folder / "uids.csv", index=False)
 
 
@@ -248,12 +250,10 @@ def make_image(key: Key, number: int, when: datetime.datetime) -> Dataset:
     header.update(key.header)
     header.file_meta = FileMetaDataset()
     header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header.Modality, header.Manufacturer = "MR", ""
+    header.Manufacturer = ""
     header.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
     header.BodyPartExamined, header.PatientPosition = "LSPINE", "HFS"
-    for name in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID"):
-        setattr(header, name, "")
-    for name in ("ReferringPhysicianName", "PositionReferenceIndicator", "ScanOptions", "MRAcquisitionType"):
+    for name in ("PositionReferenceIndicator", "ScanOptions", "MRAcquisitionType"):
         setattr(header, name, "")
     for name in ("EchoTime", "RepetitionTime", "EchoTrainLength", "SliceThickness"):
         if name not in header:
@@ -289,7 +289,7 @@ def _set_pixels(header: Dataset, pixels: np.ndarray) -> None:
 
 def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime.datetime) -> sr.ComprehensiveSR:
     """The 25 rows as a structured report by TID 1500: unverified, by a device."""
-    study_uid = next(iter(keys.values())).header.StudyInstanceUID
+    study_uid, version = next(iter(keys.values())).header.StudyInstanceUID, git_commit()
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=new_uid(NAME), name=NAME, manufacturer_name="lsdc_utils", model_name=NOTICE
     )
@@ -297,11 +297,11 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime.datetim
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
         procedure_reported=Code("113091000", "SCT", "Magnetic resonance imaging"),
-        imaging_measurements=[_finding(row, keys.get(row.row_id), study_uid) for row in rows.itertuples()],
+        imaging_measurements=[_finding(row, keys.get(row.row_id), study_uid, version) for row in rows.itertuples()],
         title=codes.DCM.ImagingMeasurementReport,
     )
     report = sr.ComprehensiveSR(
-        evidence=list({key.header.SOPInstanceUID: _evidence(key) for key in keys.values()}.values()),
+        evidence=list({key.header.SOPInstanceUID: key.header for key in keys.values()}.values()),
         content=content[0],
         series_instance_uid=new_uid(f"{study_uid}/report"),
         series_number=1,
@@ -313,32 +313,20 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime.datetim
         is_verified=False,
     )
     report.SeriesDescription = NOTICE
-    report.SoftwareVersions, report.ManufacturerModelName = git_commit(), NAME
+    report.SoftwareVersions, report.ManufacturerModelName = version, NAME
     scheme = Dataset()
     scheme.CodingSchemeDesignator, scheme.CodingSchemeName = SCHEME, f"Private codes of {NAME}"
     scheme.CodingSchemeResponsibleOrganization = "lsdc_utils"
     report.CodingSchemeIdentificationSequence = [scheme]
-    for dataset in (
-        report,
-        *report.ContributingEquipmentSequence,
-    ):  # the same grades give the same file
+    # Not the time of the export, so that the same grades give the same file.
+    for dataset in (report, *report.ContributingEquipmentSequence):
         for element in dataset:
             if element.value and element.VR in ("DA", "TM", "DT"):
                 element.value = when.strftime({"DA": "%Y%m%d", "TM": "%H%M%S", "DT": "%Y%m%d%H%M%S"}[element.VR])
     return report
 
 
-def _evidence(key: Key) -> Dataset:
-    """What the report says of an image's study and patient."""
-    header = Dataset()
-    header.update(key.header)
-    for name in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID"):
-        setattr(header, name, "")
-    header.ReferringPhysicianName, header.Modality = "", "MR"
-    return header
-
-
-def _finding(row, key: Key | None, study_uid: str) -> sr.MeasurementsAndQualitativeEvaluations:
+def _finding(row, key: Key | None, study_uid: str, version: str) -> sr.MeasurementsAndQualitativeEvaluations:
     """One row: site, level and side, its grade, three probabilities, where it came from, and its point."""
     name = f"{LEVEL_NAMES[LEVELS.index(row.level)]} {SHORT_NAMES[row.condition]}"
     chances = (getattr(row, severity) for severity in SEVERITIES)
@@ -348,7 +336,7 @@ def _finding(row, key: Key | None, study_uid: str) -> sr.MeasurementsAndQualitat
         "finding_sites": [
             sr.FindingSite(SITES[row.group], SIDE_CODES[row.side], topographical_modifier=LEVEL_CODES[row.level])
         ],
-        "algorithm_id": sr.AlgorithmIdentification(NAME, version=git_commit()),
+        "algorithm_id": sr.AlgorithmIdentification(NAME, version=version),
         "measurements": [
             sr.Measurement(name=code, value=round(float(chance), 6), unit=codes.UCUM.NoUnits)
             for code, chance in zip(CHANCES, chances, strict=True)

@@ -6,6 +6,7 @@ shown beside the grades.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ from lsdc_utils.evaluation import points_of
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, MISSING, SEVERITIES, parse_row_id
 
 BLOCKS = {"oof": "train", "test": "test"}  # block of the scores -> the split its studies come from
+SOURCE_NAMES = {  # values of the column `source`, in words
+    "yolo+vit3d": "detector and ViT",
+    "yolo": "detector alone",
+    "vit3d": "ViT alone",
+    "expectation": "expected from the study's other rows",
+    "prior": "prior: no model had evidence",
+}
 PARTS = {"yolo": "detector", "vit3d": "vit"}  # models whose own probabilities stand beside the ensemble's
 
 
@@ -68,10 +76,16 @@ def _labels(run: Path, block: str) -> dict[str, int]:
     return dict(zip(table["row_id"], table["severity"].astype(int), strict=True))
 
 
-def study_reader(run_dir: str | Path, block: str):
+def read_data(run_dir: str | Path) -> competition.Competition:
+    """The data that a run was made from, without what the run was told to leave out."""
+    told = Path(run_dir) / "tables" / "exclude.csv"
+    return competition.read(competition.data_dir(run_dir), told if told.is_file() else "")
+
+
+def study_reader(run_dir: str | Path, block: str) -> Callable[[int], list[volume.Stack]]:
     """A function that gives a study's stacks by its id: those that 02 kept, or a test study's, read from its files."""
     run = Path(run_dir)
     if block == "oof":
         return lambda study_id: volume.load_study(run / "slices", study_id)
-    comp = competition.read(competition.data_dir(run))
+    comp = read_data(run)
     return lambda study_id: volume.read_study(comp, "test", study_id)[0]

@@ -25,9 +25,8 @@ from lsdc_utils import figures
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SERIES_TYPES, SEVERITY_NAMES, Group
 from lsdc_utils.volume import Stack
 
-REACH = 6.0  # mm off a slice's plane that a point may lie to be drawn on it
+REACH = 6.0  # mm off a slice that a point may lie to be drawn on it
 RUN_MARK = "LSDC_RUN"  # in the environment of every process of ./run_all.sh: there nobody clicks
-BOX_MM = 14.6  # side of a box, where a group has none of its own
 
 SHORT_NAMES = {
     name: f"{condition.side.capitalize()} {GROUPS[condition.group].score}" if condition.side else "Spinal canal"
@@ -112,7 +111,7 @@ class Viewer:
         places, grades = near[list("XYZ")].to_numpy(float), near["grade"].to_numpy()
         boxes = None
         if self.boxes.value and len(near):
-            half = near["group"].map(self.boxes_mm).fillna(BOX_MM).to_numpy(float)[:, None] / 2
+            half = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None] / 2
             middle, half = figures.to_pixels(stack.affines[k], places)[:, :2], half / figures.spacing(stack.affines[k])
             boxes = np.hstack([middle - half, middle + half])
         figure = Figure(figsize=(6, 6), layout="constrained")
@@ -182,9 +181,13 @@ def draw_still(stacks: list[Stack], rows: pd.DataFrame, title: str = "") -> Figu
 
 
 def distances(stack: Stack, rows: pd.DataFrame) -> np.ndarray:
-    """Distance in mm of each row's point from the plane of each slice: (slices, rows)."""
+    """Distance in mm of each row's point from each slice: (slices, rows); outside an image it is that much farther."""
     places = rows[list("XYZ")].to_numpy(float).reshape(-1, 3)
-    return np.abs(np.array([figures.to_pixels(affine, places)[:, 2] for affine in stack.affines]))
+    local = np.array([figures.to_pixels(affine, places) for affine in stack.affines])  # (slices, rows, 3)
+    last = stack.shapes[:, None, ::-1] - 1.0  # x and y of the last pixel
+    outside = np.maximum(np.maximum(-local[..., :2], local[..., :2] - last), 0.0)
+    outside *= np.array([figures.spacing(affine) for affine in stack.affines])[:, None]
+    return np.hypot(local[..., 2], np.linalg.norm(outside, axis=-1))
 
 
 def worst_slice(stacks: list[Stack], rows: pd.DataFrame) -> tuple[int, int, int] | None:

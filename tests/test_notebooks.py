@@ -49,6 +49,7 @@ def test_the_start_page_leads_to_every_notebook_and_lists_the_runs(tmp_path: Pat
     notebook = read(START)
     links = re.findall(r"\]\((\w+\.ipynb)\)", notebook.cells[0].source)
     assert links == [file.name for file in NOTEBOOKS]
+    assert parameters_source(START).startswith("outputs_dir: str")
     scores = {"oof": {"scores": {"ensemble": {"total": 0.4321}}}, "test": None}
     for folder, expected in ((tmp_path / "none", "none yet"), (tmp_path / "some", "0.4321")):
         (folder / "notebooks").mkdir(parents=True)
@@ -56,7 +57,7 @@ def test_the_start_page_leads_to_every_notebook_and_lists_the_runs(tmp_path: Pat
         if folder.name == "some":
             (folder / "outputs/one/scores.json").write_text(json.dumps(scores))
         done = NotebookClient(copy.deepcopy(notebook), resources={"metadata": {"path": folder / "notebooks"}}).execute()
-        assert expected in str(done.cells[1].outputs)
+        assert expected in str(done.cells[-1].outputs)
 
 
 @each_notebook

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from report_run import make_rows, write_images
 
-from lsdc_utils import figures, graded, viewer, volume
+from lsdc_utils import figures, graded, runner, viewer, volume
 from lsdc_utils.vocabulary import SERIES_TYPES
 
 
@@ -102,6 +102,21 @@ def test_a_run_shows_a_still_picture_alone(read, rows, monkeypatch):
         assert coloured(base64.b64decode(bundle["image/png"])) > 100 and metadata["image/png"]["alt"].startswith(
             "Study"
         )
+
+
+def test_a_point_outside_an_image_is_not_on_it(read, rows):
+    [stack] = [stack for stack in read(1) if stack.series_type == SERIES_TYPES[2]]
+    mine = rows[rows["study_id"] == 1].head(1).assign(X=0.0, Y=0.0, Z=0.0)
+    height, width = stack.shapes[0]
+    corner = stack.affines[0] @ [width - 1.0, height - 1.0, 0.0, 1.0]
+    right = mine.assign(X=corner[0] + 25.0, Y=corner[1], Z=corner[2])
+    assert viewer.distances(stack, right)[0, 0] == pytest.approx(25.0)
+    assert viewer.distances(stack, mine.assign(X=corner[0], Y=corner[1], Z=corner[2]))[0, 0] == pytest.approx(0.0)
+    assert viewer.worst_slice([stack], right) is None
+
+
+def test_a_run_is_marked_as_the_runner_marks_it():
+    assert viewer.RUN_MARK == runner.RUN_MARK
 
 
 def test_no_study_is_no_viewer(read, rows, capsys):

@@ -31,7 +31,7 @@ from traitlets.config import Config
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
-from lsdc_utils.graded import read_graded, study_reader
+from lsdc_utils.graded import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import studies
 from lsdc_utils.report.pictures import Picture
 from lsdc_utils.report.run import (
@@ -193,7 +193,7 @@ def _write_studies(folder: Path, frame: dict[str, Any], graded: pd.DataFrame, co
     heads = ["Study", *(SHORT_NAMES[name] for name in studies.GRID), "Moderate", "Severe", "Least sure"]
     context = {
         "lines": lines,
-        "whole": whole,
+        "whole": {study: (studies.page_of(study), reason) for study, reason in whole.items()},
         "blocks": graded["block"].unique().tolist(),
         "heads": heads + (["Agreement", "Loss"] if len(losses) else []),
         "labelled": bool(len(losses)),
@@ -220,7 +220,7 @@ def _write_study(folder: Path, frame: dict[str, Any], study: studies.StudyPage, 
         "short": SHORT_NAMES,
         "titles": dict(zip(LEVELS, LEVEL_NAMES, strict=True)),
         "severities": GRADE_NAMES,
-        "sources": studies.SOURCE_NAMES,
+        "sources": SOURCE_NAMES,
     }
     script = "study.js" if study.viewers else ""
     around = (before, after)

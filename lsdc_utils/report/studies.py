@@ -17,7 +17,7 @@ from PIL import Image
 
 from lsdc_utils import figures
 from lsdc_utils.metric import WEIGHTS, weight_rows
-from lsdc_utils.viewer import REACH, distances, row_words
+from lsdc_utils.viewer import REACH, distances, row_words, worst_slice
 from lsdc_utils.vocabulary import (
     GROUPS,
     LEVEL_NAMES,
@@ -36,13 +36,6 @@ GRID = (
     "left_neural_foraminal_narrowing",
     "left_subarticular_stenosis",
 )
-SOURCE_NAMES = {
-    "yolo+vit3d": "detector and ViT",
-    "yolo": "detector alone",
-    "vit3d": "ViT alone",
-    "expectation": "expected from the study's other rows",
-    "prior": "prior: no model had evidence",
-}
 KEY_WIDTH = 80.0  # mm of a slice that is shown round a finding
 LARGEST = 384  # pixels of a side of an image; more is scaled down
 QUALITY = {"key": 48, "series": 42}  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
@@ -94,45 +87,30 @@ class StudyPage:
     @property
     def page(self) -> str:
         """File name in the report's folder."""
-        return f"study_{self.study_id}.html"
+        return page_of(self.study_id)
 
 
-def show_study(
-    rows: pd.DataFrame, stacks: list[Stack], boxes_mm: dict[str, float], whole: bool, every: bool = False
-) -> StudyPage:
-    """A study's page: a key slice for each finding that has a point, and the series to scroll where it is `whole`.
+def page_of(study_id: int) -> str:
+    """File name of a study's page in the report's folder."""
+    return f"study_{study_id}.html"
+
+
+def show_study(rows: pd.DataFrame, stacks: list[Stack], boxes_mm: dict[str, float], whole: bool) -> StudyPage:
+    """A study's page: a key slice for each finding that has one, and the series to scroll where it is `whole`.
 
     rows: the study's lines of `graded.read_graded`; boxes_mm: side of the detectors' boxes by group (nfn, scs, ss).
-    Findings are rows that are graded moderate or severe; `every` row gets a key slice where asked for.
+    Findings are rows that are graded moderate or severe; the key slice is the one nearest to the detected point.
     """
     series = [stack for kind in SERIES_TYPES for stack in stacks if stack.series_type == kind]
     keys = {}
-    for row in rows[(rows["grade"] > 0) | every].itertuples():
-        found = _nearest(series, GROUPS[row.group].series_type, np.array([row.X, row.Y, row.Z]))
+    for row in rows[rows["grade"] > 0].dropna(subset=["X"]).itertuples():
+        own = [k for k, stack in enumerate(series) if stack.series_type == GROUPS[row.group].series_type]
+        found = worst_slice([series[k] for k in own], rows[rows["row_id"] == row.row_id])
         if found:
-            k, n = found
-            keys[row.row_id] = (_key_film(series[k], n, row, boxes_mm), f"series{k}", n)
+            _, n, place = found
+            keys[row.row_id] = (_key_film(series[own[place]], n, row, boxes_mm), f"series{own[place]}", n)
     viewers = [_viewer(f"series{k}", stack, rows, boxes_mm) for k, stack in enumerate(series)] if whole else []
     return StudyPage(int(rows["study_id"].iloc[0]), rows, keys, viewers)
-
-
-def _nearest(series: list[Stack], series_type: str, place: np.ndarray) -> tuple[int, int] | None:
-    """Numbers of a series of the type and of its slice on which a place (3,) in LPS mm lies; None without either."""
-    best = None
-    for k, stack in enumerate(series):
-        if stack.series_type != series_type or np.isnan(place).any():
-            continue
-        local = _local(stack, place[None])[:, 0]
-        beyond = np.maximum(np.maximum(-local[:, :2], local[:, :2] - stack.shapes[:, ::-1]), 0).max(axis=1)
-        off = np.abs(local[:, 2]) + 1e3 * (beyond > 0)
-        if best is None or off.min() < best[0]:
-            best = off.min(), (k, int(off.argmin()))
-    return best[1] if best else None
-
-
-def _local(stack: Stack, places: np.ndarray) -> np.ndarray:
-    """Places (m, 3) in LPS mm as column, row and mm off the plane of each slice: (n, m, 3)."""
-    return np.stack([figures.to_pixels(affine, places) for affine in stack.affines])
 
 
 def _key_film(stack: Stack, n: int, row, boxes_mm: dict[str, float]) -> Film:
@@ -142,7 +120,6 @@ def _key_film(stack: Stack, n: int, row, boxes_mm: dict[str, float]) -> Film:
     reach = KEY_WIDTH / 2 / np.array(figures.spacing(stack.affines[n]))
     x0, y0 = np.maximum(np.floor(middle - reach), 0).astype(int)
     x1, y1 = np.minimum(np.ceil(middle + reach) + 1, stack.shapes[n][::-1]).astype(int)
-    x0, y0 = min(x0, x1 - 1), min(y0, y1 - 1)
     words = row_words(row)
     alt = f"{stack.series_type}, slice {n + 1} of {len(stack.pixels)}, round {words}"
     return _film(stack, n, (x0, y0, x1, y1), [(row, words)], boxes_mm, alt, QUALITY["key"])
@@ -235,7 +212,7 @@ def _line(study_id: int, mine: pd.DataFrame, loss: float | None) -> dict:
     ]
     return {
         "study_id": study_id,
-        "page": f"study_{study_id}.html",
+        "page": page_of(study_id),
         "block": mine["block"].iloc[0],
         "cells": cells,
         "moderate": int((mine["grade"] == 1).sum()),

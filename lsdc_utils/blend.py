@@ -391,10 +391,10 @@ def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> 
 
 def _log_ratios(tables: Tables, prior: pd.DataFrame) -> dict[str, np.ndarray]:
     """The log prior, and for each model log(p / prior) (n, 3): 0 where the model gives no row."""
-    log_prior = np.log(np.maximum(prior[PROBABILITIES].to_numpy(), SMALLEST))
+    log_prior = np.log(np.maximum(prior[PROBABILITIES].to_numpy(float), SMALLEST))
     logs = {"prior": log_prior}
     for model, table in tables.items():
-        natural = np.log(np.maximum(_aligned(table, prior), SMALLEST))  # NaN stays NaN
+        natural = np.log(np.maximum(_aligned(table, prior).astype(float), SMALLEST))  # NaN stays NaN
         logs[model] = np.where(np.isnan(natural), 0.0, natural - log_prior)
     return logs
 

@@ -40,19 +40,17 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     run = Path(run_dir)
     rows = _read(run, f"ensemble_{block}")
     keys = [(int(study), condition, level) for study, condition, level in map(parse_row_id, rows["row_id"])]
-    keys = pd.DataFrame(keys, columns=["study_id", "condition", "level"])
+    kinds = {"study_id": int, "condition": str, "level": str}  # of a table without rows too
+    keys = pd.DataFrame(keys, columns=list(kinds)).astype(kinds)
     rows = pd.concat([rows[["row_id"]], keys, rows[list(SEVERITIES)]], axis=1)
     rows.insert(2, "block", block)
-    rows.insert(5, "side", [CONDITIONS[name].side or "" for name in rows["condition"]])
-    rows.insert(6, "group", [CONDITIONS[name].group for name in rows["condition"]])
+    rows.insert(5, "side", rows["condition"].map({name: c.side or "" for name, c in CONDITIONS.items()}).astype(str))
+    rows.insert(6, "group", rows["condition"].map({name: c.group for name, c in CONDITIONS.items()}).astype(str))
     natural = rows[list(SEVERITIES)].to_numpy()
     rows = rows.assign(grade=natural.argmax(axis=1), confidence=natural.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
-    if len(rows):
-        named = rows.assign(study_id=rows["study_id"].astype(str))
-        rows = rows.join(points_of(named, _read(run, f"points_{block}")), on="row_id")
-    else:  # empty tables have no types to be joined by
-        rows = rows.assign(X=np.nan, Y=np.nan, Z=np.nan)
+    named = rows.assign(study_id=rows["study_id"].astype(str))
+    rows = rows.join(points_of(named, _read(run, f"points_{block}")), on="row_id")
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
     for model, name in PARTS.items():
         own = _read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{name}_")

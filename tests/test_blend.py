@@ -67,6 +67,13 @@ def test_a_missing_row_is_the_prior_with_the_group_s_bias_at_most(world):
     assert np.allclose(rows[list(SEVERITIES)].sum(axis=1), 1)
 
 
+def test_no_rows_blend_to_no_rows():
+    empty = pd.DataFrame(columns=["row_id", *SEVERITIES])  # of a run without test studies: columns have no type
+    given = {"yolo": empty, "vit3d": empty}
+    rows = blend.apply_blend(blend.equal_blend(["yolo", "vit3d"]), given, empty)
+    assert rows.empty and list(rows) == ["row_id", *SEVERITIES]
+
+
 def test_cross_fitting_does_not_see_the_row_it_blends(world):
     labels, truth, _, _ = world
     prior = metric.prior_out_of_fold(labels)

@@ -10,13 +10,14 @@ Everything is in patient millimetres (LPS) once a detection has left its image.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ import torch
 import yaml
 from scipy.optimize import minimize_scalar
 
+from lsdc_utils.checkpoint import Checkpoint, fingerprint, restore_optimizer
 from lsdc_utils.files import atomic, git_commit, write_json
 from lsdc_utils.metric import WEIGHTS
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, SIDES, row_id
@@ -487,20 +489,24 @@ class Training:
 
 
 class WeightedSampler(torch.utils.data.Sampler):
-    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance."""
+    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance.
+
+    Its order is a matter of seed and `epoch`, which whoever trains counts up.
+    """
 
     def __init__(self, weights: np.ndarray, seed: int) -> None:
         self.weights = np.asarray(weights, dtype=float)
-        self.rng = np.random.default_rng(seed)
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return max(int(np.floor(self.weights.sum() + 1e-6)), 1)
 
     def __iter__(self) -> Iterable[int]:
-        order = self.rng.permutation(len(self.weights))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.weights))
         ends = np.cumsum(self.weights[order])
-        drawn = np.searchsorted(ends, (np.arange(len(self)) + self.rng.random()) * ends[-1] / len(self), side="right")
-        return iter(self.rng.permutation(order[np.minimum(drawn, len(order) - 1)]).tolist())
+        drawn = np.searchsorted(ends, (np.arange(len(self)) + rng.random()) * ends[-1] / len(self), side="right")
+        return iter(rng.permutation(order[np.minimum(drawn, len(order) - 1)]).tolist())
 
 
 def train(
@@ -515,15 +521,18 @@ def train(
 
     `shown`: file and weight of each image, as `training_images` gives them.
     `held_out`: images to validate on after each epoch (none: no validation, which costs as much as training here).
-    `work`: a folder for ultralytics' files, removed at the end. The weights of the last epoch are returned: nothing is
-    chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
+    `work`: a folder for ultralytics' files and for the checkpoint of the last whole epoch, from which the same training
+    goes on when it is begun again; `checkpoint.forget` it once the weights are saved. The weights of the last epoch are
+    returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
     if not training.model.endswith(".yaml") and not Path(training.model).is_file():
         raise DetectorError(
             f"pretrained weights {training.model!r} are not there (looked from {Path.cwd()}). Nothing is downloaded: "
             "get the file from the releases of ultralytics' assets, and give its path as yolo_model"
         )
-    work, folder = Path(work).resolve(), Path(folder).resolve()
+    folder = Path(folder).resolve()
+    checkpoint = Checkpoint(Path(work).resolve(), _training_key(folder, shown, config, training, held_out))
+    work = checkpoint.folder / "ultralytics"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     quiet_ultralytics(work / "config")
@@ -535,18 +544,38 @@ def train(
     sampler = WeightedSampler(shown["weight"].to_numpy(), training.seed)
     trainer = DetectionTrainer(overrides=_overrides(training, config, data, len(sampler), bool(held_out)))
     _sample_by(trainer, sampler)
-    history: list[dict[str, float]] = []
+    kept = checkpoint.load()
+    history: list[dict[str, float]] = kept["history"] if kept else []
     box = pd.read_csv(folder / "boxes.csv")[["width", "height"]].median().to_numpy() * config.size[::-1]
-    trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(shown), box))
-    trainer.add_callback("on_fit_epoch_end", lambda t: history.append(_tell_epoch(t, history)))
+    trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(shown), box, kept))
+    trainer.add_callback("on_train_epoch_start", lambda t: _begin_epoch(t, sampler, training.seed))
+    trainer.add_callback("on_fit_epoch_end", lambda t: _end_epoch(t, history, checkpoint))
     trainer.save_model = lambda: False  # we keep the last epoch's EMA ourselves
     trainer.final_eval = lambda: None
     if not held_out:
         trainer.validate = lambda: ({}, 0.0)
-    trainer.train()
+    with contextlib.suppress(_Trained):
+        trainer.train()
     shutil.rmtree(work)
     model = trainer.ema.ema.eval().cpu().to(memory_format=torch.contiguous_format)
-    return model, pd.DataFrame(history).drop(columns="started")
+    return model, pd.DataFrame(history)
+
+
+def _training_key(
+    folder: Path, shown: pd.DataFrame, config: Config, training: Training, held_out: Sequence[str]
+) -> str:
+    """Fingerprint of a training: settings, images as they lie on disk, versions and this module."""
+    files = [folder / "boxes.csv", *(folder / file for file in shown["file"])]
+    if not training.model.endswith(".yaml"):
+        files.append(Path(training.model))
+    stats = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    about = [asdict(training), asdict(config), list(shown["file"]), stats, list(held_out)]
+    versions = [torch.__version__, version("ultralytics"), torch.cuda.is_available()]
+    return fingerprint(about, shown["weight"].to_numpy(), versions, Path(__file__).read_bytes())
+
+
+class _Trained(Exception):
+    """The checkpoint holds the last epoch: there is nothing left to train."""
 
 
 def _overrides(training: Training, config: Config, data: Path, images: int, validate: bool) -> dict[str, Any]:
@@ -575,16 +604,20 @@ def _sample_by(trainer: Any, sampler: WeightedSampler) -> None:
         if mode != "train":
             return loader
         dataset, workers = loader.dataset, loader.num_workers
+        # New workers each epoch: what they draw is then a matter of its seed, not of the epochs before.
         return torch.utils.data.DataLoader(
             dataset, batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=workers,
-            pin_memory=loader.pin_memory, persistent_workers=workers > 0, worker_init_fn=loader.worker_init_fn,
+            pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn, generator=torch.Generator(),
         )  # fmt: skip
 
     trainer.get_dataloader = get_dataloader
 
 
-def _begin(trainer: Any, training: Training, config: Config, images: int, box: np.ndarray) -> None:
-    """What has to be set once ultralytics has set itself up. box: usual width and height in input pixels."""
+def _begin(
+    trainer: Any, training: Training, config: Config, images: int, box: np.ndarray, kept: dict[str, Any] | None
+) -> None:
+    """What has to be set once ultralytics has set itself up. box: usual width and height in input pixels; kept: the
+    state after the last whole epoch of this training, which then goes on."""
     torch.set_num_threads(training.threads)  # which ultralytics changes, and their number changes the weights
     got = len(trainer.train_loader.dataset)
     if got != images:  # it drops what it calls corrupt with a warning only
@@ -597,6 +630,54 @@ def _begin(trainer: Any, training: Training, config: Config, images: int, box: n
         model.to(memory_format=torch.channels_last)
     for group in trainer.optimizer.param_groups:
         group.update(fused=True, foreach=False)
+    if kept:
+        _restore(trainer, kept)
+
+
+def _begin_epoch(trainer: Any, sampler: WeightedSampler, seed: int) -> None:
+    """Let an epoch depend on its number and the weights alone, so that it is the same after a stop."""
+    here = int(np.random.SeedSequence([seed, trainer.epoch]).generate_state(1)[0])
+    random.seed(here)
+    np.random.seed(here)
+    torch.manual_seed(here)
+    trainer.train_loader.generator.manual_seed(here)
+    sampler.epoch = trainer.epoch
+
+
+def _end_epoch(trainer: Any, history: list[dict[str, float]], checkpoint: Checkpoint) -> None:
+    """Tell about an epoch and keep where the training stands.
+
+    ultralytics' own checkpoint halves the precision of weights and optimiser and knows of no random state; a training
+    that goes on from it ends elsewhere.
+    """
+    history.append(_tell_epoch(trainer))
+    checkpoint.save(
+        {
+            "model": trainer.model.state_dict(),
+            "ema": trainer.ema.ema.state_dict(),
+            "ema_updates": trainer.ema.updates,
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "history": history,
+        }
+    )
+
+
+def _restore(trainer: Any, kept: dict[str, Any]) -> None:
+    """Set a trainer, already set up, to where `_end_epoch` left it; `_Trained` where that was the end."""
+    trainer.model.load_state_dict(kept["model"])
+    trainer.ema.ema.load_state_dict(kept["ema"])
+    trainer.ema.updates = kept["ema_updates"]
+    restore_optimizer(trainer.optimizer, kept["optimizer"])
+    trainer.scaler.load_state_dict(kept["scaler"])
+    trainer.start_epoch = len(kept["history"])
+    trainer.scheduler.last_epoch = trainer.start_epoch - 1
+    trainer.model.criterion = trainer.model.init_criterion()
+    for _ in range(trainer.start_epoch):  # the weights of its two heads change with the epochs
+        trainer.model.criterion.update()
+    print(f"goes on after epoch {trainer.start_epoch}/{trainer.epochs}", flush=True)
+    if trainer.start_epoch >= trainer.epochs:
+        raise _Trained
 
 
 def _data_file(folder: Path, work: Path, files: Sequence[str], held_out: Sequence[str], config: Config) -> Path:
@@ -640,16 +721,14 @@ def _quicken_norms(model: torch.nn.Module) -> None:
             module.momentum = 0.1
 
 
-def _tell_epoch(trainer: Any, history: list[dict[str, float]]) -> dict[str, float]:
-    """Print a line and return the epoch's figures; `started` is the wall clock at its end."""
-    now = time.time()
+def _tell_epoch(trainer: Any) -> dict[str, float]:
+    """Print a line and return the epoch's figures."""
     line = {
         "epoch": trainer.epoch + 1,
-        "seconds": now - (history[-1]["started"] if history else trainer.train_time_start),
+        "seconds": trainer.epoch_time,
         "lr": trainer.optimizer.param_groups[0]["lr"],
         **{name: float(value) for name, value in trainer.tloss.items()},
         **{name: float(value) for name, value in trainer.metrics.items() if trainer.args.val and "mAP" in name},
-        "started": now,
     }
     parts = " ".join(f"{name.removesuffix('_loss')} {line[name]:.3f}" for name in trainer.tloss)
     print(f"epoch {line['epoch']}/{trainer.epochs} loss {parts} ({line['seconds']:.1f} s)", flush=True)

@@ -213,24 +213,26 @@ def source_hash(notebook: str) -> str:
 
 
 @contextlib.contextmanager
-def own_gpu(run_dir: Path) -> Iterator[None]:
-    """Hold one of several visible GPUs for this process, as CUDA_VISIBLE_DEVICES; with one or none nothing is to do."""
+def own_gpus(run_dir: Path, count: int) -> Iterator[None]:
+    """Hold `count` of the visible GPUs for this process, as CUDA_VISIBLE_DEVICES; there is nothing to do where it may
+    use all."""
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if len(devices) < 2:
+    if len(devices) <= count:
         yield
         return
-    with contextlib.ExitStack() as held:
-        while True:
+    while True:
+        with contextlib.ExitStack() as held:
+            mine = []
             for device in devices:
-                lock = (run_dir / "logs" / f".gpu-{socket.gethostname()}-{device}").open("w")
+                lock = held.enter_context((run_dir / "logs" / f".gpu-{socket.gethostname()}-{device}").open("w"))
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-                    held.callback(lock.close)
-                    os.environ["CUDA_VISIBLE_DEVICES"] = device
+                    mine.append(device)
+                if len(mine) == count:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
                     yield
                     return
-                lock.close()
-            time.sleep(1)
+        time.sleep(1)
 
 
 def set_environment(parameters: dict[str, Any]) -> None:
@@ -279,13 +281,14 @@ def execute(run_dir: Path, step: Step) -> None:
     import papermill  # takes a second, which the Snakefile and the command line need not wait
 
     parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
+    gpus = parameters.get("vit_processes", 1)
     set_environment(parameters)
     executed = run_dir / "logs" / f"{step.name}.ipynb"
     done = run_dir / "notebooks" / executed.name
     for file in (executed, done):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpu(run_dir):
+    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpus(run_dir, gpus):
         try:
             notebook = papermill.execute_notebook(
                 NOTEBOOKS / f"{step.notebook}.ipynb",

@@ -17,11 +17,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,27 +95,6 @@ class VitConfig:
     def step(self) -> int:
         """Pixels or voxels from one patch to the next."""
         return self.patch if self.input == "study_grid" else 2 * self.patch
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a network is fitted. Nothing is chosen on held-out studies: the last epoch's averaged weights count."""
-
-    epochs: int = 24
-    batch: int = 2  # studies
-    lr: float = 1e-3
-    weight_decay: float = 1.5
-    warmup: float = 0.1  # share of the steps
-    ema: float = 0.98  # decay of the averaged weights a step
-    jitter: tuple[float, float, float] = (2.3, 1.6, 1.6)  # mm, sd of a level's shift to the left, posterior and head
-    rotation: float = 0.08  # radians, sd of the turn of a slot's slices in their plane
-    scale: float = 0.06  # sd of the logarithm of their size
-    intensity: float = 0.15  # sd of contrast and of brightness, a series
-    drop_series: float = 0.05  # share of series blanked
-    encoder_weights: str = ""  # file that a pretrained encoder begins with; "" = at random
-    encoder_rate: float = 1.0  # learning rate of the encoder as a share of lr
-    seed: int = 52
-    threads: int = 1
 
 
 class Vit3d(nn.Module):
@@ -475,7 +453,7 @@ def shown(inputs: np.ndarray, level: int, config: VitConfig) -> Iterator[tuple[s
         yield kind, images[0][level, nearest], float(images[1][level, nearest]), extent
 
 
-# ---- augmentation and views ----------------------------------------------------------------------------------------
+# ---- views -------------------------------------------------------------------------------------------------------
 
 Seen = tuple[torch.Tensor, ...]  # what the network is called with: images and places, or grids
 
@@ -517,45 +495,6 @@ def cut(
     )
 
 
-def augment(
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    config: VitConfig,
-    training: Training,
-    rng: np.random.Generator,
-    device: torch.device | str = "cpu",
-) -> tuple[Seen, np.ndarray, np.ndarray]:
-    """A training batch: shifted and turned squares, or mirrored studies; contrast and brightness; series left out.
-
-    Returns what the network sees, the labels, and for each study the order (B, 25) in which its columns and weights are
-    to be taken: for a mirrored study left and right are exchanged.
-    """
-    n = len(inputs)
-    order = np.tile(np.arange(len(COLUMNS)), (n, 1))
-    gain, gamma = np.exp(rng.normal(0, training.intensity, (2, n, len(SERIES_TYPES))))
-    kept = rng.random((n, len(SERIES_TYPES))) >= training.drop_series
-    if config.input == "study_grid":
-        turned = rng.random(n) < 0.5
-        grids = np.where(turned[:, None, None, None, None], inputs[:, :, ::-1], inputs)
-        order[turned] = MIRROR
-        images = _vary(torch.from_numpy(grids).to(device).float(), gain * kept, gamma)
-        return (images,), np.take_along_axis(labels, order, axis=1), order
-    shifts = rng.normal(0, 1, (n, len(LEVELS), 3)).clip(-2.5, 2.5) * training.jitter
-    slots = (n, len(LEVELS), len(volume.SLOTS))
-    turns = np.stack([rng.normal(0, training.rotation, slots), np.exp(rng.normal(0, training.scale, slots))], axis=-1)
-    images, places = cut(inputs, config, shifts, turns, device)
-    kinds = np.repeat(KINDS, config.slices)
-    images = _vary(images.transpose(1, 2), gain[:, kinds], gamma[:, kinds]).transpose(1, 2)
-    gone = torch.from_numpy(~kept[:, kinds]).to(device)[:, None].expand_as(places)
-    return (images, places.masked_fill(gone, math.nan)), labels, order
-
-
-def _vary(images: torch.Tensor, gain: np.ndarray, gamma: np.ndarray) -> torch.Tensor:
-    """Grey values (n, k, a, b, c) raised to `gamma` (n, k) as shares of 255, times `gain` (n, k)."""
-    gain, gamma = (torch.from_numpy(x).float().to(images.device)[:, :, None, None, None] for x in (gain, gamma))
-    return (images / 255).clamp(min=1e-6).pow(gamma) * gain * 255
-
-
 def views(
     inputs: np.ndarray, config: VitConfig, count: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Seen, list[int]]]:
@@ -574,92 +513,12 @@ def views(
         yield cut(inputs, config, np.broadcast_to(shift, (len(inputs), len(LEVELS), 3)), device=device), same
 
 
-# ---- fitting -------------------------------------------------------------------------------------------------------
+# ---- predicting ----------------------------------------------------------------------------------------------------
 
 
 def choose_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fit(
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    config: VitConfig,
-    training: Training,
-    held_out: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[Vit3d, pd.DataFrame]:
-    """Train on inputs (n, ...) of `make_inputs` and labels (n, 25); the averaged weights of the last epoch, and curves.
-
-    held_out: inputs and labels that are looked at a few times for the curves, and never used to choose anything.
-    The curves hold epoch, loss (the score's mean over its three groups of rows), held_out_loss (NaN where not looked),
-    seconds. Prints one line an epoch. The same seed and threads give the same weights on the same CPU.
-    """
-    torch.set_num_threads(training.threads)
-    torch.manual_seed(training.seed)
-    device = choose_device()
-    model = Vit3d(config, training.encoder_weights)
-    model.start_at_prior(labels)
-    model.to(device)
-    averaged = ModelEmaV3(model, decay=training.ema, use_warmup=True, warmup_power=0.8)
-    optimizer = _optimizer(model, training)
-    steps = math.ceil(len(inputs) / training.batch) * training.epochs
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _speed(step, steps, training.warmup))
-    scaler = torch.amp.GradScaler(enabled=device.type == "cuda")
-    weights = row_weights(labels)
-    look = max(1, training.epochs // 5)
-    curves = []
-    for epoch in range(1, training.epochs + 1):
-        began = time.monotonic()
-        rng = np.random.default_rng([training.seed, epoch])
-        total = 0.0
-        model.train()
-        for batch in np.array_split(rng.permutation(len(inputs)), steps // training.epochs):
-            seen, truth, order = augment(inputs[batch], labels[batch], config, training, rng, device)
-            weight = torch.from_numpy(np.take_along_axis(weights[batch], order, axis=1)).to(device)
-            with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
-                answer = model(*seen)
-            loss = (row_losses(answer, torch.from_numpy(truth).to(device)) * weight).sum(1).mean()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step()
-            averaged.update(model)
-            total += float(loss.detach()) * len(batch)
-        checked = math.nan
-        if held_out is not None and (epoch % look == 0 or epoch == training.epochs):
-            checked = loss_of(averaged.module, *held_out, training.batch)
-        curves.append((epoch, total / len(inputs), checked, time.monotonic() - began))
-        told = "" if math.isnan(checked) else f" held out {checked:.3f}"
-        print(f"epoch {epoch}/{training.epochs} loss {curves[-1][1]:.3f}{told} ({curves[-1][3]:.1f} s)", flush=True)
-    return averaged.module.eval(), pd.DataFrame(curves, columns=["epoch", "loss", "held_out_loss", "seconds"])
-
-
-def _optimizer(model: Vit3d, training: Training) -> torch.optim.AdamW:
-    """AdamW without decay of biases, norms, places and thresholds; thresholds move faster, since they are log-odds, and
-    a pretrained encoder slower."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("position", "level", "place_bias", "thresholds")
-        rate = 10.0 if name == "thresholds" else 1.0
-        rate *= training.encoder_rate if name.startswith("features.encoder.") else 1.0
-        groups.setdefault((rate, 0.0 if plain else training.weight_decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr": training.lr * rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
-        betas=(0.9, 0.98),
-    )
-
-
-def _speed(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate: a linear rise over `warmup` of the steps, then half a cosine down to 0."""
-    rise = max(1, round(steps * warmup))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-# ---- predicting ----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -718,8 +577,8 @@ def predict(
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def save(model: Vit3d, path: str | Path, fold: int, training: Training) -> None:
-    """Write <path>.safetensors and beside it a .json that says what they are and how they came to be."""
+def save(model: Vit3d, path: str | Path, fold: int, training: dict[str, Any]) -> None:
+    """Write <path>.safetensors and beside it a .json that says what they are and how they came to be (`training`)."""
     path = Path(path)
     with atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
@@ -727,7 +586,7 @@ def save(model: Vit3d, path: str | Path, fold: int, training: Training) -> None:
         "model": "vit3d",
         "fold": fold,
         "config": dataclasses.asdict(model.config),
-        "training": dataclasses.asdict(training),
+        "training": training,
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "safetensors")},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lsdc_utils import detector, localisation, metric
+from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SEVERITIES, T1, T2, row_id
 from lsdc_utils.volume import Stack
 
@@ -213,7 +214,10 @@ def test_each_epoch_shows_images_by_their_weights():
     shown = detector.training_images(images, [1], (1, 2, 3))
     assert shown["weight"].tolist() == [3.0, 0.6, 1.0] and detector.training_images(images, [2], (1, 2, 3)).empty
     sampler = detector.WeightedSampler(np.array([3.0, 0.6, 1.4]), seed=0)
-    counts = np.array([np.bincount(list(sampler), minlength=3) for _ in range(400)])
+    counts = []
+    for sampler.epoch in range(400):
+        counts.append(np.bincount(list(sampler), minlength=3))
+    counts = np.array(counts)
     assert (counts.sum(axis=1) == len(sampler)).all() and len(sampler) == 5
     assert (counts[:, 0] == 3).all() and set(counts[:, 1]) == {0, 1} and set(counts[:, 2]) == {1, 2}
     np.testing.assert_allclose(counts.mean(axis=0), [3, 0.6, 1.4], atol=0.1)
@@ -492,27 +496,33 @@ def test_flipped_axial_views_change_the_sides_of_sided_classes():
         assert (detector._other_side(settings) == np.arange(len(detector.classes(settings)))).all()
 
 
-def train_toy(tmp_path, condition="scs", studies=4, epochs=1):
-    toys = [toy_study(condition, number) for number in range(1, studies + 1)]
-    labels = pd.concat([labels for _, labels in toys])
-    settings = config(condition)
-    images, _, _ = detector.write_dataset(
-        [stack for stack, _ in toys], labels, tmp_path / "data", settings, 5.0, 4.0, 1
-    )
-    files = detector.training_images(images, range(1, studies + 1), (1, 1, 2))
-    options = {"mosaic": 0.0, "fliplr": 0.0, "cls": 2.0, "box": 4.0, "scale": 0.1, "translate": 0.05}
+def write_toy(folder, studies=4):
+    """A data set of some toy studies; the number and weight of each image."""
+    toys = [toy_study("scs", number) for number in range(1, studies + 1)]
+    stacks, labels = [stack for stack, _ in toys], pd.concat([labels for _, labels in toys])
+    images, _, _ = detector.write_dataset(stacks, labels, folder, config("scs"), 5.0, 4.0, 1)
+    return detector.training_images(images, range(1, studies + 1), (1, 1, 2))
+
+
+def train_toy(data, files, work, epochs=1, **options):
+    options = {"mosaic": 0.0, "fliplr": 0.0, "cls": 2.0, "box": 4.0, "scale": 0.1, "translate": 0.05} | options
     training = detector.Training("yolov10n.yaml", epochs, 8, 0.002, seed=1, threads=1, options=options)
-    model, history = detector.train(tmp_path / "data", files, settings, training, tmp_path / "work")
-    return detector.Detector(model, settings, 0, {"note": "toy"}), history
+    model, history = detector.train(data, files, config("scs"), training, work)
+    return detector.Detector(model, config("scs"), 0, {"note": "toy"}), history
+
+
+def assert_same_weights(one, other):
+    for name, value in one.model.state_dict().items():
+        assert value.equal(other.model.state_dict()[name]), name
 
 
 def test_training_saving_and_grading(tmp_path, capsys):
-    trained, history = train_toy(tmp_path)
-    assert len(history) == 1 and np.isfinite(history["cls_loss"]).all() and not (tmp_path / "work").exists()
+    files = write_toy(tmp_path / "data")
+    trained, history = train_toy(tmp_path / "data", files, tmp_path / "work")
+    assert len(history) == 1 and np.isfinite(history["cls_loss"]).all()
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.safetensors"]
     assert "epoch 1/1" in capsys.readouterr().out
-    again, _ = train_toy(tmp_path / "again")
-    for name, value in trained.model.state_dict().items():
-        assert value.equal(again.model.state_dict()[name]), name  # same seed, same weights
+    assert_same_weights(trained, train_toy(tmp_path / "data", files, tmp_path / "again")[0])  # same seed, same weights
     path = tmp_path / "weights" / "yolo_scs_fold0.pt"
     detector.save(trained, path)
     loaded = detector.load(path)
@@ -530,6 +540,31 @@ def test_training_saving_and_grading(tmp_path, capsys):
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(detector.DetectorError, match="sha256"):
         detector.load(path)
+
+
+@pytest.mark.parametrize("stopped_after", [2, 4])
+def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, capsys, stopped_after):
+    data, files = tmp_path / "data", write_toy(tmp_path / "data")
+    whole, history = train_toy(data, files, tmp_path / "whole", epochs=4, mosaic=0.5)
+    save = Checkpoint.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        if len(state["history"]) == stopped_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
+    capsys.readouterr()
+    resumed, again = train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
+    assert capsys.readouterr().out.count("/4 loss") == 4 - stopped_after  # no epoch is trained twice
+    assert_same_weights(whole, resumed)
+    for name in ("epoch", "lr", "cls_loss", "box_loss"):
+        assert history[name].tolist() == again[name].tolist()
+    (data / files["file"].iloc[0]).touch()
+    train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
+    assert capsys.readouterr().out.count("/4 loss") == 4  # of other images nothing is taken
 
 
 def test_missing_pretrained_weights_are_named_and_not_looked_for(tmp_path):

@@ -343,10 +343,10 @@ def test_a_stopped_run_leaves_no_process_and_says_how_to_go_on(tiny_project: Pat
 def test_two_gpus_are_held_by_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
-    with steps.own_gpu(tmp_path):
+    with steps.own_gpus(tmp_path, 1):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
-        with steps.own_gpu(tmp_path):
+        with steps.own_gpus(tmp_path, 1):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 

@@ -7,9 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from test_volume import mirror_study, noisy_study, spine
 
 from lsdc_utils import metric, vit3d, volume
@@ -151,26 +149,6 @@ def test_a_cut_moves_squares_and_places_as_the_level_moves():
         np.testing.assert_allclose(places[0, 0, k], inputs["places"][0, 0, k] - through, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_a_model_of_timm_encodes_slices_and_begins_with_weights_in_a_file(tmp_path, name):
-    path = tmp_path / "encoder.safetensors"
-    pretrained = timm.create_model(name, num_classes=7)
-    save_file(pretrained.state_dict(), path)
-    config = dataclasses.replace(SMALL, size=32, encoder=name)
-    training = vit3d.Training(epochs=1, batch=2, encoder_weights=str(path), encoder_rate=0.1)
-    inputs = draw_inputs(2, np.random.default_rng(0), config)
-    model, _ = vit3d.fit(inputs, np.zeros((2, 25), np.int8), config, dataclasses.replace(training, lr=0.0))
-    found = model.features.encoder.state_dict()
-    same = [key for key, value in pretrained.state_dict().items() if key in found and found[key].shape == value.shape]
-    assert len(same) > 5 and all(torch.allclose(found[key], pretrained.state_dict()[key]) for key in same)
-    vit3d.save(model, tmp_path / "vit3d_fold0.safetensors", 0, training)
-    path.unlink()
-    again = vit3d.load(tmp_path / "vit3d_fold0.safetensors")
-    np.testing.assert_array_equal(vit3d.probabilities([again], inputs), vit3d.probabilities([model], inputs))
-    with pytest.raises(FileNotFoundError, match=r"vit_encoder_weights.*encoder\.safetensors"):
-        vit3d.fit(inputs, np.zeros((2, 25), np.int8), config, training)
-
-
 def test_spread_of_detected_centres_is_measured_along_the_canal():
     readers = spine().assign(condition="spinal_canal_stenosis")
     rng, detected = np.random.default_rng(0), []
@@ -185,56 +163,11 @@ def test_spread_of_detected_centres_is_measured_along_the_canal():
     assert np.isnan(vit3d.spread(vit3d.centre_errors(labels, detected[0].iloc[:0]))).all()
 
 
-def test_mirrored_grids_carry_exchanged_labels():
-    rng = np.random.default_rng(0)
-    volumes = rng.integers(0, 255, (16, 3, 16, 16, 16)).astype(np.uint8)
-    labels = np.tile(np.arange(25), (16, 1))
-    plain = dataclasses.replace(vit3d.Training(), intensity=0.0, drop_series=0.0)
-    (values,), truth, order = vit3d.augment(volumes, labels, GRID, plain, rng)
-    turned = truth[:, 5] != 5
-    assert 0 < turned.sum() < 16 and (truth == order).all()
-    assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [
-        "spinal_canal_stenosis_l1_l2",
-        "right_neural_foraminal_narrowing_l1_l2",
-        "left_subarticular_stenosis_l5_s1",
-    ]
-    for study in range(16):
-        expected = volumes[study, :, ::-1] if turned[study] else volumes[study]
-        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5, atol=1e-3)
-    (_, same), (_, mirrored) = vit3d.views(volumes, GRID, 2)
-    assert same == list(range(25)) and mirrored == list(vit3d.MIRROR)
-
-
-def test_training_learns_and_is_reproducible():
-    training = vit3d.Training(epochs=10, batch=4, lr=2e-3, ema=0.9, weight_decay=0.5)
-    train, test = draw_studies(48, seed=1), draw_studies(24, seed=2)
-    train[1][::7, 3:9] = -1
-    model, curves = vit3d.fit(*train, SMALL, training, held_out=test)
-    counts = np.stack([(train[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
-    prior = torch.from_numpy(counts / counts.sum(1, keepdims=True)).log().expand(24, 25, 3)
-    losses = vit3d.row_losses(prior, torch.from_numpy(test[1])).numpy()
-    prior_loss = (losses * vit3d.row_weights(test[1])).sum(1).mean()
-    assert curves["held_out_loss"].iloc[-1] < 0.6 * prior_loss
-    again, _ = vit3d.fit(*train, SMALL, training)
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_grid_network_fits_a_step():
-    rng = np.random.default_rng(0)
-    volumes = rng.integers(0, 255, (4, 3, 16, 16, 16)).astype(np.uint8)
-    labels = rng.choice(3, (4, 25)).astype(np.int8)
-    model, _ = vit3d.fit(volumes, labels, GRID, vit3d.Training(epochs=1, batch=2))
-    found = vit3d.probabilities([model], volumes, views_count=2)
-    mirrored = vit3d.probabilities([model], volumes[:, :, ::-1], views_count=2)
-    np.testing.assert_allclose(found, mirrored[:, list(vit3d.MIRROR)], atol=1e-6)
-
-
 def test_weights_come_back_and_strangers_are_refused(tmp_path):
     model = vit3d.Vit3d(SMALL)
     torch.nn.init.normal_(model.head.weight)
     path = tmp_path / "vit3d_fold0.safetensors"
-    vit3d.save(model, path, 0, vit3d.Training())
+    vit3d.save(model, path, 0, {"epochs": 3})
     volumes, _ = draw_studies(2, seed=0)
     expected = vit3d.probabilities([model], volumes, views_count=3)
     np.testing.assert_array_equal(vit3d.probabilities([vit3d.load(path)], volumes, views_count=3), expected)

@@ -1,0 +1,102 @@
+"""Checkpoints: all of a state comes back; broken ones and those of other trainings are not taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lsdc_utils import checkpoint
+from lsdc_utils.checkpoint import Checkpoint, fingerprint, restore_optimizer
+
+
+def a_state() -> dict:
+    weights = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    return {
+        "model": {"a.weight": weights, "also": weights},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 1)}],
+        },
+        "nothing": None,
+        "empty": {},
+        "history": [{"epoch": 1, "loss": 1 / 3}],
+    }
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    kept = Checkpoint(tmp_path / "work", "k")
+    assert kept.load() is None
+    kept.save(a_state())
+    found = kept.load()
+    assert found["model"]["a.weight"].equal(a_state()["model"]["a.weight"])
+    assert found["model"]["also"].equal(a_state()["model"]["also"])
+    assert found["optimizer"]["state"][0]["step"] == 3
+    assert found["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2, "betas": [0.9, 1]}]
+    assert {key: found[key] for key in ("nothing", "empty", "history")} == {
+        key: a_state()[key] for key in ("nothing", "empty", "history")
+    }
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.safetensors"]
+    checkpoint.forget(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
+    Checkpoint(tmp_path, "one").save(a_state())
+    assert Checkpoint(tmp_path, "other").load() is None
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_a_broken_checkpoint_is_told_and_not_taken(tmp_path, capsys, size):
+    kept = Checkpoint(tmp_path, "k")
+    kept.save(a_state())
+    kept.file.write_bytes(kept.file.read_bytes()[:size])
+    assert kept.load() is None
+    assert "checkpoint.safetensors cannot be read" in capsys.readouterr().out
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    kept = Checkpoint(tmp_path, "k")
+    kept.save({"epoch": 1})
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        kept.save({"epoch": 2})
+    assert kept.load() == {"epoch": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_fingerprints_tell_what_differs():
+    kinds = [("images", np.uint8, (2, 2)), ("places", np.float32, (2,))]
+    records = np.zeros(3, dtype=kinds)
+    others = records.copy()
+    others["places"][2, 1] = 1
+    named = [
+        fingerprint({"a": 1}, records),
+        fingerprint({"a": 1}, others),
+        fingerprint({"a": 2}, records),
+        fingerprint(b"ab", b"c"),
+        fingerprint(b"a", b"bc"),
+        fingerprint(np.zeros(4, np.float32)),
+        fingerprint(np.zeros(2, np.float64)),
+    ]
+    assert len(set(named)) == len(named)
+    assert fingerprint({"a": 1}, records.copy()) == named[0]
+
+
+def test_an_optimiser_goes_on_in_the_layout_of_its_parameters():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = optimizer.state_dict()
+    flat = {0: {name: value.contiguous() for name, value in state["state"][0].items()}}
+    other = torch.optim.AdamW([weight], lr=0.3)
+    restore_optimizer(other, {"state": flat, "param_groups": state["param_groups"]})
+    assert other.param_groups[0]["lr"] == 0.1
+    restored = other.state[weight]["exp_avg"]
+    assert restored.equal(optimizer.state[weight]["exp_avg"])
+    assert restored.stride() == weight.stride()

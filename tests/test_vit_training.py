@@ -1,0 +1,133 @@
+"""Training of the 3D vision transformer: that it learns, repeats, goes on after a stop, and can be shared."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_vit3d import GRID, SMALL, draw_inputs, draw_studies
+
+from lsdc_utils import vit3d, vit_training
+from lsdc_utils.checkpoint import Checkpoint
+from lsdc_utils.vocabulary import COLUMNS
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_model_of_timm_encodes_slices_and_begins_with_weights_in_a_file(tmp_path, name):
+    path = tmp_path / "encoder.safetensors"
+    pretrained = timm.create_model(name, num_classes=7)
+    save_file(pretrained.state_dict(), path)
+    config = dataclasses.replace(SMALL, size=32, encoder=name)
+    training = vit_training.Training(epochs=1, batch=2, encoder_weights=str(path), encoder_rate=0.1)
+    inputs = draw_inputs(2, np.random.default_rng(0), config)
+    model, _ = vit_training.fit(
+        inputs, np.zeros((2, 25), np.int8), config, dataclasses.replace(training, lr=0.0), tmp_path
+    )
+    found = model.features.encoder.state_dict()
+    same = [key for key, value in pretrained.state_dict().items() if key in found and found[key].shape == value.shape]
+    assert len(same) > 5 and all(torch.allclose(found[key], pretrained.state_dict()[key]) for key in same)
+    vit3d.save(model, tmp_path / "vit3d_fold0.safetensors", 0, dataclasses.asdict(training))
+    path.unlink()
+    again = vit3d.load(tmp_path / "vit3d_fold0.safetensors")
+    np.testing.assert_array_equal(vit3d.probabilities([again], inputs), vit3d.probabilities([model], inputs))
+    with pytest.raises(FileNotFoundError, match=r"vit_encoder_weights.*encoder\.safetensors"):
+        vit_training.fit(inputs, np.zeros((2, 25), np.int8), config, training, tmp_path)
+
+
+def test_mirrored_grids_carry_exchanged_labels():
+    rng = np.random.default_rng(0)
+    rngs = [np.random.default_rng([0, study]) for study in range(16)]
+    volumes = rng.integers(0, 255, (16, 3, 16, 16, 16)).astype(np.uint8)
+    labels = np.tile(np.arange(25), (16, 1))
+    plain = dataclasses.replace(vit_training.Training(), intensity=0.0, drop_series=0.0)
+    (values,), truth, order = vit_training.augment(volumes, labels, GRID, plain, rngs)
+    turned = truth[:, 5] != 5
+    assert 0 < turned.sum() < 16 and (truth == order).all()
+    assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [
+        "spinal_canal_stenosis_l1_l2",
+        "right_neural_foraminal_narrowing_l1_l2",
+        "left_subarticular_stenosis_l5_s1",
+    ]
+    for study in range(16):
+        expected = volumes[study, :, ::-1] if turned[study] else volumes[study]
+        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5, atol=1e-3)
+    (_, same), (_, mirrored) = vit3d.views(volumes, GRID, 2)
+    assert same == list(range(25)) and mirrored == list(vit3d.MIRROR)
+
+
+def test_training_learns_and_is_reproducible(tmp_path):
+    training = vit_training.Training(epochs=10, batch=4, lr=2e-3, ema=0.9, weight_decay=0.5)
+    train, test = draw_studies(48, seed=1), draw_studies(24, seed=2)
+    train[1][::7, 3:9] = -1
+    model, curves = vit_training.fit(*train, SMALL, training, tmp_path / "one", held_out=test)
+    counts = np.stack([(train[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
+    prior = torch.from_numpy(counts / counts.sum(1, keepdims=True)).log().expand(24, 25, 3)
+    losses = vit3d.row_losses(prior, torch.from_numpy(test[1])).numpy()
+    prior_loss = (losses * vit3d.row_weights(test[1])).sum(1).mean()
+    assert curves["held_out_loss"].iloc[-1] < 0.6 * prior_loss
+    again, _ = vit_training.fit(*train, SMALL, training, tmp_path / "other")
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_grid_network_fits_a_step(tmp_path):
+    rng = np.random.default_rng(0)
+    volumes = rng.integers(0, 255, (4, 3, 16, 16, 16)).astype(np.uint8)
+    labels = rng.choice(3, (4, 25)).astype(np.int8)
+    model, _ = vit_training.fit(volumes, labels, GRID, vit_training.Training(epochs=1, batch=2), tmp_path)
+    found = vit3d.probabilities([model], volumes, views_count=2)
+    mirrored = vit3d.probabilities([model], volumes[:, :, ::-1], views_count=2)
+    np.testing.assert_allclose(found, mirrored[:, list(vit3d.MIRROR)], atol=1e-6)
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], **{"rtol": 0, "atol": 0, **tolerance})
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, capsys, stopped_after):
+    training = vit_training.Training(epochs=3, batch=4)
+    studies = draw_studies(10, seed=1)
+    whole, curves = vit_training.fit(*studies, SMALL, training, tmp_path / "whole")
+    save = Checkpoint.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        if len(state["curves"]) == stopped_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        vit_training.fit(*studies, SMALL, training, tmp_path / "stopped")
+    capsys.readouterr()
+    resumed, again = vit_training.fit(*studies, SMALL, training, tmp_path / "stopped")
+    assert capsys.readouterr().out.count("/3 loss") == 3 - stopped_after  # no epoch is trained twice
+    assert_same(whole, resumed)
+    assert curves["loss"].tolist() == again["loss"].tolist()
+    other, _ = vit_training.fit(*studies, SMALL, dataclasses.replace(training, seed=1), tmp_path / "stopped")
+    assert capsys.readouterr().out.count("/3 loss") == 3  # another training takes nothing of this one
+    assert any(not a.equal(b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("studies", [16, 9])  # the second leaves a batch of one study, which only one process has
+def test_two_processes_train_as_one_does(tmp_path, studies):
+    training = vit_training.Training(epochs=3, batch=4)
+    data, held_out = draw_studies(studies, seed=1), draw_studies(4, seed=2)
+    data[1][::3, 2:7] = -1  # the weights that a process sees differ
+    alone, curves = vit_training.fit(*data, SMALL, training, tmp_path / "alone", held_out)
+    shared, both = vit_training.fit(*data, SMALL, training, tmp_path / "shared", held_out, processes=2)
+    np.testing.assert_allclose(both["loss"], curves["loss"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(both["held_out_loss"], curves["held_out_loss"], rtol=0, atol=1e-4)
+    assert_same(alone, shared, atol=1e-4)
+
+
+def test_a_process_that_fails_fails_the_training(tmp_path):
+    training = vit_training.Training(epochs=1, batch=4, encoder_weights="nowhere.safetensors")
+    config = dataclasses.replace(SMALL, size=32, encoder="test_vit")
+    with pytest.raises(RuntimeError, match="2 processes"):
+        vit_training.fit(*draw_studies(4, seed=1), config, training, tmp_path, processes=2)

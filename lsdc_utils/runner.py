@@ -192,6 +192,9 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UsageError(f"the run in {shown(folder)} is being worked on by another run_all.sh") from error
         end_processes(folder)
+        for left in (*folder.glob(".writing-*"), *folder.glob("*/.writing-*")):  # by a process that was killed
+            if left.is_file():
+                left.unlink()
         yield
 
 

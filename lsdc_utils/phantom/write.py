@@ -35,6 +35,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -44,6 +45,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 from threadpoolctl import threadpool_limits
 
 from lsdc_utils import vocabulary
@@ -73,7 +75,11 @@ def write_phantom(
     if min(n_train, n_test) < 0 or n_train + n_test == 0:
         raise ValueError(f"a phantom of {n_train} + {n_test} studies cannot be written")
     root.parent.mkdir(parents=True, exist_ok=True)
-    building = root.parent / f".writing-{root.name}-{os.getpid()}"
+    mine = f".writing-{root.name}-{socket.gethostname()}-"
+    for left in root.parent.glob(f"{mine}*"):  # by a process that was killed
+        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
+            shutil.rmtree(left, ignore_errors=True)
+    building = root.parent / f"{mine}{os.getpid()}"
     try:
         grades = [draw_grades(n, [seed, k]) for k, n in enumerate((n_train, n_test))]
         plans = _plan_studies(grades, seed, rates)

@@ -1,0 +1,80 @@
+"""Runs of the pipeline that are killed at a chosen moment, for tests of what is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lsdc_utils import runner
+
+KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its process group, only a notebook's kernel
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`delay` seconds after a step begins, or while the next checkpoint of the step is being written."""
+
+    step: str
+    delay: float = 0.0
+    in_checkpoint: bool = False
+
+
+def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind: str) -> str:
+    """Start a run, kill it at a moment by SIGKILL, wait for the end of what was killed, and return what was said.
+
+    AssertionError where the run ended before that moment came.
+    """
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    said = project / "said.txt"
+    with said.open("w") as out:
+        command = ["bash", "run_all.sh", *arguments]
+        running = subprocess.Popen(
+            command, cwd=project, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    begins = re.compile(rf"\] {re.escape(moment.step)}$", re.MULTILINE)
+    _wait(lambda: begins.search(said.read_text()), running, said)
+    folder = project / "outputs" / run
+    if moment.in_checkpoint:
+        work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
+        _wait(lambda: list(work.glob(".writing-*")), running, said)
+    else:
+        time.sleep(moment.delay)
+    if kind == "kernel":
+        _kill_kernel(folder, running)
+        running.wait(timeout=300)  # the runner tells of it, when the other steps have ended
+    else:
+        os.killpg(running.pid, signal.SIGKILL) if kind == "group" else running.kill()
+        running.wait(timeout=60)
+    return said.read_text()
+
+
+def _wait(condition, running: subprocess.Popen, said: Path) -> None:
+    """Wait until something is true; AssertionError where the run ends before."""
+    while not condition():
+        assert running.poll() is None, f"the run ended before it could be killed:\n{said.read_text()}"
+        time.sleep(0.002)
+
+
+def _kill_kernel(folder: Path, running: subprocess.Popen) -> None:
+    """Kill the kernels of a run's notebooks, as soon as there is one."""
+    while running.poll() is None:
+        kernels = []
+        for process in runner.processes_of(folder):
+            with contextlib.suppress(psutil.Error):
+                kernels += [process] if "ipykernel_launcher" in " ".join(process.cmdline()) else []
+        for kernel in kernels:
+            with contextlib.suppress(psutil.Error):
+                kernel.kill()
+        if kernels:
+            return
+        time.sleep(0.05)

@@ -1,0 +1,130 @@
+"""Runs that are killed, run out of disk or of memory, and go on to the same end as an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import copy_project, run_all
+from faults import KINDS, Moment, kill_run
+
+from lsdc_utils import steps
+
+LONGER = ["--profile", "smoke", "--run", "demo", "vit_epochs=4", "yolo_epochs={nfn: 2, scs: 4, ss: 2}"]
+
+
+def results(project: Path) -> dict[str, str | bytes]:
+    """The submission, and the checksums of all weights."""
+    run = project / "outputs" / "demo"
+    found = {file.name: json.loads(file.read_text())["sha256"] for file in sorted((run / "weights").glob("*.json"))}
+    return {"submission.csv": (run / "submission.csv").read_bytes(), **found}
+
+
+def assert_ends_as(undisturbed: Path, project: Path, arguments: list[str]) -> None:
+    """The run goes on to its end, which is that of an undisturbed one; nothing half-written is left."""
+    done = run_all(project, *arguments, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(project) == results(undisturbed)
+    assert [str(path) for path in project.glob("outputs/**/.writing-*")] == []
+    assert list((project / "outputs/demo/work").iterdir()) == []
+    again = run_all(project, *arguments)
+    assert "nothing to do" in again.stdout
+
+
+def log_of(project: Path, step: str) -> str:
+    return (project / "outputs/demo/logs" / f"{step}.log").read_text()
+
+
+def test_killed_trainings_go_on_to_the_same_weights(smoke_project: Path, smoke_copy: Path) -> None:
+    again = ["--profile", "smoke", "--run", "demo"]
+    weights = smoke_copy / "outputs/demo/weights"
+    (weights / "vit3d_fold0.safetensors").unlink()
+    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", in_checkpoint=True), "group")
+    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", 3.0), "kernel")
+    assert_ends_as(smoke_project, smoke_copy, again)
+
+
+# ---- the whole pipeline, many times --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of several epochs a training, from start to end."""
+    project = copy_project(tmp_path_factory.mktemp("undisturbed") / "project")
+    done = run_all(project, *LONGER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), list(zip(KINDS, (7, 7, 6), strict=True)))
+def test_a_run_that_is_killed_again_and_again_ends_the_same(
+    undisturbed: Path, tmp_path: Path, kind: str, count: int
+) -> None:
+    project = copy_project(tmp_path / "project")
+    rng = np.random.default_rng([20, KINDS.index(kind)])
+    names = [step.name for step in steps.all_steps(steps.read_parameters(undisturbed / "outputs/demo"))]
+    chosen = [names[k] for k in np.sort(rng.choice(len(names), count, replace=False))]
+    went_on = 0
+    for number, step in enumerate(chosen):
+        cost = pd.read_csv(undisturbed / "outputs/demo/logs" / f"{step}.tsv", sep="\t")["s"].iloc[0]
+        training = step.startswith(("03", "04"))
+        moment = Moment(step, float(rng.uniform(0, 0.9 * cost)), in_checkpoint=training and number % 2 == 0)
+        print(f"{kind}: {moment}")
+        try:
+            kill_run(project, LONGER, "demo", moment, kind)
+        except AssertionError as error:  # it was quicker than before: what counts is the end
+            print(error)
+        went_on += sum("goes on after epoch" in log.read_text() for log in project.glob("outputs/demo/logs/0*.log"))
+    assert_ends_as(undisturbed, project, LONGER)
+    logs = project.glob("outputs/demo/logs/0[34]*.log")
+    assert went_on + sum("goes on after epoch" in log.read_text() for log in logs) > 0
+
+
+def in_namespace(project: Path, script: str) -> subprocess.CompletedProcess:
+    """Run a bash script with mounts of its own, so that it may mount a small disk."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-euc", script]
+    return subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.75, 0.95])
+def test_a_full_disk_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: Path, share: float) -> None:
+    project = copy_project(tmp_path / "project")
+    need = sum(file.stat().st_blocks * 512 for file in (undisturbed / "outputs").rglob("*") if file.is_file())
+    (project / "outputs").mkdir()
+    run = f"bash run_all.sh {' '.join(repr(word) for word in LONGER)}"
+    script = f"""
+        mount -t tmpfs -o size={int(need * share)} none outputs
+        if {run} > first.txt 2>&1; then echo 'the disk was not full'; exit 1; fi
+        mount -o remount,size={need * 3} outputs
+        {run}
+        cp -r outputs kept
+    """
+    done = in_namespace(project, script)
+    assert done.returncode == 0, (project / "first.txt").read_text() + done.stdout + done.stderr
+    first = (project / "first.txt").read_text()
+    assert "No space left on device" in first and "Go on with" in first
+    (project / "outputs").rmdir()
+    shutil.move(project / "kept", project / "outputs")
+    assert_ends_as(undisturbed, project, LONGER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1.2, 2.5])
+def test_short_memory_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: Path, limit: float) -> None:
+    project = copy_project(tmp_path / "project")
+    run = f"ulimit -v {int(limit * 2**20)}; exec bash run_all.sh {' '.join(repr(word) for word in LONGER)}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-c", run]
+    done = subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode not in (0, 2), done.stdout + done.stderr
+    assert_ends_as(undisturbed, project, LONGER)

@@ -741,8 +741,8 @@ def _tell_epoch(trainer: Any) -> dict[str, float]:
 def save(detector: Detector, path: str | Path) -> None:
     """Write weights that ultralytics' YOLO(path) opens too, and <path>.json beside them; both atomically."""
     path = Path(path)
-    with atomic(path) as temporary:
-        torch.save({"model": detector.model.half(), "date": None, "train_args": {}}, temporary)
+    with atomic(path) as temporary, temporary.open("wb") as file:  # a path's name would be among the bytes
+        torch.save({"model": detector.model.half(), "date": None, "train_args": {}}, file)
     detector.model.float()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     names = list(classes(detector.config)["name"])

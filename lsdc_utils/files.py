@@ -41,7 +41,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, `unknown` where it is no checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """The commit of this source tree, with a word where files differ from it; `unknown` where it is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}{' with changes' if changed.stdout.strip() else ''}"

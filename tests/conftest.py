@@ -102,7 +102,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
             "submission.csv",
         ],
     ),
-    "06_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html"]),
+    "06_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),
 }
 
 

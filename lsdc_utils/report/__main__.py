@@ -20,7 +20,16 @@ from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.pages import duration
 from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.run import ROOT, Run, experiment_tables, localisation_tables, read_run, score_table, summary
+from lsdc_utils.report.run import (
+    ROOT,
+    Run,
+    experiment_tables,
+    localisation_tables,
+    provenance,
+    read_run,
+    score_table,
+    summary,
+)
 
 PLACE = re.compile(r"(<!-- (scores|localisation|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
 
@@ -28,7 +37,7 @@ PLACE = re.compile(r"(<!-- (scores|localisation|experiments|picture) (\S+) ?(\S*
 def record_of(run: Run) -> dict[str, Any]:
     """What the README says of a run, for docs/<run>.json; FileNotFoundError where the run has no report yet."""
     return {
-        "facts": json.loads((run.folder / "report" / "provenance.json").read_text()),
+        "facts": provenance(run),
         "scores": run.scores,
         "localisation": run.localisation.to_dict("records"),
         "experiments": {name: json.loads(table.to_json(orient="records")) for name, table in run.experiments.items()},

@@ -30,8 +30,9 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from lsdc_utils import figures
-from lsdc_utils.files import atomic, write_json
+from lsdc_utils.files import atomic
 from lsdc_utils.graded import SOURCE_NAMES, read_graded, study_reader
+from lsdc_utils.provenance import write_provenance
 from lsdc_utils.report import studies
 from lsdc_utils.report.pictures import Picture
 from lsdc_utils.report.run import (
@@ -83,10 +84,11 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
     """Write report/index.html with all that it leads to; returns the index.
 
     A page for each executed notebook and each graded study (`whole_studies` of them, some drawn by `seed`, with all
-    their slices), one of limits and one of the checklist for reports on imaging models, the main figures as PDF, and
-    provenance.json. Pages of an earlier report that are not made any more go.
+    their slices), one of limits and one of the checklist for reports on imaging models, and the main figures as PDF;
+    beside it the run's provenance.json. Pages of an earlier report that are not made any more go.
     """
     folder = run.folder / "report"
+    write_provenance(run.folder)
     chapters, facts, graded = read_chapters(run), provenance(run), graded_studies(run)
     pages = [("index.html", "Summary"), *([OVERVIEW] if len(graded) else [])]
     pages += [(chapter.page, chapter.title) for chapter in chapters]
@@ -100,7 +102,6 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
     for name in ("limits", "claim"):
         title = next(page for page in pages if page[0] == f"{name}.html")
         _write_page(folder, frame, f"{name}.html.j2", title, limits=limits(run))
-    write_json(folder / "provenance.json", facts)
     printed = [write_pdf(picture, folder) for picture in pictures if picture.name in PRINTED]
     for file in {*folder.glob("*.html"), *folder.glob("*.pdf")} - {folder / page for page, _ in pages} - made:
         if file not in printed:

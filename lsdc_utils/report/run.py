@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +97,23 @@ def read_steps(logs: Path) -> pd.DataFrame:
 
 
 def provenance(run: Run) -> dict[str, str]:
-    """Where a run comes from, as label -> text: date, commit, data, seeds and versions."""
+    """Where a run comes from, as label -> text: date, commit, data, seeds, versions and machine.
+
+    It is told from the run's provenance.json; FileNotFoundError where the run has no report yet.
+    """
+    found = json.loads((run.folder / "provenance.json").read_text())
     seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
+    head, *changes = found["commit"].split(" ", 1)
+    machine, data = found["machine"], found["data"]
+    gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ""
     return {
-        "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "Commit": commit(),
-        "Data": f"{run.data.get('kind', 'unknown')} ({Path(run.data.get('data_dir', 'unknown')).name})",
+        "Made": found["made"],
+        "Commit": " ".join([head[:12], *changes]),
+        "Data": f"{data['kind']} ({data['folder']}), tables {data['fingerprint'][:12]}" if data else "unknown",
         "Seeds and folds": ", ".join(seeds) or "not recorded",
-        "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "Versions": ", ".join(f"{name} {found['versions'].get(name, '?')}" for name in PACKAGES),
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}; "
+        f"{machine['system']}, Python {machine['python']}",
     }
 
 
@@ -197,17 +203,6 @@ def _weakest(name: str, block: dict[str, Any]) -> str:
         f"{BLOCK_NAMES[name]}, on {block['n_studies']} studies, the weakest part is {PART_NAMES[part].lower()}, with a "
         f"{word} of {number(known[part], 2)}."
     )
-
-
-def commit() -> str:
-    """The repository's commit, with a word where files differ from it; `unknown` outside of a git clone."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head[:12]}{' with changes' if changed.stdout.strip() else ''}"
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

@@ -456,17 +456,20 @@ def predict(arguments: list[str]) -> int:
     """Grade every study of a folder with the weights of a finished run."""
     made = argparse.ArgumentParser("./run_all.sh predict", description="Grade every study of a folder.")
     made.add_argument("folder", type=Path, metavar="DIR", help="in the competition's layout, or any folder of DICOM")
-    made.add_argument("--run", required=True, metavar="NAME", help="a finished run: outputs/NAME")
+    made.add_argument("--run", required=True, metavar="NAME", help="a finished run, outputs/NAME, or what `pack` made")
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="where grades go (default: outputs/NAME/predict/<folder>)"
     )
     made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores (default: all)")
     asked = made.parse_args(arguments)
-    folder, trained = asked.folder.resolve(), OUTPUTS / asked.run
+    archive = Path(asked.run) if asked.run.endswith(".zip") else None
+    folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
     out = (asked.out or trained / "predict" / folder.name).resolve()
     if not folder.is_dir():
         raise UsageError(f"{asked.folder}: no such folder")
-    if not trained.is_dir():
+    if archive and not archive.is_file():
+        raise UsageError(f"--run {asked.run}: no such file")
+    if not archive and not trained.is_dir():
         runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
         raise UsageError(f"--run {asked.run}: there is no such run; finished runs: {runs}")
     if out.exists() and not out.is_dir():
@@ -478,12 +481,14 @@ def predict(arguments: list[str]) -> int:
     if asked.cores < 1:
         raise UsageError(f"--cores {asked.cores}: expected 1 or more")
     from . import predict as prediction  # takes a second, which a run need not wait
+    from .pack import PackError, unpack
 
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", asked.cores]
     with locked(out):
         try:
+            trained = unpack(archive, out / "models") if archive else trained
             parameters = prediction.prepare(folder, trained.resolve(), out, asked.cores)
-        except prediction.PredictError as error:
+        except (prediction.PredictError, PackError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
         run = Run(out, parameters, shlex.join(map(str, resume)), asked.cores, snakefile="predict.smk")
@@ -525,6 +530,26 @@ def export(arguments: list[str]) -> int:
         print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
     count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
     print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
+    return 0
+
+
+def pack(arguments: list[str]) -> int:
+    """Make one archive of a finished run's models, which `predict` takes on another machine."""
+    made = argparse.ArgumentParser("./run_all.sh pack", description="Make one archive of a finished run's models.")
+    made.add_argument("--run", default="demo", metavar="NAME", help="a finished run: outputs/NAME (default: demo)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="the archive (default: outputs/NAME/NAME.zip)")
+    asked = made.parse_args(arguments)
+    base, _ = _finished_run(asked.run)
+    from .pack import PackError, pack_run
+
+    out = (asked.out or base / f"{asked.run}.zip").resolve()
+    if out.suffix != ".zip":
+        raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")
+    try:
+        names = pack_run(base, out)
+    except PackError as error:
+        raise UsageError(str(error)) from error
+    print(f"{shown(out)}: {len(names)} files, {out.stat().st_size / 2**20:.0f} MiB")
     return 0
 
 
@@ -695,6 +720,7 @@ EPILOG = """other commands, each with its own --help:
   validate DIR               check a data folder; print findings, exit 1 where it cannot be used
   predict DIR --run NAME     grade every study of a folder with a finished run
   export [STUDY ...]         write grades of a finished run as CSV and DICOM SR, a folder a study
+  pack --run NAME            make one archive of a finished run's models, for `predict --run FILE` on another machine
   ablate [NAME ...]          take ingredients away from a finished run, one at a time; a table of what each is worth
   curve [N ...]              repeat a finished run with N training studies each; a table of what more are worth
   noise [SHARE]              plant wrong labels in the phantom, find them, train without the suspects; a table of it
@@ -755,7 +781,7 @@ def main(arguments: list[str]) -> int:
             made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
             made.add_argument("--all", action="store_true", help="the slow proofs too")
             return run_tests(made.parse_args(arguments[1:]).all)
-        for command in (validate, predict, export, ablate, curve, noise, bench):
+        for command in (validate, predict, export, pack, ablate, curve, noise, bench):
             if arguments[:1] == [command.__name__]:
                 return command(arguments[1:])
         if arguments[:1] == ["lab"]:

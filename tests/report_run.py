@@ -106,7 +106,9 @@ def write_images(folder: Path, labels: pd.DataFrame) -> None:
         found.append(points.assign(condition=key))
     pd.concat(found).to_parquet(folder / "predictions/points_oof.parquet")
     (folder / "weights").mkdir(exist_ok=True)
-    (folder / "weights/yolo_scs_fold0.json").write_text(json.dumps({"config": {"box_mm": 14.6}}))
+    (folder / "weights/yolo_scs_fold0.json").write_text(
+        json.dumps({"config": {"box_mm": 14.6}, "sha256": "1f", "git_commit": "c0"})
+    )
 
 
 def make_notebook(step: str) -> nbformat.NotebookNode:

@@ -8,7 +8,6 @@ report to outputs/sample/, which is committed, and pictures three of its pages f
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,32 +17,17 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
-from lsdc_utils.report.pages import duration
+from lsdc_utils.report.markdown import record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
 from lsdc_utils.report.run import (
     ROOT,
     Run,
     experiment_tables,
     localisation_tables,
-    provenance,
     read_run,
-    score_table,
-    summary,
 )
 
 PLACE = re.compile(r"(<!-- (scores|localisation|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
-
-
-def record_of(run: Run) -> dict[str, Any]:
-    """What the README says of a run, for docs/<run>.json; FileNotFoundError where the run has no report yet."""
-    return {
-        "facts": provenance(run),
-        "scores": run.scores,
-        "localisation": run.localisation.to_dict("records"),
-        "experiments": {name: json.loads(table.to_json(orient="records")) for name, table in run.experiments.items()},
-        "seconds": float(run.steps["seconds"].sum()),
-        "memory": float(run.steps["memory"].fillna(0).max()) if len(run.steps) else 0.0,
-    }
 
 
 def fill(text: str, run: str, record: dict[str, Any]) -> str:
@@ -64,26 +48,6 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         return f"{place[1]}{content}\n{place[6]}"
 
     return PLACE.sub(replacement, text)
-
-
-def score_lines(run: str, record: dict[str, Any]) -> str:
-    """Sentences, the score table, and whose numbers these are, as Markdown."""
-    facts = record["facts"]
-    cost = f"its steps took {duration(record['seconds'])} in sum and at most {record['memory'] / 1024:.1f} GiB each"
-    about = f"Run `{run}`, {facts['Made']}, commit {facts['Commit']}, data: {facts['Data']}; {cost}."
-    return "\n\n".join([" ".join(summary(record["scores"])), markdown(score_table(record["scores"])), about])
-
-
-def titled(tables: dict[str, pd.DataFrame]) -> str:
-    """Tables of text as Markdown, each under its name."""
-    return "\n\n".join(f"{name}:\n\n{markdown(table)}" for name, table in tables.items())
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of text as Markdown; of column names in two rows the upper stands before the lower."""
-    head = [table.index.name, *(name if isinstance(name, str) else ": ".join(name) for name in table.columns)]
-    lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines)
 
 
 def picture_line(run: str, name: str, record: dict[str, Any]) -> str:

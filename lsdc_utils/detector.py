@@ -741,6 +741,7 @@ def _tell_epoch(trainer: Any) -> dict[str, float]:
 def save(detector: Detector, path: str | Path) -> None:
     """Write weights that ultralytics' YOLO(path) opens too, and <path>.json beside them; both atomically."""
     path = Path(path)
+    detector.model.args = {"task": "detect", "imgsz": max(detector.config.size)}  # the trainer's name its folders
     with atomic(path) as temporary, temporary.open("wb") as file:  # a path's name would be among the bytes
         torch.save({"model": detector.model.half(), "date": None, "train_args": {}}, file)
     detector.model.float()

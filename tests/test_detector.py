@@ -527,6 +527,9 @@ def test_training_saving_and_grading(tmp_path, capsys):
     detector.save(trained, path)
     loaded = detector.load(path)
     assert loaded.config == trained.config and loaded.about["note"] == "toy"
+    assert str(tmp_path).encode() not in path.read_bytes()
+    detector.save(train_toy(tmp_path / "data", files, tmp_path / "elsewhere")[0], tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
     stack, _ = toy_study("scs", 9)
     seen = detector.detect(loaded, [stack])
     assert seen.scores.shape[1] == 15 and np.isfinite(seen.points).all() and seen.scores.max() > 1e-4

@@ -15,8 +15,6 @@ import pytest
 from conftest import copy_project, run_all
 from faults import KINDS, Moment, kill_run
 
-from lsdc_utils import steps
-
 LONGER = ["--profile", "smoke", "--run", "demo", "vit_epochs=4", "yolo_epochs={nfn: 2, scs: 4, ss: 2}"]
 
 
@@ -68,24 +66,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_again_and_again_ends_the_same(
     undisturbed: Path, tmp_path: Path, kind: str, count: int
 ) -> None:
-    project = copy_project(tmp_path / "project")
-    rng = np.random.default_rng([20, KINDS.index(kind)])
-    names = [step.name for step in steps.all_steps(steps.read_parameters(undisturbed / "outputs/demo"))]
-    chosen = [names[k] for k in np.sort(rng.choice(len(names), count, replace=False))]
-    went_on = 0
-    for number, step in enumerate(chosen):
-        cost = pd.read_csv(undisturbed / "outputs/demo/logs" / f"{step}.tsv", sep="\t")["s"].iloc[0]
-        training = step.startswith(("03", "04"))
-        moment = Moment(step, float(rng.uniform(0, 0.9 * cost)), in_checkpoint=training and number % 2 == 0)
-        print(f"{kind}: {moment}")
-        try:
-            kill_run(project, LONGER, "demo", moment, kind)
-        except AssertionError as error:  # it was quicker than before: what counts is the end
-            print(error)
-        went_on += sum("goes on after epoch" in log.read_text() for log in project.glob("outputs/demo/logs/0*.log"))
+    project, run = copy_project(tmp_path / "project"), tmp_path / "project/outputs/demo"
+    rng, went_on = np.random.default_rng([20, KINDS.index(kind)]), 0
+    costs = sorted((undisturbed / "outputs/demo/logs").glob("*.tsv"), key=lambda file: file.stat().st_mtime)
+    for left in range(count, 0, -1):
+        waiting = [cost for cost in costs if not (run / "notebooks" / f"{cost.stem}.ipynb").exists()]
+        cost = waiting[rng.integers(-(-len(waiting) // left))]  # what is left of the run is shared by the kills left
+        seconds = float(rng.uniform(0, 0.9 * pd.read_csv(cost, sep="\t")["s"].iloc[0]))
+        moment = Moment(cost.stem, seconds, in_checkpoint=cost.stem[:2] in ("03", "04") and bool(left % 2))
+        print(f"{kind}: {moment}", flush=True)
+        kill_run(project, LONGER, "demo", moment, kind)
+        went_on += sum("goes on after epoch" in log.read_text() for log in run.glob("logs/0*.log"))
     assert_ends_as(undisturbed, project, LONGER)
-    logs = project.glob("outputs/demo/logs/0[34]*.log")
-    assert went_on + sum("goes on after epoch" in log.read_text() for log in logs) > 0
+    assert went_on + sum("goes on after epoch" in log.read_text() for log in run.glob("logs/0*.log")) > 0
 
 
 def in_namespace(project: Path, script: str) -> subprocess.CompletedProcess:
@@ -116,6 +109,12 @@ def test_a_full_disk_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: 
     (project / "outputs").rmdir()
     shutil.move(project / "kept", project / "outputs")
     assert_ends_as(undisturbed, project, LONGER)
+
+
+@pytest.mark.slow
+def test_one_step_at_a_time_gives_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "project")
+    assert_ends_as(undisturbed, project, [*LONGER, "--cores", "1"])
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import private
 import pytest
+import yaml
 
-from lsdc_utils import steps
+from lsdc_utils import phantom, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,13 +27,28 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def run_all(project: Path, *arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
-    """`./run_all.sh` of a project, with the Python of these tests as the active environment."""
+def run_all(
+    project: Path, *arguments: str, timeout: float = 600, offline: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """`./run_all.sh` of a project, with the Python of these tests as the active environment.
+
+    offline: looks beyond this machine are refused and told by `looks_of`; it has a network of its own where it may.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, **environment}
-    variables.pop("PYTHONPATH", None)
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": "", **environment}
     command = ["bash", str(project / "run_all.sh"), *arguments]
+    if offline:
+        variables |= {"PYTHONPATH": str(ROOT / "tests" / "watch"), "LSDC_LOOKS": str(project / "looks.txt")}
+        alone = ["unshare", "--user", "--map-root-user", "--net", "bash", "-euc", 'ip link set lo up; "$@"', "alone"]
+        if shutil.which("ip") and not subprocess.run([*alone, "true"], capture_output=True).returncode:
+            command = [*alone, *command]
     return subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, timeout=timeout)
+
+
+def looks_of(project: Path) -> list[str]:
+    """What looked beyond this machine in an offline run of a project."""
+    looks = project / "looks.txt"
+    return looks.read_text().splitlines() if looks.is_file() else []
 
 
 def copy_project(target: Path) -> Path:
@@ -164,10 +181,15 @@ def tiny_project(finished_tiny_project: Path, tmp_path: Path) -> Path:
 def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which profile smoke has run once; not to be changed.
 
-    The run is named demo, so that the notebooks' own defaults lead to it where a test executes one by hand.
+    The run is named demo, so that the notebooks' own defaults lead to it where a test executes one by hand. The
+    headers of its phantom are full of what must not leave them, and it has no network.
     """
     project = copy_project(tmp_path_factory.mktemp("smoke") / "project")
-    done = run_all(project, "--profile", "smoke", "--run", "demo")
+    size = [yaml.safe_load((ROOT / "notebooks/profiles/smoke.yml").read_text())[key] for key in ("n_train", "n_test")]
+    seed = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())["phantom_seed"]
+    folder = project / "outputs" / "data" / f"phantom-{phantom.fingerprint(*size, seed, label_wrong=0.0)}"
+    private.plant(phantom.write_phantom(folder, *size, seed, workers=2, label_wrong=0.0))
+    done = run_all(project, "--profile", "smoke", "--run", "demo", offline=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "first_run.txt").write_text(done.stdout)
     return project

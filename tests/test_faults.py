@@ -69,11 +69,11 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(
     project, run = copy_project(tmp_path / "project"), tmp_path / "project/outputs/demo"
     rng, went_on = np.random.default_rng([20, KINDS.index(kind)]), 0
     costs = sorted((undisturbed / "outputs/demo/logs").glob("*.tsv"), key=lambda file: file.stat().st_mtime)
-    for left in range(count, 0, -1):
+    for number, index in enumerate(np.sort(rng.choice(len(costs), count, replace=False))):
         waiting = [cost for cost in costs if not (run / "notebooks" / f"{cost.stem}.ipynb").exists()]
-        cost = waiting[rng.integers(-(-len(waiting) // left))]  # what is left of the run is shared by the kills left
+        cost = costs[index] if costs[index] in waiting else waiting[0]
         seconds = float(rng.uniform(0, 0.9 * pd.read_csv(cost, sep="\t")["s"].iloc[0]))
-        moment = Moment(cost.stem, seconds, in_checkpoint=cost.stem[:2] in ("03", "04") and bool(left % 2))
+        moment = Moment(cost.stem, seconds, in_checkpoint=cost.stem[:2] in ("03", "04") and number % 2 == 0)
         print(f"{kind}: {moment}", flush=True)
         kill_run(project, LONGER, "demo", moment, kind)
         went_on += sum("goes on after epoch" in log.read_text() for log in run.glob("logs/0*.log"))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -442,7 +442,10 @@ def work(run: Run) -> int:
         print(f"\nstopped; what is finished is kept. Go on with:\n  {run.resume}", file=sys.stderr)
         return 130
     finally:
-        end_processes(run.folder)
+        kept = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)}
+        end_processes(run.folder)  # whole, however often somebody asks for the end
+        for one, handler in kept.items():
+            signal.signal(one, handler)
     if process.returncode == 0:
         print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
         return 0
@@ -690,14 +693,18 @@ def _tell_experiments(file: Path, table: Any, cores: int) -> int:
     return 0
 
 
-def run_tests(everything: bool) -> int:
-    """Run the tests; those that take minutes each only where `everything` is asked for."""
+def test(arguments: list[str]) -> int:
+    """Run the tests; those that take minutes each only where all are asked for."""
+    made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
+    made.add_argument("--all", action="store_true", help="the slow proofs too")
+    everything = made.parse_args(arguments).all
     command = [sys.executable, "-m", "pytest", *([] if everything else ["-m", "not slow"])]
     return subprocess.run(command, cwd=ROOT).returncode
 
 
-def lab() -> int:
+def lab(arguments: list[str]) -> int:
     """Open JupyterLab in notebooks/, having set up the filter that keeps notebooks' outputs out of git."""
+    argparse.ArgumentParser("./run_all.sh lab", description="Open JupyterLab.").parse_args(arguments)
     clean = shlex.join([sys.executable, "-m", "nbstripout", "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS])
     for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
         done = subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], capture_output=True)
@@ -716,20 +723,26 @@ def open_jupyterlab() -> int:
     return subprocess.run(command, env=environment).returncode
 
 
-EPILOG = """other commands, each with its own --help:
-  validate DIR               check a data folder; print findings, exit 1 where it cannot be used
-  predict DIR --run NAME     grade every study of a folder with a finished run
-  export [STUDY ...]         write grades of a finished run as CSV and DICOM SR, a folder a study
-  pack --run NAME            make one archive of a finished run's models, for `predict --run FILE` on another machine
-  ablate [NAME ...]          take ingredients away from a finished run, one at a time; a table of what each is worth
-  curve [N ...]              repeat a finished run with N training studies each; a table of what more are worth
-  noise [SHARE]              plant wrong labels in the phantom, find them, train without the suspects; a table of it
-  bench [NAME]               measure the speed of reading, conversion and resampling
-  test [--all]               run the tests; --all: the slow proofs too
-  lab                        JupyterLab in the environment
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {  # what runs it, its arguments, what it does
+    "validate": (validate, "DIR", "check a data folder; print findings, exit 1 where it cannot be used"),
+    "predict": (predict, "DIR --run NAME", "grade every study of a folder with a finished run, or with what pack made"),
+    "export": (export, "[STUDY ...]", "write grades of a finished run as CSV and DICOM SR, a folder a study"),
+    "pack": (pack, "--run NAME", "make one archive of a finished run's models, for predict on another machine"),
+    "ablate": (ablate, "[NAME ...]", "take ingredients away from a finished run, one at a time; what each is worth"),
+    "curve": (curve, "[N ...]", "repeat a finished run with N training studies each; what more of them are worth"),
+    "noise": (noise, "[SHARE]", "plant wrong labels in the phantom, find them, train without the suspects"),
+    "bench": (bench, "[NAME]", "measure the speed of reading, conversion, resampling and training"),
+    "test": (test, "[--all]", "run the tests; --all: the slow proofs too"),
+    "lab": (lab, "", "open JupyterLab in the environment, with a start page of the notebooks"),
+}
 
-steps are named by notebook (03_train_yolo), its number (03) or in full (03_train_yolo_scs_fold0)
-"""
+
+def command_table() -> str:
+    """A line a command, for --help."""
+    lines = [("[KEY=VALUE ...]", "run the pipeline, as far as it has not run yet (with the options above)")]
+    lines += [(f"{name} {arguments}".strip(), what) for name, (_, arguments, what) in COMMANDS.items()]
+    width = max(len(call) for call, _ in lines)
+    return "\n".join(f"  {call:{width}}  {what}" for call, what in lines)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -737,7 +750,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "./run_all.sh",
         description="Run the pipeline, as far as it has not run yet.",
-        epilog=EPILOG,
+        epilog=f"commands, each with its own --help:\n{command_table()}\n\nsteps are named by notebook "
+        "(03_train_yolo), its number (03) or in full (03_train_yolo_scs_fold0)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
@@ -777,16 +791,8 @@ def run_from(arguments: list[str]) -> tuple[Run, bool]:
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit status."""
     try:
-        if arguments[:1] == ["test"]:
-            made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
-            made.add_argument("--all", action="store_true", help="the slow proofs too")
-            return run_tests(made.parse_args(arguments[1:]).all)
-        for command in (validate, predict, export, pack, ablate, curve, noise, bench):
-            if arguments[:1] == [command.__name__]:
-                return command(arguments[1:])
-        if arguments[:1] == ["lab"]:
-            argparse.ArgumentParser("./run_all.sh lab", description="Open JupyterLab.").parse_args(arguments[1:])
-            return lab()
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]][0](arguments[1:])
         run, only_say = run_from(arguments)
         return dry_run(run) if only_say else start(run)
     except UsageError as error:

@@ -328,9 +328,12 @@ def test_after_a_kill_the_next_run_ends_what_is_left_and_goes_on(tiny_project: P
     assert processes_in(tiny_project) == []
 
 
-def test_a_stopped_run_leaves_no_process_and_says_how_to_go_on(tiny_project: Path) -> None:
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_stopped_run_leaves_no_process_and_says_how_to_go_on(tiny_project: Path, times: int) -> None:
     running = start_sleeping_run(tiny_project)
-    running.send_signal(signal.SIGTERM)
+    for _ in range(times):
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     _, told = running.communicate(timeout=30)
     assert running.returncode == 130
     assert "./run_all.sh --profile demo" in told
@@ -564,7 +567,7 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
         return subprocess.CompletedProcess(command, 0) if "jupyterlab" in command else run(command, **options)
 
     monkeypatch.setattr(runner.subprocess, "run", started)
-    assert runner.lab() == 0
+    assert runner.lab([]) == 0
     monkeypatch.undo()
     assert commands[-1][-1] == "--LabApp.default_url=/lab/tree/start.ipynb"
     assert (ROOT / "notebooks/start.ipynb").is_file()
@@ -579,3 +582,16 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
     assert stored["cells"][0]["id"] == cell.id
     assert "papermill" not in json.dumps(stored)
     assert json.loads(file.read_text())["cells"][0]["outputs"]
+
+
+def test_help_lists_every_command_once(capsys) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--help"])
+    table = capsys.readouterr().out
+    for name in runner.COMMANDS:
+        assert len(re.findall(rf"^  {name}\b", table, re.MULTILINE)) == 1, name
+        with pytest.raises(SystemExit) as ended:
+            runner.main([name, "--help"])
+        assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: ./run_all.sh {name}")
+    for line in table.splitlines():
+        assert len(line) <= 120

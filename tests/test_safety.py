@@ -1,0 +1,96 @@
+"""Nothing that is loaded may run: no pickles but detectors' weights through an allow-list, no eval, no shell."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lsdc_utils import detector, vit3d
+
+CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "__import__", "pickle.load", "pickle.loads", "torch.load",
+         "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle", "joblib.load",
+         "shelve.open", "marshal.loads", "tempfile.mktemp"}  # fmt: skip
+METHODS = {"extractall", "unpack_archive", "to_pickle"}  # of any object: archives are unpacked by checked names
+WORDS = {"shell", "allow_pickle"}  # arguments that may not be anything but False
+
+
+def unsafe(source: str) -> Iterator[str]:
+    """'line: what' for each call in Python source that may run what it is given."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in CALLS or name.rsplit(".", 1)[-1] in METHODS:
+            yield f"{node.lineno}: {name}"
+        for word in node.keywords:
+            if word.arg in WORDS and not (isinstance(word.value, ast.Constant) and word.value.value is False):
+                yield f"{node.lineno}: {word.arg}"
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Name and Python source of every module and notebook."""
+    for file in sorted((ROOT / "lsdc_utils").rglob("*.py")):
+        yield str(file.relative_to(ROOT)), file.read_text()
+    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+        yield file.name, "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def test_no_code_runs_what_it_loads() -> None:
+    found = {name: list(unsafe(source)) for name, source in sources()}
+    assert len(found) > 50
+    assert {name: told for name, told in found.items() if told} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["eval(x)", "torch.load(p)", "np.load(p, allow_pickle=True)", "subprocess.run(c, shell=True)", "yaml.load(f)",
+     "zipfile.ZipFile(p).extractall()", "subprocess.run(c, shell=flag)"],
+)  # fmt: skip
+def test_unsafe_calls_are_found(source: str) -> None:
+    assert list(unsafe(source))
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forged: bool) -> None:
+    ran, weights = tmp_path / "ran", tmp_path / "yolo_scs_fold0.pt"
+    torch.save({"model": Payload(ran)}, weights)
+    about = {"config": {"condition": "scs"}, "fold": 0, "classes": [], "sha256": "0" * 64}
+    if forged:
+        about["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.with_suffix(".json").write_text(json.dumps(about))
+    with pytest.raises((detector.DetectorError, pickle.UnpicklingError, TypeError)) as told:
+        detector.load(weights)
+    assert "yolo_scs_fold0.pt" in str(told.value)
+    assert not ran.exists()
+    torch.load(weights, weights_only=False)
+    assert ran.exists()  # it would have
+
+
+def test_checksums_are_asked_for_before_anything_is_read(tmp_path: Path) -> None:
+    for name, load, refused in (
+        ("yolo_scs_fold0.pt", detector.load, detector.DetectorError),
+        ("vit3d_fold0.safetensors", vit3d.load, ValueError),
+    ):
+        (tmp_path / name).write_bytes(b"neither a pickle nor tensors")
+        (tmp_path / name).with_suffix(".json").write_text('{"sha256": "0", "config": {}}')
+        with pytest.raises(refused, match=rf"{name} is not the file that .*\.json describes"):
+            load(tmp_path / name)

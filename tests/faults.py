@@ -21,7 +21,7 @@ KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its pro
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay` seconds after a step begins, or while its next checkpoint is being written, or else when it is done."""
+    """`delay` seconds after a step begins, or while its second checkpoint is being written, or else when it is done."""
 
     step: str
     delay: float = 0.0
@@ -47,7 +47,9 @@ def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind
     if moment.in_checkpoint:
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
-        _wait(lambda: list(work.glob(".writing-*")) or ends.search(said.read_text()), running, said)
+        first = work / "checkpoint.safetensors"
+        in_second = lambda: first.exists() and list(work.glob(".writing-*"))  # noqa: E731
+        _wait(lambda: in_second() or ends.search(said.read_text()), running, said)
     else:
         time.sleep(moment.delay)
     if kind == "kernel":

@@ -44,8 +44,8 @@ def test_killed_trainings_go_on_to_the_same_weights(smoke_project: Path, smoke_c
     again = ["--profile", "smoke", "--run", "demo"]
     weights = smoke_copy / "outputs/demo/weights"
     (weights / "vit3d_fold0.safetensors").unlink()
-    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", in_checkpoint=True), "group")
     kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", 3.0), "kernel")
+    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", in_checkpoint=True), "group")
     assert_ends_as(smoke_project, smoke_copy, again)
 
 

@@ -723,6 +723,21 @@ def open_jupyterlab() -> int:
     return subprocess.run(command, env=environment).returncode
 
 
+def pins(arguments: list[str]) -> int:
+    """Resolve the pins of requirements.txt anew, and say what changes."""
+    made = argparse.ArgumentParser("./run_all.sh pins", description="Resolve requirements.txt anew; say what changes.")
+    made.add_argument("--write", action="store_true", help="write the new pins to requirements.txt")
+    asked = made.parse_args(arguments)
+    from .pins import PinError, renew
+
+    try:
+        print(renew(asked.write))
+    except PinError as error:
+        print(f"run_all.sh: pip found no versions that go together:\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {  # what runs it, its arguments, what it does
     "validate": (validate, "DIR", "check a data folder; print findings, exit 1 where it cannot be used"),
     "predict": (predict, "DIR --run NAME", "grade every study of a folder with a finished run, or with what pack made"),
@@ -733,6 +748,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {  # what run
     "noise": (noise, "[SHARE]", "plant wrong labels in the phantom, find them, train without the suspects"),
     "bench": (bench, "[NAME]", "measure the speed of reading, conversion, resampling and training"),
     "test": (test, "[--all]", "run the tests; --all: the slow proofs too"),
+    "pins": (pins, "[--write]", "resolve the pinned versions anew and say what changes"),
     "lab": (lab, "", "open JupyterLab in the environment, with a start page of the notebooks"),
 }
 

@@ -41,9 +41,10 @@ def log_of(project: Path, step: str) -> str:
 
 
 def test_killed_trainings_go_on_to_the_same_weights(smoke_project: Path, smoke_copy: Path) -> None:
-    again = ["--profile", "smoke", "--run", "demo"]
+    again = ["--profile", "smoke", "--run", "demo", "--until", "04_train_vit3d_fold0"]
     weights = smoke_copy / "outputs/demo/weights"
     (weights / "vit3d_fold0.safetensors").unlink()
+    (smoke_copy / "outputs/demo/notebooks/04_train_vit3d_fold0.ipynb").unlink()
     kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", 3.0), "kernel")
     kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", in_checkpoint=True), "group")
     assert_ends_as(smoke_project, smoke_copy, again)

@@ -16,7 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_all
+from conftest import run_all, write_smoke_phantom
 
 from lsdc_utils import competition, listing, predict, runner, steps, volume
 from lsdc_utils.vocabulary import (
@@ -50,9 +50,9 @@ def project(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def data(smoke_project: Path) -> Path:
-    run = smoke_project / "outputs" / "demo"
-    return (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's phantom, its headers as the competition's."""
+    return write_smoke_phantom(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,7 @@ def uid_counter(comp: Competition) -> Counted:
     """Tells how many files of the data have a SOP Instance UID; they are looked through when it is first asked."""
 
     def files(row) -> list[Path]:
+        """Files of a series, a row of the series table."""
         source = comp.source(row.split, row.study_id, row.series_id)
         if not isinstance(source, Path):
             return list(source)
@@ -161,6 +162,7 @@ def uid_counter(comp: Competition) -> Counted:
 
     @functools.cache
     def counts() -> Counter:
+        """How many files have a UID, by UID."""
         return Counter(_uid(file) for row in comp.series.itertuples() for file in files(row))
 
     return lambda uid: counts()[uid]

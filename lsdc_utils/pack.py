@@ -6,11 +6,11 @@ Nothing in it names a study or a folder of the machine that it was made on. The 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,18 +109,20 @@ def unpack(archive: Path, folder: Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as opened:
-            for name, one in _checked_manifest(opened, archive)["files"].items():
-                _extract(opened, archive, name, one, beside / name)
+            for name, (size, sha256) in _listed(opened, archive).items():
+                if _extract(opened, name, size, beside / name) != sha256:
+                    raise PackError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
         beside.rename(ready)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise PackError(f"{archive} is no archive of models, or a broken one: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return ready
 
 
-def _checked_manifest(opened: zipfile.ZipFile, archive: Path) -> dict[str, Any]:
-    """The manifest of an opened archive, which lists just the files that are there; PackError where it does not."""
+def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file that the manifest of an opened archive lists; PackError where it lists others than
+    are there, or what no archive of ours has."""
     names = opened.namelist()
     if MANIFEST not in names or opened.getinfo(MANIFEST).file_size > 2**20:
         raise PackError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
@@ -137,19 +139,19 @@ def _checked_manifest(opened: zipfile.ZipFile, archive: Path) -> dict[str, Any]:
     if sorted(names) != sorted([*files, MANIFEST]):
         odd = sorted({*names} ^ {*files, MANIFEST})
         raise PackError(f"{archive}: files and {MANIFEST} differ in {', '.join(map(repr, odd)) or 'their number'}")
-    if len(files) > MOST or sum(size for size, _ in files.values()) > LARGEST or min(files.values())[0] < 0:
-        raise PackError(f"{archive}: {len(files)} files of that size are more than such an archive holds")
-    return manifest
+    sizes = [size for size, _ in files.values()]
+    if len(sizes) > MOST or sum(sizes) > LARGEST or any(size < 0 for size in sizes):
+        raise PackError(f"{archive}: {len(sizes)} files of {sum(sizes)} bytes are no archive of models")
+    return files
 
 
-def _extract(opened: zipfile.ZipFile, archive: Path, name: str, one: dict[str, Any], target: Path) -> None:
-    """Write one file, no longer than the manifest says; PackError where its checksum differs."""
+def _extract(opened: zipfile.ZipFile, name: str, size: int, target: Path) -> str:
+    """Write one file, of which no more than a byte beyond `size` is taken; its sha256."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, left = hashlib.sha256(), one["size"] + 1
+    digest, left = hashlib.sha256(), size + 1
     with opened.open(name) as source, target.open("wb") as file:
-        while left > 0 and (part := source.read(min(left, io.DEFAULT_BUFFER_SIZE * 64))):
+        while part := source.read(min(left, 2**20)):
             digest.update(part)
             file.write(part)
             left -= len(part)
-    if left != 1 or digest.hexdigest() != one["sha256"]:
-        raise PackError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256 differs)")
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from .files import atomic
+from .files import atomic, git_commit
 from .steps import (
     NOTEBOOK_ORDER,
     NOTEBOOKS,
@@ -684,7 +684,7 @@ def _experiment(folder: Path, parameters: dict[str, Any], command: list[str], co
 def _tell_experiments(file: Path, table: Any, cores: int) -> int:
     """Write a table of experiments beside its run, make the run's report again, which shows it, and print it."""
     with atomic(file) as temporary:
-        table.to_csv(temporary, index=False)
+        table.assign(commit=git_commit()).to_csv(temporary, index=False)
     base = file.parent
     with locked(base):
         if status := work(Run(base, read_parameters(base), f"./run_all.sh --run {base.name}", cores)):

@@ -177,14 +177,6 @@ def tiny_project(finished_tiny_project: Path, tmp_path: Path) -> Path:
 # ---- the pipeline itself, at the smallest size -----------------------------------------------------------------------
 
 
-def write_smoke_phantom(folder: Path) -> Path:
-    """Write the phantom of profile smoke to its place in a folder of data."""
-    size = [yaml.safe_load((ROOT / "notebooks/profiles/smoke.yml").read_text())[key] for key in ("n_train", "n_test")]
-    seed = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())["phantom_seed"]
-    root = folder / f"phantom-{phantom.fingerprint(*size, seed, label_wrong=0.0)}"
-    return phantom.write_phantom(root, *size, seed, workers=2, label_wrong=0.0)
-
-
 @pytest.fixture(scope="session")
 def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which profile smoke has run once; not to be changed.
@@ -193,7 +185,10 @@ def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     headers of its phantom are full of what must not leave them, and it has no network.
     """
     project = copy_project(tmp_path_factory.mktemp("smoke") / "project")
-    private.plant(write_smoke_phantom(project / "outputs" / "data"))
+    size = [yaml.safe_load((ROOT / "notebooks/profiles/smoke.yml").read_text())[key] for key in ("n_train", "n_test")]
+    seed = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())["phantom_seed"]
+    folder = project / "outputs" / "data" / f"phantom-{phantom.fingerprint(*size, seed, label_wrong=0.0)}"
+    private.plant(phantom.write_phantom(folder, *size, seed, workers=2, label_wrong=0.0))
     done = run_all(project, "--profile", "smoke", "--run", "demo", offline=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "first_run.txt").write_text(done.stdout)

@@ -48,8 +48,7 @@ def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
         first = work / "checkpoint.safetensors"
-        in_second = lambda: first.exists() and list(work.glob(".writing-*"))  # noqa: E731
-        _wait(lambda: in_second() or ends.search(said.read_text()), running, said)
+        _wait(lambda: (first.exists() and [*work.glob(".writing-*")]) or ends.search(said.read_text()), running, said)
     else:
         time.sleep(moment.delay)
     if kind == "kernel":

@@ -44,8 +44,10 @@ def plant(folder: Path) -> None:
     """Rewrite every DICOM file under `folder` with all of `SECRETS`, a private element and legal, unique UIDs."""
     for number, file in enumerate(sorted(folder.rglob("*.dcm"))):
         dataset = pydicom.dcmread(file)
+        contrast = dataset.SeriesDescription
         for keyword, value in SECRETS.items():
             setattr(dataset, keyword, value)
+        dataset.SeriesDescription = f"{contrast} {SECRETS['SeriesDescription']}"
         dataset.private_block(0x0011, "ZQPRIVATE", create=True).add_new(0x01, "LO", PRIVATE)
         series = file.parent
         dataset.StudyInstanceUID = f"{UID_ROOT}.{series.parent.name}"

@@ -16,7 +16,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_all, write_smoke_phantom
+from conftest import run_all
+from private import UID_ROOT, WORDS, leaks
 
 from lsdc_utils import competition, listing, predict, runner, steps, volume
 from lsdc_utils.vocabulary import (
@@ -50,9 +51,9 @@ def project(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's phantom, its headers as the competition's."""
-    return write_smoke_phantom(tmp_path_factory.mktemp("data"))
+def data(smoke_project: Path) -> Path:
+    run = smoke_project / "outputs" / "demo"
+    return (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
 
 
 @pytest.fixture(scope="module")
@@ -193,15 +194,23 @@ def test_the_same_files_in_one_pile_give_the_same_rows(
     pile.mkdir()
     without = {doctored[1][what] for what in ("broken", "nowhere")}
     files = sorted(path for path in doctored[0].rglob("*.dcm") if int(path.parts[-3]) not in without)
+    study_of = {}
     for number, file in enumerate(np.random.default_rng(0).permutation(np.array(files, dtype=object))):
         os.link(file, pile / f"IM{number:05d}")
+        study_of[os.fsencode(pile / f"IM{number:05d}")] = int(file.parts[-3])
     done = run_all(project, "predict", str(pile), "--run", "demo", "--cores", "2", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
-    keys = ["row_id", "grade", "source", "own_series"]
     piled, expected = pd.read_csv(tmp_path / "out/grades.csv"), grades[~grades.study_id.isin(without)]
-    expected = expected.reset_index(drop=True)
+    listed = pd.concat(pd.read_parquet(file) for file in (tmp_path / "out/tables").glob("shard*.parquet"))
+    ids = dict(zip(listed.study_id, listed.file.map(study_of), strict=True))
+    assert set(ids).isdisjoint(ids.values())  # in a pile an id is its UID's hash, where that is no bare number
+    piled["study_id"] = piled.study_id.map(ids)
+    keys = ["study_id", "condition", "level"]
+    piled, expected = (table.sort_values(keys, ignore_index=True) for table in (piled, expected))
+    keys += ["grade", "source", "own_series"]
     pd.testing.assert_frame_equal(piled[keys], expected[keys])
     np.testing.assert_allclose(piled[list(SEVERITIES)], expected[list(SEVERITIES)], atol=1e-6)
+    assert leaks(tmp_path / "out", [*WORDS, UID_ROOT]) == []
 
 
 # ---- before anything is graded -------------------------------------------------------------------------------------

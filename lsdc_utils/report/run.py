@@ -294,7 +294,8 @@ def localisation_tables(found: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """What experiments round a run showed, as text, from their tables: a heading each, in the order of the tables.
 
-    Scores are the ensemble's totals; what is behind a +/- comes with its paired 95 % interval over studies.
+    Scores are the ensemble's totals; what is behind a +/- comes with its paired 95 % interval over studies. A heading
+    tells the commit that an experiment was made at, which may be an earlier one than the run's.
     """
     tables = {}
     if "ablation" in found:
@@ -303,7 +304,7 @@ def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
         shown["Worse by"] = _differences(table, "worse_by")
         shown |= {PART_NAMES[part]: [number(score) for score in table[part]] for part in PARTS[:3]}
         names = pd.Index(table["without"].fillna("nothing: the run itself"), name="Taken away")
-        tables["What each ingredient is worth"] = pd.DataFrame(shown, index=names)
+        tables[_heading("What each ingredient is worth", table)] = pd.DataFrame(shown, index=names)
     if "curve" in found:
         columns = {}
         for name, title in BLOCK_NAMES.items():
@@ -312,9 +313,9 @@ def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
             columns[title, "95 % interval"] = table["low"].map(number) + " to " + table["high"].map(number)
             if "skill" in table:
                 columns[title, "Skill"] = table["skill"].map(lambda skill: number(skill, 2))
-        table = pd.DataFrame(columns).fillna("–")
-        table.index = pd.Index([str(n) for n in table.index], name="Training studies")
-        tables["What more training studies are worth"] = table
+        shown = pd.DataFrame(columns).fillna("–")
+        shown.index = pd.Index([str(n) for n in shown.index], name="Training studies")
+        tables[_heading("What more training studies are worth", found["curve"])] = shown
     if "noise" in found:
         table = found["noise"]
         shown = {"Test": [number(total) for total in table["total"]]}
@@ -326,8 +327,13 @@ def experiment_tables(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
             title = column.replace("_at_half", " at recall 0.5").capitalize()
             shown[title] = [number(share, 2) for share in table[column]]
         names = pd.Index(table["labels"].str.capitalize(), name="Training labels")
-        tables["What wrong labels cost, and whether they are found"] = pd.DataFrame(shown, index=names)
+        tables[_heading("What wrong labels cost, and whether they are found", table)] = pd.DataFrame(shown, index=names)
     return tables
+
+
+def _heading(title: str, table: pd.DataFrame) -> str:
+    """A heading with the commit of its experiment, where the table tells it."""
+    return f"{title} (commit {table['commit'].iloc[0][:12]})" if "commit" in table else title
 
 
 def _differences(table: pd.DataFrame, column: str) -> list[str]:

@@ -24,7 +24,8 @@ def write_provenance(run: str | Path) -> dict[str, Any]:
 
     made: UTC; commit: of this code, with a word where files differ from it; parameters; versions: of every installed
     distribution; data: kind, folder's name, and a fingerprint of its tables; weights: sha256 and commit of each file;
-    machine: processor, cores, memory, GPUs, system and Python. Nothing names the machine or its user.
+    machine: processor, cores, memory, GPUs, system and Python. But for paths among the parameters, nothing names the
+    machine or its user.
     """
     run = Path(run)
     parameters, data = run / "parameters.yml", run / "data.json"
@@ -63,7 +64,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
     }
 

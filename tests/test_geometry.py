@@ -16,7 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from lsdc_utils import detector, dicom, volume
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.headers import write_slice
-from lsdc_utils.phantom.scanner import plan_series, render
+from lsdc_utils.phantom.scanner import Protocol, plan_series, render
 from lsdc_utils.vit3d import VitConfig
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
@@ -69,7 +69,7 @@ def write_study(folder: Path, tilted=False, turn=(0, 0, 0), backwards=False, squ
     turning[:3, 3] = middle - turning[:3, :3] @ middle
     ball = body.to_patient(16.0, 3.0, body.discs[4 + LEVEL] + 0.6)
     for series, series_type in enumerate(SERIES_TYPES):
-        plan = plan_series(rng, body, series_type, tilted=tilted, square=square, stir=False)
+        plan = plan_series(rng, body, series_type, tilted=tilted, square=square, protocol=Protocol(stir=0))
         plan = replace(plan, affines=turning @ plan.affines)
         (folder / str(series)).mkdir(parents=True)
         for k, (image, affine) in enumerate(zip(render(body, plan, rng), plan.affines, strict=True)):

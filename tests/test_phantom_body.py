@@ -31,7 +31,7 @@ def clean_images(patient, seed=2, **plan):
     rng = np.random.default_rng(seed)
     out = {}
     for series_type in SERIES_TYPES:
-        acquisition = scanner.plan_series(rng, patient, series_type, stir=False, **plan)
+        acquisition = scanner.plan_series(rng, patient, series_type, protocol=scanner.Protocol(stir=0), **plan)
         acquisition.motion[:] = np.eye(4)
         out[series_type] = acquisition, scanner.expose(patient, acquisition)
     return out

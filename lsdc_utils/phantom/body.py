@@ -52,6 +52,7 @@ FORAMEN = (15.5, -4.5, 5.0)  # top and bottom above the disc's middle, greatest 
 FORAMEN_HEIGHT_LOSS, FORAMEN_WIDTH_LOSS = 0.35, 0.6
 RECESS = (9.9, 4.2, 3.3, 3.0)  # centre u and v, half axes u and v
 RECESS_SHRINK = 0.7
+SLIP = -6.0  # mm of a vertebra that is made to slip, forwards
 WAVES = 20  # of the coarse and of the fine texture
 
 
@@ -69,12 +70,19 @@ class Body:
     traits: dict[str, Any]
 
     @staticmethod
-    def draw(rng: np.random.Generator, narrowing: ArrayLike, **switches: bool | None) -> Body:
-        """Build a patient around 25 narrowings in [0, 1]; switches `slip` and `transitional` force (True) or forbid."""
+    def draw(
+        rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None
+    ) -> Body:
+        """Build a patient around 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional
+        vertebra. The same generator gives the same patient in all else, whatever the narrowings and switches are."""
         narrowing = np.asarray(narrowing, float)
         if narrowing.shape != (len(COLUMNS),) or not ((narrowing >= 0) & (narrowing <= 1)).all():
             raise ValueError(f"narrowing must be {len(COLUMNS)} numbers in [0, 1], got {narrowing}")
-        traits = _draw_traits(rng, switches)
+        traits = _draw_traits(rng)
+        if slip is not None:
+            traits["slip"] = (traits["slip"] or SLIP) if slip else 0.0
+        if transitional is not None:
+            traits["transitional"] = transitional
         spacing = SPACING * traits["size"] * rng.normal(1, 0.025, SPACING.size)
         discs = -np.concatenate([[0], np.cumsum(spacing)])
         discs -= discs[DISC_NAMES.index("l3_l4")]
@@ -139,10 +147,9 @@ class Body:
         return (off * left).sum(-1), v, s
 
 
-def _draw_traits(rng: np.random.Generator, switches: dict[str, bool | None]) -> dict[str, Any]:
+def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
     """What varies between patients without meaning for any grade."""
-    slip = rng.random() < 0.12 if switches.get("slip") is None else switches["slip"]
-    transitional = rng.random() < 0.08 if switches.get("transitional") is None else switches["transitional"]
+    slip, transitional = rng.random() < 0.12, rng.random() < 0.08
     hydration = rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2)
     return {
         "size": rng.normal(1, 0.055),

@@ -77,8 +77,13 @@ def real_missing() -> np.ndarray:
 
 def draw_grades(n: int, seed: int | Sequence[int]) -> Grades:
     """Draw the grades of `n` studies. The first m rows of a longer draw are the draw of m with the same seed."""
-    latent_rng, reader_rng = _streams(seed)
-    narrowing = draw_narrowing(n, latent_rng)
+    latent_rng, _ = _streams(seed)
+    return grade(draw_narrowing(n, latent_rng), seed)
+
+
+def grade(narrowing: np.ndarray, seed: int | Sequence[int]) -> Grades:
+    """The grades of studies with this narrowing (n, 25), as `draw_grades` with this seed would have them."""
+    _, reader_rng = _streams(seed)
     return Grades(narrowing, read(narrowing, reader_rng), oracle(narrowing))
 
 

@@ -32,8 +32,20 @@ SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
     "oedema": (0.30, 0.62, 0.55),
     "haemangioma": (0.85, 0.75, 0.35),
 }
-STIR_SHARE = 0.25  # of the sagittal T2/STIR series
 SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How series are taken, against the usual: factors, but for `stir`."""
+
+    motion: float = 1.0  # of the patient between series, usually about 1.5 mm and 1 degree
+    step: float = 1.0  # distance and thickness of slices
+    pixel: float = 1.0  # side of a pixel
+    noise: float = 1.0
+    field: float = 1.0  # unevenness of the coil's field
+    gain: float = 1.0  # of the receiver: how many numbers a signal is stored in
+    stir: float = 0.25  # share of the sagittal T2/STIR series that are STIR
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Acquisition:
     sequence: str  # t1, t2 or stir
     motion: Array  # (4, 4): the patient's place during this series, against that of the body as built
     blocks: Array  # (n,) which parallel stack each slice belongs to
+    protocol: Protocol = Protocol()
 
     def to_scanner(self, points: Array) -> Array:
         """Where this series sees points of the body (..., 3), LPS mm."""
@@ -71,29 +84,31 @@ def plan_series(
     levels: tuple[int, ...] = (0, 1, 2, 3, 4),
     tilted: bool = False,
     square: bool = True,
-    stir: bool | None = None,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
 ) -> Acquisition:
     """Plan a series as a technician would.
 
     levels: indices of the levels that axial slices reach; tilted: axial slices in a block a level, each along its disc,
-    else one parallel stack; square: as many rows as columns; stir: force or forbid STIR for the sagittal T2 series.
+    else one parallel stack; square: as many rows as columns. A protocol changes nothing but what it names.
     """
     rows = cols = int(rng.choice([160, 176, 192, 208, 224], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
     if not square:
         rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
+    rows, cols = round(rows / protocol.pixel), round(cols / protocol.pixel)
     if PLANES[series_type] == "axial":
         fov = float(np.clip(rng.normal(205, 9), 185, 230))
         plan = _plan_blocks if tilted else _plan_parallel
-        affines, step, blocks = plan(rng, body, (rows, cols), fov / max(rows, cols), levels)
+        affines, step, blocks = plan(rng, body, (rows, cols), fov / max(rows, cols), levels, protocol.step)
     else:
         fov = float(np.clip(rng.normal(290, 14), 262, 325))
-        affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), fov / max(rows, cols))
+        affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), fov / max(rows, cols), protocol.step)
     toss = rng.random()
     sequence = "t1" if series_type == T1 else "t2"
-    if series_type == T2 and (toss < STIR_SHARE if stir is None else stir):
+    if series_type == T2 and toss < protocol.stir:
         sequence = "stir"
+    spacing, motion = fov / max(rows, cols), _motion(rng, protocol.motion)
     return Acquisition(
-        series_type, affines, rows, cols, fov / max(rows, cols), step, 0.9 * step, sequence, _motion(rng), blocks
+        series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol
     )
 
 
@@ -107,11 +122,11 @@ def _rotation(angles: Array) -> Array:
     return about_z @ about_y @ about_x
 
 
-def _motion(rng: np.random.Generator) -> Array:
-    """A small rigid motion about the middle of the lumbar spine: about 1.5 mm and 1 degree in all."""
+def _motion(rng: np.random.Generator, factor: float) -> Array:
+    """A small rigid motion about the middle of the lumbar spine: about 1.5 mm and 1 degree in all, times a factor."""
     motion = np.eye(4)
-    motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)))
-    motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3)
+    motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)) * factor)
+    motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3) * factor
     return motion
 
 
@@ -127,11 +142,12 @@ def _stack(middle: Array, axes: Array, size: tuple[int, int], spacing: float, of
 
 
 def _plan_sagittal(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float
+    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, wider: float
 ) -> tuple[Array, float, Array]:
-    """13 or 14 slices, the canal behind the middle of the image where real label points lie: affines, step, blocks."""
+    """13 or 14 slices (fewer where steps are `wider`), the canal behind the middle of the image where real label points lie: affines, step, blocks."""
     step = float(rng.choice([4.0, 4.3, 4.5]))
-    n = 14 if step == 4.0 else 13
+    n = round((14 if step == 4.0 else 13) / wider)
+    step *= wider
     shift = np.array([rng.normal(0, 1.5), -0.058 * size[1] * spacing, 0.026 * size[0] * spacing])
     middle = body.points()[:5].mean(0) + shift + [0, rng.normal(0, 14), rng.normal(0, 14)]
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
@@ -140,10 +156,10 @@ def _plan_sagittal(
 
 
 def _plan_parallel(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...]
+    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...], wider: float
 ) -> tuple[Array, float, Array]:
     """One axial stack from above the first of the levels to below the last: affines, step, blocks."""
-    step = float(rng.choice([5.0, 5.5, 6.0]))
+    step = float(rng.choice([5.0, 5.5, 6.0])) * wider
     axes = _axial_axes(np.deg2rad(rng.normal(-1, 3)))
     points = body.points()[list(levels)]
     middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
@@ -153,17 +169,17 @@ def _plan_parallel(
 
 
 def _plan_blocks(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...]
+    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...], wider: float
 ) -> tuple[Array, float, Array]:
-    """Four axial slices along each disc, tilted with it: affines, step, blocks."""
-    step, affines = float(rng.choice([3.5, 4.0])), []
+    """Four axial slices (fewer where steps are `wider`) along each disc, tilted with it: affines, step, blocks."""
+    step, affines, n = float(rng.choice([3.5, 4.0])) * wider, [], max(2, round(4 / wider))
     shift = np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
     for k in levels:
         place = body.discs[FIRST + k]
         axes = _axial_axes(np.interp(place, AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2)))
         middle = body.points()[k] + shift + axes[2] * rng.normal(0, 0.8)
-        affines.append(_stack(middle, axes, size, spacing, (np.arange(4) - 1.5) * step))
-    return np.concatenate(affines), step, np.repeat(np.arange(len(levels)), 4)
+        affines.append(_stack(middle, axes, size, spacing, (np.arange(n) - (n - 1) / 2) * step))
+    return np.concatenate(affines), step, np.repeat(np.arange(len(levels)), n)
 
 
 def _axial_axes(tilt: float) -> Array:
@@ -272,14 +288,14 @@ def _receive(image: Array, acquisition: Acquisition, rng: np.random.Generator) -
     back = acquisition.affines[0, 1, 0] * np.arange(cols) + acquisition.affines[0, 1, 1] * np.arange(rows)[:, None]
     back = back - back.mean() + 20
     falloff = np.exp(np.clip(back, -140, 75) / rng.uniform(160, 320))
-    a = rng.normal(0, 0.06, 5)
+    a = rng.normal(0, 0.06, 5) * acquisition.protocol.field
     field = falloff * np.exp(a[0] * row + a[1] * col + a[2] * row * col + a[3] * row**2 + a[4] * col**2)
     if rng.random() < 0.6:
         edge = rng.uniform(-75, -60) + 20
         field = field * (1 - 0.75 * np.clip((edge - back) / 12, 0, 1))
-    sigma = rng.uniform(0.035, 0.055)
+    sigma = rng.uniform(0.035, 0.055) * acquisition.protocol.noise
     value = image * field.astype(np.float32)
     real = value + sigma * rng.standard_normal(image.shape, np.float32)
     other = sigma * rng.standard_normal(image.shape, np.float32)
-    scale = np.exp(rng.uniform(np.log(400), np.log(2600)))
+    scale = np.exp(rng.uniform(np.log(400), np.log(2600))) * acquisition.protocol.gain
     return np.clip(np.rint(np.sqrt(real**2 + other**2) * np.float32(scale)), 0, 4095).astype(np.uint16)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.headers import write_slice
-from lsdc_utils.phantom.scanner import Acquisition, plan_series, render
+from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import (
     AXIAL,
     COLUMNS,
@@ -113,6 +113,9 @@ class StudyPlan:
     seed: tuple[int, ...]
     dirt: Dirt
     spoilt: tuple[str, int] | None = None  # the kind of dirt that `spoil` adds, and how many studies had it before
+    protocol: Protocol = Protocol()
+    slip: bool | None = None  # forced, forbidden, or as it falls
+    transitional: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     rates = plan.dirt.tossed()
     tosses = dirt_rng.random((1 + SERIES_PER_STUDY, len(rates)))  # a row for the study, then one a series
     happens = [dict(zip(rates, toss < list(rates.values()), strict=True)) for toss in tosses]
-    body = Body.draw(body_rng, plan.narrowing)
+    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional)
     series = _plan_study(plan, body, happens, dirt_rng, series_rng)
     seen = np.any([s.columns for s in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
@@ -190,7 +193,9 @@ def _plan_study(
     series = []
     for series_id, dirt, (series_type, covered, graded) in zip(plan.series_ids, happens[1:], wanted, strict=False):
         tilted, square = bool(happens[0]["tilted_blocks"]), not dirt["non_square"]
-        acquisition = plan_series(rng, body, series_type, levels=tuple(covered), tilted=tilted, square=square)
+        acquisition = plan_series(
+            rng, body, series_type, levels=tuple(covered), tilted=tilted, square=square, protocol=plan.protocol
+        )
         numbers = _instance_numbers(len(acquisition.affines), PLANES[series_type], dirt, dirt_rng)
         group = next(key for key, g in GROUPS.items() if g.series_type == series_type)
         columns = [CONDITIONS[c].group == group and LEVELS.index(level) in graded for c, level in COLUMN_KEYS]

@@ -38,19 +38,22 @@ import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
+from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from lsdc_utils import vocabulary
 from lsdc_utils.files import write_json
-from lsdc_utils.phantom.labels import Grades, draw_grades
+from lsdc_utils.phantom.labels import Grades, draw_grades, grade
+from lsdc_utils.phantom.scanner import Protocol
 from lsdc_utils.phantom.spoil import deal, quieted, spoil
 from lsdc_utils.phantom.study import COLUMN_KEYS, SERIES_PER_STUDY, Dirt, Study, StudyPlan, make_study
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVEL_NAMES, LEVELS, MISSING, SEVERITIES, SEVERITY_NAMES
@@ -60,20 +63,75 @@ LARGEST_ID = 4_294_967_295  # ids of the real studies and series fill 32 bits
 COORDINATES = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
 
 
+@dataclass(frozen=True)
+class Design:
+    """All that decides a phantom's bytes, as `write_phantom` takes it."""
+
+    n_train: int
+    n_test: int
+    seed: int
+    images: bool
+    narrowing: list[list[float]] | None
+    bodies: list[int] | None
+    slip: bool | None
+    transitional: bool | None
+    dirt: Dirt
+    protocol: Protocol
+
+    @staticmethod
+    def of(
+        n_train: int,
+        n_test: int,
+        seed: int,
+        images: bool = True,
+        narrowing: ArrayLike | None = None,
+        bodies: ArrayLike | None = None,
+        slip: bool | None = None,
+        transitional: bool | None = None,
+        **switches: float,
+    ) -> Design:
+        """The design of `write_phantom`'s arguments; ValueError where they make no sense, TypeError where one is unknown."""
+        if min(n_train, n_test) < 0 or n_train + n_test == 0:
+            raise ValueError(f"a phantom of {n_train} + {n_test} studies cannot be written")
+        for name, given in (("narrowing", narrowing), ("bodies", bodies)):
+            if given is not None and len(np.asarray(given)) != n_train + n_test:
+                raise ValueError(f"phantom: {name} has {len(np.asarray(given))} entries for {n_train + n_test} studies")
+        taken = {name: switches.pop(name) for name in Protocol.__dataclass_fields__ if name in switches}
+        tables = (None if given is None else np.asarray(given).tolist() for given in (narrowing, bodies))
+        made = (*tables, slip, transitional, Dirt(**switches), Protocol(**taken))
+        return Design(n_train, n_test, seed, images, *made)
+
+    def draw(self) -> list[Grades]:
+        """The grades of training and test studies: drawn, or those of the narrowings given."""
+        seeds, counts = ([self.seed, 0], [self.seed, 1]), (self.n_train, self.n_test)
+        if self.narrowing is None:
+            return [draw_grades(n, seed) for n, seed in zip(counts, seeds, strict=True)]
+        given = np.split(np.array(self.narrowing, float).reshape(-1, len(COLUMNS)), [self.n_train])
+        return [grade(mine, seed) for mine, seed in zip(given, seeds, strict=True)]
+
+
 def write_phantom(
-    root: str | Path, n_train: int, n_test: int, seed: int, *, workers: int = 1, images: bool = True, **dirt: float
+    root: str | Path, n_train: int, n_test: int, seed: int, *, workers: int = 1, **choices: Any
 ) -> Path:
     """Write a phantom of n_train + n_test studies to the new folder `root` and return it.
 
-    `images=False` writes the same tables without a picture. `dirt`: rates that differ from the real ones, by the names
-    of `Dirt`, e.g. `tilted_blocks=0`. The same arguments give the same bytes whatever `workers` is. The folder appears
-    whole: it is built beside its place and moved there. ValueError where `root` exists or an argument makes no sense.
+    choices, by name:
+
+    - `images=False` writes the same tables without a picture.
+    - Rates that differ from the real ones, as in `Dirt`, e.g. `tilted_blocks=0`.
+    - How series are taken, as in `Protocol`: e.g. `noise=2` is twice the usual noise, `stir=1` only STIR.
+    - `slip`, `transitional`: True or False force or forbid a slipped or a transitional vertebra in every spine.
+    - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.
+    - `bodies`: (n_train + n_test,) numbers; studies of a split with the same number are one patient, imaged in the same
+      way with the same noise, so that only their narrowings and their ids differ.
+
+    Whatever is not named stays as it is with the same seed. The same arguments give the same bytes whatever `workers`
+    is. The folder appears whole: it is built beside its place and moved there. ValueError where `root` exists or an
+    argument makes no sense.
     """
-    root, rates = Path(root), Dirt(**dirt)
+    root, design = Path(root), Design.of(n_train, n_test, seed, **choices)
     if root.exists():
         raise ValueError(f"{root} is there already: give the phantom a new folder, or use that one")
-    if min(n_train, n_test) < 0 or n_train + n_test == 0:
-        raise ValueError(f"a phantom of {n_train} + {n_test} studies cannot be written")
     root.parent.mkdir(parents=True, exist_ok=True)
     mine = f".writing-{root.name}-{socket.gethostname()}-"
     for left in root.parent.glob(f"{mine}*"):  # by a process that was killed
@@ -81,17 +139,15 @@ def write_phantom(
             shutil.rmtree(left, ignore_errors=True)
     building = root.parent / f"{mine}{os.getpid()}"
     try:
-        grades = [draw_grades(n, [seed, k]) for k, n in enumerate((n_train, n_test))]
-        plans = _plan_studies(grades, seed, rates)
+        grades = design.draw()
+        plans = _plan_studies(design, grades)
         building.mkdir()
-        for split in SPLITS if images else ():
+        for split in SPLITS if design.images else ():
             (building / f"{split}_images").mkdir()
-        studies = list(_make_studies(plans, building if images else None, workers))
+        studies = list(_make_studies(plans, building if design.images else None, workers))
         _write_tables(building, plans, studies, grades)
         write_json(
-            building / "phantom.json",
-            {"n_train": n_train, "n_test": n_test, "seed": seed, "images": images, "dirt": asdict(rates)}
-            | {"fingerprint": fingerprint(n_train, n_test, seed, images=images, **dirt)},
+            building / "phantom.json", asdict(design) | {"fingerprint": fingerprint(n_train, n_test, seed, **choices)}
         )
         _move_into_place(building, root)
     finally:
@@ -99,18 +155,21 @@ def write_phantom(
     return root
 
 
-def fingerprint(n_train: int, n_test: int, seed: int, *, images: bool = True, **dirt: float) -> str:
-    """Twelve hexadecimal digits that tell phantoms apart: a hash of the arguments and of the source that uses them."""
-    told = hashlib.sha256(json.dumps([n_train, n_test, seed, images, asdict(Dirt(**dirt))]).encode())
+def fingerprint(n_train: int, n_test: int, seed: int, **choices: Any) -> str:
+    """Twelve hexadecimal digits that tell phantoms apart: a hash of the arguments of `write_phantom` and of the source
+    that uses them."""
+    design = asdict(Design.of(n_train, n_test, seed, **choices))
+    told = hashlib.sha256(json.dumps(design, sort_keys=True).encode())
     sources = [file for file in resources.files(__package__).iterdir() if file.name.endswith((".py", ".json"))]
     for file in [Path(vocabulary.__file__), *sorted(sources, key=lambda file: file.name)]:
         told.update(file.read_bytes())
     return told.hexdigest()[:12]
 
 
-def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan]:
+def _plan_studies(design: Design, grades: list[Grades]) -> list[StudyPlan]:
     """Plans of the training studies, then of the test studies; ids mean nothing and are sorted within a split."""
-    counts = [len(g.labels) for g in grades]
+    counts, seed, dirt = [design.n_train, design.n_test], design.seed, design.dirt
+    bodies = [*range(design.n_train), *range(design.n_test)] if design.bodies is None else design.bodies
     rng = np.random.default_rng([seed, 2])
     ids = 1_000_000 + rng.choice(LARGEST_ID - 1_000_000, sum(counts) * (1 + SERIES_PER_STUDY), replace=False)
     study_ids, series_ids = ids[: sum(counts)], ids[sum(counts) :].reshape(-1, SERIES_PER_STUDY)
@@ -126,9 +185,12 @@ def _plan_studies(grades: list[Grades], seed: int, dirt: Dirt) -> list[StudyPlan
                     series_ids=tuple(map(int, series)),
                     narrowing=drawn.narrowing[i],
                     labels=drawn.labels[i],
-                    seed=(seed, k, i),
+                    seed=(seed, k, bodies[len(plans)]),
                     dirt=quieted(dirt, spoilt[i][0]) if spoilt[i] else dirt,
                     spoilt=spoilt[i],
+                    protocol=design.protocol,
+                    slip=design.slip,
+                    transitional=design.transitional,
                 )
             )
     return plans

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that these sc
 
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.headers import write_slice
-from lsdc_utils.phantom.scanner import plan_series, render
+from lsdc_utils.phantom.scanner import Protocol, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, LEVELS, SERIES_TYPES
 
 SIDE = 512  # rows and columns
@@ -37,7 +37,7 @@ def write_studies(root: Path, count: int, seed: int = 1, side: int = SIDE) -> pd
     first = root / "test_images" / "1"
     rows = []
     for number, series_type in enumerate(SERIES_TYPES, 1):
-        plan = plan_series(rng, body, series_type, tilted=series_type == AXIAL, square=True, stir=False)
+        plan = plan_series(rng, body, series_type, tilted=series_type == AXIAL, square=True, protocol=Protocol(stir=0))
         images, affines = _enlarge(render(body, plan, rng), plan.affines, side)
         folder = first / str(number)
         folder.mkdir(parents=True)

@@ -425,6 +425,15 @@ def start(run: Run) -> int:
     return status
 
 
+def tell_costs(run: Run, config: Path) -> None:
+    """Say what the trainings of a run on real data will take, before the first of them."""
+    if run.parameters.get("phantom", True) or any(run.folder.glob("weights/*.json")):
+        return
+    command = [sys.executable, "-m", "lsdc_utils.costs", str(config)]
+    done = subprocess.run(command, env=child_environment(run, []), capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout if done.returncode == 0 else f"costs could not be estimated: {done.stderr.strip()[-300:]}")
+
+
 def work(run: Run) -> int:
     """Let Snakemake run what has to be run in a folder that is held, and tell about it; the exit status."""
     gpus = visible_gpus()
@@ -433,6 +442,7 @@ def work(run: Run) -> int:
     with atomic(config) as temporary:
         temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
     print(f"{shown(run.folder)}: {run.cores} cores, {len(gpus)} GPUs; logs: {shown(output.parent)}/<step>.log")
+    tell_costs(run, config)
     try:
         with output.open("w") as log:
             command = snakemake_command(run, config, len(gpus))

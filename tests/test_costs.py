@@ -1,0 +1,53 @@
+"""The estimate of a run's trainings: what it counts, and that it is told before a run on real data starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import run_all
+
+from lsdc_utils import costs
+from lsdc_utils.runner import load_parameters
+
+
+@pytest.fixture(scope="module")
+def smoke() -> dict:
+    return load_parameters("smoke")
+
+
+def test_steps_are_counted_from_the_studies_and_hours_from_timed_steps(smoke: dict) -> None:
+    table = costs.estimate(smoke | {"vit_epochs": 4}, 1000).set_index("what")
+    assert table.loc["detector ss", "steps"] == 500 * costs.IMAGES["ss"] / smoke["yolo_batch"]
+    assert table.loc["3D ViT", "steps"] == 500 / smoke["vit_batch"] * 4
+    assert (table["count"] == 2).all() and (table["gpu_gib"] == 0).all()
+    assert (table["seconds"] > 0).all() and (table["hours"] * 3600 == table["steps"] * table["seconds"]).all()
+    said = costs.told(table.reset_index(), 0)
+    assert "on the CPU" in said and f"in all {(table['count'] * table['hours']).sum():.0f} h" in said
+
+
+def test_a_grid_can_be_timed(smoke: dict) -> None:
+    grid = {"vit_input": "study_grid", "vit_size": 16, "vit_patch": 8}
+    seconds, _ = costs._time_vit(smoke | grid, costs.vit3d.choose_device())
+    assert seconds > 0
+
+
+def test_images_of_a_study_are_what_a_run_draws(smoke_project: Path) -> None:
+    run = smoke_project / "outputs/demo"
+    for key, expected in costs.IMAGES.items():
+        logs = [file.read_text() for file in run.glob(f"logs/03_train_yolo_{key}_fold*.log")]
+        drawn = [pd.Series(log).str.extract(r"(\d+) of \d+ images an epoch, (\d+) studies").astype(int) for log in logs]
+        found = sum(table[0].iloc[0] for table in drawn) / sum(table[1].iloc[0] for table in drawn)
+        assert found == pytest.approx(expected, rel=0.4), key
+
+
+def test_a_run_on_real_data_tells_its_hours_before_it_starts(smoke_project: Path, smoke_copy: Path) -> None:
+    run = smoke_copy / "outputs/demo"
+    data = (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
+    asked = ["--profile", "smoke", "--run", "real", "phantom=false", "--data", str(data), "--until", "00"]
+    done = run_all(smoke_copy, *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.index("Estimated from 3 steps") < done.stdout.index("00_get_data")
+    assert "Estimated" not in run_all(smoke_project, "--profile", "smoke", "--run", "demo").stdout

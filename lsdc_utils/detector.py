@@ -154,7 +154,7 @@ def classes(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "condition", "level", "severity"])
 
 
-def _class_of(config: Config) -> dict[tuple[str, str, int], int]:
+def class_of(config: Config) -> dict[tuple[str, str, int], int]:
     """(condition, level, severity) of a label -> class number."""
     table = classes(config)
     found = {}
@@ -264,7 +264,7 @@ def boxes(stack: Stack, labels: pd.DataFrame, config: Config, copy_mm: float) ->
     Returns boxes (slice, row_id, class_id, severity, x, y, width, height as fractions of the strip, clipped to it,
     copied, off: mm from the clicked slice) and skipped (row_id, reason).
     """
-    numbers = _class_of(config)
+    numbers = class_of(config)
     found, skipped, clicked = [], [], []
     for label in labels.itertuples():
         here = np.flatnonzero(stack.instance_numbers == label.instance_number)
@@ -525,11 +525,6 @@ def train(
     goes on when it is begun again; `checkpoint.forget` it once the weights are saved. The weights of the last epoch are
     returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
-    if not training.model.endswith(".yaml") and not Path(training.model).is_file():
-        raise DetectorError(
-            f"pretrained weights {training.model!r} are not there (looked from {Path.cwd()}). Nothing is downloaded: "
-            "get the file from the releases of ultralytics' assets, and give its path as yolo_model"
-        )
     folder = Path(folder).resolve()
     checkpoint = Checkpoint(Path(work).resolve(), _training_key(folder, shown, config, training, held_out))
     work = checkpoint.folder / "ultralytics"
@@ -809,8 +804,8 @@ def detect(
         shown = axial_levels(stack, canal) if by_canal else np.full(len(stack.pixels), -1)
         images = inputs(stack, config, canal)[wanted]
         for scale, flip in config.views:
-            centres, scores = _forward(detector, images, scale, flip)
-            points = _to_patient(stack, wanted, centres, config)
+            centres, scores = forward(detector, images, scale, flip)
+            points = to_patient(stack, wanted, centres, config)
             levels = np.repeat(shown[wanted], points.shape[1])
             parts.append((points.reshape(-1, 3), scores.reshape(-1, scores.shape[2]), levels))
     if not parts:
@@ -831,7 +826,7 @@ def _wanted(stack: Stack, config: Config, canal: pd.DataFrame | None) -> np.ndar
 
 
 @torch.inference_mode()
-def _forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip shares, scores (n, k, C).
 
     A flipped view is the mirrored patient: axial images change columns, sagittal ones the order of their slices. As
@@ -882,7 +877,7 @@ def _other_side(config: Config) -> np.ndarray:
     return order.reshape(2, -1)[::-1].ravel()
 
 
-def _to_patient(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config: Config) -> np.ndarray:
+def to_patient(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config: Config) -> np.ndarray:
     """Patient points (n, k, 3) of centres (n, k, 2), which are fractions of the strips of slices `wanted` (n,)."""
     windows = np.array([strip_window(shape, config) for shape in stack.shapes[wanted]], dtype=float)
     pixels = windows[:, None, :2] + centres * windows[:, None, 2:] - 0.5

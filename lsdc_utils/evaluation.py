@@ -6,12 +6,17 @@ of several models stand row by row beside each other. Probabilities are natural;
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score, precision_recall_curve
 
+from lsdc_utils.files import write_json
 from lsdc_utils.metric import (
     PARTS,
     PROBABILITIES,
@@ -193,3 +198,25 @@ def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     known = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
     keys = ["study_id", "group", "level", "side"]
     return rows[["row_id", *keys]].merge(known[[*keys, *"XYZ"]], on=keys).set_index("row_id")[list("XYZ")]
+
+
+# ---- the numbers of the stress tests, which 07 finds after the scores ----------------------------------------------
+
+
+def keep_stress(run: Path, numbers: dict[str, float | None]) -> None:
+    """Write a run's numbers to stress/numbers.json, with the checksum of the blend that they are of, and to its
+    scores.json, under `stress`."""
+    write_json(run / "stress/numbers.json", {"numbers": numbers, "blend": _checksum(run / "blend.json")})
+    write_json(run / "scores.json", json.loads((run / "scores.json").read_text()) | kept_stress(run))
+
+
+def kept_stress(run: Path) -> dict[str, Any]:
+    """What scores.json has of a run's stress tests: `stress` with its numbers; nothing where there are none of the
+    blend as it is now."""
+    file = run / "stress/numbers.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return {"stress": known["numbers"]} if known.get("blend") == _checksum(run / "blend.json") else {}
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

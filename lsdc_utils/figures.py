@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from lsdc_utils.vocabulary import MISSING, SEVERITY_NAMES
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITY_NAMES
 
 # By class as tables hold it: 0, 1, 2, and -1 for a missing label (so these are dicts: a tuple's [-1] would be severe).
 SEVERITY_COLOURS = {0: "#4C9BD6", 1: "#F5B32A", 2: "#CC3311", MISSING: "#ABABAB"}
@@ -213,3 +214,35 @@ def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title:
         shares = np.bincount(bin_of, severity == k)[n > 0] / n[n > 0]
         ax.plot(means, shares, marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Natural probability", ylabel="Share of labels")
+
+
+DOSE_LINES = {
+    "oracle": ("oracle", "--"),
+    "yolo": ("detectors", ":"),
+    "vit3d": ("3D ViT", "-."),
+    "ensemble": ("ensemble", "-"),
+}
+
+
+def plot_doses(found: pd.DataFrame) -> Figure:
+    """Responses to a narrowing, as `stress.responses` gives them: a panel a condition group, the mean over bodies and
+    sides of each model's P(severe) and P(moderate or worse), the shares of readers who say so, and the cut-offs."""
+    figure, groups = Figure(figsize=(12, 4.4)), found["condition"].map(lambda name: CONDITIONS[name].group)
+    for ax, (key, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
+        mine = found[groups == key]
+        for event, severity in (("moderate", 1), ("severe", 2)):
+            colour, marker = SEVERITY_COLOURS[severity], SEVERITY_MARKERS[severity]
+            curves = mine.pivot_table(index="dose", columns="model", values=event)
+            for model, (_, line) in DOSE_LINES.items():
+                ax.plot(curves.index, curves[model], line, color=colour)
+            ax.plot(curves.index, curves["readers"], marker, color=colour, markersize=5, alpha=0.6)
+            ax.axvline(mine[f"{event}_from"].iloc[0], color="#606060", linewidth=0.8, linestyle="--")
+        ax.set(title=group.score, xlabel="narrowing (0 open, 1 closed)", ylim=(-0.02, 1.02))
+    figure.axes[0].set_ylabel("probability")
+    handles = [Line2D([], [], color="#404040", linestyle=line, label=name) for name, line in DOSE_LINES.values()]
+    for severity, name in ((1, "moderate or worse"), (2, "severe")):
+        style = {"color": SEVERITY_COLOURS[severity], "marker": SEVERITY_MARKERS[severity]}
+        handles.append(Line2D([], [], label=f"{name} (marks: readers)", **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.suptitle("One place narrowed step by step, all else the same")
+    return figure

@@ -28,18 +28,20 @@ from .vocabulary import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-NOTEBOOK_ORDER = (
+NOTEBOOK_ORDER = (  # in which they run: the report is of all others
     "00_get_data",
     "01_eda",
     "02_convert_labels",
     "03_train_yolo",
     "04_train_vit3d",
     "05_ensemble_inference",
+    "07_stress_tests",
     "06_report",
 )
 ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
 EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
+STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
 
@@ -78,7 +80,7 @@ def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run, in the order of the notebooks, or of a prediction, where there are `n_shards`.
 
-    `folds` says which folds are trained.
+    `folds` says which folds are trained; without `stress_bodies` there are no stress tests.
     """
     if "n_shards" in parameters:
         return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
@@ -87,7 +89,8 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
         "04_train_vit3d": [vit_step(fold) for fold in folds],
     }
-    return [step for name in NOTEBOOK_ORDER for step in trainings.get(name, [Step(name, name)])]
+    asked = [name for name in NOTEBOOK_ORDER if name != "07_stress_tests" or parameters["stress_bodies"]]
+    return [step for name in asked for step in trainings.get(name, [Step(name, name)])]
 
 
 def read_parameters(run_dir: str | Path) -> dict[str, Any]:

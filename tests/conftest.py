@@ -73,6 +73,7 @@ yolo_classes: seen
 yolo_epochs: {nfn: 2, scs: 3, ss: 1}
 vit_lr: 0.001
 vit_processes: 1
+stress_bodies: 1
 tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
@@ -120,6 +121,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
             "submission.csv",
         ],
     ),
+    "07_stress_tests": ("stress_bodies: int = 1", "", [f"stress/{name}" for name in steps.STRESS_TABLES]),
     "06_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),
 }
 

@@ -158,7 +158,7 @@ def test_boxes_lie_where_the_reader_clicked(condition):
     assert skipped.empty and set(found["row_id"]) == set(labels["row_id"]) and not found["copied"].any()
     both = found.merge(labels, on="row_id")
     centres = both[["x_x", "y_x"]].to_numpy()[:, None]
-    back = detector._to_patient(stack, both["slice"].to_numpy(), centres, settings)[:, 0]
+    back = detector.to_patient(stack, both["slice"].to_numpy(), centres, settings)[:, 0]
     np.testing.assert_allclose(back, both[["X", "Y", "Z"]], atol=0.01)
     edge = found[["x", "y"]].to_numpy() + np.array([[0.5], [-0.5]])[:, None] * found[["width", "height"]].to_numpy()
     assert edge.min() >= 0 and edge.max() <= 1

@@ -191,7 +191,7 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
         label_at = np.array(written[1:3], float) * image.shape[::-1] - 0.5
         assert np.abs(seen - label_at).max() < 0.5
         share = ((seen + 0.5) / image.shape[::-1])[None, None]
-        back = detector._to_patient(stack, np.array([line.slice]), share, config)[0, 0]
+        back = detector.to_patient(stack, np.array([line.slice]), share, config)[0, 0]
         affine = stack.affines[line.slice]
         pixel = np.array([detector.strip_window(stack.shapes[0], config)[2:]]) / image.shape[::-1]
         off = (back - planted.ball) @ affine[:3, :2] / (affine[:3, :2] ** 2).sum(axis=0)  # in pixels of the series

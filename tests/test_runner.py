@@ -90,7 +90,7 @@ def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
         (["n_train=3.5"], "int"),
         (["run_dir=elsewhere"], "known key"),
         (["--profile", "nope"], "other"),
-        (["--until", "07"], "06_report"),
+        (["--until", "09"], "06_report"),
         (["--force", "03_train_yolo_scs_fold7"], "fold0"),
         (["--data", "nowhere"], "no such folder"),
         (["--run", "../escape"], "plain name"),
@@ -140,9 +140,9 @@ def test_help_names_every_command_and_option() -> None:
 
 def test_a_run_tells_each_step_and_ends_with_scores_and_report(finished_tiny_project: Path) -> None:
     said = (finished_tiny_project / "first_run.txt").read_text()
-    assert said.count(" done in ") == 13
-    assert "[1/13] 00_get_data" in said
-    assert "[13/13] 06_report done in" in said
+    assert said.count(" done in ") == 14
+    assert "[1/14] 00_get_data" in said
+    assert "[14/14] 06_report done in" in said
     assert re.search(r"ensemble +0\.400 +0\.600 +0\.700 +- +0\.500", said)
     assert said.rstrip().endswith("outputs/demo/report/index.html")
 
@@ -152,14 +152,14 @@ def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
     began = re.findall(r"\] (\w+)$", (finished_tiny_project / "first_run.txt").read_text(), re.MULTILINE)
     assert done[:3] == ["00_get_data", "01_eda", "02_convert_labels"]
     assert set(began[3:5]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
-    assert done[-2:] == ["05_ensemble_inference", "06_report"]
+    assert done[-3:] == ["05_ensemble_inference", "07_stress_tests", "06_report"]
 
 
 def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path) -> None:
     run = finished_tiny_project / "outputs" / "demo"
     parameters = yaml.safe_load((run / "parameters.yml").read_text())
     names = [step.name for step in steps.all_steps(parameters)]
-    assert len(names) == 13
+    assert len(names) == 14
     assert sorted(path.stem for path in (run / "notebooks").iterdir()) == sorted(names)
     assert not list((run / "logs").glob("*.ipynb"))
     for name in names:
@@ -206,13 +206,13 @@ def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path
     with (tiny_project / "lsdc_utils/used.py").open("a") as module:
         module.write("from . import helper\n")
     (tiny_project / "lsdc_utils/helper.py").write_text("")
-    assert len(would_run(tiny_project)) == 11  # all but 00 and 01
+    assert len(would_run(tiny_project)) == 12  # all but 00 and 01
     assert would_run(tiny_project, "--until", "02") == ["02_convert_labels"]
 
 
 def test_a_changed_code_cell_runs_the_step_and_what_follows(tiny_project: Path) -> None:
     write_tiny_notebook(tiny_project, "04_train_vit3d", code_of("04_train_vit3d") + "\nprint('new')")
-    expected = ["04_train_vit3d_fold0", "04_train_vit3d_fold1", "05_ensemble_inference", "06_report"]
+    expected = ["04_train_vit3d_fold0", "04_train_vit3d_fold1", "05_ensemble_inference", "07_stress_tests", "06_report"]
     assert would_run(tiny_project) == expected
 
 
@@ -223,6 +223,7 @@ def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) 
         "03_train_yolo_ss_fold0",
         "03_train_yolo_ss_fold1",
         "05_ensemble_inference",
+        "07_stress_tests",
         "06_report",
     ]
 
@@ -241,14 +242,15 @@ def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
 
 
 def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
-    assert would_run(tiny_project, "--force", "05") == ["05_ensemble_inference", "06_report"]
+    assert would_run(tiny_project, "--force", "05") == ["05_ensemble_inference", "07_stress_tests", "06_report"]
+    assert would_run(tiny_project, "stress_bodies=0") == ["06_report"]  # is of the others
     (tiny_project / "outputs/data").rmdir()
     assert would_run(tiny_project)[:2] == ["00_get_data", "01_eda"]
 
 
 def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path) -> None:
     steps_of_other = would_run(tiny_project, "--profile", "other")
-    assert len(steps_of_other) == 9
+    assert len(steps_of_other) == 10
     assert not [name for name in steps_of_other if "fold1" in name]
     assert not (tiny_project / "outputs/other").exists()
 

@@ -48,6 +48,9 @@ class Protocol:
     stir: float = 0.25  # share of the sagittal T2/STIR series that are STIR
 
 
+USUAL = Protocol()
+
+
 @dataclass(frozen=True)
 class Acquisition:
     """A planned series. `affines` map (column, row, 0, 1) of a slice to LPS mm.
@@ -65,7 +68,7 @@ class Acquisition:
     sequence: str  # t1, t2 or stir
     motion: Array  # (4, 4): the patient's place during this series, against that of the body as built
     blocks: Array  # (n,) which parallel stack each slice belongs to
-    protocol: Protocol = Protocol()
+    protocol: Protocol = USUAL
 
     def to_scanner(self, points: Array) -> Array:
         """Where this series sees points of the body (..., 3), LPS mm."""
@@ -84,7 +87,7 @@ def plan_series(
     levels: tuple[int, ...] = (0, 1, 2, 3, 4),
     tilted: bool = False,
     square: bool = True,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    protocol: Protocol = USUAL,
 ) -> Acquisition:
     """Plan a series as a technician would.
 
@@ -107,9 +110,7 @@ def plan_series(
     if series_type == T2 and toss < protocol.stir:
         sequence = "stir"
     spacing, motion = fov / max(rows, cols), _motion(rng, protocol.motion)
-    return Acquisition(
-        series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol
-    )
+    return Acquisition(series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol)
 
 
 def _rotation(angles: Array) -> Array:
@@ -144,7 +145,8 @@ def _stack(middle: Array, axes: Array, size: tuple[int, int], spacing: float, of
 def _plan_sagittal(
     rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, wider: float
 ) -> tuple[Array, float, Array]:
-    """13 or 14 slices (fewer where steps are `wider`), the canal behind the middle of the image where real label points lie: affines, step, blocks."""
+    """13 or 14 slices, fewer where steps are `wider`, the canal behind the middle of the image where real label points
+    lie: affines, step, blocks."""
     step = float(rng.choice([4.0, 4.3, 4.5]))
     n = round((14 if step == 4.0 else 13) / wider)
     step *= wider

@@ -9,7 +9,7 @@ import numpy as np
 
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.headers import write_slice
-from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
+from lsdc_utils.phantom.scanner import USUAL, Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import (
     AXIAL,
     COLUMNS,
@@ -113,7 +113,7 @@ class StudyPlan:
     seed: tuple[int, ...]
     dirt: Dirt
     spoilt: tuple[str, int] | None = None  # the kind of dirt that `spoil` adds, and how many studies had it before
-    protocol: Protocol = Protocol()
+    protocol: Protocol = USUAL
     slip: bool | None = None  # forced, forbidden, or as it falls
     transitional: bool | None = None
 

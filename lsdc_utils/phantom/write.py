@@ -90,7 +90,7 @@ class Design:
         transitional: bool | None = None,
         **switches: float,
     ) -> Design:
-        """The design of `write_phantom`'s arguments; ValueError where they make no sense, TypeError where one is unknown."""
+        """What the arguments of `write_phantom` ask for; ValueError where that makes no sense."""
         if min(n_train, n_test) < 0 or n_train + n_test == 0:
             raise ValueError(f"a phantom of {n_train} + {n_test} studies cannot be written")
         for name, given in (("narrowing", narrowing), ("bodies", bodies)):
@@ -110,9 +110,7 @@ class Design:
         return [grade(mine, seed) for mine, seed in zip(given, seeds, strict=True)]
 
 
-def write_phantom(
-    root: str | Path, n_train: int, n_test: int, seed: int, *, workers: int = 1, **choices: Any
-) -> Path:
+def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, workers: int = 1, **choices: Any) -> Path:
     """Write a phantom of n_train + n_test studies to the new folder `root` and return it.
 
     choices, by name:

@@ -59,8 +59,25 @@ def run_pictures(run: Run) -> list[Picture]:
         pictures += [plot_grades(labelled), plot_reliability(labelled)]
     if "curve" in run.experiments:
         pictures.append(plot_curve(run.experiments["curve"], run.scores))
+    if len(run.doses):
+        pictures.insert(0, plot_doses(run))
     example = plot_example(run)
     return [example, *pictures] if example else pictures
+
+
+def plot_doses(run: Run) -> Picture:
+    """Answers to one narrowing that grows, beside the oracle's and the readers'."""
+    bodies, slope = run.doses["body"].nunique(), (run.scores.get("stress") or {}).get("slope")
+    caption = (
+        f"One place narrowed step by step on {bodies} {'body' if bodies == 1 else 'bodies'}, all else the same: the "
+        "models' probabilities, the oracle's, the shares of simulated readers (marks), and the cut-offs of an "
+        "error-free reader (dashed)."
+    )
+    caption += f" The ensemble rises {slope:.2f} times as steeply as the oracle there." if slope is not None else ""
+    ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
+    said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
+    alt = f"Probabilities against narrowing, a panel a condition group. Severe at the end: {said}."
+    return Picture("doses", caption, alt, figures.plot_doses(run.doses), wide=True)
 
 
 def plot_totals(scores: dict[str, Any]) -> Picture:

@@ -43,6 +43,7 @@ class Run:
     rows: pd.DataFrame  # predictions/ensemble_oof.parquet: row_id and three natural probabilities
     findings: pd.DataFrame  # tables/findings.csv
     localisation: pd.DataFrame  # localisation.csv, as text
+    doses: pd.DataFrame  # stress/doses.csv
     experiments: dict[str, pd.DataFrame]  # ablation, curve and noise, as far as those tables lie beside the run
     steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
 
@@ -69,6 +70,7 @@ def read_run(run_dir: str | Path) -> Run:
         rows=_table(folder / "predictions/ensemble_oof.parquet"),
         findings=_table(folder / "tables/findings.csv"),
         localisation=_table(folder / "localisation.csv"),
+        doses=pd.read_csv(doses) if (doses := folder / "stress/doses.csv").is_file() else pd.DataFrame(),
         experiments={
             Path(name).stem: pd.read_csv(file) for name in EXPERIMENT_TABLES if (file := folder / name).is_file()
         },
@@ -361,6 +363,7 @@ def summary(scores: dict[str, Any]) -> list[str]:
     """What the scores say, as sentences computed from them."""
     sentences = [_sentence(name, block) for name, block in blocks(scores).items() if value(block, "scores", "ensemble")]
     sentences += _no_better_than_counting(scores["oof"])
+    sentences += _stress(scores.get("stress") or {})
     if not scores.get("test"):
         sentences.append("The test studies of this data have no labels, so the out-of-fold score is the result.")
     return sentences
@@ -387,6 +390,19 @@ def _no_better_than_counting(block: dict[str, Any]) -> Iterator[str]:
         total = value(block, "scores", model)
         if prior is not None and total is not None and total >= prior:
             yield f"{model_name(model)}: no better than counting labels at this budget, out of fold."
+
+
+def _stress(numbers: dict[str, float | None]) -> Iterator[str]:
+    """A sentence on the stress tests, as far as they told something."""
+    words = {
+        "slope": "at the cut-offs its answer rises {:.2f} times as steeply as the oracle's",
+        "leak": "no other row moves by more than {:.2f} while one place narrows",
+        "looked": "{:.0%} of what hiding changes in the transformer's answer lies within 10 mm of the place",
+        "moved": "what must not matter moves a probability by at most {:.1e}",
+    }
+    told = [text.format(numbers[name]) for name, text in words.items() if numbers.get(name) is not None]
+    if told:
+        yield f"Under stress tests of the ensemble, {'; '.join(told)}."
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What the trainings of a run will cost, told before it starts: `python -m lsdc_utils.costs PARAMETERS`.
 
-A few steps of each training are timed on the device that it will run on, with the networks, sizes and batches of the
-parameters and with images of noise; steps are counted from the number of studies. Not counted are reading, conversion,
-the loading of images, prediction and the blend.
+A few steps of each training are timed on the device at hand, with the networks, sizes and batches of the parameters and
+with images of noise; how many there are follows from the number of studies. Their floating-point operations are counted
+as well, so that a machine without a GPU tells what one would have to do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +22,52 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from lsdc_utils import detector, sources, vit3d, vit_training, volume
 from lsdc_utils.phantom import labels
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, LEVELS
 
 IMAGES = {"nfn": 9.0, "scs": 5.9, "ss": 12.7}  # that an epoch draws of a study, as `training_images` counts them
-STEPS = 3  # that are timed, after one that is not
+STEPS = 3  # that are timed on a GPU
+RATE = 20  # TFLOP/s that a large GPU may sustain in mixed precision: an assumption, for machines without one
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a training costs."""
+
+    seconds: float  # on the device at hand
+    tflop: float  # 10^12 operations of its convolutions and matrix products, forwards and backwards
+    gib: float  # of the GPU's memory: measured on a GPU, else what is kept for the gradients in 16 bits, and optimiser
 
 
 def estimate(parameters: dict[str, Any], studies: int) -> pd.DataFrame:
-    """A row a training: what, count (of such trainings), steps of each, seconds a step, hours of each, and gpu_gib, the
-    GPU's memory at most (0 on CPUs)."""
-    device, folds = vit3d.choose_device(), len(parameters["folds"])
+    """A row a training: what, count (of such trainings), steps of each, the fields of `Step`, and hours of each."""
     torch.set_num_threads(parameters["threads"])
     trained = studies * (1 - 1 / parameters["n_splits"])
     lines = []
     for key in GROUPS:
-        images, batch = trained * IMAGES[key], parameters["yolo_batch"]
-        seconds, memory = _time_detector(parameters, key, device)
-        lines.append((f"detector {key}", folds, images / batch * parameters["yolo_epochs"][key], seconds, memory))
-    seconds, memory = _time_vit(parameters, device)
+        steps = trained * IMAGES[key] / parameters["yolo_batch"] * parameters["yolo_epochs"][key]
+        lines.append({"what": f"detector {key}", "steps": steps, **asdict(measure_detector(parameters, key))})
     steps = trained / parameters["vit_batch"] * parameters["vit_epochs"]
-    lines.append(("3D ViT", folds, steps, seconds, memory))
-    table = pd.DataFrame(lines, columns=["what", "count", "steps", "seconds", "gpu_gib"])
+    lines.append({"what": "3D ViT", "steps": steps, **asdict(measure_vit(parameters))})
+    table = pd.DataFrame(lines).assign(count=len(parameters["folds"]))
     return table.assign(hours=table["steps"] * table["seconds"] / 3600)
 
 
-def _time_detector(parameters: dict[str, Any], key: str, device: torch.device) -> tuple[float, float]:
-    """Seconds a step, and GiB, of a detector's training: loss and gradients; ultralytics' trainer adds its own."""
+def measure_detector(parameters: dict[str, Any], key: str) -> Step:
+    """A detector's step: loss and gradients; ultralytics' trainer adds its own time."""
     detector.quiet_ultralytics(Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}")
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
+    device = vit3d.choose_device()
     classes = 3 if key == "ss" and parameters["yolo_classes"] == "seen" else 15
     kind = Path(parameters["yolo_model"]).with_suffix(".yaml").name
     model = DetectionModel(kind, nc=classes, verbose=False).to(device, memory_format=torch.channels_last).train()
     model.args = get_cfg(overrides=parameters["yolo_gains"])
-    # A CPU takes minutes for what a GPU does in a second: an eighth of the batch is timed there.
-    share = 1 if device.type == "cuda" else 8
-    count = max(1, parameters["yolo_batch"] // share)
+    count = parameters["yolo_batch"] if device.type == "cuda" else 1
     images = torch.rand(count, 3, *parameters["yolo_size"][key], device=device)
     boxes = {"cls": torch.zeros(count, 1), "bboxes": torch.full((count, 4), 0.5), "batch_idx": torch.arange(count)}
     batch = {"img": images.contiguous(memory_format=torch.channels_last), **boxes}
@@ -71,60 +78,78 @@ def _time_detector(parameters: dict[str, Any], key: str, device: torch.device) -
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    seconds, memory = _timed(step, device)
-    return seconds * parameters["yolo_batch"] / count, memory
+    return _measured(step, parameters["yolo_batch"] / count, sum(one.numel() for one in model.parameters()))
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Mean seconds of a call, and GiB of the GPU's memory at most."""
-    on_gpu = device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    step()
-    wait()
-    began = time.monotonic()
-    for _ in range(STEPS):
-        step()
-    wait()
-    return (time.monotonic() - began) / STEPS, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-
-
-def _time_vit(parameters: dict[str, Any], device: torch.device) -> tuple[float, float]:
-    """Seconds a step, and GiB, of the transformer's training, by its own code."""
+def measure_vit(parameters: dict[str, Any]) -> Step:
+    """A step of the transformer's training, by its own code."""
     named = {name: f"vit_{name}" for name in vit3d.VitConfig.__dataclass_fields__}
     config = vit3d.VitConfig(**{name: parameters[key] for name, key in named.items() if key in parameters})
-    count, rng = STEPS * parameters["vit_batch"], np.random.default_rng(0)
+    count, rng = parameters["vit_batch"] if torch.cuda.is_available() else 1, np.random.default_rng(0)
     if config.input == "study_grid":
         inputs = rng.integers(0, 256, (count, 3, *[config.size] * 3), dtype=np.uint8)
     else:
         side, slices = config.size + 2 * config.margin, len(volume.SLOTS) * config.slices
-        shapes = {"images": (len(LEVELS), slices, side, side), "places": (len(LEVELS), slices)}
-        kinds = [("images", np.uint8, shapes["images"]), ("places", np.float32, shapes["places"])]
-        inputs = np.zeros(count, dtype=kinds)
-        inputs["images"] = rng.integers(0, 256, (count, *shapes["images"]), dtype=np.uint8)
+        images = rng.integers(0, 256, (count, len(LEVELS), slices, side, side), dtype=np.uint8)
+        places = (len(LEVELS), slices)
+        inputs = np.zeros(count, dtype=[("images", np.uint8, images.shape[1:]), ("places", np.float32, places)])
+        inputs["images"] = images
     truth = rng.integers(0, 3, (count, len(COLUMNS)))
-    training = vit_training.Training(epochs=2, batch=parameters["vit_batch"], threads=parameters["threads"])
-    if device.type == "cuda":
+    training = vit_training.Training(epochs=1, batch=count, threads=parameters["threads"])
+
+    def step() -> None:
+        with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
+            vit_training.fit(inputs, truth, config, training, work)
+
+    return _measured(
+        step, parameters["vit_batch"] / count, sum(one.numel() for one in vit3d.Vit3d(config).parameters())
+    )
+
+
+def _measured(step: Callable[[], None], scale: float, weights: int) -> Step:
+    """What a step costs whose batch is 1 / `scale` of the training's, of a network with so many weights.
+
+    On a GPU some steps are timed after the one that is counted. A CPU takes minutes for what a GPU does in a second:
+    there one image or study is counted and timed at once.
+    """
+    on_gpu, kept = torch.cuda.is_available(), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    began, memory = time.monotonic(), 0.0
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        step()
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-        _, curves = vit_training.fit(inputs, truth, config, training, work)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return float(curves["seconds"].iloc[-1]) / STEPS, memory
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated()
+    seconds = (time.monotonic() - began) / (STEPS if on_gpu else 1)
+    memory = memory or sum(kept.values()) / 2 * scale + 16 * weights
+    return Step(seconds * scale, counter.get_total_flops() * scale / 1e12, memory / 2**30)
 
 
 def told(table: pd.DataFrame, gpus: int) -> str:
     """The estimate for people: each training, and the hours of all on so many GPUs (0: one after the other on CPUs)."""
-    name = torch.cuda.get_device_name() if gpus else "the CPU"
-    lines = [f"Estimated from {STEPS} steps of each training on {name} (other work and loading of images not counted):"]
-    for row in table.itertuples():
-        memory = f", {row.gpu_gib:.1f} GiB of GPU memory" if row.gpu_gib else ""
-        lines.append(
-            f"  {row.what:14} {row.count} x {row.hours:7.1f} h  ({row.steps:,.0f} steps of {row.seconds:.2f} s{memory})"
-        )
+    name = torch.cuda.get_device_name() if gpus else "this machine's CPU"
+    lines = [f"Estimated from steps of each training on {name}:"]
+    lines += [
+        f"  {row.what:14} {row.count} x {row.hours:8.1f} h  ({row.steps:,.0f} steps of {row.seconds:.2f} s, "
+        f"{row.tflop:.2f} TFLOP and {row.gib:.1f} GiB of GPU memory)"
+        for row in table.itertuples()
+    ]
     hours = float((table["count"] * table["hours"]).sum())
+    work = float((table["count"] * table["steps"] * table["tflop"]).sum())
     spread = f", {hours / gpus:.0f} h on the {gpus} GPUs here" if gpus > 1 else ""
-    return "\n".join([*lines, f"  in all {hours:.0f} h, one after the other{spread}"])
+    lines.append(f"  in all {hours:,.0f} h, one after the other{spread}; {work / 1e6:.3g} EFLOP, which is ")
+    lines[-1] += f"{work / RATE / 3600:,.1f} h of a GPU that sustains {RATE} TFLOP/s"
+    return "\n".join([*lines, "  not counted: reading and conversion, loading of images, prediction, blend, report"])
 
 
 def count_studies(data_dir: str) -> int:

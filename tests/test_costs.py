@@ -22,16 +22,25 @@ def test_steps_are_counted_from_the_studies_and_hours_from_timed_steps(smoke: di
     table = costs.estimate(smoke | {"vit_epochs": 4}, 1000).set_index("what")
     assert table.loc["detector ss", "steps"] == 500 * costs.IMAGES["ss"] / smoke["yolo_batch"]
     assert table.loc["3D ViT", "steps"] == 500 / smoke["vit_batch"] * 4
-    assert (table["count"] == 2).all() and (table["gpu_gib"] == 0).all()
-    assert (table["seconds"] > 0).all() and (table["hours"] * 3600 == table["steps"] * table["seconds"]).all()
+    assert (table["count"] == 2).all() and (table[["seconds", "tflop", "gib"]] > 0).all(axis=None)
+    assert (table["hours"] * 3600 == table["steps"] * table["seconds"]).all()
     said = costs.told(table.reset_index(), 0)
-    assert "on the CPU" in said and f"in all {(table['count'] * table['hours']).sum():.0f} h" in said
+    assert "machine's CPU" in said and f"in all {(table['count'] * table['hours']).sum():,.0f} h" in said
+
+
+def test_operations_are_those_of_the_network(smoke: dict) -> None:
+    small, large = (
+        costs.measure_detector(smoke | {"yolo_size": {"scs": size}}, "scs") for size in ([64, 64], [128, 64])
+    )
+    assert large.tflop == pytest.approx(2 * small.tflop, rel=0.01)  # convolutions alone
+    assert 1.2 < large.gib / small.gib < 2
+    forwards = 8.4e-3 * (64 * 64) / (640 * 640) * smoke["yolo_batch"]  # TFLOP, by ultralytics' count at 640 x 640
+    assert small.tflop == pytest.approx(3 * forwards, rel=0.35)  # gradients take twice as many
 
 
 def test_a_grid_can_be_timed(smoke: dict) -> None:
     grid = {"vit_input": "study_grid", "vit_size": 16, "vit_patch": 8}
-    seconds, _ = costs._time_vit(smoke | grid, costs.vit3d.choose_device())
-    assert seconds > 0
+    assert costs.measure_vit(smoke | grid).seconds > 0
 
 
 def test_images_of_a_study_are_what_a_run_draws(smoke_project: Path) -> None:
@@ -49,5 +58,5 @@ def test_a_run_on_real_data_tells_its_hours_before_it_starts(smoke_project: Path
     asked = ["--profile", "smoke", "--run", "real", "phantom=false", "--data", str(data), "--until", "00"]
     done = run_all(smoke_copy, *asked)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.index("Estimated from 3 steps") < done.stdout.index("00_get_data")
+    assert done.stdout.index("Estimated from steps") < done.stdout.index("00_get_data")
     assert "Estimated" not in run_all(smoke_project, "--profile", "smoke", "--run", "demo").stdout

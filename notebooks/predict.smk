@@ -1,7 +1,6 @@
 # Grading a folder with a finished run: 05 alone, one job a shard of studies. Started by ./run_all.sh predict with the
 # folder of results as working directory; lsdc_utils/predict.py listed the studies and joins the shards' answers.
 # A shard is graded again when its files, the weights, blend.json, a parameter or the code of 05 changed.
-import os
 import sys
 
 from lsdc_utils import steps
@@ -9,7 +8,6 @@ from lsdc_utils.vocabulary import GROUPS
 
 PYTHON = sys.executable
 RUN = config["run_dir"]
-GPU = 1 if os.environ.get("CUDA_VISIBLE_DEVICES") else 0
 TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
 
@@ -39,6 +37,6 @@ rule grade:
         "logs/05_ensemble_inference_{shard}.tsv"
     threads: config["threads"]
     resources:
-        gpu=GPU,
+        gpu=1,  # none where --resources has none
     shell:
         "{PYTHON:q} -m lsdc_utils.steps . {params.step:q}"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,7 @@ class Run:
     until: str | None = None
     force: tuple[str, ...] = ()
     snakefile: str = "Snakefile"  # in notebooks/
+    slurm: bool = False  # each step a job of the cluster
 
     @property
     def steps(self) -> list[Step]:
@@ -182,6 +183,23 @@ def end_processes(folder: Path) -> None:
         psutil.wait_procs(left, timeout=5)
 
 
+def cancel_jobs(folder: Path) -> None:
+    """Cancel what the run in `folder` last had on a SLURM cluster, and wait for its end: a job would go on and write.
+
+    SLURM kills what does not end by itself, usually after half a minute; a node that is gone is not waited for.
+    """
+    log = folder / "logs" / "snakemake.log"
+    submitted = re.search(r"^SLURM run ID: (\S+)$", log.read_text(), re.MULTILINE) if log.is_file() else None
+    if submitted is None or shutil.which("scancel") is None:  # e.g. copied from a cluster
+        return
+    subprocess.run(["scancel", "--name", submitted[1]])
+    for _ in range(60):
+        listed = subprocess.run(["squeue", "--noheader", "--name", submitted[1]], capture_output=True)
+        if not listed.stdout:
+            return
+        time.sleep(1)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder; UsageError where another runner does. The lock goes with the process, however it ends."""
@@ -192,6 +210,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UsageError(f"the run in {shown(folder)} is being worked on by another run_all.sh") from error
         end_processes(folder)
+        cancel_jobs(folder)
         for left in (*folder.glob(".writing-*"), *folder.glob("*/.writing-*")):  # by a process that was killed
             if left.is_file():
                 left.unlink()
@@ -213,7 +232,11 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     """The one call of Snakemake; targets are executed notebooks, so that its counts are counts of steps."""
     targets = select_steps(run.steps, run.until) if run.until else run.steps
     command = [sys.executable, "-m", "snakemake", "--snakefile", NOTEBOOKS / run.snakefile, "--directory", run.folder]
-    command += ["--configfile", config, "--cores", run.cores, "--resources", f"gpu={gpus}", "--scheduler", "greedy"]
+    command += ["--configfile", config, "--cores", run.cores, "--scheduler", "greedy"]
+    if run.slurm:  # what runs side by side is for the cluster to say
+        command += ["--workflow-profile", PROFILES / "slurm", "--slurm-logdir", run.folder / "logs" / "slurm"]
+    else:
+        command += ["--resources", f"gpu={gpus}"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
     command += ["--max-checksum-file-size", 2**30]  # a file written again with the same bytes re-runs nothing
     if run.snakefile == "predict.smk":
@@ -229,6 +252,8 @@ def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder)}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if run.slurm:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # SLURM tells each job its own
     return environment
 
 
@@ -249,7 +274,7 @@ class Progress:
 
     def read(self, line: str) -> str | None:
         """Take in one line; return what a person should see of it, if anything."""
-        if match := re.match(r"    (log|jobid|reason): (.*)$", line):
+        if match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
             return self._read_field(match[1], match[2])
         if match := re.match(r"total +(\d+)$", line):
             self.total = int(match[1])
@@ -269,7 +294,8 @@ class Progress:
         if self.block["kind"] == "Error":
             self.running.pop(step, None)
             self.failed.append(step)
-            return f"{step} failed"
+            said = self.block.get("message", "None")  # by a cluster, e.g. that its time ran out
+            return f"{step} failed" if said == "None" else f"{step} failed: {said}"
         self.jobs[self.block["jobid"]] = step
         self.reasons[step] = self.block.get("reason", "")
         if known:
@@ -399,7 +425,7 @@ def dry_run(run: Run) -> int:
         config = Path(temporary) / "parameters.yml"
         config.write_text(yaml.safe_dump(run.parameters))
         folder = run.folder if run.folder.is_dir() else Path(temporary)
-        planned = Run(folder, run.parameters, run.resume, run.cores, run.until, run.force)
+        planned = replace(run, folder=folder)
         command = snakemake_command(planned, config, 0)
         command.insert(command.index("--directory"), "--dry-run")
         done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
@@ -427,7 +453,7 @@ def start(run: Run) -> int:
 
 def tell_costs(run: Run, config: Path) -> None:
     """Say what the trainings of a run on real data will take, before the first of them."""
-    if run.parameters.get("phantom", True) or any(run.folder.glob("weights/*.json")):
+    if run.slurm or run.parameters.get("phantom", True) or any(run.folder.glob("weights/*.json")):
         return
     command = [sys.executable, "-m", "lsdc_utils.costs", str(config)]
     done = subprocess.run(command, env=child_environment(run, []), capture_output=True, text=True, cwd=ROOT)
@@ -436,12 +462,13 @@ def tell_costs(run: Run, config: Path) -> None:
 
 def work(run: Run) -> int:
     """Let Snakemake run what has to be run in a folder that is held, and tell about it; the exit status."""
-    gpus = visible_gpus()
+    gpus = [] if run.slurm else visible_gpus()
     config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
     output.parent.mkdir(exist_ok=True)
     with atomic(config) as temporary:
         temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
-    print(f"{shown(run.folder)}: {run.cores} cores, {len(gpus)} GPUs; logs: {shown(output.parent)}/<step>.log")
+    place = "jobs of the SLURM cluster" if run.slurm else f"{run.cores} cores, {len(gpus)} GPUs"
+    print(f"{shown(run.folder)}: {place}; logs: {shown(output.parent)}/<step>.log")
     tell_costs(run, config)
     try:
         with output.open("w") as log:
@@ -454,6 +481,7 @@ def work(run: Run) -> int:
     finally:
         kept = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)}
         end_processes(run.folder)  # whole, however often somebody asks for the end
+        cancel_jobs(run.folder)
         for one, handler in kept.items():
             signal.signal(one, handler)
     if process.returncode == 0:
@@ -788,6 +816,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores to use (default: all)")
     add("--until", metavar="STEP", help="stop after this step")
     add("--force", metavar="STEP", action="append", default=[], help="run this step again, and what depends on it")
+    how = "submit each step as a job of the SLURM cluster, as notebooks/profiles/slurm/ says"
+    add("--slurm", action="store_true", help=how)
     add("--dry-run", action="store_true", help="say which steps would run and why")
     return made
 
@@ -808,7 +838,10 @@ def run_from(arguments: list[str]) -> tuple[Run, bool]:
     resume = ["./run_all.sh", "--profile", asked.profile, "--run", name, "--cores", str(asked.cores), *asked.overrides]
     resume += ["--data", str(asked.data.resolve())] if asked.data else []
     resume += ["--until", asked.until] if asked.until else []
-    run = Run(OUTPUTS / name, parameters, shlex.join(resume), asked.cores, asked.until, tuple(asked.force))
+    resume += ["--slurm"] if asked.slurm else []
+    run = Run(
+        OUTPUTS / name, parameters, shlex.join(resume), asked.cores, asked.until, tuple(asked.force), slurm=asked.slurm
+    )
     for step in (*run.force, *([run.until] if run.until else [])):
         select_steps(run.steps, step)
     return run, asked.dry_run

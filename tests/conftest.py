@@ -153,6 +153,7 @@ def make_tiny_project(project: Path) -> Path:
     for name in ("run_all.sh", "requirements.txt"):
         shutil.copy(ROOT / name, project)
     shutil.copy(ROOT / "notebooks" / "Snakefile", project / "notebooks")
+    shutil.copytree(ROOT / "notebooks" / "profiles" / "slurm", project / "notebooks" / "profiles" / "slurm")
     for name in TINY_NOTEBOOKS:
         write_tiny_notebook(project, name)
     (project / "notebooks/profiles/demo.yml").write_text(TINY_PROFILE)

@@ -27,6 +27,7 @@ TOOLS = {  # asked for by name and imported nowhere
     "tqdm": "bars of ultralytics' training",
     "ruff": "the linter",
     "snakemake": "started by the runner",
+    "snakemake-executor-plugin-slurm": "loaded by snakemake for --slurm",
 }
 TEXT = """\
 # What is asked for.

@@ -123,6 +123,7 @@ def test_help_names_every_command_and_option() -> None:
         "--cores",
         "--until",
         "--force",
+        "--slurm",
         "--dry-run",
         "KEY=VALUE",
         "validate DIR",
@@ -258,6 +259,52 @@ def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path)
 def test_sided_classes_need_no_canal_points(tiny_project: Path) -> None:
     plan = would_run(tiny_project, "--run", "sided", "--until", "03_train_yolo_nfn_fold0", "yolo_classes=sided")
     assert plan == ["00_get_data", "02_convert_labels", "03_train_yolo_nfn_fold0"]
+
+
+# ---- on a cluster --------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_runs_the_same_steps(tiny_project: Path) -> None:
+    assert would_run(tiny_project, "--slurm") == []
+    changed = ("yolo_epochs={nfn: 2, scs: 3, ss: 5}", "--force", "01")
+    assert would_run(tiny_project, "--slurm", *changed) == would_run(tiny_project, *changed)
+    assert len(would_run(tiny_project, "--slurm", "--run", "other")) == 13
+
+
+def test_a_cluster_is_held_back_by_its_profile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    on_slurm, here = (runner.run_from([*slurm, "--cores", "3"])[0] for slurm in (["--slurm"], []))
+    asked = " ".join(runner.snakemake_command(on_slurm, tmp_path / "parameters.yml", 0))
+    assert f"--workflow-profile {runner.PROFILES}/slurm --slurm-logdir {on_slurm.folder}/logs/slurm" in asked
+    assert "--cores 3" in asked and "--resources" not in asked
+    assert on_slurm.resume == f"{here.resume} --slurm"
+    asked = " ".join(runner.snakemake_command(here, tmp_path / "parameters.yml", 1))
+    assert "--resources gpu=1" in asked and "--workflow-profile" not in asked
+    assert "CUDA_VISIBLE_DEVICES" not in runner.child_environment(on_slurm, [])
+    assert runner.child_environment(here, ["3"])["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_the_profile_of_a_cluster_names_the_rules_that_take_a_gpu() -> None:
+    rules = re.split(r"^rule ", (ROOT / "notebooks/Snakefile").read_text(), flags=re.MULTILINE)[1:]
+    profile = yaml.safe_load((runner.PROFILES / "slurm/config.yaml").read_text())
+    assert set(profile["set-resources"]) == {rule.split(":")[0] for rule in rules if "gpu=" in rule}
+    assert profile["executor"] == "slurm" and profile["jobs"] > 1
+
+
+def test_jobs_left_on_a_cluster_are_cancelled_and_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "record"
+    for name, text in {
+        "scancel": f'echo "scancel $*" >> {record}',
+        "squeue": f'[ $(wc -l < {record}) = 1 ] && echo "squeue $*" | tee -a {record}',  # the job is listed once
+    }.items():
+        stub_tool(tmp_path / "tools", name, f"#!/bin/bash\n{text}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/tools", prepend=os.pathsep)
+    runner.cancel_jobs(tmp_path)  # nothing was started here
+    assert not record.exists()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/snakemake.log").write_text("Building DAG of jobs...\nSLURM run ID: 2b95c8ca-af8c\nJob stats:\n")
+    runner.cancel_jobs(tmp_path)
+    assert record.read_text() == "scancel --name 2b95c8ca-af8c\nsqueue --noheader --name 2b95c8ca-af8c\n"
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -403,6 +450,12 @@ def test_progress_is_read_from_snakemakes_words() -> None:
     assert progress.reasons["01_eda"] == "Missing output files: a"
     assert progress.failed == ["04_train_vit3d_fold0"]
     assert progress.running == {}
+
+
+def test_what_a_cluster_says_of_a_failed_job_is_told() -> None:
+    progress, words = Progress(), SNAKEMAKE_SAYS.replace("None", "SLURM-job '5' ran out of time")
+    said = [progress.read(line) for line in words.splitlines()]
+    assert said[-1] == "04_train_vit3d_fold0 failed: SLURM-job '5' ran out of time"
 
 
 SNAKEMAKE_SAYS = """\

@@ -55,11 +55,11 @@ def hidden(images: np.ndarray, places: np.ndarray, centre: np.ndarray) -> np.nda
 def look_vit(
     model: vit3d.Vit3d, stacks: list[volume.Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """What hiding each ball changes in a transformer's answer for a row (condition, level) round its place (3,): X, Y,
-    Z (LPS mm), change; empty where the study cannot be seen. canal: the study's detected canal points."""
+    """What hiding each ball changes in a transformer's answer for a row (condition, level) round its place (3,): off
+    (mm from the place), change; empty where the study cannot be seen. canal: the study's detected canal points."""
     seen = vit3d.make_input(stacks, canal, model.config)
     if seen is None:
-        return _changes(np.empty((0, 3)), np.empty(0))
+        return NOTHING
     centres = lattice(place, np.eye(3), REACH["vit3d"])
     places = _pixel_places(stacks, canal, model.config)
     inputs = np.repeat(seen[None], 1 + len(centres), axis=0)
@@ -67,7 +67,7 @@ def look_vit(
     for target, centre in zip(shown[1:], centres, strict=True):
         target[:] = hidden(target, places, centre)
     natural = vit3d.probabilities([model], inputs, batch=16)
-    return _changes(centres, _log_odds(natural[:, COLUMNS.index("_".join(row))]))
+    return _changes(centres - place, _log_odds(natural[:, COLUMNS.index("_".join(row))]))
 
 
 def _pixel_places(stacks: list[volume.Stack], canal: pd.DataFrame, config: vit3d.VitConfig) -> np.ndarray:
@@ -89,14 +89,14 @@ def look_detector(
     network: detector.Detector, stacks: Sequence[volume.Stack], canal: pd.DataFrame, row: tuple[str, str],
     place: np.ndarray,
 ) -> pd.DataFrame:  # fmt: skip
-    """What hiding each ball changes in a detector's scores for a row near its place, on the slice nearest to it; else
-    as `look_vit`."""
+    """What hiding each ball changes in a detector's scores for a row near its place, on the slice nearest to it, with
+    `off` in its plane; else as `look_vit`."""
     config = network.config
     slices = [
         (s, k) for s in stacks if s.series_type == GROUPS[config.condition].series_type for k in range(len(s.pixels))
     ]
     if not slices:
-        return _changes(np.empty((0, 3)), np.empty(0))
+        return NOTHING
     off = [detector.plane_distances(stack, place[None])[k, 0] for stack, k in slices]
     nearest = int(np.abs(off).argmin())
     stack, k = slices[nearest]
@@ -112,14 +112,13 @@ def look_detector(
     points = detector.to_patient(stack, np.full(len(images), k), found, config)
     near = np.linalg.norm(points - middle, axis=-1) <= EVIDENCE  # (1 + m, detections)
     classes = [detector.class_of(config)[(*row, severity)] for severity in range(3)]
-    return _changes(centres, _log_odds((scores[..., classes] * near[..., None]).sum(axis=1)))
+    return _changes(centres - middle, _log_odds((scores[..., classes] * near[..., None]).sum(axis=1)))
 
 
-def attention(changes: pd.DataFrame, place: np.ndarray) -> dict[str, float]:
+def attention(changes: pd.DataFrame) -> dict[str, float]:
     """Of the changes round a place: `share` within `NEAR` of it, `hit` (1 where the largest is, else 0), and `chance`,
     the share of balls that lie there; NaN where nothing changes."""
-    near = np.linalg.norm(changes[list("XYZ")].to_numpy(float) - place, axis=1) <= NEAR
-    total = changes["change"].sum()
+    near, total = (changes["off"] <= NEAR + 1e-3).to_numpy(), changes["change"].sum()
     if not total:
         return {"share": np.nan, "hit": np.nan, "chance": np.nan}
     share = changes.loc[near, "change"].sum() / total
@@ -131,6 +130,10 @@ def _log_odds(numbers: np.ndarray) -> np.ndarray:
     return np.log((numbers[:, 1:].sum(axis=1) + FLOOR) / (numbers[:, 0] + FLOOR))
 
 
-def _changes(centres: np.ndarray, odds: np.ndarray) -> pd.DataFrame:
-    """The balls with how far each moves the log odds (1 + m,), of which the first is of the images as they are."""
-    return pd.DataFrame(centres, columns=list("XYZ")).assign(change=np.abs(odds[1:] - odds[:1]))
+def _changes(away: np.ndarray, odds: np.ndarray) -> pd.DataFrame:
+    """The balls, given by their way (m, 3) from the place, with `off`, mm, and the change of the log odds (1 + m,), of
+    which the first is of the images as they are."""
+    return pd.DataFrame({"off": np.linalg.norm(away, axis=1), "change": np.abs(odds[1:] - odds[0])})
+
+
+NOTHING = pd.DataFrame({"off": np.empty(0), "change": np.empty(0)})  # of a study that a model cannot see

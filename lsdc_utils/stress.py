@@ -41,7 +41,7 @@ USUAL = "as usual"  # the setting in which nothing is changed
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # what breaks it: factor -> setting -> arguments of write_phantom
     "motion between series": {"4.5 mm, 3 degrees": {"motion": 3.0}, "9 mm, 6 degrees": {"motion": 6.0}},
     "slice thickness": {"1.5 times": {"step": 1.5}, "2 times": {"step": 2.0}},
-    "pixel size": {"1.5 times": {"pixel": 1.5}, "2.5 times": {"pixel": 2.5}},
+    "pixel size": {"1.25 times": {"pixel": 1.25}, "1.45 times": {"pixel": 1.45}},
     "noise": {"2 times": {"noise": 2.0}, "4 times": {"noise": 4.0}},
     "bias field": {"3 times": {"field": 3.0}, "6 times": {"field": 6.0}},
     "contrast": {"T2 alone": {"stir": 0.0}, "STIR alone": {"stir": 1.0}},
@@ -51,7 +51,7 @@ CENTRE_MM = (2.0, 4.0, 8.0)  # errors of the detected canal points that the tran
 DOSE_LEVELS = ("l4_l5", "l3_l4", "l5_s1")  # narrowed, body by body in turn
 CONTROLLED = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # dirt that would hide what is swept
 READERS = 50  # simulated
-CHUNK = 6  # cases that a process grades with models loaded once
+CHUNK = 15  # cases that a process grades with models loaded once
 MODELS = tuple(grading.PARTS)
 
 
@@ -237,7 +237,7 @@ def _looks(
         maps["vit3d"] = occlusion.look_vit(other, stacks, canal, case.row, place)
         for model, changes in maps.items():
             named = {"condition": condition, "level": level, "model": model, "weights": weights}
-            yield named | occlusion.attention(changes, place)
+            yield named | occlusion.attention(changes)
 
 
 def _moves(

@@ -75,7 +75,7 @@ def test_a_model_that_looks_at_the_canal_is_found_to_do_so(study):
     stacks, points = study
     place = points.loc[points["level"] == "l3_l4", list("XYZ")].to_numpy()[0]
     row = (SPINAL_CANAL, "l3_l4")
-    looked = occlusion.attention(occlusion.look_vit(Bright(), stacks, points, row, place), place)
+    looked = occlusion.attention(occlusion.look_vit(Bright(), stacks, points, row, place))
     assert looked["share"] > 3 * looked["chance"] and looked["hit"] == 1
     elsewhere = points.loc[points["level"] == "l1_l2", list("XYZ")].to_numpy()[0]
     blind = occlusion.look_vit(Bright(), stacks, points, row, elsewhere)
@@ -91,7 +91,8 @@ def test_shuffled_weights_are_the_same_numbers_elsewhere():
 
 
 def test_nothing_that_changes_tells_nothing():
-    still = pd.DataFrame({"X": [0.0, 30.0], "Y": 0.0, "Z": 0.0, "change": 0.0})
-    assert all(np.isnan(value) for value in occlusion.attention(still, np.zeros(3)).values())
-    told = occlusion.attention(still.assign(change=[3.0, 1.0]), np.zeros(3))
+    still = pd.DataFrame({"off": [0.0, 30.0], "change": 0.0})
+    for changes in (still, occlusion.NOTHING):
+        assert all(np.isnan(value) for value in occlusion.attention(changes).values())
+    told = occlusion.attention(still.assign(change=[3.0, 1.0]))
     assert told == {"share": 0.75, "hit": 1.0, "chance": 0.5}

@@ -6,6 +6,7 @@ packages belong to a platform and are left out of it.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -45,6 +46,15 @@ def read_pins(text: str) -> Pins:
 def normalised(name: str) -> str:
     """A distribution's name as all spellings of it have it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of what Python source imports anywhere, but for Python's own and our package."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) and not node.level else set()
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lsdc_utils"}
 
 
 def resolve(names: list[str]) -> dict[str, str]:

@@ -78,12 +78,14 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         "data_dir": str(root),
         "weights_dir": str(run / "weights"),
         "n_shards": known["n_shards"],
-        "fit_blend": False,
-        "folds": recipe["folds"],
-        "blend_kind": recipe["kind"],
-        "vit_views": recipe["vit_views"],
-        "threads": recipe["threads"],
+        **graded_by(recipe),
     }
+
+
+def graded_by(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of 05 under which a run's models grade new studies as blend.json, `recipe`, was fitted for."""
+    same = {name: recipe[name] for name in ("folds", "vit_views", "threads")}
+    return {"fit_blend": False, "blend_kind": recipe["kind"], **same}
 
 
 def _digest(root: Path) -> str:

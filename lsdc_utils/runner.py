@@ -594,6 +594,34 @@ def pack(arguments: list[str]) -> int:
     return 0
 
 
+def kaggle_bundle(arguments: list[str]) -> int:
+    """Write what grades Kaggle's hidden studies with a finished run: a dataset and a notebook to upload."""
+    made = argparse.ArgumentParser(
+        "./run_all.sh kaggle-bundle",
+        description="Write a dataset and a notebook that grade Kaggle's hidden studies without a network. Wheels of "
+        "what Kaggle's image lacks are fetched by pip, for which a network is needed here; those there are kept.",
+    )
+    made.add_argument("--run", default="demo", metavar="NAME", help="a finished run: outputs/NAME (default: demo)")
+    made.add_argument("--out", type=Path, metavar="DIR", help="where they go (default: outputs/NAME/kaggle)")
+    made.add_argument("--user", metavar="NAME", help="your name on Kaggle (default: that of ~/.kaggle/kaggle.json)")
+    asked = made.parse_args(arguments)
+    base, _ = _finished_run(asked.run)
+    from . import kaggle
+    from .pack import PackError
+
+    out, user = (asked.out or base / "kaggle").resolve(), asked.user or kaggle.user_here()
+    try:
+        wheels = kaggle.write_bundle(base, out, user)
+    except (PackError, kaggle.BundleError) as error:
+        raise UsageError(str(error)) from error
+    print(f"{shown(out)}: models, package and {len(wheels)} wheels. Upload them with\n")
+    print(f"  kaggle datasets create -p {shown(out / 'dataset')} --dir-mode zip")
+    print(f"  kaggle kernels push -p {shown(out / 'notebook')}")
+    if user == kaggle.USER:
+        print(f"\nPut your name on Kaggle for {user} in both folders' metadata, or give it by --user.")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """Run the benchmarks, or those with NAME in their names, one after the other."""
     made = argparse.ArgumentParser("./run_all.sh bench", description="Measure speed; a script prints its own ratios.")
@@ -781,6 +809,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {  # what run
     "predict": (predict, "DIR --run NAME", "grade every study of a folder with a finished run, or with what pack made"),
     "export": (export, "[STUDY ...]", "write grades of a finished run as CSV and DICOM SR, a folder a study"),
     "pack": (pack, "--run NAME", "make one archive of a finished run's models, for predict on another machine"),
+    "kaggle-bundle": (
+        kaggle_bundle,
+        "--run NAME",
+        "write a dataset and a notebook that grade the hidden studies on Kaggle",
+    ),
     "ablate": (ablate, "[NAME ...]", "take ingredients away from a finished run, one at a time; what each is worth"),
     "curve": (curve, "[N ...]", "repeat a finished run with N training studies each; what more of them are worth"),
     "noise": (noise, "[SHARE]", "plant wrong labels in the phantom, find them, train without the suspects"),

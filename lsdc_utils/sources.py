@@ -12,7 +12,8 @@ from pathlib import Path
 from lsdc_utils.files import atomic, write_json
 
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
-MOUNTS = (Path("/kaggle/input"), Path("/kaggle/input/competitions"))  # where Kaggle shows a competition's files
+INPUT = Path(os.environ.get("LSDC_KAGGLE", "/kaggle")) / "input"  # elsewhere in a rehearsal
+MOUNTS = (INPUT, INPUT / "competitions")  # where Kaggle shows a competition's files
 ULTRALYTICS = "ultralytics/assets", "v8.4.0"  # repository and release of YOLO weights
 RELEASE, ASSET = "https://api.github.com/repos/{}/releases/tags/{}", "https://github.com/{}/releases/download/{}/{}"
 HUB = "https://huggingface.co/timm/{}/{}/main/model.safetensors"  # of a timm model's weights, or of their checksum

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 
@@ -46,18 +44,14 @@ REPORT = {"install": [{"metadata": {"name": name, "version": version}} for name,
 
 def imported() -> Iterator[tuple[str, str]]:
     """Top-level name of each import that is neither Python's own nor ours, and where it stands."""
-    ours = {"lsdc_utils", *(file.stem for file in (ROOT / "tests").rglob("*"))}
+    ours = {file.stem for file in (ROOT / "tests").rglob("*")}
     texts = {file: file.read_text() for folder in ("lsdc_utils", "tests") for file in (ROOT / folder).rglob("*.py")}
     for file in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
         texts[file] = "\n".join("".join(cell["source"]) for cell in cells)
     for file, text in texts.items():
-        for node in ast.walk(ast.parse(text)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - ours:
-                yield name, str(file.relative_to(ROOT))
+        for name in pins.imported(text) - ours:
+            yield name, str(file.relative_to(ROOT))
 
 
 def test_what_is_imported_is_asked_for_and_what_is_asked_for_is_used() -> None:

@@ -33,7 +33,7 @@ IMAGE = Path(__file__).with_name("kaggle_image.txt")
 GRADES = NOTEBOOKS / "05_ensemble_inference.ipynb"
 USER = "KAGGLE_USER"  # stands for a name that nobody gave
 NEVER = {"torch", "torchvision", "numpy"}  # all else on the image was built for the ones that are there
-EXACT = {"timm"}  # brought along in our own version: its layers are the transformer's, and may change
+EXACT = {"timm", "opencv-python"}  # ours: timm's layers may change; OpenCV 4 samples images otherwise (1e-5 in a row)
 UNNAMED = ("pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pyjpegls", "pyarrow", "torchvision")  # by no import
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)] + ["manylinux2014_x86_64"]  # Ubuntu 22.04
 BEGIN = """\
@@ -43,7 +43,9 @@ import sys
 from pathlib import Path
 
 kaggle = Path(os.environ.setdefault("LSDC_KAGGLE", "/kaggle"))  # a rehearsal has its own
-(bundle,) = (path.parent for place in ("*", "datasets/*/*") for path in kaggle.glob(f"input/{place}/lsdc_utils"))
+found = [path.parent for place in ("*", "datasets/*/*") for path in kaggle.glob(f"input/{place}/lsdc_utils")]
+assert len(found) == 1, f"attach one dataset of kaggle-bundle; there are {len(found)} in {kaggle / 'input'}"
+bundle = found[0]
 wheels = [str(file) for file in sorted((bundle / "wheels").iterdir())]
 subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *wheels], check=True)
 sys.path.insert(0, str(bundle))

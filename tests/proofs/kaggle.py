@@ -48,6 +48,7 @@ ALONE = """\
 ip link set lo up
 for folder in "$1" "$2" "$3" "$4"; do mount --bind "$folder" "$folder"; done
 mount -o remount,bind,ro /
+if touch "$1/../input/written" 2>/dev/null; then echo "the input can be written"; exit 1; fi
 cd "$1"
 shift 4
 exec "$@"

@@ -79,7 +79,6 @@ def write_bundle(run: Path, out: Path, user: str, python: str = "") -> list[str]
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"
-    shutil.rmtree(notebook, ignore_errors=True)
     (dataset / "dataset-metadata.json").unlink(missing_ok=True)
     for part in ("models", "lsdc_utils"):
         shutil.rmtree(dataset / part, ignore_errors=True)
@@ -91,7 +90,7 @@ def write_bundle(run: Path, out: Path, user: str, python: str = "") -> list[str]
     image = read_image()
     python = python or image["python"]
     fetch(lacking(image, python, roots()), dataset / "wheels", python)
-    notebook.mkdir()
+    notebook.mkdir(exist_ok=True)
     nbformat.write(inference_notebook(read_recipe(run)), notebook / f"{name}.ipynb")
     write_json(notebook / "kernel-metadata.json", kernel_metadata(user, name))
     licence = {"licenses": [{"name": "other"}]}

@@ -34,7 +34,7 @@ from lsdc_utils.vocabulary import COLUMNS, SEVERITIES  # noqa: E402
 HIDDEN, HOURS = (
     716,
     9,
-)  # studies of the hidden test set as the leaderboard's description has it; the limit of a notebook
+)  # studies that the hidden test set is taken to have; hours that a notebook may run
 JUPYTER = ["ipykernel==6.17.1", "jupyter_client==7.4.9", "nbclient==0.10.4", "nbformat==5.10.4", "traitlets==5.7.1"]
 LINKED = ("torch", "torchvision")  # too big to install: links to this environment's
 GRADING = "c05-06"  # the cell that grades

@@ -31,6 +31,7 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
         scores["test"] = scores["oof"]
     for name in ("tables", "predictions", "logs", "notebooks"):
         (folder / name).mkdir(parents=True)
+    scores["stress"] = {"slope": 0.71, "leak": 0.234, "looked": None, "moved": 1.2e-5}
     (folder / "scores.json").write_text(json.dumps(scores))
     (folder / "data.json").write_text(json.dumps({"data_dir": "../data/phantom-0a1b", "kind": "phantom"}))
     (folder / "parameters.yml").write_text(yaml.safe_dump({"seed": 52, "folds": [0], "note": HOSTILE}))
@@ -47,11 +48,31 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
     names = "split,spines,condition,within_5_mm,in_plane_within_5_mm,within_10_mm,sides_exchanged,level_right"
     (folder / "localisation.csv").write_text("\n".join([names, *lines, "oof,all,axial slices,,,,,0.9"]) + "\n")
     write_experiments(folder)
+    write_stress(folder)
     write_images(folder, labels)
     for step, seconds in {"00_get_data": 12.3, "03_train_yolo_scs_fold0": 187, "03_train_yolo_scs_fold4": 9}.items():
         (folder / f"logs/{step}.tsv").write_text(f"s\th:m:s\tmax_rss\tmean_load\n{seconds}\t0:00\t812.5\t97\n")
         nbformat.write(make_notebook(step), folder / f"notebooks/{step}.ipynb")
     return folder
+
+
+def write_stress(folder: Path) -> None:
+    """The tables of the stress tests that a report shows."""
+    (folder / "stress").mkdir()
+    cuts = {"moderate_from": 0.5, "severe_from": 0.7}
+    doses = [
+        {"case": 0, "body": 0, "condition": c, "level": "l4_l5", "dose": d, "model": m, "moderate": d, "severe": d / 2}
+        for c in CONDITIONS
+        for d in (0.0, 0.5, 1.0)
+        for m in ("oracle", "yolo", "vit3d", "ensemble", "readers")
+    ]
+    pd.DataFrame(doses).assign(**cuts).to_csv(folder / "stress/doses.csv", index=False)
+    line = {"studies": 4, "score": 0.5, "skill": 0.75, "low": 0.6, "high": 0.9}
+    settings = [
+        {"factor": "as usual", "setting": "as usual", **line, "lost": 0.0, "lost_low": 0.0, "lost_high": 0.0},
+        {"factor": "noise", "setting": HOSTILE, **line, "lost": 0.123, "lost_low": -0.01, "lost_high": 0.2},
+    ]
+    pd.DataFrame(settings).to_csv(folder / "stress/settings.csv", index=False)
 
 
 def write_experiments(folder: Path) -> None:

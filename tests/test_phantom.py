@@ -185,6 +185,104 @@ def test_fingerprint_tells_arguments_apart():
     assert fingerprint(2, 1, 7) in told
 
 
+# ---- one thing changed, all else the same ----------------------------------------------------------------------------
+
+SERIES = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # one of each type, all levels
+BARE = {"images": False, **SERIES}
+
+
+def table(root: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(root / f"{name}.csv", keep_default_na=False)
+
+
+def test_narrowings_that_are_given_are_those_that_would_be_drawn(tmp_path):
+    drawn = write_phantom(tmp_path / "drawn", 1, 1, 7)
+    narrowing = pd.read_csv(drawn / "latents.csv")["narrowing"].to_numpy().reshape(2, -1)
+    given = write_phantom(tmp_path / "given", 1, 1, 7, narrowing=narrowing)
+    one, other = digests(drawn), digests(given)
+    assert one.pop("phantom.json") != other.pop("phantom.json")
+    assert one == other
+
+
+def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
+    narrowing = np.full((3, len(COLUMNS)), 0.2)
+    narrowing[2, COLUMNS.index("spinal_canal_stenosis_l1_l2")] = 0.9
+    root = write_phantom(tmp_path / "p", 0, 3, 7, narrowing=narrowing, bodies=[4, 4, 4], **SERIES)
+    studies = sorted((root / "test_images").iterdir(), key=lambda folder: int(folder.name))
+    series = table(root, "test_series_descriptions").set_index(["study_id", "series_description"])["series_id"]
+    pixels = [
+        {kind: np.stack(dicom.read_series(study / str(series[int(study.name), kind])).pixels) for kind in SERIES_TYPES}
+        for study in studies
+    ]
+    for kind in SERIES_TYPES:
+        assert np.array_equal(pixels[0][kind], pixels[1][kind])
+    changed = (pixels[0][T2] != pixels[2][T2]).any(axis=0)
+    rows = np.flatnonzero(changed.any(axis=1))
+    assert 0 < changed.mean() < 0.02 and np.ptp(rows) < changed.shape[0] / 8  # about one level
+
+
+@pytest.mark.parametrize(
+    ("choice", "changed"),
+    [
+        ({"noise": 2.0}, set()),
+        ({"field": 3.0}, set()),
+        ({"gain": 0.5}, set()),
+        ({"stir": 1.0}, {"spines"}),
+        ({"motion": 3.0}, {"anatomy", "discs", "solution_coordinates"}),
+        ({"step": 1.5}, {"anatomy", "solution_coordinates"}),  # other slices show other places
+        ({"pixel": 1.3}, {"solution_coordinates"}),
+        ({"slip": True}, {"spines", "anatomy", "discs", "solution_coordinates"}),
+        ({"transitional": True}, {"spines"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_choice_changes_what_it_names_and_nothing_else(tmp_path, choice, changed):
+    names = ("spines", "anatomy", "discs", "solution_coordinates", "latents", "oracle", "solution", "planted")
+    usual = write_phantom(tmp_path / "usual", 0, 4, 7, slip=False, **BARE)
+    other = write_phantom(tmp_path / "other", 0, 4, 7, **{"slip": False, **BARE, **choice})
+    assert {name for name in names if not table(usual, name).equals(table(other, name))} == changed
+    assert fingerprint(0, 4, 7, slip=False, **BARE) != fingerprint(0, 4, 7, **{"slip": False, **BARE, **choice})
+
+
+def test_a_choice_is_seen_in_the_images(tmp_path):
+    clean = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0, "non_square": 0.0}
+    choices = {
+        "usual": {},
+        "noise": {"noise": 4.0},
+        "step": {"step": 2.0},
+        "pixel": {"pixel": 1.4},
+        "gain": {"gain": 0.5},
+    }
+    found = {}
+    for name, choice in choices.items():
+        root = write_phantom(tmp_path / name, 0, 1, 7, **clean, **choice)
+        kinds = table(root, "test_series_descriptions").set_index("series_description")
+        place = kinds.loc[T2]
+        found[name] = dicom.read_series(root / "test_images" / str(place["study_id"]) / str(place["series_id"]))
+    air = {name: np.stack(series.pixels)[:, :8, :8].astype(float) for name, series in found.items()}
+    scale = {name: np.percentile(np.stack(series.pixels), 99) for name, series in found.items()}
+    assert air["noise"].mean() > 2.5 * air["usual"].mean()
+    assert len(found["step"].slices) == round(len(found["usual"].slices) / 2)
+    spacing = [found[name].slices[0].spacing[0] for name in ("usual", "pixel")]
+    assert spacing[1] == pytest.approx(1.4 * spacing[0], rel=0.02)
+    assert scale["gain"] == pytest.approx(scale["usual"] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "message"),
+    [
+        ({"narrowing": np.zeros((2, 25))}, ValueError, "narrowing has 2 entries for 1 studies"),
+        ({"bodies": [1, 2, 3]}, ValueError, "bodies has 3 entries for 1 studies"),
+        ({"narrowing": np.full((1, 25), 1.5)}, ValueError, "25 numbers"),
+        ({"nosie": 2.0}, TypeError, "nosie"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(tmp_path, choices, error, message):
+    with pytest.raises(error, match=message):
+        write_phantom(tmp_path / "p", 0, 1, 7, images=False, **choices)
+    assert not (tmp_path / "p").exists()
+
+
 def test_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="from 0 to 1"):
         write_phantom(tmp_path / "p", 1, 0, 0, images=False, non_square=3)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
-from lsdc_utils.report.markdown import record_of, score_lines, titled
+from lsdc_utils.report.markdown import markdown, record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
 from lsdc_utils.report.run import (
     ROOT,
@@ -25,9 +25,13 @@ from lsdc_utils.report.run import (
     experiment_tables,
     localisation_tables,
     read_run,
+    stress_sentences,
+    stress_table,
 )
 
-PLACE = re.compile(r"(<!-- (scores|localisation|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S)
+PLACE = re.compile(
+    r"(<!-- (scores|localisation|stress|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S
+)
 
 
 def fill(text: str, run: str, record: dict[str, Any]) -> str:
@@ -41,6 +45,9 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
             content = picture_line(run, place[4], record)
         elif place[2] == "localisation":
             content = titled(localisation_tables(pd.DataFrame(record["localisation"])))
+        elif place[2] == "stress":
+            told = [*stress_sentences(record["scores"]), markdown(stress_table(pd.DataFrame(record["settings"])))]
+            content = "\n\n".join(told)
         elif place[2] == "experiments":
             content = titled(experiment_tables({k: pd.DataFrame(rows) for k, rows in record["experiments"].items()}))
         else:

@@ -24,6 +24,7 @@ def record_of(run: Run) -> dict[str, Any]:
         "facts": provenance(run),
         "scores": run.scores,
         "localisation": run.localisation.to_dict("records"),
+        "settings": run.settings.to_dict("records"),
         "experiments": {name: json.loads(table.to_json(orient="records")) for name, table in run.experiments.items()},
         "seconds": float(run.steps["seconds"].sum()),
         "memory": float(run.steps["memory"].fillna(0).max()) if len(run.steps) else 0.0,

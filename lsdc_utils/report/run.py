@@ -44,6 +44,7 @@ class Run:
     findings: pd.DataFrame  # tables/findings.csv
     localisation: pd.DataFrame  # localisation.csv, as text
     doses: pd.DataFrame  # stress/doses.csv
+    settings: pd.DataFrame  # stress/settings.csv
     experiments: dict[str, pd.DataFrame]  # ablation, curve and noise, as far as those tables lie beside the run
     steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
 
@@ -70,7 +71,8 @@ def read_run(run_dir: str | Path) -> Run:
         rows=_table(folder / "predictions/ensemble_oof.parquet"),
         findings=_table(folder / "tables/findings.csv"),
         localisation=_table(folder / "localisation.csv"),
-        doses=pd.read_csv(doses) if (doses := folder / "stress/doses.csv").is_file() else pd.DataFrame(),
+        doses=pd.read_csv(file) if (file := folder / "stress/doses.csv").is_file() else pd.DataFrame(),
+        settings=pd.read_csv(file) if (file := folder / "stress/settings.csv").is_file() else pd.DataFrame(),
         experiments={
             Path(name).stem: pd.read_csv(file) for name in EXPERIMENT_TABLES if (file := folder / name).is_file()
         },
@@ -363,7 +365,7 @@ def summary(scores: dict[str, Any]) -> list[str]:
     """What the scores say, as sentences computed from them."""
     sentences = [_sentence(name, block) for name, block in blocks(scores).items() if value(block, "scores", "ensemble")]
     sentences += _no_better_than_counting(scores["oof"])
-    sentences += _stress(scores.get("stress") or {})
+    sentences += stress_sentences(scores)
     if not scores.get("test"):
         sentences.append("The test studies of this data have no labels, so the out-of-fold score is the result.")
     return sentences
@@ -392,8 +394,9 @@ def _no_better_than_counting(block: dict[str, Any]) -> Iterator[str]:
             yield f"{model_name(model)}: no better than counting labels at this budget, out of fold."
 
 
-def _stress(numbers: dict[str, float | None]) -> Iterator[str]:
+def stress_sentences(scores: dict[str, Any]) -> Iterator[str]:
     """A sentence on the stress tests, as far as they told something."""
+    numbers = scores.get("stress") or {}
     words = {
         "slope": "at the cut-offs its answer rises {:.2f} times as steeply as the oracle's",
         "leak": "no other row moves by more than {:.2f} while one place narrows",
@@ -403,6 +406,21 @@ def _stress(numbers: dict[str, float | None]) -> Iterator[str]:
     told = [text.format(numbers[name]) for name, text in words.items() if numbers.get(name) is not None]
     if told:
         yield f"Under stress tests of the ensemble, {'; '.join(told)}."
+
+
+def stress_table(settings: pd.DataFrame) -> pd.DataFrame:
+    """The ensemble in each setting of the stress tests, as text: score, skill with its interval, and the skill lost."""
+    intervals = [f"{low:.2f} to {high:.2f}" for low, high in zip(settings["low"], settings["high"], strict=True)]
+    lost = settings[["lost", "lost_low", "lost_high"]].itertuples(index=False, name=None)
+    columns = {
+        "Score": [number(score) for score in settings["score"]],
+        "Skill": [number(skill, 2) for skill in settings["skill"]],
+        "95 % interval": intervals,
+        "Skill lost": ["–", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*one) for one in list(lost)[1:])],
+    }
+    both = zip(settings["factor"], settings["setting"], strict=True)
+    names = [setting if setting == factor else f"{factor}: {setting}" for factor, setting in both]
+    return pd.DataFrame(columns, index=pd.Index(names, name=f"{settings['studies'].iloc[0]} fresh studies"))
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsdc_utils import detector, sources, vit3d, vit_training, volume
+from lsdc_utils.files import atomic
 from lsdc_utils.phantom import labels
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, LEVELS
 
@@ -152,6 +153,19 @@ def told(table: pd.DataFrame, gpus: int) -> str:
     return "\n".join([*lines, "  not counted: reading and conversion, loading of images, prediction, blend, report"])
 
 
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """What does not depend on the device of an estimate, as text: operations, and hours at `RATE`."""
+    work = table["count"] * table["steps"] * table["tflop"]
+    columns = {
+        "How many": table["count"].map("{:d}".format),
+        "Steps of each": table["steps"].map("{:,.0f}".format),
+        "TFLOP a step": table["tflop"].map("{:.2f}".format),
+        "Memory (GiB)": table["gib"].map("{:.1f}".format),
+        f"Hours of all at {RATE} TFLOP/s": (work / RATE / 3600).map("{:.1f}".format),
+    }
+    return pd.DataFrame(columns).set_axis(pd.Index(table["what"], name="Training"))
+
+
 def count_studies(data_dir: str) -> int:
     """Training studies of a data folder, or of Kaggle's mount; where there is none yet, those of the real data set."""
     try:
@@ -162,10 +176,13 @@ def count_studies(data_dir: str) -> int:
 
 
 def main() -> None:
-    """Print the estimate for a file of parameters."""
-    parameters = yaml.safe_load(Path(sys.argv[1]).read_text())
-    studies = count_studies(parameters["data_dir"])
-    print(told(estimate(parameters, studies), torch.cuda.device_count()))
+    """Print the estimate for a file of parameters, and keep it beside that file, as costs.csv."""
+    file = Path(sys.argv[1])
+    parameters = yaml.safe_load(file.read_text())
+    table = estimate(parameters, count_studies(parameters["data_dir"]))
+    with atomic(file.with_name("costs.csv")) as temporary:
+        table.to_csv(temporary, index=False)
+    print(told(table, torch.cuda.device_count()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the repository shows of a finished run: `python -m lsdc_utils.report readme --run demo`, and `... sample`.
+"""What the repository shows of a run: `python -m lsdc_utils.report readme --run demo`, `... sample`, `... costs`.
 
 readme fills the README's places between `<!-- scores demo -->` or `<!-- picture demo example -->` and the next
 `<!-- end -->`, and keeps what it wrote them from in docs/, where a test compares the two. sample copies the run's
-report to outputs/sample/, which is committed, and pictures three of its pages for the README.
+report to outputs/sample/, which is committed, and pictures three of its pages for the README. costs fills the place of
+what the trainings of a run take, from the estimate that it told when it began.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from lsdc_utils import figures
+from lsdc_utils import costs, figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.markdown import markdown, record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
@@ -30,7 +31,7 @@ from lsdc_utils.report.run import (
 )
 
 PLACE = re.compile(
-    r"(<!-- (scores|localisation|stress|experiments|picture) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S
+    r"(<!-- (scores|localisation|stress|experiments|picture|costs) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S
 )
 
 
@@ -48,6 +49,8 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         elif place[2] == "stress":
             told = [*stress_sentences(record["scores"]), markdown(stress_table(pd.DataFrame(record["settings"])))]
             content = "\n\n".join(told)
+        elif place[2] == "costs":
+            content = markdown(costs.counted(pd.DataFrame(record["costs"])))
         elif place[2] == "experiments":
             content = titled(experiment_tables({k: pd.DataFrame(rows) for k, rows in record["experiments"].items()}))
         else:
@@ -85,6 +88,15 @@ def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
         temporary.write_text(fill(text, run.name, record))
 
 
+def update_costs(folder: Path, readme: Path = ROOT / "README.md") -> None:
+    """Fill the README's place of what a run's trainings cost from the estimate in its folder; FileNotFoundError where
+    the run was not begun on real data."""
+    record = {"costs": pd.read_csv(folder / "costs.csv").to_dict("records")}
+    write_json(readme.parent / "docs" / f"{folder.name}.json", record)
+    with atomic(readme) as temporary:
+        temporary.write_text(fill(readme.read_text(), folder.name, record))
+
+
 def update_sample(run: Run, sample: Path = ROOT / "outputs" / "sample") -> None:
     """Copy a run's report to `sample`, and picture three of its pages in docs/ beside outputs/.
 
@@ -115,16 +127,19 @@ def photograph(page: Path, picture: Path) -> None:
 def main() -> None:
     """Read the command line, write README.md and docs/, or outputs/sample/ and docs/."""
     parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description="Write a run's results.")
-    parser.add_argument("command", choices=["readme", "sample"])
+    parser.add_argument("command", choices=["readme", "sample", "costs"])
     parser.add_argument("--run", default="demo", help="name of a run under outputs/")
     given = parser.parse_args()
     figures.use_style()
-    run = read_run(ROOT / "outputs" / given.run)
-    if given.command == "sample":
-        update_sample(run)
+    folder = ROOT / "outputs" / given.run
+    if given.command == "costs":
+        update_costs(folder)
+        print(f"README.md and docs/ now show what the trainings of run {given.run} cost")
+    elif given.command == "sample":
+        update_sample(read_run(folder))
         print(f"outputs/sample/ and docs/ now show the report of run {given.run}")
     else:
-        update_readme(run)
+        update_readme(read_run(folder))
         print(f"README.md and docs/ now show run {given.run}")
 
 

@@ -224,10 +224,10 @@ DOSE_LINES = {
 }
 
 
-def plot_doses(found: pd.DataFrame) -> Figure:
-    """Responses to a narrowing, as `stress.responses` gives them: a panel a condition group, the mean over bodies and
-    sides of each model's P(severe) and P(moderate or worse), the shares of readers who say so, and the cut-offs."""
-    figure, groups = Figure(figsize=(12, 4.4)), found["condition"].map(lambda name: CONDITIONS[name].group)
+def show_doses(figure: Figure, found: pd.DataFrame) -> None:
+    """Draw responses to a narrowing, as `stress.responses` gives them: a panel a condition group, the mean over bodies
+    and sides of each model's P(severe) and P(moderate or worse), the shares of readers who say so, and the cut-offs."""
+    groups = found["condition"].map(lambda name: CONDITIONS[name].group)
     for ax, (key, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
         mine = found[groups == key]
         for event, severity in (("moderate", 1), ("severe", 2)):
@@ -245,4 +245,3 @@ def plot_doses(found: pd.DataFrame) -> Figure:
         handles.append(Line2D([], [], label=f"{name} (marks: readers)", **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
     figure.suptitle("One place narrowed step by step, all else the same")
-    return figure

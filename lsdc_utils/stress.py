@@ -11,6 +11,7 @@ probabilities. Truth is the oracle's: a label is a reader's, so scores are means
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +52,7 @@ CENTRE_MM = (2.0, 4.0, 8.0)  # errors of the detected canal points that the tran
 DOSE_LEVELS = ("l4_l5", "l3_l4", "l5_s1")  # narrowed, body by body in turn
 CONTROLLED = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # dirt that would hide what is swept
 READERS = 50  # simulated
-CHUNK = 15  # cases that a process grades with models loaded once
+CHUNK = 5  # cases that a process takes at a time
 MODELS = tuple(grading.PARTS)
 
 
@@ -144,7 +145,7 @@ def answer(cases: Sequence[Case], run: Frozen, seed: int, workers: int, threads:
 
 
 def _answer_chunk(run: Frozen, seed: int, cases: Sequence[tuple[int, Case]]) -> Answers:
-    models = grading.load_models(run.weights, run.recipe["folds"], run.recipe["vit_views"])
+    models = _models(run.weights, tuple(run.recipe["folds"]), run.recipe["vit_views"], _times(run.weights))
     rows, looks, moves = [], [], []
     for number, case in cases:
         with tempfile.TemporaryDirectory() as temporary:
@@ -171,6 +172,16 @@ def _answer_chunk(run: Frozen, seed: int, cases: Sequence[tuple[int, Case]]) -> 
         pd.DataFrame(looks, columns=columns),
         pd.DataFrame(moves, columns=["case", "version", "moved"]),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _models(weights: Path, folds: tuple[int, ...], views: int, _: tuple[int, ...]) -> grading.Models:
+    """The frozen models, loaded once in each process; anew where a file of theirs was written since."""
+    return grading.load_models(weights, folds, views)
+
+
+def _times(weights: Path) -> tuple[int, ...]:
+    return tuple(file.stat().st_mtime_ns for file in sorted(weights.iterdir()))
 
 
 def _rows(tables: Tables) -> pd.DataFrame:

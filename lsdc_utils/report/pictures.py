@@ -77,7 +77,9 @@ def plot_doses(run: Run) -> Picture:
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     alt = f"Probabilities against narrowing, a panel a condition group. Severe at the end: {said}."
-    return Picture("doses", caption, alt, figures.plot_doses(run.doses), wide=True)
+    figure = Figure(figsize=(12, 4.4))
+    figures.show_doses(figure, run.doses)
+    return Picture("doses", caption, alt, figure, wide=True)
 
 
 def plot_totals(scores: dict[str, Any]) -> Picture:

@@ -401,7 +401,7 @@ def _log_ratios(tables: Tables, prior: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def _aligned(table: pd.DataFrame, prior: pd.DataFrame) -> np.ndarray:
     """The table's probabilities (n, 3) in the order of the prior's rows, NaN where it has no row."""
-    return table.set_index("row_id")[PROBABILITIES].reindex(prior["row_id"]).to_numpy()
+    return table.set_index("row_id")[PROBABILITIES].reindex(prior["row_id"]).to_numpy(float)
 
 
 def _groups(prior: pd.DataFrame) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from lsdc_utils import costs, figures
+from lsdc_utils import costs, evaluation, figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report.markdown import markdown, record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
@@ -27,7 +27,6 @@ from lsdc_utils.report.run import (
     localisation_tables,
     read_run,
     stress_sentences,
-    stress_table,
 )
 
 PLACE = re.compile(
@@ -47,7 +46,10 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         elif place[2] == "localisation":
             content = titled(localisation_tables(pd.DataFrame(record["localisation"])))
         elif place[2] == "stress":
-            told = [*stress_sentences(record["scores"]), markdown(stress_table(pd.DataFrame(record["settings"])))]
+            told = [
+                *stress_sentences(record["scores"]),
+                markdown(evaluation.data_sheet(pd.DataFrame(record["settings"]))),
+            ]
             content = "\n\n".join(told)
         elif place[2] == "costs":
             content = markdown(costs.counted(pd.DataFrame(record["costs"])))

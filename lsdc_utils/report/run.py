@@ -408,21 +408,6 @@ def stress_sentences(scores: dict[str, Any]) -> Iterator[str]:
         yield f"Under stress tests of the ensemble, {'; '.join(told)}."
 
 
-def stress_table(settings: pd.DataFrame) -> pd.DataFrame:
-    """The ensemble in each setting of the stress tests, as text: score, skill with its interval, and the skill lost."""
-    intervals = [f"{low:.2f} to {high:.2f}" for low, high in zip(settings["low"], settings["high"], strict=True)]
-    lost = settings[["lost", "lost_low", "lost_high"]].itertuples(index=False, name=None)
-    columns = {
-        "Score": [number(score) for score in settings["score"]],
-        "Skill": [number(skill, 2) for skill in settings["skill"]],
-        "95 % interval": intervals,
-        "Skill lost": ["–", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*one) for one in list(lost)[1:])],
-    }
-    both = zip(settings["factor"], settings["setting"], strict=True)
-    names = [setting if setting == factor else f"{factor}: {setting}" for factor, setting in both]
-    return pd.DataFrame(columns, index=pd.Index(names, name=f"{settings['studies'].iloc[0]} fresh studies"))
-
-
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 

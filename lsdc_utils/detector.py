@@ -525,6 +525,8 @@ def train(
     goes on when it is begun again; `checkpoint.forget` it once the weights are saved. The weights of the last epoch are
     returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if validated, mAP.
     """
+    if not training.model.endswith(".yaml") and not Path(training.model).is_file():  # which ultralytics would look for
+        raise DetectorError(f"yolo_model: pretrained weights {training.model} are not there (looked from {Path.cwd()})")
     folder = Path(folder).resolve()
     checkpoint = Checkpoint(Path(work).resolve(), _training_key(folder, shown, config, training, held_out))
     work = checkpoint.folder / "ultralytics"

@@ -764,7 +764,9 @@ def test(arguments: list[str]) -> int:
     made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
     made.add_argument("--all", action="store_true", help="the slow proofs too")
     everything = made.parse_args(arguments).all
-    command = [sys.executable, "-m", "pytest", *([] if everything else ["-m", "not slow"])]
+    processes = min(len(os.sched_getaffinity(0)), 4)  # each of which takes some GiB; a file's tests share one
+    command = [sys.executable, "-m", "pytest", "-n", str(processes), "--dist", "loadfile"]
+    command += [] if everything else ["-m", "not slow"]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

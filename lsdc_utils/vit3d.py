@@ -285,6 +285,8 @@ def _encoder(config: VitConfig, weights: str) -> nn.Module:
     """The encoder of a slice: ours, or a model of timm's, which begins with the weights in a file if one is given."""
     if config.encoder == "vit":
         return SliceVit(config)
+    if weights and not Path(weights).is_file():
+        raise FileNotFoundError(f"vit_encoder_weights: {weights} are not there (looked from {Path.cwd()})")
     size = {"img_size": config.size} if timm.get_pretrained_cfg(config.encoder).fixed_input_size else {}
     file = {"file": weights, "custom_load": weights.endswith(".npz")}
     return timm.create_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -187,7 +188,20 @@ def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The run is named demo, so that the notebooks' own defaults lead to it where a test executes one by hand. The
     headers of its phantom are full of what must not leave them, and it has no network.
     """
-    project = copy_project(tmp_path_factory.mktemp("smoke") / "project")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all processes of the tests share
+    project = folder / "smoke" / "project"
+    with (folder / "smoke.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (project / "first_run.txt").is_file():
+            shutil.rmtree(project, ignore_errors=True)  # of a process whose run failed
+            _run_smoke(copy_project(project))
+    return project
+
+
+def _run_smoke(project: Path) -> None:
+    """Run profile smoke in a project."""
     size = [yaml.safe_load((ROOT / "notebooks/profiles/smoke.yml").read_text())[key] for key in ("n_train", "n_test")]
     seed = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())["phantom_seed"]
     folder = project / "outputs" / "data" / f"phantom-{phantom.fingerprint(*size, seed, label_wrong=0.0)}"
@@ -195,7 +209,6 @@ def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_all(project, "--profile", "smoke", "--run", "demo", offline=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "first_run.txt").write_text(done.stdout)
-    return project
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_operations_are_those_of_the_network(smoke: dict) -> None:
         costs.measure_detector(smoke | {"yolo_size": {"scs": size}}, "scs") for size in ([64, 64], [128, 64])
     )
     assert large.tflop == pytest.approx(2 * small.tflop, rel=0.01)  # convolutions alone
-    assert 1.2 < large.gib / small.gib < 2
+    assert 0 < large.gib - small.gib < small.gib  # the weights stay
     forwards = 8.4e-3 * (64 * 64) / (640 * 640) * smoke["yolo_batch"]  # TFLOP, by ultralytics' count at 640 x 640
     assert small.tflop == pytest.approx(3 * forwards, rel=0.35)  # gradients take twice as many
 

@@ -572,7 +572,7 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
 
 def test_missing_pretrained_weights_are_named_and_not_looked_for(tmp_path):
     training = detector.Training("nowhere/yolov10x.pt", 1, 8, 0.002, seed=1, threads=1, options={})
-    with pytest.raises(detector.DetectorError, match=r"nowhere/yolov10x\.pt.*yolo_model"):
+    with pytest.raises(detector.DetectorError, match=r"yolo_model.*nowhere/yolov10x\.pt"):
         detector.train(
             tmp_path,
             pd.DataFrame({"file": ["images/a.png"], "weight": 1.0}),

@@ -42,7 +42,7 @@ def parameters_source(file: Path) -> str:
 
 
 def test_the_notebooks_are_those_of_the_pipeline() -> None:
-    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == [*NOTEBOOKS, START]
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == sorted([*NOTEBOOKS, START])
 
 
 def test_the_start_page_leads_to_every_notebook_and_lists_the_runs(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ TOOLS = {  # asked for by name and imported nowhere
     "tqdm": "bars of ultralytics' training",
     "ruff": "the linter",
     "snakemake": "started by the runner",
+    "pytest-xdist": "lets ./run_all.sh test use several processes",
     "snakemake-executor-plugin-slurm": "loaded by snakemake for --slurm",
 }
 TEXT = """\

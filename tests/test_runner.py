@@ -268,7 +268,7 @@ def test_a_cluster_runs_the_same_steps(tiny_project: Path) -> None:
     assert would_run(tiny_project, "--slurm") == []
     changed = ("yolo_epochs={nfn: 2, scs: 3, ss: 5}", "--force", "01")
     assert would_run(tiny_project, "--slurm", *changed) == would_run(tiny_project, *changed)
-    assert len(would_run(tiny_project, "--slurm", "--run", "other")) == 13
+    assert len(would_run(tiny_project, "--slurm", "--run", "other")) == 14
 
 
 def test_a_cluster_is_held_back_by_its_profile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_a_failing_step_is_told_and_the_run_can_go_on(tiny_project: Path) -> Non
     write_tiny_notebook(tiny_project, "05_ensemble_inference")
     done = run_all(tiny_project, "tta=false")
     assert done.returncode == 0
-    assert "2 steps run" in done.stdout
+    assert "3 steps run" in done.stdout
 
 
 @pytest.mark.parametrize(

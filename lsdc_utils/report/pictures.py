@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lsdc_utils import figures
+from lsdc_utils import figures, stress
 from lsdc_utils.graded import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report.run import (
@@ -67,13 +67,15 @@ def run_pictures(run: Run) -> list[Picture]:
 
 def plot_doses(run: Run) -> Picture:
     """Answers to one narrowing that grows, beside the oracle's and the readers'."""
-    bodies, slope = run.doses["body"].nunique(), (run.scores.get("stress") or {}).get("slope")
+    bodies, ratio = run.doses["body"].nunique(), stress.slopes(run.doses)["ratio"]
+    groups = ratio.groupby([CONDITIONS[condition].group for condition, _ in ratio.index], sort=False).mean()
+    rises = ", ".join(f"{GROUPS[key].score} {value:.2f}" for key, value in groups.items())
     caption = (
         f"One place narrowed step by step on {bodies} {'body' if bodies == 1 else 'bodies'}, all else the same: the "
         "models' probabilities, the oracle's, the shares of simulated readers (marks), and the cut-offs of an "
         "error-free reader (dashed)."
     )
-    caption += f" The ensemble rises {slope:.2f} times as steeply as the oracle there." if slope is not None else ""
+    caption += f" There the ensemble rises {ratio.mean():.2f} times as steeply as the oracle ({rises})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     alt = f"Probabilities against narrowing, a panel a condition group. Severe at the end: {said}."

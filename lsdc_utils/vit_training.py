@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -176,6 +177,7 @@ def _fabric() -> Any:
     """Lightning's Fabric for this process: alone on a GPU or the CPU, or one of those that torchrun started."""
     from lightning_fabric import Fabric  # two seconds, which only a training need wait
 
+    warnings.filterwarnings("ignore", message=".*srun")  # where SLURM is installed; its jobs are started by Snakemake
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     on_gpu = torch.cuda.is_available()
     fabric = Fabric(

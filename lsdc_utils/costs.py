@@ -74,6 +74,7 @@ def measure_detector(parameters: dict[str, Any], key: str) -> Step:
     batch = {"img": images.contiguous(memory_format=torch.channels_last), **boxes}
 
     def step() -> None:
+        """Loss and gradients of one batch."""
         with torch.autocast(device.type, enabled=device.type == "cuda"):
             loss = model.loss(batch)[0].sum()
         loss.backward()
@@ -99,6 +100,7 @@ def measure_vit(parameters: dict[str, Any]) -> Step:
     training = vit_training.Training(epochs=1, batch=count, threads=parameters["threads"])
 
     def step() -> None:
+        """A training of one step."""
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
             vit_training.fit(inputs, truth, config, training, work)
 
@@ -116,6 +118,7 @@ def _measured(step: Callable[[], None], scale: float, weights: int) -> Step:
     on_gpu, kept = torch.cuda.is_available(), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Note how large the storage of a tensor is that the gradients need."""
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor

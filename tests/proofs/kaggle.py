@@ -31,10 +31,8 @@ from lsdc_utils import kaggle, phantom  # noqa: E402
 from lsdc_utils.sources import COMPETITION  # noqa: E402
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES  # noqa: E402
 
-HIDDEN, HOURS = (
-    716,
-    9,
-)  # studies that the hidden test set is taken to have; hours that a notebook may run
+HIDDEN = 716  # studies that the hidden test set is taken to have
+HOURS = 9  # that a notebook may run
 JUPYTER = ["ipykernel==6.17.1", "jupyter_client==7.4.9", "nbclient==0.10.4", "nbformat==5.10.4", "traitlets==5.7.1"]
 LINKED = ("torch", "torchvision")  # too big to install: links to this environment's
 GRADING = "c05-06"  # the cell that grades

@@ -330,7 +330,8 @@ def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFra
     points = points[~unknown]
     expected = points.condition.map({c.name: words.GROUPS[c.group].series_type for c in words.CONDITIONS.values()})
     other = points[expected != points.series_type]
-    notes.add(other, "point_on_other_series_type", names(other) + " on " + other.series_type, "kept for its place")
+    series_type = other.series_type.astype(str)
+    notes.add(other, "point_on_other_series_type", names(other) + " on " + series_type, "kept for its place")
     both = labels.merge(points[[*KEY, "series_id"]], how="outer", on=KEY)
     bare = both[(both.severity == words.MISSING) | both.severity.isna()].dropna(subset="series_id")
     notes.add(bare, "point_without_grade", names(bare), "place kept, no grade")

@@ -30,8 +30,8 @@ from lsdc_utils.phantom import labels
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, LEVELS
 
 IMAGES = {"nfn": 9.0, "scs": 5.9, "ss": 12.7}  # that an epoch draws of a study, as `training_images` counts them
-STEPS = 3  # that are timed on a GPU
-RATE = 20  # TFLOP/s that a large GPU may sustain in mixed precision: an assumption, for machines without one
+STEPS = 8  # that are timed on a GPU
+RATE = 50  # TFLOP/s that these steps take on an NVIDIA H200, for machines without a GPU; most GPUs sustain less
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Step:
 
 
 def estimate(parameters: dict[str, Any], studies: int) -> pd.DataFrame:
-    """A row a training: what, count (of such trainings), steps of each, the fields of `Step`, and hours of each."""
+    """A row a training: what, count (of such trainings), steps of each, the fields of `Step`, hours of each, device."""
     torch.set_num_threads(parameters["threads"])
     trained = studies * (1 - 1 / parameters["n_splits"])
     lines = []
@@ -53,7 +53,8 @@ def estimate(parameters: dict[str, Any], studies: int) -> pd.DataFrame:
         lines.append({"what": f"detector {key}", "steps": steps, **asdict(measure_detector(parameters, key))})
     steps = trained / parameters["vit_batch"] * parameters["vit_epochs"]
     lines.append({"what": "3D ViT", "steps": steps, **asdict(measure_vit(parameters))})
-    table = pd.DataFrame(lines).assign(count=len(parameters["folds"]))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's CPU"
+    table = pd.DataFrame(lines).assign(count=len(parameters["folds"]), device=device)
     return table.assign(hours=table["steps"] * table["seconds"] / 3600)
 
 
@@ -73,14 +74,15 @@ def measure_detector(parameters: dict[str, Any], key: str) -> Step:
     boxes = {"cls": torch.zeros(count, 1), "bboxes": torch.full((count, 4), 0.5), "batch_idx": torch.arange(count)}
     batch = {"img": images.contiguous(memory_format=torch.channels_last), **boxes}
 
-    def step() -> None:
-        """Loss and gradients of one batch."""
-        with torch.autocast(device.type, enabled=device.type == "cuda"):
-            loss = model.loss(batch)[0].sum()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
+    def train(steps: int) -> None:
+        """Loss and gradients of one batch, again and again."""
+        for _ in range(steps):
+            with torch.autocast(device.type, enabled=device.type == "cuda"):
+                loss = model.loss(batch)[0].sum()
+            loss.backward()
+            model.zero_grad(set_to_none=True)
 
-    return _measured(step, parameters["yolo_batch"] / count, sum(one.numel() for one in model.parameters()))
+    return _measured(train, parameters["yolo_batch"] / count, sum(one.numel() for one in model.parameters()))
 
 
 def measure_vit(parameters: dict[str, Any]) -> Step:
@@ -99,23 +101,25 @@ def measure_vit(parameters: dict[str, Any]) -> Step:
     truth = rng.integers(0, 3, (count, len(COLUMNS)))
     training = vit_training.Training(epochs=1, batch=count, threads=parameters["threads"])
 
-    def step() -> None:
-        """A training of one step."""
+    def train(steps: int) -> None:
+        """A training of one epoch."""
+        studies = np.arange(count * steps) % count
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-            vit_training.fit(inputs, truth, config, training, work)
+            vit_training.fit(inputs[studies], truth[studies], config, training, work)
 
     return _measured(
-        step, parameters["vit_batch"] / count, sum(one.numel() for one in vit3d.Vit3d(config).parameters())
+        train, parameters["vit_batch"] / count, sum(one.numel() for one in vit3d.Vit3d(config).parameters())
     )
 
 
-def _measured(step: Callable[[], None], scale: float, weights: int) -> Step:
+def _measured(train: Callable[[int], None], scale: float, weights: int) -> Step:
     """What a step costs whose batch is 1 / `scale` of the training's, of a network with so many weights.
 
-    On a GPU some steps are timed after the one that is counted. A CPU takes minutes for what a GPU does in a second:
-    there one image or study is counted and timed at once.
+    train: takes so many steps. On a GPU the operations of one are counted, then some more are timed, by what they take
+    longer than a single one: what a training does once does not count. A CPU takes minutes for what a GPU does in a
+    second: there one image or study is counted and timed at once.
     """
-    on_gpu, kept = torch.cuda.is_available(), {}
+    kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         """Note how large the storage of a tensor is that the gradients need."""
@@ -123,26 +127,31 @@ def _measured(step: Callable[[], None], scale: float, weights: int) -> Step:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    began, memory = time.monotonic(), 0.0
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
-        step()
+        seconds = _seconds(train, 1)
+    tflop = counter.get_total_flops() * scale / 1e12
+    if not torch.cuda.is_available():
+        return Step(seconds * scale, tflop, (sum(kept.values()) / 2 * scale + 16 * weights) / 2**30)
+    torch.cuda.reset_peak_memory_stats()
+    once = _seconds(train, 1)
+    return Step((_seconds(train, 1 + STEPS) - once) / STEPS, tflop, torch.cuda.max_memory_allocated() / 2**30)
+
+
+def _seconds(train: Callable[[int], None], steps: int) -> float:
+    """What so many steps take, on a GPU with all that was asked of it before done."""
+    on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-        began = time.monotonic()
-        for _ in range(STEPS):
-            step()
+    began = time.monotonic()
+    train(steps)
+    if on_gpu:
         torch.cuda.synchronize()
-        memory = torch.cuda.max_memory_allocated()
-    seconds = (time.monotonic() - began) / (STEPS if on_gpu else 1)
-    memory = memory or sum(kept.values()) / 2 * scale + 16 * weights
-    return Step(seconds * scale, counter.get_total_flops() * scale / 1e12, memory / 2**30)
+    return time.monotonic() - began
 
 
 def told(table: pd.DataFrame, gpus: int) -> str:
     """The estimate for people: each training, and the hours of all on so many GPUs (0: one after the other on CPUs)."""
-    name = torch.cuda.get_device_name() if gpus else "this machine's CPU"
-    lines = [f"Estimated from steps of each training on {name}:"]
+    lines = [f"Estimated from steps of each training on {table['device'].iloc[0]}:"]
     lines += [
         f"  {row.what:14} {row.count} x {row.hours:8.1f} h  ({row.steps:,.0f} steps of {row.seconds:.2f} s, "
         f"{row.tflop:.2f} TFLOP and {row.gib:.1f} GiB of GPU memory)"
@@ -152,19 +161,19 @@ def told(table: pd.DataFrame, gpus: int) -> str:
     work = float((table["count"] * table["steps"] * table["tflop"]).sum())
     spread = f", {hours / gpus:.0f} h on the {gpus} GPUs here" if gpus > 1 else ""
     lines.append(f"  in all {hours:,.0f} h, one after the other{spread}; {work / 1e6:.3g} EFLOP, which is ")
-    lines[-1] += f"{work / RATE / 3600:,.1f} h of a GPU that sustains {RATE} TFLOP/s"
+    lines[-1] += f"{work / RATE / 3600:,.1f} h of a GPU that sustains {RATE} TFLOP/s, as an NVIDIA H200 did"
     return "\n".join([*lines, "  not counted: reading and conversion, loading of images, prediction, blend, report"])
 
 
-def counted(table: pd.DataFrame) -> pd.DataFrame:
-    """What does not depend on the device of an estimate, as text: operations, and hours at `RATE`."""
-    work = table["count"] * table["steps"] * table["tflop"]
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """An estimate as text, a row a training."""
     columns = {
         "How many": table["count"].map("{:d}".format),
         "Steps of each": table["steps"].map("{:,.0f}".format),
         "TFLOP a step": table["tflop"].map("{:.2f}".format),
+        "Seconds a step": table["seconds"].map("{:.2f}".format),
         "Memory (GiB)": table["gib"].map("{:.1f}".format),
-        f"Hours of all at {RATE} TFLOP/s": (work / RATE / 3600).map("{:.1f}".format),
+        "Hours of all": (table["count"] * table["hours"]).map("{:.1f}".format),
     }
     return pd.DataFrame(columns).set_axis(pd.Index(table["what"], name="Training"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import subprocess
@@ -124,8 +125,12 @@ def fit(
     used to choose anything. processes: of this machine that share every batch, one a GPU, or over gloo on CPUs.
     The curves hold epoch, loss (the score's mean over its three groups of rows), held_out_loss (NaN where not looked),
     seconds. Prints one line an epoch. The same seed and threads give the same weights on the same CPU.
-    RuntimeError where one of several processes fails.
+    RuntimeError where one of several processes fails; ValueError where there are GPUs, but fewer than processes.
+    FloatingPointError where the loss is no number any more.
     """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ValueError(f"{processes} processes (vit_processes) need a GPU each; there are {gpus} to be used")
     if processes == 1:
         return _fit(inputs, labels, config, training, Path(work), held_out)
     return _fit_shared(inputs, labels, config, training, Path(work), held_out, processes)
@@ -149,6 +154,7 @@ def _fit(
     checkpoint = Checkpoint(work, _training_key(inputs, labels, config, training, held_out))
     curves = _restored(checkpoint, parts, optimizer)
     weights, look = row_weights(labels), max(1, training.epochs // 5)
+    scaled = fabric.strategy.precision.precision == "16-mixed"  # its scaler leaves out steps whose gradients overflow
     for epoch in range(len(curves) + 1, training.epochs + 1):
         began, total = time.monotonic(), torch.zeros((), device=fabric.device)
         order = np.random.default_rng([training.seed, epoch]).permutation(len(inputs))
@@ -157,12 +163,14 @@ def _fit(
             loss = _share_of_loss(model, fabric, batch, epoch, inputs, labels, weights, config, training)
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss * (fabric.world_size / len(batch)))  # gradients are averaged over the processes
-            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=not scaled)
             optimizer.step()
             scheduler.step()
             averaged.update(network)
             total += loss.detach()
         line = {"epoch": epoch, "loss": float(fabric.all_reduce(total, reduce_op="sum")) / len(inputs)}
+        if not math.isfinite(line["loss"]):
+            raise FloatingPointError(f"epoch {epoch}: the loss is {line['loss']}; try a lower learning rate (vit_lr)")
         if fabric.is_global_zero:
             looked = held_out is not None and (epoch % look == 0 or epoch == training.epochs)
             line["held_out_loss"] = loss_of(averaged.module, *held_out, training.batch) if looked else math.nan
@@ -170,7 +178,7 @@ def _fit(
             _tell(curves[-1], training.epochs)
             kept = {name: part.state_dict() for name, part in parts.items()}
             checkpoint.save({**kept, "optimizer": optimizer.state_dict(), "curves": curves})
-    return averaged.module.eval(), pd.DataFrame(curves)
+    return averaged.module.cpu().eval(), pd.DataFrame(curves)
 
 
 def _fabric() -> Any:
@@ -178,6 +186,7 @@ def _fabric() -> Any:
     from lightning_fabric import Fabric  # two seconds, which only a training need wait
 
     warnings.filterwarnings("ignore", message=".*srun")  # where SLURM is installed; its jobs are started by Snakemake
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each training would tell its precision
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     on_gpu = torch.cuda.is_available()
     fabric = Fabric(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import run_all
 
 from lsdc_utils import costs
@@ -25,8 +26,29 @@ def test_steps_are_counted_from_the_studies_and_hours_from_timed_steps(smoke: di
     assert table.loc["3D ViT", "steps"] == 500 / smoke["vit_batch"] * 4
     assert (table["count"] == 2).all() and (table[["seconds", "tflop", "gib"]] > 0).all(axis=None)
     assert np.allclose(table["hours"] * 3600, table["steps"] * table["seconds"])
-    said = costs.told(table.reset_index(), 0)
+    table = table.reset_index()
+    shown = costs.shown(table)
+    assert shown.loc["3D ViT", ["How many", "Steps of each"]].tolist() == ["2", "1,000"]
+    said = costs.told(table, 0)
     assert "machine's CPU" in said and f"in all {(table['count'] * table['hours']).sum():,.0f} h" in said
+
+
+def test_on_a_gpu_what_a_training_does_once_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def train(steps: int) -> None:
+        now[0] += 7 + 2 * steps
+
+    monkeypatch.setattr(costs.time, "monotonic", lambda: now[0])
+    measured = {
+        "is_available": True,
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 2**32,
+    }
+    for name, value in measured.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert costs._measured(train, 1, 0) == costs.Step(seconds=2, tflop=0, gib=4)
 
 
 def test_operations_are_those_of_the_network(smoke: dict) -> None:

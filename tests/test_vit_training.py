@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import timm
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import save_file
 from test_vit3d import GRID, SMALL, draw_inputs, draw_studies
 
@@ -115,7 +118,10 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(("studies", "batch"), [(16, 4), (5, 1)])  # of one study a process has no share
-def test_two_processes_train_as_one_does(tmp_path, studies, batch):
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch, studies, batch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on CPUs, also where there is a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     training = vit_training.Training(epochs=3, batch=batch)
     data, held_out = draw_studies(studies, seed=1), draw_studies(4, seed=2)
     data[1][::3, 2:7] = -1  # the weights that a process sees differ
@@ -129,5 +135,36 @@ def test_two_processes_train_as_one_does(tmp_path, studies, batch):
 def test_a_process_that_fails_fails_the_training(tmp_path):
     training = vit_training.Training(epochs=1, batch=4, encoder_weights="nowhere.safetensors")
     config = dataclasses.replace(SMALL, size=32, encoder="test_vit")
-    with pytest.raises(RuntimeError, match="2 processes"):
+    with pytest.raises(RuntimeError, match=r"2 processes"):
         vit_training.fit(*draw_studies(4, seed=1), config, training, tmp_path, processes=2)
+
+
+def in_16_bits() -> Fabric:
+    """What a GPU trains with, on the CPU: its scaler begins so high that gradients overflow."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    fabric.launch()
+    return fabric
+
+
+def test_gradients_that_overflow_in_16_bits_cost_a_step_and_no_more(tmp_path, monkeypatch):
+    training, studies = vit_training.Training(epochs=12, batch=4, lr=2e-3, ema=0.9), draw_studies(16, seed=1)
+    monkeypatch.setattr(vit_training, "_fabric", in_16_bits)
+    model, curves = vit_training.fit(*studies, SMALL, training, tmp_path)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert curves["loss"].iloc[:3].std() < 0.1 * curves["loss"].iloc[0]  # nothing moved yet but the augmentation
+    assert curves["loss"].iloc[-1] < 0.9 * curves["loss"].iloc[0]
+
+
+def test_a_loss_that_is_no_number_stops_a_training(tmp_path, monkeypatch):
+    losses = vit_training.row_losses
+    monkeypatch.setattr(vit_training, "row_losses", lambda *args: losses(*args) * math.nan)
+    monkeypatch.setattr(vit_training, "_fabric", in_16_bits)
+    with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
+        vit_training.fit(*draw_studies(4, seed=1), SMALL, vit_training.Training(epochs=2), tmp_path)
+
+
+def test_more_processes_than_gpus_are_told_before_any_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes .* need a GPU each; there are 1"):
+        vit_training.fit(*draw_studies(4, seed=1), SMALL, vit_training.Training(), tmp_path, processes=2)

@@ -52,7 +52,9 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
             ]
             content = "\n\n".join(told)
         elif place[2] == "costs":
-            content = markdown(costs.counted(pd.DataFrame(record["costs"])))
+            table = pd.DataFrame(record["costs"])
+            told = f"Steps were timed and memory measured on one {table['device'].iloc[0]}."
+            content = f"{markdown(costs.shown(table))}\n\n{told}"
         elif place[2] == "experiments":
             content = titled(experiment_tables({k: pd.DataFrame(rows) for k, rows in record["experiments"].items()}))
         else:

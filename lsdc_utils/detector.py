@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -494,7 +495,7 @@ class WeightedSampler(torch.utils.data.Sampler):
     Its order is a matter of seed and `epoch`, which whoever trains counts up.
     """
 
-    def __init__(self, weights: np.ndarray, seed: int) -> None:
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.weights = np.asarray(weights, dtype=float)
         self.seed, self.epoch = seed, 0
 
@@ -538,14 +539,15 @@ def train(
 
     engine.check_amp = lambda _: True  # asked on GPUs only; its own answer needs a network from the internet
     data = _data_file(folder, work, list(shown["file"]), held_out, config)
-    sampler = WeightedSampler(shown["weight"].to_numpy(), training.seed)
+    weights = dict(zip(shown["file"].map(lambda file: Path(file).name), shown["weight"], strict=True))
+    sampler = WeightedSampler(list(weights.values()), training.seed)
     trainer = DetectionTrainer(overrides=_overrides(training, config, data, len(sampler), bool(held_out)))
-    _sample_by(trainer, sampler)
+    _sample_by(trainer, sampler, weights)
     kept = checkpoint.load()
     history: list[dict[str, float]] = kept["history"] if kept else []
     box = pd.read_csv(folder / "boxes.csv")[["width", "height"]].median().to_numpy() * config.size[::-1]
     trainer.add_callback("on_train_start", lambda t: _begin(t, training, config, len(shown), box, kept))
-    trainer.add_callback("on_train_epoch_start", lambda t: _begin_epoch(t, sampler, training.seed))
+    trainer.add_callback("on_train_epoch_start", lambda t: _begin_epoch(t, sampler, training))
     trainer.add_callback("on_fit_epoch_end", lambda t: _end_epoch(t, history, checkpoint))
     trainer.save_model = lambda: False  # we keep the last epoch's EMA ourselves
     trainer.final_eval = lambda: None
@@ -591,8 +593,9 @@ def _overrides(training: Training, config: Config, data: Path, images: int, vali
     }  # fmt: skip
 
 
-def _sample_by(trainer: Any, sampler: WeightedSampler) -> None:
-    """Let the trainer draw its images by `sampler`; ultralytics knows no weights."""
+def _sample_by(trainer: Any, sampler: WeightedSampler, weights: dict[str, float]) -> None:
+    """Let the trainer draw its images by `sampler`; ultralytics knows no weights, and has the images in an order of its
+    own. weights: of each image, by its file's name."""
     build = trainer.get_dataloader
 
     def get_dataloader(path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
@@ -601,6 +604,7 @@ def _sample_by(trainer: Any, sampler: WeightedSampler) -> None:
         if mode != "train":
             return loader
         dataset, workers = loader.dataset, loader.num_workers
+        sampler.weights = np.array([weights[Path(file).name] for file in dataset.im_files])
         # New workers each epoch: what they draw is then a matter of its seed, not of the epochs before.
         return torch.utils.data.DataLoader(
             dataset, batch_size, sampler=sampler, collate_fn=dataset.collate_fn, num_workers=workers,
@@ -631,9 +635,14 @@ def _begin(
         _restore(trainer, kept)
 
 
-def _begin_epoch(trainer: Any, sampler: WeightedSampler, seed: int) -> None:
-    """Let an epoch depend on its number and the weights alone, so that it is the same after a stop."""
-    here = int(np.random.SeedSequence([seed, trainer.epoch]).generate_state(1)[0])
+def _begin_epoch(trainer: Any, sampler: WeightedSampler, training: Training) -> None:
+    """Let an epoch depend on its number and the weights alone, so that it is the same after a stop.
+
+    DetectorError where ultralytics has halved the batch, since it did not fit into the GPU's memory.
+    """
+    if trainer.batch_size < (asked := min(training.batch, len(sampler))):
+        raise DetectorError(f"a batch of {asked} images is too large for this GPU; try yolo_batch={trainer.batch_size}")
+    here = int(np.random.SeedSequence([training.seed, trainer.epoch]).generate_state(1)[0])
     random.seed(here)
     np.random.seed(here)
     torch.manual_seed(here)
@@ -648,6 +657,7 @@ def _end_epoch(trainer: Any, history: list[dict[str, float]], checkpoint: Checkp
     that goes on from it ends elsewhere.
     """
     history.append(_tell_epoch(trainer))
+    _assert_finite(trainer, history[-1])
     checkpoint.save(
         {
             "model": trainer.model.state_dict(),
@@ -658,6 +668,16 @@ def _end_epoch(trainer: Any, history: list[dict[str, float]], checkpoint: Checkp
             "history": history,
         }
     )
+
+
+def _assert_finite(trainer: Any, line: dict[str, float]) -> None:
+    """DetectorError where an epoch's losses, the weights or what batch norms follow are no numbers any more: none of it
+    comes back by itself."""
+    values = [value for model in (trainer.model, trainer.ema.ema) for value in model.state_dict().values()]
+    bad = [name for name, value in line.items() if name.endswith("loss") and not np.isfinite(value)]
+    if bad or not all(value.isfinite().all() for value in values):
+        what = " and ".join(bad) or "a weight"
+        raise DetectorError(f"epoch {line['epoch']}: {what} is no number; try a lower learning rate (yolo_rate)")
 
 
 def _restore(trainer: Any, kept: dict[str, Any]) -> None:
@@ -839,7 +859,7 @@ def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> 
     head = detector.model.model[-1]
     rows, cols = detector.config.size
     found = []
-    for part in np.array_split(views, max(len(views) // 64, 1)):
+    for part in np.array_split(views, max(math.ceil(len(views) / 64), 1)):
         images = torch.from_numpy(part).to(device).float() / 255
         images = images.flip(3 if columns else 1) if flip else images
         if scale != 1:

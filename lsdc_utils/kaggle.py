@@ -108,6 +108,7 @@ def kernel_metadata(user: str, name: str) -> dict[str, Any]:
         "kernel_type": "notebook",
         "is_private": True,
         "enable_gpu": True,
+        "machine_shape": "NvidiaTeslaT4",  # else an older GPU, for which the image's torch has no code
         "enable_internet": False,
         "dataset_sources": [f"{user}/{name}"],
         "competition_sources": [COMPETITION],

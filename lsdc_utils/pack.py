@@ -72,7 +72,7 @@ def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     for name in ("blend.json", "scores.json"):
         yield name, (run / name).read_bytes()
     yield "provenance.json", _json(without_places(json.loads((run / "provenance.json").read_text())))
-    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text()))
+    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
     yield "parameters.yml", yaml.safe_dump(parameters, sort_keys=False).encode()
     yield "MODEL_CARD.md", model_card(read_run(run)).encode()
 

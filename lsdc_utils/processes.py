@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: those of its job, where it has only some of a machine's."""
+    return len(os.sched_getaffinity(0))
 
 
 def each(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.processes import usable_cores
 
 
 def write_provenance(run: str | Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     names = re.findall(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
         "system": platform.system(),

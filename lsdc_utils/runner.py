@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 from .files import atomic, git_commit
+from .processes import usable_cores
 from .steps import (
     NOTEBOOK_ORDER,
     NOTEBOOKS,
@@ -75,15 +76,17 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     """`KEY=VALUE` to key and value in the type of the default; UsageError where key or type is wrong.
 
     Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. A file or folder is
-    looked for from where the user stands; the notebooks run elsewhere.
+    looked for from where the user stands; the notebooks run elsewhere. Weights may also be a name that they know.
     """
     key, equals, raw = text.partition("=")
     if not equals or key not in defaults:
         near = ", ".join(sorted(defaults))
         raise UsageError(f"{text!r} is no KEY=VALUE with a known key; keys are: {near}")
     if isinstance(defaults[key], str):
-        is_path = raw and (key == "data_dir" or key.endswith("_csv"))
-        return key, str(Path(raw).expanduser().resolve()) if is_path else raw
+        path = Path(raw).expanduser()
+        is_path = bool(raw) and (key == "data_dir" or key.endswith("_csv"))
+        is_path |= key in ("yolo_model", "vit_encoder_weights") and path.is_file()
+        return key, str(path.resolve()) if is_path else raw
     if isinstance(defaults[key], list) and not raw.startswith("["):
         raw = f"[{raw}]"
     try:
@@ -501,7 +504,7 @@ def predict(arguments: list[str]) -> int:
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="where grades go (default: outputs/NAME/predict/<folder>)"
     )
-    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores (default: all)")
+    made.add_argument("--cores", type=int, default=usable_cores(), help="processor cores (default: all)")
     asked = made.parse_args(arguments)
     archive = Path(asked.run) if asked.run.endswith(".zip") else None
     folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
@@ -713,7 +716,7 @@ def noise(arguments: list[str]) -> int:
 def _experiment_parser(command: str, what: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(f"./run_all.sh {command}", description=what)
     made.add_argument("--run", default="demo", metavar="NAME", help="a finished run: outputs/NAME (default: demo)")
-    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores (default: all)")
+    made.add_argument("--cores", type=int, default=usable_cores(), help="processor cores (default: all)")
     return made
 
 
@@ -764,7 +767,7 @@ def test(arguments: list[str]) -> int:
     made = argparse.ArgumentParser("./run_all.sh test", description="Run the tests.")
     made.add_argument("--all", action="store_true", help="the slow proofs too")
     everything = made.parse_args(arguments).all
-    processes = min(len(os.sched_getaffinity(0)), 4)  # each of which takes some GiB; a file's tests share one
+    processes = min(usable_cores(), 4)  # each of which takes some GiB; a file's tests share one
     command = [sys.executable, "-m", "pytest", "-n", str(processes), "--dist", "loadfile"]
     command += [] if everything else ["-m", "not slow"]
     return subprocess.run(command, cwd=ROOT).returncode
@@ -848,7 +851,7 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", default="demo", help="values in notebooks/profiles/PROFILE.yml (default: demo)")
     add("--data", type=Path, metavar="DIR", help="a folder in the competition's layout (default: a phantom is written)")
     add("--run", metavar="NAME", help="results go to outputs/NAME (default: the profile's name)")
-    add("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processor cores to use (default: all)")
+    add("--cores", type=int, default=usable_cores(), help="processor cores to use (default: all)")
     add("--until", metavar="STEP", help="stop after this step")
     add("--force", metavar="STEP", action="append", default=[], help="run this step again, and what depends on it")
     how = "submit each step as a job of the SLURM cluster, as notebooks/profiles/slurm/ says"

@@ -13,8 +13,8 @@ import functools
 import hashlib
 import json
 import os
-import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -216,18 +216,22 @@ def source_hash(notebook: str) -> str:
 
 
 @contextlib.contextmanager
-def own_gpus(run_dir: Path, count: int) -> Iterator[None]:
-    """Hold `count` of the visible GPUs for this process, as CUDA_VISIBLE_DEVICES; there is nothing to do where it may
-    use all."""
+def own_gpus(count: int) -> Iterator[None]:
+    """Hold `count` of the visible GPUs for this process, as CUDA_VISIBLE_DEVICES, whichever run of this user asks.
+
+    There is nothing to do where it may use all.
+    """
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if len(devices) <= count:
         yield
         return
+    locks = Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}"
+    locks.mkdir(exist_ok=True)
     while True:
         with contextlib.ExitStack() as held:
             mine = []
             for device in devices:
-                lock = held.enter_context((run_dir / "logs" / f".gpu-{socket.gethostname()}-{device}").open("w"))
+                lock = held.enter_context((locks / f"gpu-{device}").open("w"))
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
                     mine.append(device)
@@ -291,7 +295,7 @@ def execute(run_dir: Path, step: Step) -> None:
     for file in (executed, done):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpus(run_dir, gpus):
+    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpus(gpus):
         try:
             notebook = papermill.execute_notebook(
                 NOTEBOOKS / f"{step.notebook}.ipynb",

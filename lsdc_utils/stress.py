@@ -128,7 +128,11 @@ class Answers:
 
 
 def answer(cases: Sequence[Case], run: Frozen, seed: int, workers: int, threads: int) -> Answers:
-    """Draw and grade all cases, in `workers` processes of `threads`, and say how far it is."""
+    """Draw and grade all cases, in `workers` processes of `threads`, and say how far it is.
+
+    Of processes that share a GPU there are two at most: each holds all models of the run.
+    """
+    workers = min(workers, 2) if torch.cuda.is_available() else workers
     chunks = [range(start, min(start + CHUNK, len(cases))) for start in range(0, len(cases), CHUNK)]
     work = partial(_answer_chunk, run, seed)
     given = [[(number, cases[number]) for number in chunk] for chunk in chunks]

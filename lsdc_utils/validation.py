@@ -7,7 +7,6 @@ its place in the label table, so that what a finding says is what the conversion
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lsdc_utils import archive, dicom
 from lsdc_utils import vocabulary as words
 from lsdc_utils.competition import FINDINGS, KEY, SPLITS, Competition, CompetitionError, Notes, names, number_of, read
 from lsdc_utils.files import atomic, readable
-from lsdc_utils.processes import each
+from lsdc_utils.processes import each, usable_cores
 
 RULES = {  # rule -> what a finding of it means
     # the tables
@@ -486,7 +485,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
 
     Returns 0 where the folder can be used, else 1: tables that cannot be read, or not one series of images.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or usable_cores()
     try:
         comp = read(root, workers=workers)
         print(f"reading the headers of {len(comp.series)} series", flush=True)

@@ -184,6 +184,7 @@ def _fit(
 def _fabric() -> Any:
     """Lightning's Fabric for this process: alone on a GPU or the CPU, or one of those that torchrun started."""
     from lightning_fabric import Fabric  # two seconds, which only a training need wait
+    from lightning_fabric.plugins.environments import LightningEnvironment
 
     warnings.filterwarnings("ignore", message=".*srun")  # where SLURM is installed; its jobs are started by Snakemake
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each training would tell its precision
@@ -195,6 +196,7 @@ def _fabric() -> Any:
         num_nodes=everywhere // here,
         strategy="ddp" if everywhere > 1 else "auto",
         precision="16-mixed" if on_gpu else "32-true",
+        plugins=[] if everywhere > 1 else [LightningEnvironment()],  # not what SLURM says of the job around it
     )
     fabric.launch()
     return fabric
@@ -316,7 +318,7 @@ def main() -> None:
     """One of the processes: `torchrun ... --module lsdc_utils.vit_training WORK`."""
     work = Path(sys.argv[1])
     task = json.loads((work / "task.json").read_text())
-    inputs, labels, *held_out = (np.load(work / f"{name}.npy") for name in task["arrays"])
+    inputs, labels, *held_out = (np.load(work / f"{name}.npy", mmap_mode="r") for name in task["arrays"])
     config, training = VitConfig(**task["config"]), Training(**task["training"])
     model, curves = _fit(inputs, labels, config, training, work, tuple(held_out) or None)
     if os.environ["RANK"] == "0":

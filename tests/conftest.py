@@ -63,7 +63,7 @@ def copy_project(target: Path) -> Path:
 
 # ---- a tiny project: the real command line and graph, notebooks that write their files and little else ---------------
 
-RUNNER_MODULES = ("__init__.py", "files.py", "vocabulary.py", "steps.py", "runner.py")
+RUNNER_MODULES = ("__init__.py", "files.py", "processes.py", "vocabulary.py", "steps.py", "runner.py")
 TINY_PROFILE = """\
 data_dir: ""
 n_train: 3

@@ -1,6 +1,7 @@
 """Detectors: classes, boxes, data sets, weights, and what becomes of detections in patient space."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -496,12 +497,12 @@ def test_flipped_axial_views_change_the_sides_of_sided_classes():
         assert (detector._other_side(settings) == np.arange(len(detector.classes(settings)))).all()
 
 
-def write_toy(folder, studies=4):
+def write_toy(folder, studies=range(1, 5)):
     """A data set of some toy studies; the number and weight of each image."""
-    toys = [toy_study("scs", number) for number in range(1, studies + 1)]
+    toys = [toy_study("scs", number) for number in studies]
     stacks, labels = [stack for stack, _ in toys], pd.concat([labels for _, labels in toys])
     images, _, _ = detector.write_dataset(stacks, labels, folder, config("scs"), 5.0, 4.0, 1)
-    return detector.training_images(images, range(1, studies + 1), (1, 1, 2))
+    return detector.training_images(images, studies, (1, 1, 2))
 
 
 def train_toy(data, files, work, epochs=1, **options):
@@ -568,6 +569,54 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
     (data / files["file"].iloc[0]).touch()
     train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
     assert capsys.readouterr().out.count("/4 loss") == 4  # of other images nothing is taken
+
+
+def test_weights_belong_to_the_images_that_ultralytics_has_in_another_order(tmp_path, monkeypatch):
+    files = write_toy(tmp_path / "data", [9, 10, 100])
+    assert sorted(files["file"]) != files["file"].tolist()
+    files["weight"] = np.linspace(0.5, 2, len(files))
+    begin, found = detector._begin_epoch, {}
+
+    def look(trainer, sampler, training):
+        begin(trainer, sampler, training)
+        names = [Path(file).name for file in trainer.train_loader.dataset.im_files]
+        found.update(zip(names, sampler.weights, strict=True))
+
+    monkeypatch.setattr(detector, "_begin_epoch", look)
+    train_toy(tmp_path / "data", files, tmp_path / "work")
+    assert found == {Path(file).name: weight for file, weight in files[["file", "weight"]].itertuples(index=False)}
+
+
+def test_a_batch_too_large_for_the_gpu_is_not_halved_silently(tmp_path, monkeypatch):
+    from ultralytics.nn.tasks import DetectionModel
+
+    files = write_toy(tmp_path / "data")
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DetectionModel, "loss", full)
+    with pytest.raises(detector.DetectorError, match="a batch of 8 images is too large for this GPU; try yolo_batch=4"):
+        train_toy(tmp_path / "data", files, tmp_path / "work")
+
+
+def test_a_training_that_breaks_goes_on_from_before(tmp_path, monkeypatch, capsys):
+    files = write_toy(tmp_path / "data")
+    begin = detector._begin_epoch
+
+    def poison(trainer, *given):
+        begin(trainer, *given)
+        if trainer.epoch == 1:
+            for module in trainer.ema.ema.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.running_mean[0] = np.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "_begin_epoch", poison)
+        with pytest.raises(detector.DetectorError, match="epoch 2: a weight is no number; try a lower learning rate"):
+            train_toy(tmp_path / "data", files, tmp_path / "work", epochs=3)
+    train_toy(tmp_path / "data", files, tmp_path / "work", epochs=3)
+    assert "goes on after epoch 1/3" in capsys.readouterr().out
 
 
 def test_missing_pretrained_weights_are_named_and_not_looked_for(tmp_path):

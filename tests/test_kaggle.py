@@ -53,6 +53,7 @@ def test_the_command_writes_what_kaggles_own_takes(smoke_project: Path, tmp_path
     assert not list(dataset.rglob("__pycache__"))
     about = json.loads((notebook / "kernel-metadata.json").read_text())
     assert (about["enable_internet"], about["enable_gpu"], about["is_private"]) == (False, True, True)
+    assert about["machine_shape"] == "NvidiaTeslaT4"
     assert about["competition_sources"] == [sources.COMPETITION]
     assert about["dataset_sources"] == [json.loads((dataset / "dataset-metadata.json").read_text())["id"]]
     assert (notebook / about["code_file"]).is_file()

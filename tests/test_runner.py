@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,11 +67,14 @@ def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> 
 
 def test_a_file_or_folder_is_looked_for_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    defaults = {"data_dir": "", "folds_csv": "", "name": ""}
+    defaults = {"data_dir": "", "folds_csv": "", "name": "", "yolo_model": ""}
     assert parse_override("folds_csv=tables/folds.csv", defaults)[1] == str(tmp_path / "tables/folds.csv")
     assert parse_override("data_dir=/elsewhere", defaults)[1] == "/elsewhere"
     assert parse_override("data_dir=", defaults)[1] == ""
     assert parse_override("name=a/b", defaults)[1] == "a/b"
+    (tmp_path / "own.pt").touch()
+    assert parse_override("yolo_model=own.pt", defaults)[1] == str(tmp_path / "own.pt")
+    assert parse_override("yolo_model=yolov10x.pt", defaults)[1] == "yolov10x.pt"  # the notebooks know where it may be
 
 
 @pytest.mark.parametrize(
@@ -393,12 +397,12 @@ def test_a_stopped_run_leaves_no_process_and_says_how_to_go_on(tiny_project: Pat
 
 
 def test_two_gpus_are_held_by_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
-    with steps.own_gpus(tmp_path, 1):
+    with steps.own_gpus(1):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
-        with steps.own_gpus(tmp_path, 1):
+        with steps.own_gpus(1):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 

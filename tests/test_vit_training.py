@@ -164,6 +164,13 @@ def test_a_loss_that_is_no_number_stops_a_training(tmp_path, monkeypatch):
         vit_training.fit(*draw_studies(4, seed=1), SMALL, vit_training.Training(epochs=2), tmp_path)
 
 
+def test_a_training_alone_does_not_ask_the_slurm_job_around_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # e.g. of `sbatch --ntasks=8 --wrap ./run_all.sh`
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    _, curves = vit_training.fit(*draw_studies(2, seed=1), SMALL, vit_training.Training(epochs=1), tmp_path)
+    assert len(curves) == 1
+
+
 def test_more_processes_than_gpus_are_told_before_any_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"2 processes .* need a GPU each; there are 1"):

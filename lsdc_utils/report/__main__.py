@@ -9,6 +9,7 @@ what the trainings of a run take, from the estimate that it told when it began.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -73,6 +74,7 @@ def picture_line(run: str, name: str, record: dict[str, Any]) -> str:
 def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
     """Fill the places of a run in `readme`, with its record and the pictures asked for in docs/ beside it.
 
+    Experiments that were not made again round the run stay; their headings tell the commit.
     ValueError where the readme has no place for the run or asks for a picture that the run lacks.
     """
     text, docs = readme.read_text(), readme.parent / "docs"
@@ -83,11 +85,14 @@ def update_readme(run: Run, readme: Path = ROOT / "README.md") -> None:
     names = [name for kind, name in wanted if kind == "picture"]
     if not set(names) <= set(made):
         raise ValueError(f"{readme} asks for the pictures {names}; run {run.name} has {sorted(made)}")
+    file = docs / f"{run.name}.json"
     record = {**record_of(run), "captions": {name: made[name].caption for name in names}}
+    if file.is_file():
+        record["experiments"] = json.loads(file.read_text()).get("experiments", {}) | record["experiments"]
     for name in names:
         with atomic(docs / f"{run.name}-{name}.png") as temporary:
             made[name].figure.savefig(temporary)
-    write_json(docs / f"{run.name}.json", record)
+    write_json(file, record)
     with atomic(readme) as temporary:
         temporary.write_text(fill(text, run.name, record))
 

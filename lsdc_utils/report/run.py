@@ -399,7 +399,7 @@ def stress_sentences(scores: dict[str, Any]) -> Iterator[str]:
     numbers = scores.get("stress") or {}
     words = {
         "slope": "at the cut-offs its answer rises {:.2f} times as steeply as the oracle's",
-        "leak": "no other row moves by more than {:.2f} while one place narrows",
+        "leak": "while one place narrows, another row's probability of moderate or worse moves by up to {:.2f}",
         "looked": "{:.0%} of what hiding changes in the transformer's answer lies within 10 mm of the place",
         "moved": "what must not matter moves a probability by at most {:.1e}",
     }

@@ -38,7 +38,7 @@ GRID = (
 )
 KEY_WIDTH = 80.0  # mm of a slice that is shown round a finding
 LARGEST = 384  # pixels of a side of an image; more is scaled down
-QUALITY = {"key": 48, "series": 42}  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
+QUALITY = {"key": 46, "series": 38}  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
 
 
 @dataclass(frozen=True)

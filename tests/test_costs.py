@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_all
+from conftest import ROOT, run_all
 
 from lsdc_utils import costs
 from lsdc_utils.runner import load_parameters
@@ -49,6 +49,12 @@ def test_on_a_gpu_what_a_training_does_once_does_not_count(monkeypatch: pytest.M
     for name, value in measured.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert costs._measured(train, 1, 0) == costs.Step(seconds=2, tflop=0, gib=4)
+
+
+def test_hours_told_without_a_gpu_are_at_the_rate_that_one_was_measured_at() -> None:
+    table = pd.DataFrame(json.loads((ROOT / "docs/kaggle.json").read_text())["costs"])
+    seconds, work = table["count"] * table["hours"] * 3600, table["count"] * table["steps"] * table["tflop"]
+    assert work.sum() / seconds.sum() == pytest.approx(costs.RATE, rel=0.05)
 
 
 def test_operations_are_those_of_the_network(smoke: dict) -> None:

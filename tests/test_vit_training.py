@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, studies, batch):
 def test_a_process_that_fails_fails_the_training(tmp_path):
     training = vit_training.Training(epochs=1, batch=4, encoder_weights="nowhere.safetensors")
     config = dataclasses.replace(SMALL, size=32, encoder="test_vit")
-    with pytest.raises(RuntimeError, match=r"2 processes"):
+    with pytest.raises(RuntimeError, match="2 processes"):
         vit_training.fit(*draw_studies(4, seed=1), config, training, tmp_path, processes=2)
 
 

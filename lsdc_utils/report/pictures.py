@@ -68,13 +68,12 @@ def run_pictures(run: Run) -> list[Picture]:
 def plot_doses(run: Run) -> Picture:
     """Answers to one narrowing that grows, beside the oracle's and the readers'."""
     bodies, ratio = run.doses["body"].nunique(), stress.slopes(run.doses)["ratio"]
-    groups = ratio.groupby([CONDITIONS[condition].group for condition, _ in ratio.index], sort=False).mean()
-    rises = ", ".join(f"{GROUPS[key].score} {value:.2f}" for key, value in groups.items())
     caption = (
         f"One place narrowed step by step on {bodies} {'body' if bodies == 1 else 'bodies'}, all else the same: the "
         "models' probabilities, the oracle's, the shares of simulated readers (marks), and the cut-offs of an "
         "error-free reader (dashed)."
     )
+    rises = stress.by_group(ratio)
     caption += f" There the ensemble rises {ratio.mean():.2f} times as steeply as the oracle ({rises})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))

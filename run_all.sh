@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The only entry point: finds or makes the Python environment, then hands over to lsdc_utils/runner.py (see --help).
+# The only entry point: finds or makes the Python environment, then hands over to lsdc_utils/pipeline/runner.py (see --help).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 headless=opencv-python-headless # the same cv2, for machines without the libraries of a desktop (libGL)
@@ -54,4 +54,4 @@ if ! satisfies_pins "$python"; then
     satisfies_pins "$python" || make_environment
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m lsdc_utils.runner "$@"
+exec "$python" -m lsdc_utils.pipeline.runner "$@"

@@ -22,8 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lsdc_utils import figures
+from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SERIES_TYPES, SEVERITY_NAMES, Group
-from lsdc_utils.volume import Stack
 
 REACH = 6.0  # mm off a slice that a point may lie to be drawn on it
 RUN_MARK = "LSDC_RUN"  # in the environment of every process of ./run_all.sh: there nobody clicks

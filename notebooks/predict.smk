@@ -1,9 +1,9 @@
 # Grading a folder with a finished run: 05 alone, one job a shard of studies. Started by ./run_all.sh predict with the
-# folder of results as working directory; lsdc_utils/predict.py listed the studies and joins the shards' answers.
+# folder of results as working directory; lsdc_utils/pipeline/predict.py listed the studies and joins the shards' answers.
 # A shard is graded again when its files, the weights, blend.json, a parameter or the code of 05 changed.
 import sys
 
-from lsdc_utils import steps
+from lsdc_utils.pipeline import steps
 from lsdc_utils.vocabulary import GROUPS
 
 PYTHON = sys.executable
@@ -39,4 +39,4 @@ rule grade:
     resources:
         gpu=1,  # none where --resources has none
     shell:
-        "{PYTHON:q} -m lsdc_utils.steps . {params.step:q}"
+        "{PYTHON:q} -m lsdc_utils.pipeline.steps . {params.step:q}"

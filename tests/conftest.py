@@ -14,7 +14,8 @@ import private
 import pytest
 import yaml
 
-from lsdc_utils import phantom, steps
+from lsdc_utils import phantom
+from lsdc_utils.pipeline import steps
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,8 @@ import dicom_files
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import competition
 from lsdc_utils import vocabulary as words
+from lsdc_utils.data import competition
 
 Tables = dict[str, pd.DataFrame]  # file name without .csv -> its content
 TYPES = dict(zip((1, 2, 3), words.SERIES_TYPES, strict=True))  # last digit of a series id -> its type

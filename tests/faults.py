@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from lsdc_utils import runner
+from lsdc_utils.pipeline import runner
 
 KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its process group, only a notebook's kernel
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lsdc_utils import metric
+from lsdc_utils.data.stacks import Stack, save_stack
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T1, T2, row_id
-from lsdc_utils.volume import Stack, save_stack
 
 HOSTILE = "<script>alert('boo')</script><img src=http://example.org/x.png onerror=alert(1)>"
 # (column, row, 0, 1) to LPS mm of the middle slice; the last column moves by 4 mm a slice.

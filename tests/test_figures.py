@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
-from lsdc_utils import figures
+from lsdc_utils import figures, geometry
 from lsdc_utils.vocabulary import GROUPS, MISSING
 
 # x grows to the patient's back, y to the feet: a sagittal slice seen from the patient's left, .5 mm by .8 mm
@@ -47,7 +47,7 @@ def test_a_tilted_slice_names_the_second_direction():
 
 def test_patient_points_land_on_their_pixels():
     patient = (SAGITTAL @ [30, 40, 0, 1])[:3] + np.array([7, 0, 0])
-    x, y, off = figures.to_pixels(SAGITTAL, patient)[0]
+    x, y, off = geometry.to_pixels(SAGITTAL, patient)
     assert (x, y) == pytest.approx((30, 40)) and abs(off) == pytest.approx(7)
 
 

@@ -16,8 +16,8 @@ import yaml
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lsdc_utils import steps
-from lsdc_utils.runner import NBSTRIPOUT_KEYS, load_parameters
+from lsdc_utils.pipeline import steps
+from lsdc_utils.pipeline.runner import NBSTRIPOUT_KEYS, load_parameters
 
 START = ROOT / "notebooks" / "start.ipynb"
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in steps.NOTEBOOK_ORDER]

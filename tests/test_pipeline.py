@@ -18,7 +18,7 @@ import yaml
 from conftest import run_all
 from nbclient import NotebookClient
 
-from lsdc_utils import steps
+from lsdc_utils.pipeline import steps
 from lsdc_utils.vocabulary import GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
 
 ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv")

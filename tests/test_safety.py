@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lsdc_utils import detector, vit3d
+from lsdc_utils.detector.classes import DetectorError
+from lsdc_utils.detector.training import load_detector
+from lsdc_utils.vit.model import load_vit
 
 CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "__import__", "pickle.load", "pickle.loads", "torch.load",
          "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle", "joblib.load",
@@ -77,8 +79,8 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
     if forged:
         about["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     weights.with_suffix(".json").write_text(json.dumps(about))
-    with pytest.raises((detector.DetectorError, pickle.UnpicklingError, TypeError)) as told:
-        detector.load(weights)
+    with pytest.raises((DetectorError, pickle.UnpicklingError, TypeError)) as told:
+        load_detector(weights)
     assert "yolo_scs_fold0.pt" in str(told.value)
     assert not ran.exists()
     torch.load(weights, weights_only=False)
@@ -87,8 +89,8 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
 
 def test_checksums_are_asked_for_before_anything_is_read(tmp_path: Path) -> None:
     for name, load, refused in (
-        ("yolo_scs_fold0.pt", detector.load, detector.DetectorError),
-        ("vit3d_fold0.safetensors", vit3d.load, ValueError),
+        ("yolo_scs_fold0.pt", load_detector, DetectorError),
+        ("vit3d_fold0.safetensors", load_vit, ValueError),
     ):
         (tmp_path / name).write_bytes(b"neither a pickle nor tensors")
         (tmp_path / name).with_suffix(".json").write_text('{"sha256": "0", "config": {}}')

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 from report_run import make_rows, write_images
 
-from lsdc_utils import figures, graded, runner, viewer, volume
+from lsdc_utils import figures, viewer
+from lsdc_utils.data.stacks import load_study
+from lsdc_utils.grading import run_tables
+from lsdc_utils.pipeline import runner
 from lsdc_utils.vocabulary import SERIES_TYPES
 
 
@@ -26,16 +29,16 @@ def rows(tmp_path_factory) -> pd.DataFrame:
     named = labels.assign(
         study_id=labels["study_id"].astype(str),
         side=labels["condition"].str.extract(r"^(left|right)_")[0].fillna(""),
-        group=labels["condition"].map({name: c.group for name, c in graded.CONDITIONS.items()}),
+        group=labels["condition"].map({name: c.group for name, c in run_tables.CONDITIONS.items()}),
     )
-    placed = named.join(graded.points_of(named, points), on="row_id").astype({"study_id": int})
+    placed = named.join(run_tables.points_of(named, points), on="row_id").astype({"study_id": int})
     placed.attrs["slices"] = str(folder / "slices")
     return placed.assign(grade=placed["severity"], confidence=0.5, words="<b>L4/L5</b> & so on")
 
 
 @pytest.fixture
 def read(rows):
-    return lambda study_id: volume.load_study(rows.attrs["slices"], study_id)
+    return lambda study_id: load_study(rows.attrs["slices"], study_id)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lsdc_utils.phantom.body import Body
-from lsdc_utils.phantom.headers import write_slice
+from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import USUAL, Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import (
     AXIAL,

@@ -17,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from lsdc_utils import costs, evaluation, figures
+from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
+from lsdc_utils.grading import evaluation
+from lsdc_utils.pipeline import costs
 from lsdc_utils.report.markdown import markdown, record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
 from lsdc_utils.report.run import (

@@ -31,10 +31,10 @@ from traitlets.config import Config
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic
-from lsdc_utils.graded import SOURCE_NAMES, read_graded, study_reader
-from lsdc_utils.provenance import write_provenance
+from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import studies
 from lsdc_utils.report.pictures import Picture
+from lsdc_utils.report.provenance import write_provenance
 from lsdc_utils.report.run import (
     BLOCK_NAMES,
     Run,

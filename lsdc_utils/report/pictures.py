@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lsdc_utils import figures, stress
-from lsdc_utils.graded import read_graded
+from lsdc_utils import figures
+from lsdc_utils.data.stacks import load_study
+from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report.run import (
     BLOCK_NAMES,
@@ -25,9 +26,9 @@ from lsdc_utils.report.run import (
     number,
     value,
 )
+from lsdc_utils.stress import trials
 from lsdc_utils.viewer import draw_still
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITY_NAMES
-from lsdc_utils.volume import load_study
 
 PLAIN = "#1A1A1A"  # of what has no colour of its own
 OUTSIDE = {"loc": "outside lower center", "ncols": 3}  # of legends, so that they cover nothing
@@ -67,13 +68,13 @@ def run_pictures(run: Run) -> list[Picture]:
 
 def plot_doses(run: Run) -> Picture:
     """Answers to one narrowing that grows, beside the oracle's and the readers'."""
-    bodies, ratio = run.doses["body"].nunique(), stress.slopes(run.doses)["ratio"]
+    bodies, ratio = run.doses["body"].nunique(), trials.slopes(run.doses)["ratio"]
     caption = (
         f"One place narrowed step by step on {bodies} {'body' if bodies == 1 else 'bodies'}, all else the same: the "
         "models' probabilities, the oracle's, the shares of simulated readers (marks), and the cut-offs of an "
         "error-free reader (dashed)."
     )
-    rises = stress.by_group(ratio)
+    rises = trials.by_group(ratio)
     caption += f" There the ensemble rises {ratio.mean():.2f} times as steeply as the oracle ({rises})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from lsdc_utils.metric import PARTS
-from lsdc_utils.steps import EXPERIMENT_TABLES
+from lsdc_utils.pipeline.steps import EXPERIMENT_TABLES
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
 
 ROOT = Path(__file__).resolve().parents[2]

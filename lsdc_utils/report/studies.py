@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from lsdc_utils import figures
+from lsdc_utils.data.stacks import Stack
 from lsdc_utils.metric import WEIGHTS, weight_rows
 from lsdc_utils.viewer import REACH, distances, row_words, worst_slice
 from lsdc_utils.vocabulary import (
@@ -26,7 +27,6 @@ from lsdc_utils.vocabulary import (
     SERIES_TYPES,
     SEVERITIES,
 )
-from lsdc_utils.volume import Stack
 
 # As on films, where the patient's left lies at the viewer's right.
 GRID = (

@@ -2,8 +2,8 @@
 
 Each case runs in a process of its own. What is told is the highest resident memory of that process, and for two workers
 the highest of all its processes together (Linux counts it: VmHWM of /proc/<pid>/status; pages that processes share
-count in each). Conversion is volume.convert of three series of 512 x 512. Prediction is the loop by which 05 grades
-studies: volume.read_study, detector.grade_study and vit3d.predict, with untrained networks of small input, which leave
+count in each). Conversion is convert_studies of three series of 512 x 512. Prediction is the loop by which 05 grades
+studies: read_study, grade_study and predict_studies, with untrained networks of small input, which leave
 the tables and the studies' pixels as what could pile up; series are 192 x 192 and the canal points the true ones.
 """
 
@@ -19,7 +19,8 @@ import pandas as pd
 import psutil
 from studies import write_studies
 
-from lsdc_utils import competition, volume
+from lsdc_utils.data import competition
+from lsdc_utils.data.stacks import convert_studies, read_study
 from lsdc_utils.vocabulary import GROUPS
 
 COUNTS = (20, 200)
@@ -57,7 +58,7 @@ def convert(root: Path, count: int, workers: int = 1) -> float:
     """Convert the studies, each over the files of the one before; peak memory in MiB."""
     comp = competition.read(root)
     sizes = [0.0]
-    for number, _ in enumerate(volume.convert(comp, "test", range(1, count + 1), root / "slices", workers), 1):
+    for number, _ in enumerate(convert_studies(comp, "test", range(1, count + 1), root / "slices", workers), 1):
         for file in (root / "slices").glob("*/[0-9]*.npz"):
             file.unlink()  # 200 studies would fill 2.4 GB of disk
         if workers > 1 and number == count:  # while the processes live
@@ -70,21 +71,24 @@ def predict(root: Path, count: int) -> float:
     import torch
     from ultralytics.nn.tasks import DetectionModel
 
-    from lsdc_utils import detector, vit3d  # here, since conversion does without what they import
+    from lsdc_utils.detector.classes import Detector, DetectorConfig, class_table
+    from lsdc_utils.detector.levels import grade_study
+    from lsdc_utils.vit.model import Vit3d, VitConfig
+    from lsdc_utils.vit.predict import predict_studies
 
     torch.set_num_threads(1)
     comp, points = competition.read(root), pd.read_csv(root / "points.csv")
     detectors = {}
     for key in GROUPS:
-        config = detector.Config(key, "seen", (0.2, 0.8, 0.1, 0.9), (64, 64), True, 0.05)
-        model = DetectionModel("yolov10n.yaml", nc=len(detector.classes(config)), verbose=False).eval()
-        detectors[key] = [detector.Detector(model, config, 0, {})]
-    vits = [vit3d.Vit3d(vit3d.VitConfig()).eval()]
+        config = DetectorConfig(key, "seen", (0.2, 0.8, 0.1, 0.9), (64, 64), True, 0.05)
+        model = DetectionModel("yolov10n.yaml", nc=len(class_table(config)), verbose=False).eval()
+        detectors[key] = [Detector(model, config, 0, {})]
+    vits = [Vit3d(VitConfig()).eval()]
     graded = []
     for study in range(1, count + 1):
-        stacks, _ = volume.read_study(comp, "test", study)
-        rows, _, _ = detector.grade_study(detectors, study, stacks)
-        graded.append((rows, vit3d.predict(vits, [(study, stacks)], points, views_count=1)))
+        stacks, _ = read_study(comp, "test", study)
+        rows, _, _ = grade_study(detectors, study, stacks)
+        graded.append((rows, predict_studies(vits, [(study, stacks)], points, views_count=1)))
     return peak()
 
 

@@ -26,9 +26,14 @@ import pydicom
 from pydicom.pixels import pixel_array
 from studies import fastest, write_studies
 
-from lsdc_utils import competition, dicom, vit3d, volume
+from lsdc_utils import dicom
+from lsdc_utils.data import competition
+from lsdc_utils.data.stacks import FEW_STUDIES, Stack, convert_studies, read_study
+from lsdc_utils.published.grid import study_grid
+from lsdc_utils.vit.inputs import study_input
+from lsdc_utils.vit.model import VitConfig
 
-KAGGLE = vit3d.VitConfig(size=128, spacing=0.5, margin=8)
+KAGGLE = VitConfig(size=128, spacing=0.5, margin=8)
 
 
 def main() -> None:
@@ -49,17 +54,17 @@ def compare_with_floor(root: Path, comp: competition.Competition, points: pd.Dat
     files = sorted((root / "test_images/1").rglob("*.dcm"))
     series = sorted((root / "test_images/1").iterdir())
 
-    def stacks() -> list[volume.Stack]:
-        return volume.read_study(comp, "test", 1)[0]
+    def stacks() -> list[Stack]:
+        return read_study(comp, "test", 1)[0]
 
     contenders = {
         "floor: dcmread + pixel_array": (None, lambda: [pixel_array(pydicom.dcmread(file)) for file in files]),
         "headers alone": (None, lambda: [dicom.read_series(one, pixels=False) for one in series]),
         "read_series": (1.3, lambda: [dicom.read_series(one) for one in series]),
-        "conversion: read, window, write": (3.0, lambda: list(volume.convert(comp, "test", [1], root / "slices"))),
-        "3 x 64^3 grid": (1.7, lambda: volume.study_grid(stacks(), 64)),
-        "125 squares, demo": (1.5, lambda: vit3d.make_input(stacks(), points, vit3d.VitConfig())),
-        "125 squares, kaggle": (None, lambda: vit3d.make_input(stacks(), points, KAGGLE)),
+        "conversion: read, window, write": (3.0, lambda: list(convert_studies(comp, "test", [1], root / "slices"))),
+        "3 x 64^3 grid": (1.7, lambda: study_grid(stacks(), 64)),
+        "125 squares, demo": (1.5, lambda: study_input(stacks(), points, VitConfig())),
+        "125 squares, kaggle": (None, lambda: study_input(stacks(), points, KAGGLE)),
     }
     found = fastest({name: run for name, (_, run) in contenders.items()}, repeats)
     floor = next(iter(found.values()))
@@ -77,9 +82,9 @@ def compare_processes(root: Path, comp: competition.Competition, count: int) -> 
 
     What was written is removed at once, or the disk would be measured: a study is 12 MB.
     """
-    warm, least = volume.FEW_STUDIES, {}
+    warm, least = FEW_STUDIES, {}
     for workers in (1, 2, 1, 2, 1, 2):
-        for number, _ in enumerate(volume.convert(comp, "test", range(1, count + 1), root / "slices", workers), 1):
+        for number, _ in enumerate(convert_studies(comp, "test", range(1, count + 1), root / "slices", workers), 1):
             shutil.rmtree(root / f"slices/{number}")
             if number == warm:
                 start = time.perf_counter()

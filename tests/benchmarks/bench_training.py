@@ -13,11 +13,12 @@ import pandas as pd
 import studies  # noqa: F401 - puts the repository on the path and sets one thread
 import torch
 
-from lsdc_utils import detector
+from lsdc_utils.detector.classes import DetectorConfig
+from lsdc_utils.detector.training import DetectorTraining, train_detector
 
 SIZE = (160, 96)  # rows and columns, as the canal's detector has them in profile demo
 IMAGES, BATCH, EPOCHS = 96, 16, 4
-CONFIG = detector.Config("scs", "seen", (0.3, 0.8, 0.1, 0.92), SIZE, True, 14.6)
+CONFIG = DetectorConfig("scs", "seen", (0.3, 0.8, 0.1, 0.92), SIZE, True, 14.6)
 OPTIONS = {"mosaic": 0.0, "fliplr": 0.0, "bgr": 0.5, "translate": 0.05, "scale": 0.1, "hsv_v": 0.3, "cls": 2.0}
 
 
@@ -36,8 +37,8 @@ def write_images(folder: Path) -> pd.DataFrame:
 
 def trainer_speed(folder: Path, shown: pd.DataFrame) -> float:
     """Images a second of the trainer's epochs but the first."""
-    training = detector.Training("yolov10n.yaml", EPOCHS, BATCH, 0.002, seed=1, threads=1, options=OPTIONS)
-    _, history = detector.train(folder, shown, CONFIG, training, folder / "work")
+    training = DetectorTraining("yolov10n.yaml", EPOCHS, BATCH, 0.002, seed=1, threads=1, options=OPTIONS)
+    _, history = train_detector(folder, shown, CONFIG, training, folder / "work")
     return IMAGES / history["seconds"][1:].min()
 
 

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that these scripts need no PYTHONPATH
 
 from lsdc_utils.phantom.body import Body
-from lsdc_utils.phantom.headers import write_slice
+from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, LEVELS, SERIES_TYPES
 

@@ -19,7 +19,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from lsdc_utils.headers import WANTED, WANTED_TAGS
+from lsdc_utils.dicom.headers import WANTED, WANTED_TAGS
 
 Random = np.random.Generator
 

@@ -31,7 +31,8 @@ import psutil  # noqa: E402
 from dicom_files import write_slice  # noqa: E402
 from mutate import mutate, seeds  # noqa: E402
 
-from lsdc_utils import decoding, dicom  # noqa: E402
+from lsdc_utils import dicom  # noqa: E402
+from lsdc_utils.dicom import pixels  # noqa: E402
 
 SECONDS = 5.0  # of processor time for one call, the decoding process included: other work on the machine adds nothing
 MEMORY = 1 << 30  # bytes of the reader and its decoding process together
@@ -132,7 +133,7 @@ def attempt(call: Callable[[], object]) -> tuple[str, float, int]:
 
 def processor_time() -> float:
     """Seconds that this process, its decoding process and those before that one have used."""
-    worker = decoding._worker(os.getpid())._process
+    worker = pixels._worker(os.getpid())._process
     live = psutil.Process(worker.pid).cpu_times()[:2] if worker and worker.poll() is None else (0.0, 0.0)
     return sum(os.times()[:4]) + sum(live)
 
@@ -152,7 +153,7 @@ def check(series: dicom.Series) -> None:
 
 def peak_memory() -> int:
     """The most bytes that this process has held since its peak was reset, and the most that a decoding process has."""
-    worker = decoding._worker(os.getpid())._process
+    worker = pixels._worker(os.getpid())._process
     live = peak(worker.pid) if worker and worker.poll() is None else 0
     return peak(os.getpid()) + max(live, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 

@@ -27,8 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import run_all  # noqa: E402
 
-from lsdc_utils import kaggle, phantom  # noqa: E402
-from lsdc_utils.sources import COMPETITION  # noqa: E402
+from lsdc_utils import phantom  # noqa: E402
+from lsdc_utils.downloads import COMPETITION  # noqa: E402
+from lsdc_utils.pipeline import kaggle  # noqa: E402
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES  # noqa: E402
 
 HIDDEN = 716  # studies that the hidden test set is taken to have

@@ -72,7 +72,7 @@ cd "$folder/project"
 login --run stopped --slurm &
 runner=$!
 until squeue --noheader --states=running | grep -q . || ! kill -0 $runner; do sleep 1; done
-pkill -TERM --full lsdc_utils.runner # there is no other among this script's processes
+pkill -TERM --full lsdc_utils.pipeline.runner # there is no other among this script's processes
 wait $runner && exit 1
 [ "$(states stopped CANCELLED)" = 1 ]
 echo "stopped: its job was cancelled"

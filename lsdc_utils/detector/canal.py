@@ -1,0 +1,47 @@
+"""Canal points: the level that an axial slice shows, and canal points from the foramina where no canal was detected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.images import (
+    plane_distances,
+)
+from lsdc_utils.vocabulary import LEVELS, SIDES
+
+AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
+# mm to posterior and to the head from the middle of a level's two foramen points to its canal point, from head to foot:
+# medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm.
+CANAL_FROM_FORAMINA = np.array([[2.4, -9.9], [2.6, -9.7], [3.0, -9.5], [5.6, -8.2], [8.7, -6.3]])
+
+
+def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
+    """The level that each slice of an axial series shows: (n,) numbers in LEVELS, or -1.
+
+    It is the level whose canal point (canal: level, X, Y, Z of one study) lies nearest to the slice's plane, if that is
+    within `AXIAL_REACH`. This is the one place where axial slices get their level.
+    """
+    if canal.empty:
+        return np.full(len(stack.pixels), -1)
+    distances = np.abs(plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float)))
+    numbers = np.array([LEVELS.index(level) for level in canal["level"]])
+    return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
+
+
+def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
+    """Canal points of studies: those of the canal's detector, or where it found none, those from the foramina.
+
+    scs, nfn: points of any number of studies, as `grade_condition` returns them; so is the result, which both out-of-fold and
+    test studies are graded by.
+    """
+    return pd.concat([scs, canal_from_foramina(nfn[~nfn["study_id"].isin(scs["study_id"])])], ignore_index=True)
+
+
+def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
+    """Canal points of studies from their foramen points, at levels where both sides were found; columns as there."""
+    both = points.groupby(["study_id", "level"]).filter(lambda level: set(level["side"]) == set(SIDES))
+    middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
+    middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
+    return middle.assign(side="")[points.columns]

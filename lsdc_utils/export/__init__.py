@@ -1,0 +1,1 @@
+"""Grades for other systems: CSV and DICOM structured reports."""

@@ -1,0 +1,1 @@
+"""From the models' rows to blended, scored and located rows."""

@@ -1,0 +1,141 @@
+"""Where the detectors put levels and sides: against readers' points and, on a phantom, against the true anatomy.
+
+Distances are in patient space (LPS mm). `in_plane` leaves out the direction across the slices of the series on which a
+condition is graded: a reader may click on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.canal import axial_levels
+from lsdc_utils.detector.images import normals
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SPINAL_CANAL, mirrored
+
+NEAR_DISC = 4.0  # mm: an axial slice this close to a disc's plane, at the canal, shows that disc's level
+SLICES = "axial slices"  # their name in the column condition
+WITHIN = {"within": "distance", "in_plane_within": "in_plane"}  # beginning of a column's name -> distances it counts
+GROUP_OF = {name: condition.group for name, condition in CONDITIONS.items()}
+SIDE_OF = {name: condition.side or "" for name, condition in CONDITIONS.items()}
+
+
+def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """True points beside the detected ones; those of `truth` without a position are left out.
+
+    points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (nfn, scs or
+    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`.
+    Returns truth's row_id, severity (where it has them) and keys with confidence, distance in mm in space, in_plane
+    (sagittal: y and z, axial: x and y), both NaN where nothing was detected, and exchanged: whether the detected point
+    lies nearer to the other side's true point of that level than to its own.
+    """
+    known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
+    known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
+    keys = ["study_id", "level", "side"] + ["group"] * ("condition" in points)
+    both = known.merge(points.rename(columns={"condition": "group"}), on=keys, how="left", suffixes=("", "_found"))
+    others = known.assign(condition=known["condition"].map(mirrored))[["study_id", "condition", "level", *"XYZ"]]
+    both = both.merge(others, on=["study_id", "condition", "level"], how="left", suffixes=("", "_other"))
+    true, found, other = (both[[f"{axis}{of}" for axis in "XYZ"]].to_numpy(float) for of in ("", "_found", "_other"))
+    off, distance = np.abs(found - true), np.linalg.norm(found - true, axis=1)
+    axial = (both["condition"].map(GROUP_OF) == "ss").to_numpy()
+    in_plane = np.where(axial, np.hypot(off[:, 0], off[:, 1]), np.hypot(off[:, 1], off[:, 2]))
+    exchanged = np.linalg.norm(found - other, axis=1) < distance
+    names = ["row_id", "study_id", "condition", "level", "side", "severity", "confidence"]
+    return both[[n for n in names if n in both]].assign(distance=distance, in_plane=in_plane, exchanged=exchanged)
+
+
+def localisation(errors: pd.DataFrame) -> pd.DataFrame:
+    """By condition: true points, share found, their median distance, shares of all within 5 and 10 mm, sides exchanged.
+
+    errors: as `point_errors` gives them.
+    """
+    names = ["condition", "points", "found", "median_mm", *(f"{w}_{mm}_mm" for w in WITHIN for mm in (5, 10))]
+    lines = []
+    for condition, mine in errors.groupby("condition"):
+        line = {"condition": condition, "points": len(mine), "found": mine["distance"].notna().mean()}
+        line["median_mm"] = mine["distance"].median()
+        for name, column in WITHIN.items():
+            line |= {f"{name}_{mm}_mm": (mine[column] <= mm).mean() for mm in (5, 10)}
+        lines.append(line | {"sides_exchanged": int(mine["exchanged"].sum())})
+    return pd.DataFrame(lines, columns=[*names, "sides_exchanged"])
+
+
+def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
+    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded.
+
+    Where a study has two such series and both show the place, this is the mean: detected points come from both.
+    """
+    graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
+    mine = anatomy[anatomy["series_type"] == graded_on]
+    return mine.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
+
+
+def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:
+    """Every axial slice of a study with its plane and the level that the canal points give it, '' where they give none.
+
+    canal: detected points of the study (level, X, Y, Z). Columns: study_id, series_id, instance_number, level; X, Y, Z,
+    a point of the plane, and normal_x, normal_y, normal_z, its unit normal.
+    """
+    tables = [
+        pd.DataFrame(
+            {
+                "study_id": stack.study_id,
+                "series_id": stack.series_id,
+                "instance_number": stack.instance_numbers,
+                "level": np.array([*LEVELS, ""])[axial_levels(stack, canal)],  # -1 is the last
+                **dict(zip("XYZ", stack.affines[:, :3, 3].T, strict=True)),
+                **dict(zip(("normal_x", "normal_y", "normal_z"), normals(stack).T, strict=True)),
+            }
+        )
+        for stack in stacks
+        if stack.series_type == AXIAL
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["study_id"])
+
+
+def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
+    """The slices of `axial_slices` that lie within `NEAR_DISC` of a true disc's plane, with true_level.
+
+    The distance is that of the canal's true point in the disc's plane, as the same series sees it: where a slice is
+    tilted against the disc, it is at the canal that it shows the one level or the other.
+    """
+    if slices.empty:
+        return slices.assign(level="", true_level="")
+    canal = anatomy.loc[anatomy["condition"] == SPINAL_CANAL, ["study_id", "series_id", "level", *"XYZ"]]
+    both = slices.reset_index(names="slice").merge(canal, on=["study_id", "series_id"], suffixes=("", "_true"))
+    way = both[["X_true", "Y_true", "Z_true"]].to_numpy(float) - both[list("XYZ")].to_numpy(float)
+    off = np.abs((way * both[["normal_x", "normal_y", "normal_z"]].to_numpy(float)).sum(axis=1))
+    near = both.assign(off=off)[off <= NEAR_DISC].sort_values("off", kind="stable").drop_duplicates("slice")
+    return near.rename(columns={"level_true": "true_level"}).sort_values("slice")[[*slices.columns, "true_level"]]
+
+
+def against_anatomy(
+    root: str | Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
+) -> pd.DataFrame | None:
+    """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
+
+    points: of all detectors, with column condition (nfn, scs or ss); slices: `axial_slices` of all studies. A place is
+    missed where a series shows it and nothing was detected. Rows: for all studies, those with ordinary spines and the
+    others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found (share
+    given any level) and level_right (share given the right one).
+    """
+    root = Path(root)
+    if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
+        return None
+    anatomy, spines = (pd.read_csv(root / name) for name in ("anatomy.csv", "spines.csv"))
+    anatomy = anatomy[anatomy["study_id"].isin(studies)]
+    ordinary = set(spines.loc[spines["ordinary"], "study_id"])
+    errors, near = point_errors(points, true_points(anatomy)), slice_levels(slices, anatomy)
+    tables = []
+    for name, wanted in (("all", (True, False)), ("ordinary", (True,)), ("other", (False,))):
+        table = localisation(errors[errors["study_id"].isin(ordinary).isin(wanted)])
+        mine = near[near["study_id"].isin(ordinary).isin(wanted)]
+        line = {"condition": SLICES, "points": len(mine), "found": (mine["level"] != "").mean()}
+        line["level_right"] = (mine["level"] == mine["true_level"]).mean()
+        tables.append(pd.concat([table, pd.DataFrame([line])], ignore_index=True).assign(spines=name))
+    joined = pd.concat(tables, ignore_index=True).astype({"points": int, "sides_exchanged": "Int64"})
+    return joined[["spines", *joined.columns.drop("spines")]]

@@ -1,0 +1,331 @@
+"""Steps of a run: which notebook, with which parameters and from which source; `python -m lsdc_utils.pipeline.steps` runs one.
+
+A step is one notebook executed once; the two training notebooks give a step for each fold (and condition). The
+Snakefile asks here what a step depends on besides files: its parameters and a hash of the code that it uses.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lsdc_utils.vocabulary import GROUPS
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOK_ORDER = (  # in which they run: the report is of all others
+    "00_get_data",
+    "01_eda",
+    "02_convert_labels",
+    "03_train_yolo",
+    "04_train_vit3d",
+    "05_ensemble_inference",
+    "07_stress_tests",
+    "06_report",
+)
+ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
+EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
+GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
+STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
+STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook with what sets it apart from the notebook's other steps."""
+
+    name: str  # e.g. 03_train_yolo_scs_fold0: names log, benchmark and executed notebook
+    notebook: str  # e.g. 03_train_yolo
+    given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
+
+
+def yolo_step(condition: str, fold: int | str) -> Step:
+    """Training of the detector of one condition group (nfn, scs, ss) on one fold."""
+    given = {"condition": condition, "fold": int(fold)}
+    return Step(f"03_train_yolo_{condition}_fold{fold}", "03_train_yolo", given)
+
+
+def vit_step(fold: int | str) -> Step:
+    """Training of the 3D vision transformer on one fold."""
+    return Step(f"04_train_vit3d_fold{fold}", "04_train_vit3d", {"fold": int(fold)})
+
+
+def shard_name(number: int) -> str:
+    """Name of one shard of the studies that are graded by a finished run, e.g. shard007."""
+    return f"shard{number:03d}"
+
+
+def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
+    """Grading of one shard of studies by a finished run."""
+    out = Path(parameters["predict_dir"])
+    given = {"out_dir": str(out / "shards" / shard), "studies_table": str(out / "tables" / f"{shard}.parquet")}
+    return Step(f"05_ensemble_inference_{shard}", "05_ensemble_inference", given)
+
+
+def all_steps(parameters: dict[str, Any]) -> list[Step]:
+    """Every step of a run, in the order of the notebooks, or of a prediction, where there are `n_shards`.
+
+    `folds` says which folds are trained; without `stress_bodies` there are no stress tests.
+    """
+    if "n_shards" in parameters:
+        return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
+    folds = parameters["folds"]
+    trainings = {
+        "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
+        "04_train_vit3d": [vit_step(fold) for fold in folds],
+    }
+    asked = [name for name in NOTEBOOK_ORDER if name != "07_stress_tests" or parameters["stress_bodies"]]
+    return [step for name in asked for step in trainings.get(name, [Step(name, name)])]
+
+
+def read_parameters(run_dir: str | Path) -> dict[str, Any]:
+    """Parameters of a run, as the command line resolved them: key -> value."""
+    return yaml.safe_load((Path(run_dir) / "parameters.yml").read_text())
+
+
+# ---- what a notebook declares and uses -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Source and tags of each code cell, without what papermill injected when it was executed."""
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    found = []
+    for cell in cells:
+        tags = tuple(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
+            found.append(("".join(cell["source"]), tags))
+    return tuple(found)
+
+
+@functools.cache
+def declared(notebook: str) -> dict[str, Any]:
+    """Names and defaults in the notebook's parameters cell; ValueError where a default is not a plain literal."""
+    names = {}
+    for source, tags in _code_cells(notebook):
+        if "parameters" not in tags:
+            continue
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if not isinstance(target, ast.Name) or node.value is None:
+                    raise ValueError(f"{notebook}.ipynb: line {node.lineno} of the parameters cell is no NAME = VALUE")
+                names[target.id] = ast.literal_eval(node.value)
+    return names
+
+
+def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
+    """What papermill injects into the step's notebook: every parameter that it declares, and no other."""
+    values = {"run_dir": f"../outputs/{run_name}", **parameters, **step.given}  # a prediction names its run
+    missing = [name for name in declared(step.notebook) if name not in values]
+    if missing:
+        raise ValueError(f"{step.notebook}.ipynb declares parameters that no profile sets: {', '.join(missing)}")
+    return {name: values[name] for name in declared(step.notebook)}
+
+
+def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
+    """The parameters whose change re-runs the step, as JSON.
+
+    Of a value by condition, such as the epochs of the three detectors, only the step's own entry counts; the folder of
+    the run does not, so that a run may be renamed. A table that is given as a file counts by what is in it.
+    """
+    values = step_parameters(step, parameters, "")
+    del values["run_dir"]
+    condition = step.given.get("condition")
+    for name, value in values.items():
+        if condition and isinstance(value, dict) and set(value) == set(GROUPS):
+            values[name] = value[condition]
+        elif name.endswith("_csv") and (NOTEBOOKS / value).is_file():  # notebooks run in their own folder
+            values[name] = hashlib.sha256((NOTEBOOKS / value).read_bytes()).hexdigest()
+    return json.dumps(values, sort_keys=True)
+
+
+@functools.cache
+def _normalised(source: str) -> str:
+    """Source without comments and layout, which change nothing; as it is where it is not plain Python (magics)."""
+    try:
+        return ast.dump(ast.parse(source))
+    except SyntaxError:
+        return source
+
+
+def _imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Names in lsdc_utils that `source`, code of the package `package`, imports anywhere, e.g. ("phantom", "body")."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        tree = ast.parse("\n".join(lines))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {(*module, alias.name) for alias in node.names}
+    return {name[1:] for name in found if name[0] == "lsdc_utils"}
+
+
+def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
+    """Files of lsdc_utils that running `source` may use: modules imported transitively, and data files beside them."""
+    files: set[Path] = set()
+    waiting = _imported(source, package)
+    while waiting:
+        name = waiting.pop()
+        for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
+            folder = ROOT / "lsdc_utils" / Path(*name[:depth])
+            file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            if not file.is_file() or file in files:
+                continue
+            files.add(file)
+            inside = name[:depth] if folder.is_dir() else name[: depth - 1]
+            if folder.is_dir() and inside:  # a package may read what lies beside it, such as facts and page templates
+                files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+            waiting |= _imported(file.read_text(), inside)
+    return files
+
+
+@functools.cache
+def source_hash(notebook: str) -> str:
+    """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
+    cells = [source for source, tags in _code_cells(notebook) if "parameters" not in tags]
+    digest = hashlib.sha256("\0".join(_normalised(source) for source in cells).encode())
+    for file in sorted(set().union(*(module_files(source) for source in cells))):
+        content = _normalised(file.read_text()).encode() if file.suffix == ".py" else file.read_bytes()
+        digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+# ---- executing a step ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_gpus(count: int) -> Iterator[None]:
+    """Hold `count` of the visible GPUs for this process, as CUDA_VISIBLE_DEVICES, whichever run of this user asks.
+
+    There is nothing to do where it may use all.
+    """
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if len(devices) <= count:
+        yield
+        return
+    locks = Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    while True:
+        with contextlib.ExitStack() as held:
+            mine = []
+            for device in devices:
+                lock = held.enter_context((locks / f"gpu-{device}").open("w"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+                    mine.append(device)
+                if len(mine) == count:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+                    yield
+                    return
+        time.sleep(1)
+
+
+def set_environment(parameters: dict[str, Any]) -> None:
+    """Prepare this process for a kernel of this very environment, with threads fixed by the parameters alone."""
+    os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
+        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
+        if "threads" in parameters:
+            os.environ[name] = str(parameters["threads"])
+
+
+def _code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def _has_error(cell: Any) -> bool:
+    return any(output.output_type == "error" for output in cell.outputs)
+
+
+def all_ran(notebook: Any) -> bool:
+    """Whether every code cell ran to its end. A cell's own metadata says so even where its kernel was killed."""
+    return all(cell.execution_count is not None and not _has_error(cell) for cell in _code(notebook))
+
+
+def stopped_at(notebook: Any) -> tuple[int, Any] | None:
+    """The cell in which an execution ended, and its number as counted from 1 in the notebook that was executed.
+
+    It is the cell with the error, else the last that was begun; None where none was begun.
+    """
+    own = [
+        cell for cell in notebook.cells if not {"injected-parameters", ERROR_TAG} & set(cell.metadata.get("tags", ()))
+    ]
+    begun = [cell for cell in _code(notebook) if cell.metadata.get("papermill", {}).get("start_time")]
+    cell = next((cell for cell in begun if _has_error(cell)), begun[-1] if begun else None)
+    return (own.index(cell) + 1, cell) if cell in own else None
+
+
+def execute(run_dir: Path, step: Step) -> None:
+    """Execute the step's notebook, its output going live to logs/<step>.log.
+
+    The notebook lies beside the log while it runs, and there it stays where it fails; only when every cell ran it
+    moves to notebooks/. RuntimeError where a cell did not run; papermill's and the kernel's errors as they are.
+    """
+    import papermill  # takes a second, which the Snakefile and the command line need not wait
+
+    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
+    gpus = parameters.get("vit_processes", 1)
+    set_environment(parameters)
+    executed = run_dir / "logs" / f"{step.name}.ipynb"
+    done = run_dir / "notebooks" / executed.name
+    for file in (executed, done):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpus(gpus):
+        try:
+            notebook = papermill.execute_notebook(
+                NOTEBOOKS / f"{step.notebook}.ipynb",
+                executed,
+                parameters,
+                kernel_name="python3",
+                cwd=NOTEBOOKS,
+                progress_bar=False,
+                stdout_file=log,
+                stderr_file=log,
+            )
+            if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
+                raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
+    os.replace(executed, done)
+
+
+def main() -> int:
+    """Run one step: `python -m lsdc_utils.pipeline.steps RUN_DIR STEP`."""
+    run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
+    step = next(step for step in all_steps(read_parameters(run_dir)) if step.name == name)
+    try:
+        execute(run_dir, step)
+    except Exception as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

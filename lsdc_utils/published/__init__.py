@@ -1,0 +1,1 @@
+"""The bronze-medal method as published, for comparison."""

@@ -1,0 +1,1 @@
+"""Stress tests: what only a phantom can show of frozen models."""

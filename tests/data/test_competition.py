@@ -1,0 +1,268 @@
+"""Tests of lsdc_utils.data.competition, on small data folders that the tests write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from data_folders import Tables, save, write_tables
+
+from lsdc_utils import vocabulary as words
+from lsdc_utils.data import checks, competition
+from lsdc_utils.data.competition import CompetitionError
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    """The tables of a clean data folder at tmp_path, to be changed and saved again."""
+    return write_tables(tmp_path)
+
+
+def rules(findings: pd.DataFrame) -> dict[str, int]:
+    """How often each rule was broken."""
+    return findings.rule.value_counts().to_dict()
+
+
+def test_a_clean_folder_is_read_as_it_is(tmp_path: Path, tables: Tables) -> None:
+    comp = competition.read(tmp_path)
+    assert comp.findings.empty
+    assert len(comp.labels) == 12 * 25
+    assert (comp.labels.condition + "_" + comp.labels.level).tolist()[:25] == list(words.COLUMNS)
+    first = tables["train"][list(words.COLUMNS)].iloc[0].map(words.severity_from_name)
+    assert comp.labels.severity[:25].tolist() == first.tolist()
+    assert comp.series.split.value_counts().to_dict() == {"train": 36, "test": 6}
+    assert comp.sample_rows == tables["sample_submission"].row_id.tolist()
+    assert set(comp.coordinates.condition) == set(words.CONDITIONS)
+    assert comp.coordinates.study_id.dtype == comp.labels.study_id.dtype == comp.series.study_id.dtype == np.int64
+
+
+def test_each_fault_of_the_tables_is_found_and_no_grade_changed(tmp_path: Path, tables: Tables) -> None:
+    train, points, series = (tables[name] for name in ("train", "train_label_coordinates", "train_series_descriptions"))
+    canal = words.COLUMNS[0]
+    train.loc[0, canal] = np.nan  # study 101: its point stays
+    train.loc[1, canal] = "severe"  # study 102: not a word of the vocabulary
+    points.loc[points.study_id == 103, "series_id"] = 99
+    points = points.drop(points.index[points.study_id == 104][:2])
+    points.loc[points.study_id == 105, "x"] = [np.nan] + [50.0] * 24
+    moved = (points.study_id == 106) & (points.condition == "Spinal Canal Stenosis")
+    points.loc[moved, "series_id"] = 1061  # on T1
+    series = series[series.series_id != 1081]  # study 108 without T1
+    series = pd.concat([series, pd.DataFrame([[109, 1094, words.AXIAL]], columns=series.columns)])
+    series = pd.concat([series, pd.DataFrame([[110, 1104, "Localizer"]], columns=series.columns)])
+    train = pd.concat([train, train.iloc[[5]].assign(**{canal: "Severe"}), train.iloc[[6]].assign(study_id=900)])
+    points = pd.concat([points, points.iloc[[-1]].assign(x=1.0)])
+    save(tmp_path, tables | {"train": train, "train_label_coordinates": points, "train_series_descriptions": series})
+
+    comp = competition.read(tmp_path)
+    assert rules(comp.findings) == {
+        "grade_unknown": 1,
+        "labels_missing": 2,
+        "point_without_grade": 2,
+        "point_on_unknown_series": 25 + 10,
+        "grade_without_point": 5,  # 103, 104, 105, 108 and 900
+        "point_unusable": 1,
+        "point_on_other_series_type": 5,
+        "series_type_missing": 1,
+        "series_type_repeated": 1,
+        "series_type_unknown": 1,
+        "study_repeated": 1,
+        "study_without_series": 1,
+        "point_repeated": 1,
+    }
+    graded = comp.labels.pivot(index="study_id", columns=["condition", "level"], values="severity")
+    kept = train.drop_duplicates("study_id").set_index("study_id")[list(words.COLUMNS)]
+    codes = kept.apply(lambda column: column.map(dict(zip(words.SEVERITY_NAMES, range(3), strict=True))))
+    expected = codes.fillna(words.MISSING).to_numpy(int)
+    assert (graded.loc[kept.index].to_numpy() == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train", lambda t: t.drop(columns=words.COLUMNS[3]), words.COLUMNS[3]),
+        ("train", lambda t: t.assign(study_id=["a", *t.study_id[1:]]), "study_id in line 2 is 'a'"),
+        ("train_label_coordinates", lambda t: t.drop(columns="x"), "lacks the column"),
+        ("train_series_descriptions", lambda t: t.assign(series_id=1.5), "no whole number"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_named(tmp_path: Path, tables, name: str, change, message: str) -> None:
+    save(tmp_path, {name: change(tables[name])})
+    with pytest.raises(CompetitionError, match=message) as error:
+        competition.read(tmp_path)
+    assert f"{name}.csv" in str(error.value)
+
+
+def test_no_test_studies_and_no_images(tmp_path: Path, tables: Tables) -> None:
+    save(tmp_path, {name: tables[name].iloc[:0] for name in ("test_series_descriptions", "sample_submission")})
+    comp = competition.read(tmp_path)
+    assert comp.sample_rows == [] and set(comp.series.split) == {"train"}
+    checked = checks.check(comp)
+    assert rules(checked.findings) == {"images_missing": 1}
+    assert len(checked.series) == 36 and (checked.series.n_slices == 0).all()
+    assert len(checked.labels) == 300 and checked.labels.x.notna().all() and checked.labels.X.isna().all()
+
+
+def test_a_folder_of_test_studies_alone(tmp_path: Path, tables: Tables) -> None:
+    for name in ("train", "train_label_coordinates", "train_series_descriptions", "sample_submission"):
+        (tmp_path / f"{name}.csv").unlink()
+    comp = competition.read(tmp_path)
+    assert comp.labels.empty and comp.coordinates.empty and comp.findings.empty
+    assert comp.sample_rows == tables["sample_submission"].row_id.tolist()
+    assert checks.label_table(comp).empty
+    (tmp_path / "test_series_descriptions.csv").unlink()
+    with pytest.raises(CompetitionError, match="neither of"):
+        competition.read(tmp_path)
+
+
+def test_answers_beside_the_test_tables_are_not_opened(tmp_path: Path, tables: Tables) -> None:
+    before = competition.read(tmp_path)
+    for name in ("solution", "solution_coordinates", "latents", "oracle"):
+        (tmp_path / f"{name}.csv").write_bytes(b"\xff\x00 no table")
+    after = competition.read(tmp_path)
+    pd.testing.assert_frame_equal(before.labels, after.labels)
+    assert before.sample_rows == after.sample_rows
+
+
+def test_folds_are_alike_and_the_same_again(tmp_path: Path) -> None:
+    write_tables(tmp_path, n_train=101)
+    labels = competition.read(tmp_path).labels
+    folds = competition.make_folds(labels, 4, seed=52)
+    assert folds.study_id.tolist() == sorted(labels.study_id.unique())
+    assert folds.fold.value_counts().between(25, 26).all()
+    shuffled = labels.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(folds, competition.make_folds(shuffled, 4, seed=52))
+    assert not folds.fold.equals(competition.make_folds(labels, 4, seed=53).fold)
+    joined = labels.merge(folds, on="study_id").assign(
+        group=lambda t: t.condition.map({c.name: c.group for c in words.CONDITIONS.values()})
+    )
+    severe = joined[joined.severity == 2].groupby(["group", "fold"]).size().unstack()
+    assert (severe.max(axis=1) - severe.min(axis=1)).max() <= 4
+    spinal = joined[(joined.group == "scs") & (joined.severity == 2)]
+    any_severe = spinal.groupby("fold").study_id.nunique()
+    assert any_severe.max() - any_severe.min() <= 3
+    with pytest.raises(CompetitionError, match="into 102 folds"):
+        competition.make_folds(labels, 102, seed=52)
+
+
+def test_published_folds(tmp_path: Path) -> None:
+    file = tmp_path / "folds.csv"
+    pd.DataFrame({"study_id": [1, 1, 2], "fold": [0, 0, 1], "other": "x"}).to_csv(file, index=False)
+    assert competition.read_folds(file).to_dict("list") == {"study_id": [1, 2], "fold": [0, 1]}
+    pd.DataFrame({"study_id": [1, 1], "fold": [0, 1]}).to_csv(file, index=False)
+    with pytest.raises(CompetitionError, match="study 1 is in more than one fold"):
+        competition.read_folds(file)
+    with pytest.raises(CompetitionError, match="no such file"):
+        competition.read_folds(tmp_path / "none.csv")
+
+
+def test_suspects_are_kept_out_of_training_and_keep_their_grade(tmp_path: Path) -> None:
+    labels = pd.DataFrame({"row_id": ["1_a", "1_b", "2_a"], "severity": [2, 0, -1], "X": [1.0, 2.0, 3.0]})
+    assert competition.mark_trained(labels)["trained"].all()
+    file = tmp_path / "suspect_labels.csv"
+    pd.DataFrame({"row_id": ["1_b"], "probability": [0.01]}).to_csv(file, index=False)
+    marked = competition.mark_trained(labels, file)
+    assert marked["trained"].tolist() == [True, False, True] and marked["severity"].equals(labels["severity"])
+    seen = competition.as_trained(marked)
+    assert seen["severity"].tolist() == [2, -1, -1] and seen["X"].equals(labels["X"])
+    file.write_text("row_id\n7_a\n")
+    with pytest.raises(CompetitionError, match=r"suspect_labels\.csv: no label has the row_id '7_a'"):
+        competition.mark_trained(labels, file)
+    file.write_text("study_id\n7\n")
+    with pytest.raises(CompetitionError, match=r"lacks the column\(s\) row_id"):
+        competition.mark_trained(labels, file)
+
+
+def test_the_data_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(CompetitionError, match="run 00_get_data first"):
+        competition.data_dir(tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"data_dir": "../data", "kind": "folder"}))
+    assert competition.data_dir(tmp_path / "run") == tmp_path / "data"
+    assert competition.data_dir(tmp_path / "run", str(tmp_path)) == tmp_path
+    with pytest.raises(CompetitionError, match="does not exist"):
+        competition.data_dir(tmp_path / "run", str(tmp_path / "gone"))
+
+
+def write_csv(file: Path, columns: list[str], *rows: tuple) -> Path:
+    """A table for exclude_csv or points_csv."""
+    pd.DataFrame(list(rows), columns=columns).to_csv(file, index=False)
+    return file
+
+
+def test_exclude_csv_leaves_out_studies_series_and_points_but_no_grade(tmp_path: Path, tables: Tables) -> None:
+    file = write_csv(
+        tmp_path / "exclude.csv",
+        competition.EXCLUDE,
+        (101, "", "", "", "another patient"),
+        (102, 1021, "", "", "moved"),
+        (103, "", "Spinal Canal Stenosis", "L4/L5", "click in the disc"),
+        (104, "", "", "l5_s1", "transitional vertebra"),
+        (105, 1053, "", "L1/L2", ""),
+        (501, "", "", "", "no patient"),
+    )
+    before, comp = competition.read(tmp_path), competition.read(tmp_path, exclude_csv=file)
+    lost = before.coordinates.merge(comp.coordinates, how="left", on=competition.KEY, indicator=True)
+    assert (lost._merge == "left_only").groupby(lost.study_id).sum()[:6].tolist() == [25, 10, 1, 5, 2, 0]
+    assert {101, 501}.isdisjoint(comp.series.study_id) and 1021 not in set(comp.series.series_id)
+    assert comp.labels.equals(before.labels[before.labels.study_id != 101])
+    assert comp.sample_rows == before.sample_rows  # a test study is answered all the same
+    told = comp.findings[comp.findings.rule == "excluded"]
+    assert told.study_id.tolist() == [101, 102, 103, 104, 105, 501]
+    assert told.value[:3].tolist() == ["another patient", "moved", "click in the disc"]
+    assert told.action[2:4].tolist() == ["points not used: spinal_canal_stenosis l4_l5", "points not used: l5_s1"]
+    assert set(rules(comp.findings)) == {"excluded", "series_type_missing", "grade_without_point"}
+
+
+def test_points_csv_replaces_and_adds_points(tmp_path: Path, tables: Tables) -> None:
+    points = tables["train_label_coordinates"].drop(index=1)
+    save(tmp_path, {"train_label_coordinates": points})
+    file = write_csv(
+        tmp_path / "points.csv",
+        competition.POINTS,
+        (101, 1012, 4, "Spinal Canal Stenosis", "L1/L2", 1.5, 2.5),
+        (101, 1012, 5, "spinal_canal_stenosis", "l2_l3", 3.5, 4.5),
+    )
+    comp = competition.read(tmp_path, points_csv=file)
+    assert len(comp.coordinates) == len(points) + 1
+    mine = comp.coordinates.merge(pd.read_csv(file)[["study_id", "x"]], on=["study_id", "x"]).set_index("level")
+    assert mine.y.to_dict() == {"l1_l2": 2.5, "l2_l3": 4.5} and mine.instance_number.to_dict() == {
+        "l1_l2": 4,
+        "l2_l3": 5,
+    }
+    told = comp.findings[comp.findings.rule == "point_corrected"]
+    assert told.action.tolist() == ["in place of the table's point", "added"]
+    assert rules(comp.findings) == {"point_corrected": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("exclude", (999, "", "", "", ""), "line 3 names study_id 999, which"),
+        ("exclude", (101, 1021, "", "", ""), "line 3 names study_id 101 and series_id 1021, which"),
+        ("exclude", (101, "first", "", "", ""), "series_id first"),
+        (
+            "exclude",
+            (101, "", "stenosis", "", ""),
+            "line 3 names condition 'stenosis'; known are Spinal Canal Stenosis",
+        ),
+        ("exclude", (101, "", "", "L6", ""), "line 3 names level 'L6'"),
+        ("exclude", ("all", "", "", "", ""), "study_id in line 3 is 'all'"),
+        ("points", (101, 1012, 4, "Spinal Canal Stenosis", "L1/L2", "left", 1), "line 3 is no point"),
+        ("points", (999, 1012, 4, "Spinal Canal Stenosis", "L1/L2", 1, 1), "line 3 names a study that train.csv"),
+        ("points", (102, 1012, 4, "Spinal Canal Stenosis", "L1/L2", 1, 1), "line 3 names a series that is not"),
+        ("points", (101, 1012, 4, "Spinal Canal Stenosis", "L5/S1", 1, 1), "line 3 names a label that an earlier"),
+    ],
+)
+def test_a_wrong_line_of_exclude_or_points_is_named(tmp_path: Path, tables: Tables, kind, row, message: str) -> None:
+    first = {"exclude": (101, "", "", "", ""), "points": (101, 1012, 4, "Spinal Canal Stenosis", "L5/S1", 1, 1)}[kind]
+    columns = {"exclude": competition.EXCLUDE, "points": competition.POINTS}[kind]
+    file = write_csv(tmp_path / f"{kind}.csv", columns, first, row)
+    with pytest.raises(CompetitionError, match=message) as error:
+        competition.read(tmp_path, **{f"{kind}_csv": file})
+    assert str(file) in str(error.value)
+    with pytest.raises(CompetitionError, match="no such file"):
+        competition.read(tmp_path, **{f"{kind}_csv": tmp_path / "gone.csv"})

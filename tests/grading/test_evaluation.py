@@ -1,0 +1,119 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsdc_utils import metric
+from lsdc_utils.grading import evaluation
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
+
+
+@pytest.fixture(scope="module")
+def world():
+    """200 studies, their labels drawn from known probabilities (the oracle), and a model that blurs them."""
+    rng = np.random.default_rng(0)
+    rows = [f"{study}_{column}" for study in range(200) for column in COLUMNS]
+    natural = rng.dirichlet([1.5, 0.5, 0.3], size=len(rows))
+    severity = (rng.random(len(rows))[:, None] > natural.cumsum(axis=1)).sum(axis=1)
+    blurred = 0.5 * natural + 0.5 * natural.mean(axis=0)
+    tables = {
+        "prior": table(rows, np.tile(natural.mean(axis=0), (len(rows), 1))),
+        "ensemble": table(rows, blurred),
+        "oracle": table(rows, natural),
+    }
+    return pd.DataFrame({"row_id": rows, "severity": severity}), tables
+
+
+def table(rows, probabilities):
+    return pd.DataFrame(probabilities, columns=list(SEVERITIES)).assign(row_id=rows)
+
+
+@pytest.fixture(scope="module")
+def judged(world):
+    solution, tables = world
+    return {model: evaluation.judge(rows, solution) for model, rows in tables.items()}
+
+
+def test_judged_rows_add_up_to_the_score(world, judged):
+    solution, tables = world
+    score = metric.score(solution, metric.weight_table(tables["ensemble"]))
+    sums = judged["ensemble"].groupby("group")[["loss", "weight"]].sum()
+    for key, part in (("nfn", "foraminal"), ("scs", "spinal"), ("ss", "subarticular")):
+        assert sums.loss[key] / sums.weight[key] == pytest.approx(score[part])
+    assert evaluation.judge(tables["prior"], solution.head(0)).empty
+
+
+def test_a_difference_is_paired(world):
+    solution, tables = world
+    for mean, low, high in evaluation.difference(solution, tables, "oracle", "ensemble").values():
+        assert low <= mean <= high < 0
+    assert set(evaluation.difference(solution, tables, "oracle", "oracle").values()) == {(0.0, 0.0, 0.0)}
+
+
+def test_traits_split_the_rows_and_leave_out_what_is_not_known(judged):
+    level = judged["ensemble"]["level"].where(judged["ensemble"]["level"] != "l1_l2", None).to_numpy(object)
+    level[[value is not None and value != value for value in level]] = None
+    found = evaluation.by_trait(judged, level)
+    assert list(found.index) == ["l2_l3", "l3_l4", "l4_l5", "l5_s1"]
+    assert (found["rows"] == 1000).all() and (found["studies"] == 200).all()
+    assert ((found.oracle < found.ensemble) & (found.ensemble < found.prior)).all()
+    assert ((found.low < found.skill) & (found.skill < found.high)).all()
+    alone = evaluation.by_trait({"ensemble": judged["ensemble"]}, level)
+    assert "skill" not in alone and ((alone.low < alone.ensemble) & (alone.ensemble < alone.high)).all()
+
+
+def test_discrimination_of_a_perfect_and_of_an_ignorant_model(world):
+    solution, tables = world
+    sure = tables["prior"].assign(**dict(zip(SEVERITIES, np.eye(3)[solution.severity].T, strict=True)))
+    found = evaluation.discrimination(evaluation.judge(sure, solution))
+    assert (found["AUC"] == 1).all() and (found[["sensitivity at 0.5", "specificity at 0.5"]] == 1).all(axis=None)
+    assert (evaluation.discrimination(evaluation.judge(tables["prior"], solution))["AUC"] == 0.5).all()
+    mild = solution[solution.severity == 0]
+    assert evaluation.discrimination(evaluation.judge(sure, mild))["AUC"].isna().all()
+
+
+def test_two_readers_kappa_is_what_two_drawn_readers_reach(world, judged):
+    solution, tables = world
+    natural = tables["oracle"][list(SEVERITIES)].to_numpy()
+    draws = np.random.default_rng(1).random(len(natural))
+    second = pd.DataFrame({"row_id": solution.row_id, "severity": (draws[:, None] > natural.cumsum(axis=1)).sum(1)})
+    said = table(solution.row_id, np.eye(3)[second.severity])
+    drawn = evaluation.agreement({"ensemble": evaluation.judge(said, solution)})
+    expected = evaluation.agreement(judged)["two readers"]
+    np.testing.assert_allclose(drawn["ensemble"], expected, atol=0.07)
+
+
+def test_the_oracle_is_calibrated(judged):
+    found = evaluation.calibration(judged)
+    assert found.loc["oracle", "all rows"] < 0.015 < found.loc["ensemble", "all rows"]
+
+
+def test_exchanged_labels_are_suspected_first(world):
+    solution, tables = world
+    clear = tables["oracle"][SEVERITIES[0]] > 0.97
+    wrong = solution[clear].head(20)["row_id"]
+    solution = solution.assign(severity=solution["severity"].mask(solution["row_id"].isin(wrong), 2))
+    found = evaluation.suspects(evaluation.judge(tables["oracle"], solution))
+    assert set(wrong) <= set(found["row_id"]) and (found["probability"].diff().dropna() >= 0).all()
+    assert found["row_id"].head(20).isin(wrong).mean() > 0.5
+
+
+def test_how_well_suspicion_finds_planted_labels(world):
+    solution, tables = world
+    sure = tables["oracle"].copy()  # a model that knows every label, and is asked about some that are wrong
+    sure[list(SEVERITIES)] = 0.01 + 0.97 * np.eye(3)[solution.set_index("row_id")["severity"].loc[sure["row_id"]]]
+    wrong = list(solution["row_id"].head(8))
+    changed = solution.assign(severity=(solution["severity"] + solution["row_id"].isin(wrong)) % 3)
+    told = evaluation.suspicion(evaluation.judge(sure, changed), wrong)
+    assert told == {"planted": 8, "listed": 8, "precision": 1.0, "recall": 1.0, "precision_at_half": 1.0}
+    told = evaluation.suspicion(evaluation.judge(sure, changed), wrong[:4])  # half of those listed are right after all
+    assert told["precision"] == 0.5 and told["recall"] == 1.0 and told["precision_at_half"] == 0.5
+    curve = evaluation.suspicion_curve(evaluation.judge(sure, solution), wrong)  # nothing is suspect
+    assert curve.loc[curve["recall"] == 1, "precision"].min() == 8 / len(solution)
+
+
+def test_a_row_finds_its_detected_point(judged):
+    points = pd.DataFrame([(3, "l4_l5", "left", 1.0, 2.0, 3.0, "ss"), (3, "l4_l5", "", 4.0, 5.0, 6.0, "scs")])
+    points.columns = ["study_id", "level", "side", *"XYZ", "condition"]
+    found = evaluation.points_of(judged["ensemble"], points)
+    assert set(found.index) == {"3_left_subarticular_stenosis_l4_l5", "3_spinal_canal_stenosis_l4_l5"}
+    assert found.loc["3_spinal_canal_stenosis_l4_l5"].tolist() == [4.0, 5.0, 6.0]

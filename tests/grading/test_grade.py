@@ -1,0 +1,106 @@
+"""Grading by frozen models: every row of every study, whatever is there of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsdc_utils.data import competition
+from lsdc_utils.data.stacks import read_study
+from lsdc_utils.grading.grade import (
+    COLUMNS_OF,
+    MEMBERS,
+    blend_studies,
+    grade_studies,
+    join_graded,
+    load_models,
+    prior_of,
+    rows_of,
+    without_own_series,
+)
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, T1, T2
+
+PRIOR = [0.7, 0.2, 0.1]
+PRIORS = [{"condition": c, "level": v, **dict(zip(SEVERITIES, PRIOR, strict=True))} for c in CONDITIONS for v in LEVELS]
+MIXTURE = {"weights": {"yolo": 0.5, "vit3d": 0.5}, "bias": [0.0, 0.0], "gain": [], "kept": "simple"}
+ALONE = {name: {**MIXTURE, "weights": {name: 1.0}} for name in ("yolo", "vit3d")}
+FITTED = {
+    "kind": "fitted",
+    "prior": PRIORS,
+    "correlations": {},
+    "ensemble": dict.fromkeys(("nfn", "scs", "ss"), MIXTURE),
+    **{name: dict.fromkeys(("nfn", "scs", "ss"), mixture) for name, mixture in ALONE.items()},
+}
+PUBLISHED = {"kind": "published", "prior": PRIORS, "ensemble": {"yolo": 0.65, "vit3d": 0.35}}
+
+
+def test_rows_and_their_prior_are_the_studies_and_the_recipe_s():
+    rows = rows_of([3, 1])
+    assert len(rows) == 50 and rows["study_id"].tolist() == ["3"] * 25 + ["1"] * 25
+    prior = prior_of(FITTED, rows)
+    assert prior["row_id"].tolist() == rows["row_id"].tolist() and np.allclose(prior[list(SEVERITIES)], PRIOR)
+    assert len(rows_of([])) == len(prior_of(FITTED, rows_of([]))) == 0
+
+
+def test_rows_without_the_series_that_they_are_read_on():
+    rows = rows_of([1, 2])
+    there = pd.DataFrame({"study_id": [1, 1, 2], "series_type": [T2, AXIAL, T1]})
+    lacking = without_own_series(rows, there)
+    expected = {f"1_{c.name}_{v}" for c in CONDITIONS.values() if c.group == "nfn" for v in LEVELS}
+    expected |= {f"2_{c.name}_{v}" for c in CONDITIONS.values() if c.group != "nfn" for v in LEVELS}
+    assert lacking == expected
+    assert without_own_series(rows, there.iloc[:0]) == set(rows["row_id"])
+
+
+@pytest.mark.parametrize("recipe", [FITTED, PUBLISHED], ids=["fitted", "published"])
+def test_a_study_that_nothing_graded_has_the_prior(recipe):
+    tables, sources = blend_studies(recipe, join_graded([]), [7])
+    assert set(tables) == set(MEMBERS) and (sources == "prior").all()
+    for table in tables.values():
+        assert len(table) == 25
+        assert np.allclose(table[list(SEVERITIES)].sum(axis=1), 1)
+    assert np.allclose(tables["ensemble"][list(SEVERITIES)], PRIOR)
+
+
+def test_tables_of_studies_are_joined_and_keep_their_columns():
+    row = {"row_id": "1_spinal_canal_stenosis_l1_l2", **dict(zip(SEVERITIES, PRIOR, strict=True))}
+    empty = {kind: pd.DataFrame(columns=columns) for kind, columns in COLUMNS_OF.items()}
+    joined = join_graded([empty, empty | {"yolo": pd.DataFrame([row])}])
+    assert joined["yolo"].to_dict("records") == [row]
+    assert {kind: list(table.columns) for kind, table in joined.items() if kind != "yolo"} == {
+        kind: columns for kind, columns in COLUMNS_OF.items() if kind != "yolo"
+    }
+
+
+@pytest.fixture(scope="module")
+def run(smoke_project: Path) -> Path:
+    return smoke_project / "outputs/demo"
+
+
+def test_a_run_s_test_studies_are_graded_here_as_its_tables_say(run: Path):
+    recipe = json.loads((run / "blend.json").read_text())
+    models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
+    comp = competition.read((run / json.loads((run / "data.json").read_text())["data_dir"]).resolve())
+    study = int(comp.series.loc[comp.series["split"] == "test", "study_id"].min())
+    graded = grade_studies(models, comp, "test", [study])
+    tables, sources = blend_studies(recipe, graded, [study])
+    known = pd.read_parquet(run / "predictions/ensemble_test.parquet").set_index("row_id")
+    mine = tables["ensemble"].set_index("row_id")
+    assert np.allclose(mine[list(SEVERITIES)], known.loc[mine.index, list(SEVERITIES)], atol=1e-6)
+    assert set(graded["series"]["series_type"]) == set(SERIES_TYPES) and set(sources) <= {"yolo+vit3d", "vit3d"}
+
+
+def test_a_study_is_graded_from_the_series_that_it_has(run: Path):
+    recipe = json.loads((run / "blend.json").read_text())
+    models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
+    comp = competition.read((run / json.loads((run / "data.json").read_text())["data_dir"]).resolve())
+    study = int(comp.series.loc[comp.series["split"] == "test", "study_id"].min())
+    stacks, _ = read_study(comp, "test", study)
+    for lacking in (*SERIES_TYPES, None):
+        left = [stack for stack in stacks if lacking and stack.series_type != lacking]
+        tables, _ = blend_studies(recipe, join_graded([models.grade(study, left)]), [study])
+        assert len(tables["ensemble"]) == 25 and tables["ensemble"][list(SEVERITIES)].notna().all(axis=None)

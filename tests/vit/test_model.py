@@ -1,0 +1,182 @@
+"""The 3D vision transformer: its ordinal head, its loss, its symmetry, and that it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from spines import mirror_study, noisy_study, spine
+from vit_inputs import SMALL, draw_inputs, draw_studies, records
+
+from lsdc_utils import metric
+from lsdc_utils.vit.crops import SLOTS
+from lsdc_utils.vit.inputs import (
+    AXES,
+    Seen,
+    centre_errors,
+    crop_centres,
+    cut_views,
+    error_spread,
+    label_matrix,
+    prediction_views,
+)
+from lsdc_utils.vit.loss import row_losses, row_weights
+from lsdc_utils.vit.model import HEADS, MIRROR, Vit3d, VitConfig, load_vit, save_vit
+from lsdc_utils.vit.predict import predict_studies, prediction_rows, probabilities
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
+
+
+def exchanged(inputs: np.ndarray, config: VitConfig = SMALL) -> np.ndarray:
+    """The same inputs of the mirrored studies."""
+    k, result = config.slices, inputs.copy()
+    order = np.concatenate([np.arange(slot * k, (slot + 1) * k) for slot in (0, 2, 1, 4, 3)])
+    result["images"], result["places"] = inputs["images"][:, :, order], inputs["places"][:, :, order]
+    result["places"][:, :, :k] *= -1  # T2 lies to the left, all else outwards or to the head
+    return result
+
+
+def seen(inputs: np.ndarray, config: VitConfig = SMALL) -> Seen:
+    return next(prediction_views(inputs, config, 1))[0]
+
+
+def test_cumulative_link_gives_probabilities_in_order():
+    torch.manual_seed(0)
+    model = Vit3d(SMALL)
+    labels = np.repeat([[0] * 25, [1] * 25, [2] * 25], [70, 20, 10], axis=0).astype(np.int8)
+    model.start_at_prior(labels)
+    volumes = seen(draw_inputs(2, np.random.default_rng(0)))
+    start = model(*volumes).exp()
+    expected = (np.array([140, 40, 20]) + 0.5) / 201.5  # both sides pooled
+    np.testing.assert_allclose(start[0, -1].detach(), expected, atol=1e-5)
+    torch.nn.init.normal_(model.head.weight, std=2)
+    torch.nn.init.normal_(model.head.bias, std=2)
+    found = model(*volumes).exp()
+    assert torch.allclose(found.sum(-1), torch.ones(2, 25), atol=1e-5)
+    latents = model.latents(*volumes).squeeze(-1)
+    order = latents[:, 5].argsort()  # same thresholds: a higher latent is never less severe
+    assert (found[order, 5, 2].diff() >= 0).all() and (found[order, 5, 0].diff() <= 0).all()
+
+
+def test_loss_is_the_score_of_the_three_groups():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([-1, 0, 1, 2], (30, 25), p=[0.1, 0.6, 0.2, 0.1]).astype(np.int8)
+    natural = rng.dirichlet([2, 1, 1], (30, 25))
+    losses = row_losses(torch.from_numpy(natural).log(), torch.from_numpy(labels)).numpy()
+    found = (losses * row_weights(labels)).sum(1).mean()
+    rows = prediction_rows(range(30), natural)
+    solution = pd.DataFrame({"row_id": rows["row_id"], "severity": labels.ravel()})
+    parts = metric.score(solution[solution["severity"] >= 0], metric.weight_table(rows))
+    assert found == pytest.approx(np.mean([parts[name] for name in metric.GROUP_PARTS]), abs=1e-6)
+
+
+def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
+    rows = [
+        {"study_id": 3, "condition": "spinal_canal_stenosis", "level": "l5_s1", "severity": 2},
+        {"study_id": 3, "condition": "right_subarticular_stenosis", "level": "l1_l2", "severity": -1},
+    ]
+    found = label_matrix(pd.DataFrame(rows), [9, 3])
+    assert (found[0] == -1).all() and found[1, COLUMNS.index("spinal_canal_stenosis_l5_s1")] == 2
+    assert (found == 2).sum() == 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_exchanged_sides_exchange_left_and_right_columns(head):
+    """A mirrored study gives the same squares with the sides exchanged: mirror symmetry by construction."""
+    torch.manual_seed(0)
+    model = Vit3d(dataclasses.replace(SMALL, head=head))
+    torch.nn.init.normal_(model.head.weight)
+    inputs = draw_inputs(2, np.random.default_rng(0))
+    inputs["places"][0, 3, 2:5] = np.nan
+    found, turned = model(*seen(inputs)), model(*seen(exchanged(inputs)))
+    assert torch.allclose(found.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
+    torch.testing.assert_close(turned, found[:, list(MIRROR)], atol=1e-5, rtol=1e-4)
+
+
+def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
+    torch.manual_seed(0)
+    model = Vit3d(SMALL)
+    torch.nn.init.normal_(model.head.weight)
+    inputs = draw_inputs(2, np.random.default_rng(0))
+    inputs["places"][:, :, 3] = np.nan
+    expected = model(*seen(inputs))
+    other = inputs.copy()
+    other["images"][:, :, 3] = 255
+    for part in ("images", "places"):
+        other[part][:, :, [0, 1]] = other[part][:, :, [1, 0]]
+    torch.testing.assert_close(model(*seen(other)), expected, atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(model(*seen(records(inputs["images"], np.full((2, 5, 10), np.nan))))).all()
+
+
+def test_a_cut_moves_squares_and_places_as_the_level_moves():
+    config = dataclasses.replace(SMALL, size=8, margin=4, spacing=2.0)
+    inputs = draw_inputs(1, np.random.default_rng(0), config)
+    inputs["images"][:, :, :, 8, 10] = 255  # row 8, column 10 of 16
+    shift = np.broadcast_to([2.0, 4.0, -2.0], (1, 5, 3))  # mm to the left, posterior, head: pixels are 2 mm
+    images, places = cut_views(inputs, config, shift)
+    for slot, (kind, side) in enumerate(SLOTS):
+        out = -1 if side == "right" else 1
+        across, down, through = (out, 2, -2.0) if kind == "Axial T2" else (2, -1, 2.0 * out)
+        k = slot * config.slices
+        assert images[0, 0, k].argmax().item() == (8 - 4 - down) * 8 + 10 - 4 - across
+        np.testing.assert_allclose(places[0, 0, k], inputs["places"][0, 0, k] - through, rtol=1e-6)
+
+
+def test_spread_of_detected_centres_is_measured_along_the_canal():
+    readers = spine().assign(condition="spinal_canal_stenosis")
+    rng, detected = np.random.default_rng(0), []
+    labels = pd.concat([readers.assign(study_id=study) for study in range(60)])
+    for study in range(60):
+        moved = spine().assign(study_id=study)
+        moved[["X", "Y", "Z"]] += rng.normal(0, (2.0, 1.0, 3.0))  # all levels of a study alike
+        detected.append(moved)
+    errors = centre_errors(labels, pd.concat([*detected, spine().assign(study_id=99)]))
+    assert len(errors) == 300 and list(errors.columns) == ["study_id", "level", *AXES]
+    np.testing.assert_allclose(error_spread(errors), [2.0, 1.0, 3.0], rtol=0.3)
+    assert np.isnan(error_spread(centre_errors(labels, detected[0].iloc[:0]))).all()
+
+
+def test_weights_come_back_and_strangers_are_refused(tmp_path):
+    model = Vit3d(SMALL)
+    torch.nn.init.normal_(model.head.weight)
+    path = tmp_path / "vit3d_fold0.safetensors"
+    save_vit(model, path, 0, {"epochs": 3})
+    volumes, _ = draw_studies(2, seed=0)
+    expected = probabilities([model], volumes, views_count=3)
+    np.testing.assert_array_equal(probabilities([load_vit(path)], volumes, views_count=3), expected)
+    assert np.allclose(expected.sum(-1), 1) and list(SEVERITIES) == list(prediction_rows([1], expected[:1]))[1:]
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ValueError, match="sha256"):
+        load_vit(path)
+
+
+def test_detected_points_take_the_place_of_clicked_ones():
+    place = {"level": "l1_l2", "X": 1.0, "Y": 2.0, "Z": 3.0}
+    labels = pd.DataFrame(
+        [
+            {"study_id": study, "condition": condition, **place}
+            for study in (1, 2)
+            for condition in ("spinal_canal_stenosis", "left_subarticular_stenosis")
+        ]
+    )
+    detected = pd.DataFrame([{"study_id": 2, "side": None, **place, "X": 9.0, "confidence": 0.4}])
+    found = crop_centres(labels, [detected]).set_index("study_id")
+    assert found["X"].to_dict() == {1: 1.0, 2: 9.0} and found["confidence"].to_dict() == {1: 1.0, 2: 0.4}
+    assert len(crop_centres(labels)) == 2
+
+
+def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cannot_see():
+    stacks = noisy_study()
+    torch.manual_seed(0)
+    model = Vit3d(SMALL)
+    torch.nn.init.normal_(model.head.weight)
+    points = pd.concat([spine(x=3.9).assign(study_id=study) for study in (7, 9)])
+    rows = predict_studies([model], [(7, stacks), (8, stacks), (9, [])], points, views_count=3)
+    mirrored = predict_studies([model], [(7, [mirror_study(s) for s in stacks])], points.assign(X=-points["X"]), 3)
+    assert rows["row_id"].tolist() == study_row_ids(7) == mirrored["row_id"].tolist()
+    natural, turned = rows[list(SEVERITIES)].to_numpy(), mirrored[list(SEVERITIES)].to_numpy()
+    assert np.abs(natural[5:10] - natural[10:15]).max() > 0.01
+    np.testing.assert_allclose(turned[list(MIRROR)], natural, atol=1e-3)
+    assert predict_studies([model], [(8, stacks)], points).empty

@@ -1,0 +1,52 @@
+"""Small networks and inputs that the tests of the transformer share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lsdc_utils.vit.crops import FORAMEN, SLOTS
+from lsdc_utils.vit.model import VitConfig
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, T1, parse_row_id
+
+SMALL = VitConfig(size=8, margin=1, slices=2, stem=8, patch=2, width=32, heads=2)
+
+
+GRID = dataclasses.replace(SMALL, input="study_grid", size=16, patch=4)
+
+
+def records(images: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What `make_inputs` gives for images (n, 5, slots * k, h, w) and places (n, 5, slots * k)."""
+    kinds = [("images", np.uint8, images.shape[1:]), ("places", np.float32, places.shape[1:])]
+    result = np.zeros(len(images), dtype=kinds)
+    result["images"], result["places"] = images, places
+    return result
+
+
+def draw_inputs(n: int, rng: np.random.Generator, config: VitConfig = SMALL) -> np.ndarray:
+    """Squares of noise, their slices 4 mm apart about where each slot looks."""
+    side, k = config.size + 2 * config.margin, config.slices
+    images = rng.integers(20, 60, (n, 5, len(SLOTS) * k, side, side)).astype(np.uint8)
+    aims = [FORAMEN if kind == T1 else 0.0 for kind, _ in SLOTS]
+    places = np.repeat(aims, k) + np.tile(4.0 * np.arange(k) - 1.0, len(SLOTS))
+    return records(images, np.broadcast_to(places, (n, 5, len(SLOTS) * k)))
+
+
+def draw_studies(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of n studies with a bright square on one series a condition group, and labels (n, 25).
+
+    The more severe, the smaller the square.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(3, (n, len(COLUMNS)), p=[0.6, 0.25, 0.15]).astype(np.int8)
+    inputs = draw_inputs(n, rng)
+    slots = {("scs", None): 0, ("nfn", "left"): 1, ("nfn", "right"): 2, ("ss", "left"): 3, ("ss", "right"): 4}
+    for column, name in enumerate(COLUMNS):
+        _, condition, level = parse_row_id(f"1_{name}")
+        slot = slots[CONDITIONS[condition].group, CONDITIONS[condition].side]
+        for study in range(n):
+            edge = (6, 4, 2)[labels[study, column]]
+            target = inputs["images"][study, LEVELS.index(level), SMALL.slices * slot : SMALL.slices * (slot + 1)]
+            target[:, 2 : 2 + edge, 2 : 2 + edge] = 200
+    return inputs, labels

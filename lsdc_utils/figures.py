@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from lsdc_utils import geometry
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITY_NAMES
 
 # By class as tables hold it: 0, 1, 2, and -1 for a missing label (so these are dicts: a tuple's [-1] would be severe).
@@ -81,31 +82,16 @@ def edge_letters(affine: np.ndarray) -> dict[str, str]:
     """
     letters = {}
     for column, (back, forth) in enumerate((("left", "right"), ("top", "bottom"))):
-        axis = np.asarray(affine, float)[:3, column]
-        axis = axis / np.linalg.norm(axis)
+        axis = geometry.unit(np.asarray(affine, float)[:3, column])
         order = [k for k in np.argsort(-np.abs(axis)) if abs(axis[k]) >= 0.5]
         letters[forth] = "".join(_DIRECTIONS[k][int(axis[k] < 0)] for k in order)
         letters[back] = "".join(_DIRECTIONS[k][int(axis[k] > 0)] for k in order)
     return letters
 
 
-def spacing(affine: np.ndarray) -> tuple[float, float]:
-    """Millimetres from one pixel to the next along x (columns) and along y (rows)."""
-    x, y = np.linalg.norm(np.asarray(affine, float)[:3, :2], axis=0)
-    return float(x), float(y)
-
-
 def scale_length(width: float) -> int:
     """Length in mm of the scale bar of an image `width` mm wide: a round one, at most three tenths of the width."""
     return max([mm for mm in _SCALE_LENGTHS if mm <= 0.3 * width], default=_SCALE_LENGTHS[0])
-
-
-def to_pixels(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Patient points (n, 3) in LPS mm to (n, 3): x, y in pixels of the slice, and signed mm off its plane."""
-    affine = np.asarray(affine, float)
-    normal = np.cross(affine[:3, 0], affine[:3, 1])
-    axes = np.column_stack([affine[:3, 0], affine[:3, 1], normal / np.linalg.norm(normal)])
-    return np.linalg.solve(axes, (np.atleast_2d(points) - affine[:3, 3]).T).T
 
 
 def show_slice(
@@ -128,7 +114,7 @@ def show_slice(
     pixels = np.asarray(pixels)
     if window is None:
         window = (0, 255) if pixels.dtype == np.uint8 else tuple(np.percentile(pixels, (0.5, 99.5)))
-    step_x, step_y = spacing(affine)
+    step_x, step_y = geometry.spacing(affine)
     ax.imshow(pixels, cmap="gray", vmin=window[0], vmax=window[1], aspect=step_y / step_x, interpolation="bilinear")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -136,7 +122,7 @@ def show_slice(
     rows, cols = pixels.shape
     severities = None if severities is None else np.asarray(severities)  # by place, whatever a Series' index says
     for k, point in enumerate(() if points is None else np.atleast_2d(points)):
-        x, y = to_pixels(affine, point)[0, :2] if len(point) == 3 else point
+        x, y = geometry.to_pixels(affine, point)[:2] if len(point) == 3 else point
         colour, marker = _mark(severities, k)
         edge = {"markeredgewidth": 1.8} if marker in "x+" else {"markeredgecolor": "white", "markeredgewidth": 0.8}
         ax.plot(x, y, marker, color=colour, markersize=7, **edge)
@@ -167,7 +153,7 @@ def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
     ax.text(0.985, 0.5, letters["right"], ha="right", va="center", **text)
     ax.text(0.5, 0.985, letters["top"], ha="center", va="top", **text)
     ax.text(0.5, 0.015, letters["bottom"], ha="center", va="bottom", **text)
-    width = cols * spacing(affine)[0]
+    width = cols * geometry.spacing(affine)[0]
     length = scale_length(width)
     ax.plot([0.03, 0.03 + length / width], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
     ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lsdc_utils import figures
+from lsdc_utils import figures, geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SERIES_TYPES, SEVERITY_NAMES, Group
 
@@ -112,7 +112,10 @@ class Viewer:
         boxes = None
         if self.boxes.value and len(near):
             half = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None] / 2
-            middle, half = figures.to_pixels(stack.affines[k], places)[:, :2], half / figures.spacing(stack.affines[k])
+            middle, half = (
+                geometry.to_pixels(stack.affines[k], places)[:, :2],
+                half / geometry.spacing(stack.affines[k]),
+            )
             boxes = np.hstack([middle - half, middle + half])
         figure = Figure(figsize=(6, 6), layout="constrained")
         rows, cols = stack.shapes[k]
@@ -183,11 +186,7 @@ def draw_still(stacks: list[Stack], rows: pd.DataFrame, title: str = "") -> Figu
 def distances(stack: Stack, rows: pd.DataFrame) -> np.ndarray:
     """Distance in mm of each row's point from each slice: (slices, rows); outside an image it is that much farther."""
     places = rows[list("XYZ")].to_numpy(float).reshape(-1, 3)
-    local = np.array([figures.to_pixels(affine, places) for affine in stack.affines])  # (slices, rows, 3)
-    last = stack.shapes[:, None, ::-1] - 1.0  # x and y of the last pixel
-    outside = np.maximum(np.maximum(-local[..., :2], local[..., :2] - last), 0.0)
-    outside *= np.array([figures.spacing(affine) for affine in stack.affines])[:, None]
-    return np.hypot(local[..., 2], np.linalg.norm(outside, axis=-1))
+    return geometry.image_distances(stack.affines, stack.shapes, places)
 
 
 def worst_slice(stacks: list[Stack], rows: pd.DataFrame) -> tuple[int, int, int] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from lsdc_utils import dicom
+from lsdc_utils import dicom, geometry
 from lsdc_utils import vocabulary as words
 from lsdc_utils.dicom.headers import DicomError, Tags, read_tags
 from lsdc_utils.files import readable
@@ -286,7 +286,7 @@ def _plane(tags: Tags) -> str:
     """sagittal, coronal or axial, by the patient's axis nearest to the normal; empty where the header is silent."""
     if tags.orientation is None:
         return ""
-    return dicom.plane_of(dicom.normal_of(tags.orientation))
+    return geometry.plane_of(np.cross(tags.orientation[:3], tags.orientation[3:]))
 
 
 def _described(tags: Tags) -> str:

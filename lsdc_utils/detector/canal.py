@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.images import (
-    plane_distances,
-)
 from lsdc_utils.vocabulary import LEVELS, SIDES
 
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
@@ -25,7 +23,7 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
     """
     if canal.empty:
         return np.full(len(stack.pixels), -1)
-    distances = np.abs(plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float)))
+    distances = np.abs(geometry.plane_distances(stack.affines, canal[["X", "Y", "Z"]].to_numpy(dtype=float)))
     numbers = np.array([LEVELS.index(level) for level in canal["level"]])
     return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
 
@@ -33,8 +31,7 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
 def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
     """Canal points of studies: those of the canal's detector, or where it found none, those from the foramina.
 
-    scs, nfn: points of any number of studies, as `grade_condition` returns them; so is the result, which both out-of-fold and
-    test studies are graded by.
+    scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result.
     """
     return pd.concat([scs, canal_from_foramina(nfn[~nfn["study_id"].isin(scs["study_id"])])], ignore_index=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import study_canal
 from lsdc_utils.detector.classes import (
@@ -23,9 +24,7 @@ from lsdc_utils.detector.classes import (
 from lsdc_utils.detector.images import (
     near_middle,
     network_inputs,
-    plane_distances,
     strip_window,
-    to_pixels,
 )
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SIDES
 
@@ -60,7 +59,7 @@ def label_boxes(
         before = len(found)
         for index in np.flatnonzero(near):
             point = np.array([label.X, label.Y, label.Z])
-            xy = (label.x, label.y) if index == own else to_pixels(stack.affines[index], point)
+            xy = (label.x, label.y) if index == own else geometry.to_pixels(stack.affines[index], point)[:2]
             place = _box(xy, stack.shapes[index], stack.affines[index], config)
             if place:
                 number = numbers[label.condition, label.level, label.severity]
@@ -79,7 +78,7 @@ def label_boxes(
 
 def slice_offsets(stack: Stack, label: Any, own: int) -> np.ndarray:
     """Distance (n,) in mm along the normal of every slice from a label's point on slice `own`; inf in other blocks."""
-    off = np.abs(plane_distances(stack, np.array([[label.X, label.Y, label.Z]]))[:, 0])
+    off = np.abs(geometry.plane_distances(stack.affines, np.array([[label.X, label.Y, label.Z]]))[:, 0])
     off[own] = 0
     return np.where(stack.blocks == stack.blocks[own], off, np.inf)
 
@@ -102,8 +101,7 @@ def _box(xy: Sequence[float], shape: Sequence[int], affine: np.ndarray, config: 
     """
     left, top, width, height = strip_window(shape, config)
     centre = np.array([(xy[0] + 0.5 - left) / width, (xy[1] + 0.5 - top) / height])  # pixel 0 ends at 0.5
-    spacing = np.linalg.norm(affine[:3, :2], axis=0)  # mm from column to column, from row to row
-    half = 0.5 * config.box_mm / spacing / np.array([width, height])
+    half = 0.5 * config.box_mm / geometry.spacing(affine) / np.array([width, height])
     if (centre < 0).any() or (centre > 1).any():
         return None
     low, high = np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)

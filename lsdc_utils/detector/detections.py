@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import axial_levels
 from lsdc_utils.detector.classes import (
@@ -20,7 +21,6 @@ from lsdc_utils.detector.classes import (
 from lsdc_utils.detector.images import (
     near_middle,
     network_inputs,
-    plane_distances,
     strip_window,
 )
 from lsdc_utils.vocabulary import GROUPS
@@ -76,7 +76,7 @@ def _wanted(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) ->
         return np.ones(len(stack.pixels), dtype=bool)
     if config.condition == "ss":
         return axial_levels(stack, canal) >= 0
-    nearest = np.abs(plane_distances(stack, canal[["X", "Y", "Z"]].to_numpy(dtype=float))).min(axis=1)
+    nearest = np.abs(geometry.plane_distances(stack.affines, canal[["X", "Y", "Z"]].to_numpy(dtype=float))).min(axis=1)
     return (nearest >= FORAMEN_REACH[0]) & (nearest <= FORAMEN_REACH[1])
 
 
@@ -136,5 +136,4 @@ def patient_points(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config
     """Patient points (n, k, 3) of centres (n, k, 2), which are fractions of the strips of slices `wanted` (n,)."""
     windows = np.array([strip_window(shape, config) for shape in stack.shapes[wanted]], dtype=float)
     pixels = windows[:, None, :2] + centres * windows[:, None, 2:] - 0.5
-    affines = stack.affines[wanted]
-    return np.einsum("nij,nkj->nki", affines[:, :3, :2], pixels) + affines[:, None, :3, 3]
+    return geometry.to_patient(stack.affines[wanted][:, None], pixels)

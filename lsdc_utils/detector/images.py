@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import (
     DetectorConfig,
@@ -61,7 +62,7 @@ def off_midline(stack: Stack, canal: pd.DataFrame | None) -> np.ndarray:
         middle = stack.affines[:, :3, 3].min(axis=0) / 2 + stack.affines[:, :3, 3].max(axis=0) / 2
     else:
         middle = canal[["X", "Y", "Z"]].to_numpy(dtype=float).mean(axis=0)
-    return np.abs(plane_distances(stack, middle[None])[:, 0])
+    return np.abs(geometry.plane_distances(stack.affines, middle[None])[:, 0])
 
 
 def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
@@ -71,25 +72,8 @@ def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | N
     return slice_channels(strips(stack, config), stack.blocks, config, lateral)
 
 
-def normals(stack: Stack) -> np.ndarray:
-    """Unit normal (n, 3) of every slice."""
-    normal = np.cross(stack.affines[:, :3, 0], stack.affines[:, :3, 1])
-    return normal / np.linalg.norm(normal, axis=1, keepdims=True)
-
-
-def plane_distances(stack: Stack, points: np.ndarray) -> np.ndarray:
-    """Signed distance in mm of points (m, 3) from the plane of every slice: (n, m)."""
-    return np.einsum("nmi,ni->nm", points[None] - stack.affines[:, None, :3, 3], normals(stack))
-
-
-def to_pixels(affine: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Column and row of a patient point projected onto the slice with this affine."""
-    axes = affine[:3, :2]
-    return (point - affine[:3, 3]) @ (axes / (axes**2).sum(axis=0))
-
-
 def near_middle(stack: Stack) -> np.ndarray:
     """Slices (n,) bool of a sagittal series within `CANAL_REACH` of its middle; all of any other series."""
     x = stack.affines[:, 0, 3]
-    sagittal = np.abs(normals(stack)[:, 0]).min() > 0.7
+    sagittal = np.abs(geometry.normals(stack.affines)[:, 0]).min() > 0.7
     return np.abs(x - (x.min() + x.max()) / 2) <= CANAL_REACH if sagittal else np.ones(len(x), dtype=bool)

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 
+from lsdc_utils import geometry
 from lsdc_utils.dicom.headers import DicomError, find, frame_groups, opened, text, whole
 from lsdc_utils.dicom.pixels import decode, locate, read_layout
-
 
 ORDER = {  # plane -> patient direction in which its slices are sorted
     "sagittal": (1.0, 0.0, 0.0),  # from the patient's right to the left
@@ -52,7 +52,8 @@ class Slice:
     @property
     def spacing(self) -> tuple[float, float]:
         """Distance in mm of neighbouring columns (along x) and of neighbouring rows (along y)."""
-        return float(np.linalg.norm(self.affine[:3, 0])), float(np.linalg.norm(self.affine[:3, 1]))
+        x, y = geometry.spacing(self.affine)
+        return float(x), float(y)
 
     @property
     def centre(self) -> np.ndarray:
@@ -82,7 +83,7 @@ class Series:
         """Place (X, Y, Z) in LPS mm of column x, row y of an instance; DicomError where there is no such instance."""
         for image in self.slices:
             if image.instance_number == instance_number:
-                place = image.affine @ (x, y, 0.0, 1.0)
+                place = geometry.to_patient(image.affine, np.array([x, y]))
                 return float(place[0]), float(place[1]), float(place[2])
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
@@ -93,13 +94,10 @@ class Series:
         Planes of tilted blocks cross each other far from what they image, so a point that lies outside an image
         counts as that much farther away.
         """
-        affines = np.stack([image.affine for image in self.slices])
-        limits = np.array([image.shape[::-1] for image in self.slices]) - 1.0  # last x and y
-        local = np.linalg.solve(affines, np.array([x, y, z, 1.0])[:, None])[..., 0]  # (n, 4): x, y, mm off the plane, 1
-        outside = np.maximum(np.maximum(-local[:, :2], local[:, :2] - limits), 0.0)
-        outside *= np.linalg.norm(affines[:, :3, :2], axis=1)  # pixels to mm
-        nearest = int(np.argmin(np.hypot(local[:, 2], np.linalg.norm(outside, axis=1))))
-        column, row, off = local[nearest, :3]
+        affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
+        shapes = np.array([image.shape for image in self.slices])
+        nearest = int(geometry.image_distances(affines, shapes, point[None])[:, 0].argmin())
+        column, row, off = geometry.to_pixels(affines[nearest], point)
         return nearest, float(column), float(row), float(abs(off))
 
     def steps(self) -> np.ndarray:
@@ -337,29 +335,16 @@ def _affine(position: list[float], orientation: list[float], spacing: list[float
     `orientation` is the direction of growing columns, then that of growing rows; `spacing` is the distance of rows,
     then that of columns.
     """
-    normal = normal_of(orientation)
-    length = math.hypot(*normal)
-    along_y, along_x = spacing
-    rows = zip(orientation[:3], orientation[3:], normal, position, strict=True)
-    return np.array([[x * along_x, y * along_y, n / length, p] for x, y, n, p in rows] + [[0.0, 0.0, 0.0, 1.0]])
+    affine = np.eye(4)
+    affine[:3, :2] = np.reshape(orientation, (2, 3)).T * spacing[::-1]
+    affine[:3, 2], affine[:3, 3] = geometry.normals(affine), position
+    return affine
 
 
 def _plane(slices: list[Slice]) -> str:
     """The anatomical plane of most slices."""
-    planes = [plane_of(image.affine[:3, 2]) for image in slices]
+    planes = [geometry.plane_of(image.affine[:3, 2]) for image in slices]
     return max(ORDER, key=planes.count)
-
-
-def plane_of(normal: Sequence[float]) -> str:
-    """The anatomical plane of images with this normal: that of the patient's axis nearest to it."""
-    x, y, z = map(abs, normal)
-    return "sagittal" if x >= max(y, z) else "coronal" if y >= z else "axial"
-
-
-def normal_of(orientation: Sequence[float]) -> tuple[float, float, float]:
-    """The cross product of the directions of growing columns and of growing rows."""
-    a, b, c, d, e, f = orientation
-    return b * f - c * e, c * d - a * f, a * e - b * d
 
 
 def _blocks(slices: list[Slice], direction: np.ndarray) -> list[list[int]]:

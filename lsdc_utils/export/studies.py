@@ -32,6 +32,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
+from lsdc_utils import geometry
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.dicom import DicomError, Series, Slice, read_series
 from lsdc_utils.files import git_commit
@@ -266,8 +267,8 @@ def make_image(key: Key, number: int, when: datetime.datetime) -> Dataset:
     header.InstanceNumber = number
     header.FrameOfReferenceUID = new_uid(f"{header.StudyInstanceUID}/frame")
     header.ImagePositionPatient = [f"{value:.6f}"[:16] for value in image.affine[:3, 3]]
-    directions = image.affine[:3, :2] / np.linalg.norm(image.affine[:3, :2], axis=0)
-    header.ImageOrientationPatient = [f"{value:.6f}"[:16] for value in directions.T.ravel()]
+    directions = geometry.unit(image.affine[:3, :2].T)
+    header.ImageOrientationPatient = [f"{value:.6f}"[:16] for value in directions.ravel()]
     header.PixelSpacing = [f"{value:.6f}"[:16] for value in image.spacing[::-1]]
     _set_pixels(header, key.pixels)
     return header

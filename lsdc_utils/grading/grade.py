@@ -102,7 +102,7 @@ def without_own_series(rows: pd.DataFrame, there: pd.DataFrame) -> set[str]:
 
 
 def blend_rows(recipe: dict[str, Any], name: str, tables: blend.Tables, prior: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `prior` by one model alone or by the ensemble (`MEMBERS`), as a recipe says; without the last rows."""
+    """The rows of `prior` by one model alone or by the ensemble (`MEMBERS`), as a recipe says."""
     tables = {model: tables[model] for model in MEMBERS[name]}
     if recipe["kind"] == "published":
         return blend.published_blend(tables, prior)

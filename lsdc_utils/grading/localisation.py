@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import axial_levels
-from lsdc_utils.detector.images import normals
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SPINAL_CANAL, mirrored
 
 NEAR_DISC = 4.0  # mm: an axial slice this close to a disc's plane, at the canal, shows that disc's level
@@ -88,7 +88,7 @@ def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:
                 "instance_number": stack.instance_numbers,
                 "level": np.array([*LEVELS, ""])[axial_levels(stack, canal)],  # -1 is the last
                 **dict(zip("XYZ", stack.affines[:, :3, 3].T, strict=True)),
-                **dict(zip(("normal_x", "normal_y", "normal_z"), normals(stack).T, strict=True)),
+                **dict(zip(("normal_x", "normal_y", "normal_z"), geometry.normals(stack.affines).T, strict=True)),
             }
         )
         for stack in stacks

@@ -14,6 +14,8 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, RLELossless
 from rle.utils import encode_frame
 
+from lsdc_utils import geometry
+
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"  # what the real files' meta header names, though each holds one frame
 UNDEFINED = 0xFFFFFFFF  # length of encapsulated pixel data
 
@@ -23,7 +25,7 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray, header: dict
 
     `header`: keyword -> value for the tags that do not follow from pixels and affine, such as InstanceNumber.
     """
-    spacing = np.linalg.norm(affine[:3, :2], axis=0)  # mm from column to column, and from row to row
+    spacing = geometry.spacing(affine)
     rows, columns = pixels.shape
     low, high = np.percentile(pixels[::4, ::4], [1, 99])
     elements = {

@@ -20,7 +20,8 @@ import pydicom
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset
 
-from lsdc_utils.phantom.study import COLUMN_KEYS, Dirt, Series, Study, StudyPlan, project
+from lsdc_utils import geometry
+from lsdc_utils.phantom.study import COLUMN_KEYS, Dirt, Series, Study, StudyPlan
 from lsdc_utils.vocabulary import COLUMNS, FORAMINAL, LEVELS, SERIES_TYPES, SIDES, SPINAL_CANAL, SUBARTICULAR, T1
 
 OF_TABLES = (  # kinds of dirt in rows of studies and series
@@ -202,7 +203,8 @@ def _move_to_t1(study: Study, row: dict) -> None:
     """Write a point down on the sagittal T1 series, at the place in the patient where it is."""
     old, new = _part(study, row), study.parts[0]
     affine = old.acquisition.affines[list(old.numbers).index(row["instance_number"])]
-    x, y, away = project(new.acquisition.affines, affine[:3] @ (row["x"], row["y"], 0, 1))
+    place = geometry.to_patient(affine, np.array([row["x"], row["y"]]))
+    x, y, away = geometry.to_pixels(new.acquisition.affines, place).T
     k = int(np.argmin(np.abs(away)))
     row.update(series_id=new.series_id, instance_number=int(new.numbers[k]))
     row.update(x=round(float(x[k]), 3), y=round(float(y[k]), 3))

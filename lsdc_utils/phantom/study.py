@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lsdc_utils import geometry
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import USUAL, Acquisition, Protocol, plan_series, render
@@ -256,7 +257,7 @@ def _describe(study: Study, series: Series, body: Body) -> None:
 
 def _is_inside(acquisition: Acquisition, point: np.ndarray) -> bool:
     """Whether the slice nearest to a point (3,) shows it and is no farther than one step away."""
-    x, y, away = project(acquisition.affines, point)
+    x, y, away = geometry.to_pixels(acquisition.affines, point).T
     near = np.argmin(np.abs(away))
     in_image = 0 <= x[near] <= acquisition.cols - 1 and 0 <= y[near] <= acquisition.rows - 1
     return bool(in_image and abs(away[near]) <= acquisition.step)
@@ -275,29 +276,19 @@ def _click(study: Study, series: Series, body: Body, rng: np.random.Generator) -
     direction = rng.choice([-1, 1], len(LEVELS))
     for column in np.flatnonzero(series.columns):
         beside, toss = rng.normal(0, CLICK_SD, 2), rng.random()
-        x, y, away = project(affines, seen[column])
+        x, y, away = geometry.to_pixels(affines, seen[column]).T
         true = int(np.argmin(np.abs(away)))
         clicked = true
         if toss < CLICK_OFF_SLICE:
             other = true + direction[column % len(LEVELS)]
             if 0 <= other < len(affines) and acquisition.blocks[other] == acquisition.blocks[true]:
                 clicked = other
-        spacing = np.linalg.norm(affines[clicked, :3, :2], axis=0)
+        spacing = geometry.spacing(affines[clicked])
         spots = {"true": (true, x[true], y[true]), "clicked": (clicked, *([x[clicked], y[clicked]] + beside / spacing))}
         for name, (k, px, py) in spots.items():
             if 0 <= px <= columns - 1 and 0 <= py <= rows - 1:
                 row = {"series_id": series.series_id, "instance_number": int(series.numbers[k]), "column": int(column)}
                 getattr(study, name).append(row | {"x": round(float(px), 3), "y": round(float(py), 3)})
-
-
-def project(affines: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Column x, row y and signed distance in mm (each (n,)) of a point (3,) from each of n slices' planes."""
-    offset = point - affines[:, :3, 3]
-    along_x, along_y = affines[:, :3, 0], affines[:, :3, 1]
-    normal = np.cross(along_x, along_y)
-    x = (offset * along_x).sum(axis=1) / (along_x**2).sum(axis=1)
-    y = (offset * along_y).sum(axis=1) / (along_y**2).sum(axis=1)
-    return x, y, (offset * normal).sum(axis=1) / np.linalg.norm(normal, axis=1)
 
 
 def _mistake(study: Study, plan: StudyPlan) -> None:
@@ -341,10 +332,9 @@ def _write_series(folder: Path, study_id: int, series: Series, uids: tuple[int, 
         "FrameOfReferenceUID": f"{study_id}.{uids[1]}",
     }
     for image, affine, number in zip(pixels, acquisition.affines, series.numbers, strict=True):
-        normal = np.cross(affine[:3, 0], affine[:3, 1])
         own = {
             "SOPInstanceUID": f"{study_id}.{uids[0]}.{number}",
             "InstanceNumber": int(number),
-            "SliceLocation": f"{normal @ affine[:3, 3] / np.linalg.norm(normal):.4f}",
+            "SliceLocation": f"{geometry.normals(affine) @ affine[:3, 3]:.4f}",
         }
         write_slice(folder / f"{number}.dcm", image, affine, header | own)

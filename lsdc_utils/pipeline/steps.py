@@ -1,4 +1,6 @@
-"""Steps of a run: which notebook, with which parameters and from which source; `python -m lsdc_utils.pipeline.steps` runs one.
+"""Steps of a run: which notebook, with which parameters and from which source.
+
+`python -m lsdc_utils.pipeline.steps RUN_DIR STEP` runs one.
 
 A step is one notebook executed once; the two training notebooks give a step for each fold (and condition). The
 Snakefile asks here what a step depends on besides files: its parameters and a hash of the code that it uses.

@@ -10,6 +10,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import (
     Stack,
     coarsen,
@@ -81,8 +82,7 @@ def _blocks(stack: Stack) -> list[_Block]:
     found = []
     for number in np.unique(stack.blocks):
         members = np.flatnonzero(stack.blocks == number)
-        normal = np.cross(stack.affines[members[0], :3, 0], stack.affines[members[0], :3, 1])
-        normal /= np.linalg.norm(normal)
+        normal = geometry.normals(stack.affines[members[0]])
         places = stack.affines[members, :3, 3] @ normal
         order = np.argsort(places, kind="stable") if len(members) > 1 else [0, 0]
         members, places = members[order], places[order]

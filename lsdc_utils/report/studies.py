@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lsdc_utils import figures
+from lsdc_utils import figures, geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.metric import WEIGHTS, weight_rows
 from lsdc_utils.viewer import REACH, distances, row_words, worst_slice
@@ -115,9 +115,9 @@ def show_study(rows: pd.DataFrame, stacks: list[Stack], boxes_mm: dict[str, floa
 
 def _key_film(stack: Stack, n: int, row, boxes_mm: dict[str, float]) -> Film:
     """The part of a slice round the point of one row."""
-    place = np.array([[row.X, row.Y, row.Z]])
-    middle = figures.to_pixels(stack.affines[n], place)[0, :2]
-    reach = KEY_WIDTH / 2 / np.array(figures.spacing(stack.affines[n]))
+    place = np.array([row.X, row.Y, row.Z])
+    middle = geometry.to_pixels(stack.affines[n], place)[:2]
+    reach = KEY_WIDTH / 2 / geometry.spacing(stack.affines[n])
     x0, y0 = np.maximum(np.floor(middle - reach), 0).astype(int)
     x1, y1 = np.minimum(np.ceil(middle + reach) + 1, stack.shapes[n][::-1]).astype(int)
     words = row_words(row)
@@ -147,11 +147,11 @@ def _film(
     """Slice n cut to `part` (x0, y0, x1, y1 in pixels), with marks at the points of the rows `near` it."""
     x0, y0, x1, y1 = part
     affine = stack.affines[n]
-    step = np.array(figures.spacing(affine))
+    step = geometry.spacing(affine)
     width, height = (step * (x1 - x0, y1 - y0)).tolist()
     marks = []
     for row, words in near:
-        x, y = (figures.to_pixels(affine, np.array([[row.X, row.Y, row.Z]]))[0, :2] + 0.5 - (x0, y0)) * step
+        x, y = (geometry.to_pixels(affine, np.array([row.X, row.Y, row.Z]))[:2] + 0.5 - (x0, y0)) * step
         marks.append(Mark(round(float(x), 1), round(float(y), 1), int(row.grade), words, boxes_mm.get(row.group, 0.0)))
     image = Image.fromarray(stack.pixels[n, y0:y1, x0:x1])
     address, letters, scale = avif(image, quality, LARGEST), figures.edge_letters(affine), figures.scale_length(width)

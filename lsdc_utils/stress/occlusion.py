@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import Detector, class_numbers
 from lsdc_utils.detector.detections import forward, patient_points
-from lsdc_utils.detector.images import network_inputs, normals, plane_distances
+from lsdc_utils.detector.images import network_inputs
 from lsdc_utils.published.grid import grid_lattice
 from lsdc_utils.vit.crops import SLOTS, level_cuts
 from lsdc_utils.vit.inputs import study_input
@@ -105,12 +106,12 @@ def look_detector(
     ]
     if not slices:
         return NOTHING
-    off = [plane_distances(stack, place[None])[k, 0] for stack, k in slices]
+    off = [geometry.plane_distances(stack.affines, place[None])[k, 0] for stack, k in slices]
     nearest = int(np.abs(off).argmin())
     stack, k = slices[nearest]
-    middle = place - normals(stack)[k] * off[nearest]
-    axes = stack.affines[k, :3, :2] / np.linalg.norm(stack.affines[k, :3, :2], axis=0)
-    centres = lattice(middle, axes.T, REACH["yolo"])
+    middle = place - geometry.normals(stack.affines[k]) * off[nearest]
+    axes = geometry.unit(stack.affines[k, :3, :2].T)
+    centres = lattice(middle, axes, REACH["yolo"])
     rows, cols = config.size
     shares = np.stack(np.meshgrid((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows), -1)
     places = patient_points(stack, np.array([k]), shares.reshape(1, -1, 2), config).reshape(rows, cols, 3)

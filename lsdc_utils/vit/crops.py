@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import (
     Stack,
     coarsen,
@@ -64,8 +65,8 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     centres[:, 0] = _smooth(z, centres[:, 0], 1)
     slope_y = SPINE_SLOPE + np.gradient(_smooth(z, offset[:, 1], 2), z)
     slope_x = np.gradient(centres[:, 0], z)
-    head = _unit(np.stack([slope_x, slope_y, np.ones(len(LEVELS))], axis=1))
-    left = _unit(np.array([1.0, 0, 0]) - head * head[:, :1])
+    head = geometry.unit(np.stack([slope_x, slope_y, np.ones(len(LEVELS))], axis=1))
+    left = geometry.unit(np.array([1.0, 0, 0]) - head * head[:, :1])
     return centres, np.stack([left, np.cross(head, left), head], axis=1)
 
 
@@ -75,10 +76,6 @@ def _smooth(z: np.ndarray, values: np.ndarray, degree: int) -> np.ndarray:
     basis = np.stack([scaled**power for power in range(degree + 1)], axis=1)
     ridge = np.diag([0.0] + [0.5] * degree)  # a click's variance over that of a slope of 3 mm in 50 mm
     return basis @ np.linalg.solve(basis.T @ basis + ridge, basis.T @ values)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,10 @@ class Cut:
 
     def sample(self, size: int) -> np.ndarray:
         """Its grey values uint8 (size, size), bilinear in the slice; 0 outside."""
-        axes = self.affine[:3, :2]
-        to_pixel = (axes / (axes**2).sum(axis=0)).T
-        corner = to_pixel @ (self.origin - self.affine[:3, 3])
-        matrix = np.column_stack([to_pixel @ self.columns, to_pixel @ self.rows, corner])
+        corners = geometry.to_pixels(self.affine, self.origin + np.stack([0 * self.rows, self.columns, self.rows]))[
+            :, :2
+        ]
+        matrix = np.column_stack([corners[1] - corners[0], corners[2] - corners[0], corners[0]])
         return cv2.warpAffine(self.image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
@@ -134,7 +131,7 @@ def _slices(stacks: list[Stack], series_type: str, spacing: float) -> Iterator[_
             continue
         stack = coarsen(stack, spacing)
         for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
-            normal = _unit(np.cross(affine[:3, 0], affine[:3, 1]))
+            normal = geometry.normals(affine)
             towards = normal[2] if series_type == AXIAL else normal[0]
             yield image[:rows, :cols], affine, normal if towards > 0 else -normal
 
@@ -166,9 +163,9 @@ def _cut(
     image, affine, normal = one
     place = _place(one, centre)
     across, down = (frame[0] * outward, frame[1]) if kind == AXIAL else (frame[1], frame[2])
-    across = _unit(across - normal * (normal @ across))
+    across = geometry.unit(across - normal * (normal @ across))
     down = down - normal * (normal @ down)
-    down = _unit(down - across * (across @ down))
+    down = geometry.unit(down - across * (across @ down))
     offset = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE
     middle = centre + normal * place + across * offset[0] + down * offset[1]
     origin = middle - (across + down) * (size - 1) / 2 * spacing

@@ -67,6 +67,7 @@ def copy_project(target: Path) -> Path:
 RUNNER_MODULES = ("__init__.py", "files.py", "processes.py", "vocabulary.py", "steps.py", "runner.py")
 TINY_PROFILE = """\
 data_dir: ""
+phantom: true
 n_train: 3
 n_splits: 2
 folds: [0, 1]
@@ -80,7 +81,7 @@ tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "00_get_data": (
-        'data_dir: str = ""\nn_train: int = 3',
+        'data_dir: str = ""\nphantom: bool = True\nn_train: int = 3',
         "import json\n(run / '../data').mkdir(exist_ok=True)\n"
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],
@@ -123,8 +124,10 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
             "submission.csv",
         ],
     ),
+    "06_evaluation": ("tta: bool = True", "", ["evaluation.json"]),
+    "phantom": ('data_dir: str = ""', "", []),
     "07_stress_tests": ("stress_bodies: int = 1", "", [f"stress/{name}" for name in steps.STRESS_TABLES]),
-    "06_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),
+    "08_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),
 }
 
 

@@ -261,14 +261,14 @@ def test_executed_and_saved_notebooks_run_nothing(smoke_copy: Path, run: Path) -
 def test_a_change_in_the_report_runs_06_alone(smoke_copy: Path) -> None:
     with (smoke_copy / "lsdc_utils/report/pages.py").open("a") as module:
         module.write("\nNEW = 1\n")
-    assert would_run(smoke_copy) == ["06_report"]
+    assert would_run(smoke_copy) == ["08_report"]
 
 
 def test_a_change_in_a_model_trains_it_alone(smoke_copy: Path, parameters: dict) -> None:
     with (smoke_copy / "lsdc_utils/vit3d.py").open("a") as module:
         module.write("\nNEW = 1\n")
     trained = [f"04_train_vit3d_fold{fold}" for fold in parameters["folds"]]
-    assert would_run(smoke_copy) == [*trained, "05_ensemble_inference", "07_stress_tests", "06_report"]
+    assert would_run(smoke_copy) == [*trained, "05_ensemble_inference", "07_stress_tests", "08_report"]
 
 
 def test_the_submission_knows_no_answers(smoke_copy: Path, run: Path, data: Path) -> None:

@@ -32,13 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 NOTEBOOK_ORDER = (  # in which they run: the report is of all others
     "00_get_data",
+    "phantom",
     "01_eda",
     "02_convert_labels",
     "03_train_yolo",
     "04_train_vit3d",
     "05_ensemble_inference",
+    "06_evaluation",
     "07_stress_tests",
-    "06_report",
+    "08_report",
 )
 ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
 EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
@@ -82,7 +84,8 @@ def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run, in the order of the notebooks, or of a prediction, where there are `n_shards`.
 
-    `folds` says which folds are trained; without `stress_bodies` there are no stress tests.
+    `folds` says which folds are trained; without `stress_bodies` there are no stress tests, without a phantom there is no
+    chapter on it.
     """
     if "n_shards" in parameters:
         return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
@@ -91,7 +94,10 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
         "04_train_vit3d": [vit_step(fold) for fold in folds],
     }
-    asked = [name for name in NOTEBOOK_ORDER if name != "07_stress_tests" or parameters["stress_bodies"]]
+    drawn = parameters["phantom"] and not parameters["data_dir"]
+    left_out = {"07_stress_tests"} if not parameters["stress_bodies"] else set()
+    left_out |= set() if drawn else {"phantom"}
+    asked = [name for name in NOTEBOOK_ORDER if name not in left_out]
     return [step for name in asked for step in trainings.get(name, [Step(name, name)])]
 
 

@@ -94,7 +94,7 @@ def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
         (["n_train=3.5"], "int"),
         (["run_dir=elsewhere"], "known key"),
         (["--profile", "nope"], "other"),
-        (["--until", "09"], "06_report"),
+        (["--until", "09"], "08_report"),
         (["--force", "03_train_yolo_scs_fold7"], "fold0"),
         (["--data", "nowhere"], "no such folder"),
         (["--run", "../escape"], "plain name"),
@@ -147,7 +147,7 @@ def test_a_run_tells_each_step_and_ends_with_scores_and_report(finished_tiny_pro
     said = (finished_tiny_project / "first_run.txt").read_text()
     assert said.count(" done in ") == 14
     assert "[1/14] 00_get_data" in said
-    assert "[14/14] 06_report done in" in said
+    assert "[14/14] 08_report done in" in said
     assert re.search(r"ensemble +0\.400 +0\.600 +0\.700 +- +0\.500", said)
     assert said.rstrip().endswith("outputs/demo/report/index.html")
 
@@ -157,7 +157,7 @@ def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
     began = re.findall(r"\] (\w+)$", (finished_tiny_project / "first_run.txt").read_text(), re.MULTILINE)
     assert done[:3] == ["00_get_data", "01_eda", "02_convert_labels"]
     assert set(began[3:5]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
-    assert done[-3:] == ["05_ensemble_inference", "07_stress_tests", "06_report"]
+    assert done[-3:] == ["05_ensemble_inference", "07_stress_tests", "08_report"]
 
 
 def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_saved_notebook_a_comment_and_a_new_place_run_nothing(tiny_project: Pa
 def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path) -> None:
     with (tiny_project / "lsdc_utils/report.py").open("a") as module:
         module.write("TITLE = 'new'\n")
-    assert would_run(tiny_project) == ["06_report"]
+    assert would_run(tiny_project) == ["08_report"]
     with (tiny_project / "lsdc_utils/used.py").open("a") as module:
         module.write("from . import helper\n")
     (tiny_project / "lsdc_utils/helper.py").write_text("")
@@ -217,7 +217,7 @@ def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path
 
 def test_a_changed_code_cell_runs_the_step_and_what_follows(tiny_project: Path) -> None:
     write_tiny_notebook(tiny_project, "04_train_vit3d", code_of("04_train_vit3d") + "\nprint('new')")
-    expected = ["04_train_vit3d_fold0", "04_train_vit3d_fold1", "05_ensemble_inference", "07_stress_tests", "06_report"]
+    expected = ["04_train_vit3d_fold0", "04_train_vit3d_fold1", "05_ensemble_inference", "07_stress_tests", "08_report"]
     assert would_run(tiny_project) == expected
 
 
@@ -229,7 +229,7 @@ def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) 
         "03_train_yolo_ss_fold1",
         "05_ensemble_inference",
         "07_stress_tests",
-        "06_report",
+        "08_report",
     ]
 
 
@@ -243,12 +243,12 @@ def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path)
 
 def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
     write_tiny_notebook(tiny_project, "01_eda", "print('another figure')")
-    assert would_run(tiny_project) == ["01_eda", "06_report"]
+    assert would_run(tiny_project) == ["01_eda", "08_report"]
 
 
 def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
-    assert would_run(tiny_project, "--force", "05") == ["05_ensemble_inference", "07_stress_tests", "06_report"]
-    assert would_run(tiny_project, "stress_bodies=0") == ["06_report"]  # is of the others
+    assert would_run(tiny_project, "--force", "05") == ["05_ensemble_inference", "07_stress_tests", "08_report"]
+    assert would_run(tiny_project, "stress_bodies=0") == ["08_report"]  # is of the others
     (tiny_project / "outputs/data").rmdir()
     assert would_run(tiny_project)[:2] == ["00_get_data", "01_eda"]
 
@@ -340,23 +340,23 @@ def test_a_failing_step_is_told_and_the_run_can_go_on(tiny_project: Path) -> Non
     "code", ["import sys\nsys.exit(0)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"], ids=["exit", "kill"]
 )
 def test_a_notebook_that_ends_early_is_a_failed_step(tiny_project: Path, code: str) -> None:
-    write_tiny_notebook(tiny_project, "06_report", code)
+    write_tiny_notebook(tiny_project, "08_report", code)
     done = run_all(tiny_project)
     assert done.returncode != 0
-    assert "06_report failed" in done.stderr
+    assert "08_report failed" in done.stderr
     assert code.splitlines()[-1] in done.stderr
-    assert not (tiny_project / "outputs/demo/notebooks/06_report.ipynb").exists()
+    assert not (tiny_project / "outputs/demo/notebooks/08_report.ipynb").exists()
 
 
 def start_sleeping_run(project: Path) -> subprocess.Popen:
     """A run whose last step sleeps; returns once it does."""
-    write_tiny_notebook(project, "06_report", "import time\nprint('asleep')\ntime.sleep(300)")
+    write_tiny_notebook(project, "08_report", "import time\nprint('asleep')\ntime.sleep(300)")
     command = [sys.executable, "-m", "lsdc_utils.pipeline.runner"]
     environment = {**os.environ, "PYTHONPATH": str(project)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = subprocess.Popen(command, cwd=project, env=environment, **pipes)
     deadline = time.time() + 60
-    while last_lines(project / "outputs/demo/logs/06_report.log") != ["asleep"]:
+    while last_lines(project / "outputs/demo/logs/08_report.log") != ["asleep"]:
         assert time.time() < deadline, "the step did not start"
         time.sleep(0.2)
     return running
@@ -374,7 +374,7 @@ def test_after_a_kill_the_next_run_ends_what_is_left_and_goes_on(tiny_project: P
     running.kill()
     running.communicate()
     assert len(processes_in(tiny_project)) >= 3  # Snakemake, the step and its kernel live on
-    write_tiny_notebook(tiny_project, "06_report")
+    write_tiny_notebook(tiny_project, "08_report")
     done = run_all(tiny_project)
     assert done.returncode == 0, done.stderr
     assert "1 steps run" in done.stdout

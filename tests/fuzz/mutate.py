@@ -15,11 +15,11 @@ from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, write_frames, write_slice
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
-from pydicom.datadict import dictionary_VR
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from lsdc_utils.dicom.headers import WANTED, WANTED_TAGS
+from lsdc_utils.dicom.headers import WANTED_TAGS
 
 Random = np.random.Generator
 
@@ -151,7 +151,7 @@ def change_value(random: Random, content: bytes, _: list[bytes]) -> bytes:
     for _ in range(random.integers(1, 4)):
         tag = int(random.choice(WANTED_TAGS))
         vr = dictionary_VR(tag)
-        if tag == WANTED["TransferSyntaxUID"] or random.random() < 0.2:
+        if tag == tag_for_keyword("TransferSyntaxUID") or random.random() < 0.2:
             dataset.pop(tag, None)
         elif vr == "SQ":
             dataset.add(DataElement(tag, vr, [Dataset()] * int(random.integers(4))))

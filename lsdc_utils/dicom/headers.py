@@ -25,14 +25,9 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.uid import DeflatedExplicitVRLittleEndian as Deflated
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.valuerep import STR_VR
-from pydicom.values import converters
 
 BUFFER = 1 << 14  # bytes read at a time; most headers of a single image are shorter
 MAX_HEADER = 1 << 25  # bytes that are parsed; skipped elements do not count
@@ -56,15 +51,11 @@ WANTED_NAMES = """
     StudyInstanceUID TransferSyntaxUID
 """
 WANTED_TAGS = [tag_for_keyword(name) for name in WANTED_NAMES.split()]
-GROUPS = (  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single image has at the top
-    "MREchoSequence",
-    "MRModifierSequence",
-    "MRTimingAndRelatedParametersSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
-    "PlaneOrientationSequence",
-    "PlanePositionSequence",
-)
+GROUP_NAMES = """
+    MREchoSequence MRModifierSequence MRTimingAndRelatedParametersSequence PixelMeasuresSequence
+    PixelValueTransformationSequence PlaneOrientationSequence PlanePositionSequence
+"""
+GROUPS = GROUP_NAMES.split()  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single image has at the top
 
 
 class DicomError(ValueError):
@@ -232,12 +223,12 @@ def _read_header(file: BinaryIO, size: int) -> Header:
     stream = _Limited(file)
     meta = read_dataset(stream, False, True, stop_when=lambda tag, _, __: tag >> 16 != 2)
     syntax = text(meta, "TransferSyntaxUID")
-    if syntax == DeflatedExplicitVRLittleEndian:
+    if syntax == Deflated:
         content = _inflate(file.read(MAX_INFLATED))
         file, size = io.BytesIO(content), len(content)
         stream = _Limited(file)
-    elif not syntax:
-        syntax = _guess_syntax(file)
+    elif not syntax:  # pydicom recognises implicit VR by itself, but not the byte order
+        syntax = ExplicitVRBigEndian if file.peek(1)[:1] == b"\0" else ExplicitVRLittleEndian
     pixels = (None, 0, None)
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
@@ -252,22 +243,10 @@ def _read_header(file: BinaryIO, size: int) -> Header:
     return Header(dataset, syntax, file, size, *pixels)
 
 
-def _guess_syntax(file: BinaryIO) -> str:
-    """The uncompressed transfer syntax of a data set by its first tag; the file is left at its start."""
-    start = file.tell()
-    first = file.read(6)
-    file.seek(start)
-    if len(first) < 6 or first[4:6].decode("latin-1") not in converters:
-        return ImplicitVRLittleEndian
-    return ExplicitVRBigEndian if first[0] == 0 else ExplicitVRLittleEndian
-
-
 def _inflate(data: bytes) -> bytes:
-    """A deflated data set; of a truncated one what is there. DicomError where it exceeds MAX_INFLATED bytes."""
-    try:
+    """A deflated data set, or what there is of a truncated one; DicomError where it exceeds MAX_INFLATED bytes."""
+    with broken_file("broken deflated content"):
         inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_INFLATED + 1)
-    except zlib.error as error:
-        raise DicomError(f"has broken deflated content ({error}): copy it again from the archive") from None
     if len(inflated) > MAX_INFLATED:
         raise DicomError(f"inflates to more than {MAX_INFLATED >> 20} MB")
     return inflated

@@ -39,20 +39,12 @@ RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 FRAME_SECONDS = 3.0  # of processor time to decode one frame; usual ones take 5 to 30 ms
 WAIT_SECONDS = 30.0  # by the clock, on a machine so busy that its decoder hardly runs
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
-WORKER_MEMORY = 1 << 29  # bytes a worker may take beyond what it needs to start
+WORKER_MEMORY = 1 << 29  # bytes of data a worker may hold; it starts with 70 MB
 ANSWER = struct.Struct("<BL")  # how the worker's answer starts: its state, and the bytes that follow
-DONE, FAILED, EXHAUSTED = 0, 1, 2  # states; exhausted: failed and kept the memory, replace me
+DONE, FAILED, EXHAUSTED = 0, 1, 2  # states; exhausted: failed, and may have kept the memory that it took
 
-JPEG_FAMILY = {
-    uid.JPEGBaseline8Bit,
-    uid.JPEGExtended12Bit,
-    uid.JPEGLossless,
-    uid.JPEGLosslessSV1,
-    uid.JPEGLSLossless,
-    uid.JPEGLSNearLossless,
-    uid.JPEG2000Lossless,
-    uid.JPEG2000,
-}
+NATIVE = uid.UncompressedTransferSyntaxes  # deflated ones too: their pixels come inflated
+JPEG_FAMILY = {*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes}
 GREY = {"MONOCHROME1", "MONOCHROME2", ""}
 ITEM, SEQUENCE_END = 0xFFFEE000, 0xFFFEE0DD
 
@@ -86,7 +78,9 @@ class Layout:
 def read_layout(header: Header) -> Layout:
     """How a file's pixels are stored; DicomError where they are not a grey image, or one of an impossible size."""
     dataset = header.dataset
-    rows, columns = _dimension(header, "Rows"), _dimension(header, "Columns")
+    rows, columns = integer(dataset, "Rows") or 0, integer(dataset, "Columns") or 0
+    if rows < 1 or columns < 1:
+        raise DicomError(f"has Rows {rows} and Columns {columns}: it holds no image")
     if header.pixels_at is None:
         raise DicomError("has no pixel data, or a header that is broken before it: copy it again from the archive")
     if header.pixels_vr in ("OF", "OD"):
@@ -110,22 +104,13 @@ def read_layout(header: Header) -> Layout:
     return Layout(header.syntax, frames, rows, columns, allocated, stored, high, signed, inverse, words)
 
 
-def _dimension(header: Header, name: str) -> int:
-    value = integer(header.dataset, name)
-    if value is None:
-        raise DicomError(f"has no {name}: it holds no image")
-    if value < 1:
-        raise DicomError(f"has {name} {value}: its image is empty")
-    return value
-
-
 def check_lengths(header: Header, layout: Layout) -> None:
     """Find out whether the file holds all its pixels, without reading them; DicomError where it does not.
 
     A truncated file is recognised by its lengths: native pixels by the image's size, compressed ones by the lengths of
     their fragments.
     """
-    native = layout.syntax in uid.UncompressedTransferSyntaxes
+    native = layout.syntax in NATIVE
     if not native and layout.syntax != uid.RLELossless and layout.syntax not in JPEG_FAMILY:
         raise DicomError(f"is compressed in a way that cannot be read here: {uid.UID(layout.syntax).name[:60]!r}")
     if native == (header.pixels_length == UNDEFINED):
@@ -173,18 +158,18 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
 
     `check_lengths` must have passed.
     """
-    native = layout.syntax in uid.UncompressedTransferSyntaxes
-    stored = (_native_frames if native else _compressed_frames)(header, layout)
+    frames = (_native_frames if layout.syntax in NATIVE else _compressed_frames)(header, layout)
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
-            data = next(stored, None)
+            data = next(frames, None)
         if data is None:
             raise DicomError(_cut_short(f"{number} of {layout.frames} frames"))
-        yield _mask(_decode_safely(data, layout), layout)
-    with broken_file("broken pixel data"):
-        excess = next(stored, None)
-    if excess is not None:
-        raise DicomError(f"has more than the {layout.frames} frames that its header says")
+        if layout.syntax in JPEG_FAMILY:
+            values = _worker(os.getpid()).decode(data, layout)
+        else:
+            with broken_file("broken pixel data"):
+                values = decode(data, layout)
+        yield _mask(values, layout)
 
 
 def _native_frames(header: Header, layout: Layout) -> Iterator[bytes]:
@@ -201,14 +186,6 @@ def _compressed_frames(header: Header, layout: Layout) -> Iterator[bytes]:
     else:  # all fragments, whatever the offset table says
         _, *fragments = generate_fragments(header.stream)
         yield b"".join(fragments)
-
-
-def _decode_safely(data: bytes, layout: Layout) -> np.ndarray:
-    """`decode`, in the worker for the JPEG family; DicomError where the frame is broken."""
-    if layout.syntax in JPEG_FAMILY:
-        return _worker(os.getpid()).decode(data, layout)
-    with broken_file("RLE pixel data that is broken" if layout.syntax == uid.RLELossless else "broken pixel data"):
-        return decode(data, layout)
 
 
 def _mask(values: np.ndarray, layout: Layout) -> np.ndarray:
@@ -278,16 +255,21 @@ class Worker:
 
     def decode(self, data: bytes, layout: Layout) -> np.ndarray:
         """Values of one compressed frame, (rows, columns); DicomError where it is broken or takes too long."""
+        request = json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            request = json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data
             start = time.monotonic()
             try:
                 state, content = self._ask(request, layout.bytes, WAIT_SECONDS)
             except (OSError, struct.error):
-                ended = self.stop()
-                raise DicomError(f"has compressed pixels that {_why(ended, time.monotonic() - start)}") from None
+                signal_number, waited = -self.stop(), time.monotonic() - start
+                reason = "made the decoder crash"
+                if signal_number == signal.SIGPROF:
+                    reason = f"take more than {FRAME_SECONDS:g} s to decode"
+                elif waited >= WAIT_SECONDS:
+                    reason = f"took more than {WAIT_SECONDS:g} s to decode"
+                raise DicomError(f"has compressed pixels that {reason}") from None
             except BaseException:  # an interrupt leaves half an answer in the pipe
                 self.stop()
                 raise
@@ -312,13 +294,12 @@ class Worker:
             self._ask(b"", 0, START_SECONDS)  # it answers once when it is ready
         except (OSError, struct.error):
             self.stop()
-            raise DicomError(
-                "needs a decoder that does not start: run `python -m lsdc_utils.dicom.pixels` to see why"
-            ) from None
+            reason = "needs a decoder that does not start: run `python -m lsdc_utils.dicom.pixels` to see why"
+            raise DicomError(reason) from None
 
     def _ask(self, request: bytes, limit: int, seconds: float) -> tuple[int, bytes]:
-        """State and content of the answer; OSError or struct.error where the process ends first or is killed, which
-        happens after `seconds`."""
+        """State and content of the answer to a request. After `seconds` the process is killed; where it ends without
+        an answer, OSError or struct.error."""
         watchdog = threading.Timer(seconds, self._process.kill)
         watchdog.start()
         try:
@@ -326,11 +307,11 @@ class Worker:
             self._process.stdin.flush()
             state, size = ANSWER.unpack(self._process.stdout.read(ANSWER.size))
             content = self._process.stdout.read(min(size, limit + 4096))
-            if len(content) != size:
-                raise OSError("not a whole answer")
-            return state, content
         finally:
             watchdog.cancel()
+        if len(content) != size:
+            raise OSError("the answer is incomplete")
+        return state, content
 
     def stop(self) -> int:
         """End the process, whatever it is doing; its return code."""
@@ -342,15 +323,6 @@ class Worker:
         return process.returncode
 
 
-def _why(ended: int, seconds: float) -> str:
-    """Why a worker that ended with this return code gave no answer in so many seconds."""
-    if ended == -signal.SIGPROF:
-        return f"take more than {FRAME_SECONDS:g} s to decode"
-    if seconds >= WAIT_SECONDS:
-        return f"took more than {WAIT_SECONDS:g} s to decode"
-    return "made the decoder crash"
-
-
 @functools.lru_cache(maxsize=1)
 def _worker(process: int) -> Worker:
     """The worker of this process: one that was forked from another must not use the other's."""
@@ -359,12 +331,10 @@ def _worker(process: int) -> Worker:
 
 def serve() -> None:
     """Decode what comes in at the standard input until it closes: the worker's whole life."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints does not mix with answers
-    requests, used = sys.stdin.buffer, _memory()
-    if used:
-        resource.setrlimit(resource.RLIMIT_AS, (used + WORKER_MEMORY, used + WORKER_MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a decoder prints is not an answer
     answers.write(ANSWER.pack(DONE, 0))
     answers.flush()
     for line in requests:
@@ -375,20 +345,11 @@ def serve() -> None:
             content, state = decode(data, Layout(**request)).tobytes(), DONE
         except Exception as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # pydicom lists its plugins' errors
-            content, state = message.strip()[:120].encode(), FAILED
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            content, state = message.strip()[:120].encode(), EXHAUSTED if peak > WORKER_MEMORY // 2 else FAILED
         signal.setitimer(signal.ITIMER_PROF, 0)
-        if state == FAILED and _memory() > used + WORKER_MEMORY // 2:  # a decoder that fails may keep what it took
-            state = EXHAUSTED
         answers.write(ANSWER.pack(state, len(content)) + content)
         answers.flush()
-
-
-def _memory() -> int:
-    """Address space of this process in bytes; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        return 0
 
 
 if __name__ == "__main__":

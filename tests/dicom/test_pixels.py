@@ -100,7 +100,7 @@ def test_an_image_larger_than_its_header_says_gets_no_memory(worker: Worker) -> 
         worker.decode(huge, big)
     assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
     if Path("/proc").is_dir():
-        limit = psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS)[0]
+        limit = psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_DATA)[0]
         assert 0 < limit < 1 << 30
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
 
-from lsdc_utils.dicom import DicomError, headers, read_series, read_tags
+from lsdc_utils.dicom import DicomError, NotDicomError, headers, read_series, read_tags
 
 BIG = uid.ExplicitVRBigEndian
 
@@ -343,6 +343,61 @@ def test_broken_files_are_left_out(tmp_path: Path) -> None:
         read_series([tmp_path / "folder"])
     with pytest.raises(DicomError, match="No such file"):
         read_series([tmp_path / "gone"])
+
+
+def test_an_error_of_our_own_code_is_not_reported_as_the_file_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    for error in (NameError("a name of ours"), KeyError("x"), OSError("no space"), RecursionError(), MemoryError()):
+        with pytest.raises(type(error)) as raised, headers.opened(file) as header:
+            raise error
+        assert raised.value is error and header.stream.closed
+
+    def fail(*_: object) -> None:
+        raise NameError("a name of ours")
+
+    for name in ("read_layout", "frame_datasets", "_rescale"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lsdc_utils.dicom.series.{name}", fail)
+            with pytest.raises(NameError, match="of ours"):
+                read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotImplementedError("VR"), r"broken header \(NotImplementedError: VR\)"),
+        (RecursionError(), "nested too deeply"),
+        (MemoryError(), "more memory than there is"),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+        (OSError("No tag"), "broken header"),
+    ],
+)
+def test_an_error_of_parsing_is_the_file_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    monkeypatch.setattr("lsdc_utils.dicom.headers.read_dataset", fail)
+    for read in (read_tags, read_series):
+        with pytest.raises(DicomError, match=reason):
+            read(file if read is read_tags else tmp_path)
+
+
+def test_files_that_are_not_dicom_have_their_own_error(tmp_path: Path) -> None:
+    for name, content in (("empty", b""), ("text", b"no image"), ("zeros", bytes(500))):
+        (tmp_path / name).write_bytes(content)
+    for name in ("empty", "text", "zeros", "."):
+        with pytest.raises(NotDicomError):
+            read_tags(tmp_path / name)
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    file.write_bytes(file.read_bytes()[:136] + bytes(400))
+    with pytest.raises(DicomError) as raised:
+        read_series([file])
+    assert not isinstance(raised.value, NotDicomError)
 
 
 def test_data_sets_without_preamble(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Headers of DICOM files, read up to the pixels, from files that may be broken in any way.
 
 A broken or hostile file raises DicomError and nothing else, within limits of time and memory: reads, bytes and items of
-sequences are counted. pydicom's read_dataset parses; text and numbers are converted here. A header takes 0.10 ms that
-way; pydicom.dcmread with pydicom's own conversion takes 0.29 ms and has no limits.
+sequences are counted. pydicom's read_dataset parses; text and numbers are converted here. A header takes 0.13 ms that
+way; pydicom.dcmread with pydicom's own conversion takes 0.28 ms and has no limits.
 """
 
 from __future__ import annotations
@@ -204,9 +204,9 @@ class _Limited:
         self.reads_left -= 1
         self.bytes_left -= len(content)
         if self.reads_left < 0:
-            raise DicomError("has a header of more elements than any image has")
+            raise DicomError(f"has a header that takes more than {MAX_READS} reads, which no scanner's does")
         if self.bytes_left <= 0:
-            raise DicomError(f"has a header of more than {MAX_HEADER >> 20} MB, more than any image of a scanner has")
+            raise DicomError(f"has a header of more than {MAX_HEADER >> 20} MB, which no scanner writes")
         return content
 
 
@@ -313,10 +313,7 @@ def _items(dataset: Dataset, name: str) -> Sequence | list[Dataset]:
     if isinstance(element, RawDataElement):  # not parsed before
         content = element.value or b""
         if len(content) > MAX_SEQUENCE or sum(map(content.count, ITEMS)) > MAX_ITEMS:
-            raise DicomError(
-                f"has functional groups of more than {MAX_SEQUENCE >> 20} MB or {MAX_ITEMS} items, "
-                "more than any image of a scanner has"
-            )
+            raise DicomError(f"has functional groups of more than {MAX_SEQUENCE >> 20} MB or {MAX_ITEMS} items")
     with broken_file("broken functional groups"):
         value = dataset[tag].value
     return value if isinstance(value, Sequence) else []

@@ -158,7 +158,7 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
 
     `check_lengths` must have passed.
     """
-    frames = (_native_frames if layout.syntax in NATIVE else _compressed_frames)(header, layout)
+    frames = _stored_frames(header, layout)
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
             data = next(frames, None)
@@ -172,14 +172,12 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
         yield _mask(values, layout)
 
 
-def _native_frames(header: Header, layout: Layout) -> Iterator[bytes]:
-    """Uncompressed frames lie one after the other."""
-    for number in range(layout.frames):
-        yield read_bytes(header, header.pixels_at + number * layout.bytes, layout.bytes)
-
-
-def _compressed_frames(header: Header, layout: Layout) -> Iterator[bytes]:
-    """Compressed frames lie in one or more fragments each."""
+def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
+    """The bytes of each frame: native ones lie one after the other, compressed ones in one or more fragments each."""
+    if layout.syntax in NATIVE:
+        for number in range(layout.frames):
+            yield read_bytes(header, header.pixels_at + number * layout.bytes, layout.bytes)
+        return
     header.stream.seek(header.pixels_at)
     if layout.frames > 1:
         yield from generate_frames(header.stream, number_of_frames=layout.frames)
@@ -345,11 +343,16 @@ def serve() -> None:
             content, state = decode(data, Layout(**request)).tobytes(), DONE
         except Exception as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # pydicom lists its plugins' errors
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            content, state = message.strip()[:120].encode(), EXHAUSTED if peak > WORKER_MEMORY // 2 else FAILED
+            content, state = message.strip()[:120].encode(), EXHAUSTED if _data() > WORKER_MEMORY // 2 else FAILED
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(ANSWER.pack(state, len(content)) + content)
         answers.flush()
+
+
+def _data() -> int:
+    """Bytes of data that this process holds; 0 where the system does not say."""
+    sizes = Path("/proc/self/statm")
+    return int(sizes.read_text().split()[5]) * resource.getpagesize() if sizes.exists() else 0
 
 
 if __name__ == "__main__":

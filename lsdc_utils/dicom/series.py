@@ -1,9 +1,7 @@
-"""The one place that opens DICOM files: a folder becomes a `Series`, and pixels get their place in the patient.
+"""A folder of DICOM files as a `Series`: its images in order, with the place of each pixel in the patient.
 
-Only positions and orientations are trusted. Instance numbers run either way, have gaps, and start anywhere; slice
-thickness says nothing about the distance of slices. Coordinates are the patient's, LPS, in mm: x grows to the left,
-y to the back, z to the head. Pixel coordinates are x = column and y = row, 0 at the centre of the first pixel
-(DICOM PS3.3, C.7.6.2.1.1).
+Only positions and orientations are trusted. Instance numbers run either way, have gaps and start anywhere; slice
+thickness differs from the distance of slices. Patient and pixel coordinates are those of lsdc_utils.geometry.
 """
 
 from __future__ import annotations
@@ -65,8 +63,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one folder, by block and within it along the normal: sagittal from the patient's right to the left,
-    coronal from front to back, axial from head to foot. Blocks follow each other in the same direction."""
+    """The images of one folder, sorted by block, and within a block along the normal.
+
+    Sagittal ones run from the patient's right to the left, coronal ones from front to back, axial ones from head to
+    foot. Blocks follow each other in the same direction.
+    """
 
     folder: Path
     slices: tuple[Slice, ...]
@@ -84,11 +85,8 @@ class Series:
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
     def to_pixel(self, x: float, y: float, z: float) -> tuple[int, float, float, float]:
-        """The slice nearest to the patient point (x, y, z) in mm: its index in `slices`, the column and the row there,
-        and the distance of the point from the plane in mm, never negative.
-
-        Planes of tilted blocks cross each other far from what they image, so a point that lies outside an image
-        counts as that much farther away.
+        """The slice nearest to the patient point (x, y, z) in mm: its index in `slices`, column, row, and the distance
+        of the point from the plane in mm, never negative. Nearest is meant by geometry.image_distances.
         """
         affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
         shapes = np.array([image.shape for image in self.slices])
@@ -103,15 +101,15 @@ class Series:
 
 
 def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Series:
-    """Read the files of one series, its images sorted by where they lie (`Series` says how).
+    """Read one series, its images sorted by where they lie in the patient.
 
-    source: the folder that holds the series and nothing else, or its files, wherever they lie.
-    pixels: False reads the headers alone, some times faster; `Series.pixels` is None then. Files without their pixels
-    are found out all the same, by the lengths in them.
-    Pixels come rescaled where the header says so (float32) and as stored otherwise; MONOCHROME1 is inverted, so that
-    more signal is always a higher value. A file that cannot be used is left out and listed in `skipped`, as is one that
-    is the same image as another; a file that lacks an orientation or a spacing on which all others agree is given
-    theirs and listed in `repaired`. Where a file has several frames, the images of the series are numbered 1, 2, ...
+    source: the folder that holds the series and nothing else, or its files.
+    pixels: False reads the headers alone, about five times faster; `Series.pixels` is None then. Truncated files are
+    recognised all the same, by the lengths in them.
+    Pixels are rescaled where the header says so (float32), and as stored otherwise; MONOCHROME1 is inverted, so that
+    more signal is always a higher value. `skipped` lists files that cannot be used or repeat another one's image.
+    `repaired` lists files that lack an orientation or a spacing and got those on which all others agree. Where a file
+    has several frames, the images of the series are numbered 1, 2, ...
     Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
     names its slice by that number would be ambiguous.
     """
@@ -136,15 +134,15 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
 
 
 def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are no images."""
+    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are ignored."""
     if not isinstance(source, str | Path):
         files = [Path(file) for file in source]
         if not files:
-            raise DicomError("a series of no files")
+            raise DicomError("a series needs at least one file")
         return files[0].parent, files
     folder = Path(source)
     if not os.path.isdir(folder):  # where pathlib's raises for a folder that is closed
-        raise DicomError(f"series {folder}: there is no such folder")
+        raise DicomError(f"series {folder}: no such folder")
     try:
         files = [file for file in folder.iterdir() if not file.name.startswith(".") and not os.path.isdir(file)]
     except OSError as error:
@@ -280,7 +278,7 @@ def _common(values: list[list[float] | None], tolerance: float) -> list[float] |
 
 
 def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note]) -> list[_Image]:
-    """Leave out images that are the same as an earlier one; DicomError where different ones have the same number."""
+    """Images without those that repeat an earlier one; DicomError where different ones have the same number."""
     renumber = any(image.frames > 1 for image in images)
     first: dict[tuple[int, int], _Image] = {}
     kept = []

@@ -432,7 +432,7 @@ def test_headers_that_would_never_end(tmp_path: Path, monkeypatch: pytest.Monkey
     groups = b"\0\x52\x30\x92SQ\0\0" + len(items).to_bytes(4, "little") + items
     assert "or 20000 items" in reason(head + groups)
     monkeypatch.setattr("lsdc_utils.dicom.headers.MAX_READS", 1000)
-    assert "more elements" in reason(head + sequence + item + b"\x40\0\x76\x02LO\0\0" * 2000)
+    assert "more than 1000 reads" in reason(head + sequence + item + b"\x40\0\x76\x02LO\0\0" * 2000)
     assert reason(head + sequence + items)
 
 

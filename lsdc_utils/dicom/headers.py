@@ -177,7 +177,9 @@ def broken_file(fault: str) -> Iterator[None]:
     except BaseException as error:  # pydicom raises anything; a panic of the RLE decoder is not an Exception
         if isinstance(error, OSError) and error.errno:  # the system's, not pydicom's
             raise DicomError(f"cannot be read: {error.strerror}") from None
-        message = (str(error).strip() or "no message").splitlines()[-1].strip()[:120]
+        message = (
+            (str(error).strip() or "no message").splitlines()[-1].strip()[:120]
+        )  # pydicom lists its plugins' errors
         raise DicomError(f"has {fault} ({type(error).__name__}: {message}): copy it again from the archive") from None
 
 

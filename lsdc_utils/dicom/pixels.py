@@ -164,12 +164,8 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
             data = next(frames, None)
         if data is None:
             raise DicomError(_cut_short(f"{number} of {layout.frames} frames"))
-        if layout.syntax in JPEG_FAMILY:
-            values = _worker(os.getpid()).decode(data, layout)
-        else:
-            with broken_file("broken pixel data"):
-                values = decode(data, layout)
-        yield _mask(values, layout)
+        in_worker = layout.syntax in JPEG_FAMILY
+        yield _mask(_worker(os.getpid()).decode(data, layout) if in_worker else decode(data, layout), layout)
 
 
 def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
@@ -199,22 +195,23 @@ def _mask(values: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def decode(data: bytes, layout: Layout) -> np.ndarray:
-    """The values of one frame, (rows, columns) of `layout.dtype`; any exception where it is broken."""
-    shape, fast = (layout.rows, layout.columns), ""
+    """The values of one frame, (rows, columns) of `layout.dtype`; DicomError where it is broken."""
+    shape, plugin = (layout.rows, layout.columns), ""
     if layout.syntax == uid.RLELossless:
-        content = decode_frame(data, layout.rows * layout.columns, layout.allocated, "<")
+        with broken_file("broken pixel data"):
+            content = decode_frame(data, layout.rows * layout.columns, layout.allocated, "<")
         return np.frombuffer(content, layout.dtype.newbyteorder("<")).astype(layout.dtype, copy=False).reshape(shape)
     if layout.syntax in JPEG_FAMILY:
-        claimed = _claimed_shape(data)
+        with broken_file("broken pixel data"):
+            claimed = _claimed_shape(data)
         if claimed != shape:
-            raise ValueError(f"an image of {claimed[0]} x {claimed[1]} pixels")
+            raise DicomError(f"has an image of {claimed[0]} x {claimed[1]} pixels where its header says otherwise")
         data = encapsulate([data], has_bot=False)
-        fast = "pyjpegls" if layout.syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"  # four times as fast
-    values, _ = get_decoder(uid.UID(layout.syntax)).as_array(
-        data,
+        plugin = "pyjpegls" if layout.syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"  # four times as fast
+    options = dict(
         raw=True,
         correct_unused_bits=False,  # `_mask` does, wherever they are
-        decoding_plugin=fast,
+        decoding_plugin=plugin,
         rows=layout.rows,
         columns=layout.columns,
         number_of_frames=1,
@@ -226,6 +223,8 @@ def decode(data: bytes, layout: Layout) -> np.ndarray:
         pixel_keyword="PixelData",
         pixel_vr="OW" if layout.words else "OB",
     )
+    with broken_file("broken pixel data"):
+        values, _ = get_decoder(uid.UID(layout.syntax)).as_array(data, **options)
     return values.astype(layout.dtype, copy=False)
 
 
@@ -274,8 +273,7 @@ class Worker:
             if state == EXHAUSTED:
                 self.stop()
         if state != DONE:
-            reason = content.decode("utf-8", "replace")
-            raise DicomError(f"has compressed pixels that cannot be decoded ({reason}): copy it again from the archive")
+            raise DicomError(content.decode("utf-8", "replace"))
         return np.frombuffer(bytearray(content), layout.dtype).reshape(layout.rows, layout.columns)
 
     def _start(self) -> None:
@@ -341,9 +339,8 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, FRAME_SECONDS)  # ends the process
         try:
             content, state = decode(data, Layout(**request)).tobytes(), DONE
-        except Exception as error:
-            message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # pydicom lists its plugins' errors
-            content, state = message.strip()[:120].encode(), EXHAUSTED if _data() > WORKER_MEMORY // 2 else FAILED
+        except DicomError as error:
+            content, state = str(error).encode(), EXHAUSTED if _data() > WORKER_MEMORY // 2 else FAILED
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(ANSWER.pack(state, len(content)) + content)
         answers.flush()

@@ -116,10 +116,6 @@ def read_tags(file: str | Path) -> Tags:
     with opened(file) as header:
         dataset = header.dataset
         datasets = frame_datasets(dataset, 0)
-        orientation, position = (
-            frame_numbers(datasets, name, n)
-            for name, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3))
-        )
         return Tags(
             file=Path(file),
             study_uid=text(dataset, "StudyInstanceUID"),
@@ -130,8 +126,8 @@ def read_tags(file: str | Path) -> Tags:
             description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),
             image_type=_words(dataset, "ImageType"),
             sequence=_words(dataset, "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast"),
-            orientation=tuple(orientation) if orientation else None,
-            position=tuple(position) if position else None,
+            orientation=tuple(frame_numbers(datasets, "ImageOrientationPatient", 6) or ()) or None,
+            position=tuple(frame_numbers(datasets, "ImagePositionPatient", 3) or ()) or None,
             echo_time=_first_number(datasets, "EchoTime", "EffectiveEchoTime"),
             repetition_time=_first_number(datasets, "RepetitionTime"),
             inversion_time=_first_number(datasets, "InversionTime", "InversionTimes"),
@@ -160,9 +156,9 @@ def opened(file: str | Path) -> Iterator[Header]:
 
 @contextmanager
 def broken_file(fault: str) -> Iterator[None]:
-    """Turn every error that a broken file causes in the with-body into a DicomError: it has `fault`.
+    """Turn every error in the with-body into a DicomError that says the file has `fault`.
 
-    Only reading and parsing belong in the body, since an error of this package would be reported as the file's.
+    Only reading and parsing belong in the body; a programming error there would be reported as the file's.
     """
     try:
         with warnings.catch_warnings():  # pydicom warns of odd values in headers by the thousand
@@ -177,9 +173,8 @@ def broken_file(fault: str) -> Iterator[None]:
     except BaseException as error:  # pydicom raises anything; a panic of the RLE decoder is not an Exception
         if isinstance(error, OSError) and error.errno:  # the system's, not pydicom's
             raise DicomError(f"cannot be read: {error.strerror}") from None
-        message = (
-            (str(error).strip() or "no message").splitlines()[-1].strip()[:120]
-        )  # pydicom lists its plugins' errors
+        lines = (str(error).strip() or "no message").splitlines()
+        message = lines[-1].strip()[:120]  # the last, since pydicom lists the errors of its plugins
         raise DicomError(f"has {fault} ({type(error).__name__}: {message}): copy it again from the archive") from None
 
 
@@ -189,7 +184,7 @@ def read_bytes(header: Header, start: int, length: int) -> bytes:
         header.stream.seek(start)
         content = header.stream.read(length)
     if len(content) != length:
-        raise DicomError(f"is cut short at byte {start + len(content)}: copy it again from the archive")
+        raise DicomError(f"is truncated at byte {start + len(content)}: copy it again from the archive")
     return content
 
 

@@ -37,7 +37,7 @@ MAX_FRAGMENTS = 1 << 16
 RLE_EXPANDS = 64  # two bytes of RLE become 128 at most
 
 FRAME_SECONDS = 3.0  # of processor time to decode one frame; usual ones take 5 to 30 ms
-WAIT_SECONDS = 30.0  # by the clock, on a machine so busy that its decoder hardly runs
+WAIT_SECONDS = 30.0  # by the clock, for a busy machine
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
 WORKER_MEMORY = 1 << 29  # bytes of data a worker may hold; it starts with 70 MB
 ANSWER = struct.Struct("<BL")  # how the worker's answer starts: its state, and the bytes that follow
@@ -105,25 +105,25 @@ def read_layout(header: Header) -> Layout:
 
 
 def check_lengths(header: Header, layout: Layout) -> None:
-    """Find out whether the file holds all its pixels, without reading them; DicomError where it does not.
+    """Check that the file holds all its pixels, without reading them; DicomError where it does not.
 
     A truncated file is recognised by its lengths: native pixels by the image's size, compressed ones by the lengths of
     their fragments.
     """
     native = layout.syntax in NATIVE
     if not native and layout.syntax != uid.RLELossless and layout.syntax not in JPEG_FAMILY:
-        raise DicomError(f"is compressed in a way that cannot be read here: {uid.UID(layout.syntax).name[:60]!r}")
+        raise DicomError(f"has a compression that cannot be read here: {uid.UID(layout.syntax).name[:60]!r}")
     if native == (header.pixels_length == UNDEFINED):
         claim, fact = ("not compressed", "are") if native else ("compressed", "are not")
-        raise DicomError(f"says that its pixels are {claim}, but they {fact} stored so: export it again")
+        raise DicomError(f"has a header that says its pixels are {claim}, but they {fact}: export it again")
     if native:
         there, expected = min(header.pixels_length, header.size - header.pixels_at), layout.bytes * layout.frames
         if there < expected:
-            raise DicomError(_cut_short(f"{there} of {expected} bytes of pixels"))
+            raise DicomError(_truncated(f"{there} of {expected} bytes of pixels"))
         return
     lengths = _fragment_lengths(header)
     if len(lengths) < layout.frames:
-        raise DicomError(_cut_short(f"{len(lengths)} of {layout.frames} frames"))
+        raise DicomError(_truncated(f"{len(lengths)} of {layout.frames} frames"))
     if layout.syntax == uid.RLELossless and sum(lengths) * RLE_EXPANDS < layout.bytes * layout.frames:
         raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
@@ -139,7 +139,7 @@ def _fragment_lengths(header: Header) -> list[int]:
             raise DicomError("has compressed pixel data of broken structure: copy it again from the archive")
         at += 8
         if at + length > header.size:
-            raise DicomError(_cut_short(f"{header.size - at} of {length} bytes of compressed pixels"))
+            raise DicomError(_truncated(f"{header.size - at} of {length} bytes of compressed pixels"))
         if len(lengths) > MAX_FRAGMENTS:
             raise DicomError(f"has pixel data of more than {MAX_FRAGMENTS} pieces")
         lengths.append(length)
@@ -149,8 +149,8 @@ def _fragment_lengths(header: Header) -> list[int]:
     return lengths[1:]
 
 
-def _cut_short(what: str) -> str:
-    return f"is cut short, with {what} present: copy it again from the archive"
+def _truncated(what: str) -> str:
+    return f"is truncated, with {what} present: copy it again from the archive"
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
@@ -163,7 +163,7 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
-            raise DicomError(_cut_short(f"{number} of {layout.frames} frames"))
+            raise DicomError(_truncated(f"{number} of {layout.frames} frames"))
         in_worker = layout.syntax in JPEG_FAMILY
         yield _mask(_worker(os.getpid()).decode(data, layout) if in_worker else decode(data, layout), layout)
 
@@ -183,7 +183,7 @@ def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
 
 
 def _mask(values: np.ndarray, layout: Layout) -> np.ndarray:
-    """Values without the bits that do not belong to them, whatever these hold; MONOCHROME1 inverted."""
+    """Values with their unused bits cleared, wherever these are, and MONOCHROME1 inverted."""
     high = layout.stored - 1 if layout.syntax in JPEG_FAMILY else layout.high  # these decoders move the values down
     unused = layout.allocated - layout.stored
     if unused:

@@ -1,4 +1,4 @@
-"""Tests of the process that decodes the JPEG family: it may crash, hang or want too much, and the reader goes on."""
+"""Tests of the process that decodes the JPEG family: the reader survives its crashes, hangs and memory errors."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def _decode_in_child(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_processes_of_a_pool_have_workers_of_their_own(tmp_path: Path, method: str) -> None:
     write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), pixels=RAMP, syntax=LAYOUT.syntax, encoded=[LOSSLESS_RAMP])
-    mine = _decode_in_child(tmp_path)
+    parent = _decode_in_child(tmp_path)
     with multiprocessing.get_context(method).Pool(1) as pool:
-        theirs = pool.apply(_decode_in_child, (tmp_path,))
-    assert mine[0] == theirs[0] == RAMP[-1, -1]
-    assert mine[1] != theirs[1] and _decode_in_child(tmp_path) == mine
+        child = pool.apply(_decode_in_child, (tmp_path,))
+    assert parent[0] == child[0] == RAMP[-1, -1]
+    assert parent[1] != child[1] and _decode_in_child(tmp_path) == parent

@@ -239,14 +239,14 @@ def test_mixed_shapes_stay_as_they_are(tmp_path: Path) -> None:
         ({"Rows": 0}, "has Rows 0 and Columns 8: it holds no image"),
         ({"Rows": 60000, "Columns": 60000}, "which no scanner makes"),
         ({"Rows": 4000, "Columns": 4000}, "too short for its image"),
-        ({"Rows": 4000, "Columns": 4000, "rle": False}, "is cut short, with 96 of 32000000 bytes"),
+        ({"Rows": 4000, "Columns": 4000, "rle": False}, "is truncated, with 96 of 32000000 bytes"),
         ({"drop": ("PixelData",)}, "has no pixel data"),
         ({"spacing": (0.0, 1.0)}, "PixelSpacing"),
         ({"orientation": ((1.0, 0.0, 0.0), (1.0, 0.0, 0.0))}, "not two directions at right angles"),
         ({"ImagePositionPatient": None}, "ImagePositionPatient"),
         ({"ImagePositionPatient": [1e5, 0, 0]}, "far outside of any scanner"),
         ({"ImagePositionPatient": [1, 2]}, "where 3 finite numbers are expected"),
-        ({"NumberOfFrames": 5}, "is cut short, with 1 of 5 frames"),
+        ({"NumberOfFrames": 5}, "is truncated, with 1 of 5 frames"),
         ({"NumberOfFrames": 10**9}, "which no scanner makes"),
         ({"SamplesPerPixel": 3}, "colour"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
@@ -273,7 +273,9 @@ def test_a_header_that_is_wrong_about_compression(tmp_path: Path, rle: bool) -> 
     syntaxes = [f"{syntax}\0".encode() for syntax in (uid.RLELossless, uid.ExplicitVRLittleEndian)]
     file.write_bytes(file.read_bytes().replace(*syntaxes[:: 1 if rle else -1]))
     for pixels in (True, False):
-        with pytest.raises(DicomError, match="but they are stored so" if rle else "but they are not stored so"):
+        with pytest.raises(
+            DicomError, match="not compressed, but they are:" if rle else "compressed, but they are not:"
+        ):
             read_series(tmp_path, pixels)
 
 
@@ -337,7 +339,7 @@ def test_broken_files_are_left_out(tmp_path: Path) -> None:
         series = read_series(tmp_path, pixels)
         assert [image.file for image in series.slices] == [good]
         reasons = {file.name: reason for file, reason in series.skipped}
-        assert reasons["2.dcm"].startswith("is cut short") and reasons["3.dcm"] == "is empty"
+        assert reasons["2.dcm"].startswith("is truncated") and reasons["3.dcm"] == "is empty"
         assert reasons["notes.txt"] == "is not a DICOM file" and "4.dcm" in reasons
     with pytest.raises(DicomError, match="is not a regular file"):
         read_series([tmp_path / "folder"])

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Files that are complete or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path` (made if need be); on success it replaces `path`."""
+    """A temporary path in the folder of `path`, which is created; it replaces `path` unless the with-body raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, since writers such as pandas and numpy choose a format by it.
@@ -41,11 +41,21 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with a word where files differ from it; `unknown` where it is no checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this source tree, marked 'with changes' if files differ from it.
+
+    `unknown` where the tree is not a git checkout of its own, such as an unpacked archive within another repository.
+    """
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return "unknown"
+        changes = " with changes" if git("status", "--porcelain", "-uno") else ""
+        return git("rev-parse", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{head}{' with changes' if changed.stdout.strip() else ''}"

@@ -1,4 +1,4 @@
-"""Patient millimetres and pixels: the one place where one becomes the other.
+"""Conversion between patient millimetres and pixels.
 
 Coordinates are LPS millimetres: x grows to the patient's left, y to posterior, z to the head. An affine (4, 4) of a
 slice maps (x = column, y = row, ., 1) to them, 0 at the centre of the first pixel (DICOM PS3.3, C.7.6.2.1.1); its third

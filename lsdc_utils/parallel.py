@@ -1,4 +1,4 @@
-"""Work that is shared among processes, its answers in the order of the items."""
+"""Run a function over many items in several processes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use: those of its job, where it has only some of a machine's."""
+    """Processor cores that this process may use, which on a cluster are those of its job."""
     return len(os.sched_getaffinity(0))
 
 
 def each(
     function: Callable, items: Sequence, workers: int, few: int, chunk: int = 1, begin: Callable | None = None
 ) -> Iterator[Any]:
-    """`function` of every item, in their order, by `workers` processes where there are at least `few` items.
+    """The results of `function` for every item, in the order of the items.
 
-    Fewer are done sooner than processes start. A process takes `chunk` items at a time and calls `begin` first. Above
-    one worker a script needs Python's `if __name__ == "__main__"`.
+    `workers` processes share the items where there are at least `few`; fewer are done sooner than processes start. A
+    process takes `chunk` items at a time and calls `begin` first. With several workers a script needs Python's
+    `if __name__ == "__main__"`.
     """
     if workers <= 1 or len(items) < few:
         yield from map(function, items)

@@ -1,4 +1,4 @@
-"""The words of the task, each written once: conditions, levels, severities, series types, condition groups, row ids.
+"""The vocabulary of the task: conditions, levels, severities, series types, condition groups, row ids.
 
 Orders matter here. `COLUMNS` is the order of the competition's `train.csv`; `SEVERITIES` is the order of the severity
 classes 0, 1, 2 and of the three probability columns of every prediction table.
@@ -78,7 +78,7 @@ def row_id(study_id: int | str, condition: str, level: str) -> str:
 
 
 def parse_row_id(row: str) -> tuple[str, str, str]:
-    """Study id, condition and level of a row id; ValueError where it is none."""
+    """Study id, condition and level of a row id; ValueError for any other string."""
     study, _, column = row.partition("_")
     for condition in CONDITIONS:
         level = column.removeprefix(f"{condition}_")
@@ -101,10 +101,10 @@ def mirrored(condition: str) -> str:
 
 
 def level_from_name(name: str) -> str:
-    """`L4/L5`, as the competition's tables write it, to `l4_l5`; ValueError where it is none of the five levels."""
+    """`L4/L5`, as the competition's tables write it, to `l4_l5`; ValueError for any other name."""
     return LEVELS[LEVEL_NAMES.index(name)]
 
 
 def severity_from_name(name: str) -> int:
-    """`Normal/Mild`, `Moderate`, `Severe` to 0, 1, 2; ValueError where it is none of these."""
+    """`Normal/Mild`, `Moderate`, `Severe` to 0, 1, 2; ValueError for any other name."""
     return SEVERITY_NAMES.index(name)

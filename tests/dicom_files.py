@@ -83,7 +83,7 @@ def write_slice(
     dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     dataset["PixelData"].VR = "OW"
     if encoded is not None:
-        dataset.PixelData = encapsulate(encoded)
+        dataset.PixelData = encapsulate(encoded, has_bot=False)
         dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
     elif syntax in ENCODERS:
         dataset.compress(syntax, generate_instance_uid=False, **ENCODERS[syntax])

@@ -1,9 +1,7 @@
-"""The one place that opens DICOM files: a folder becomes a `Series`, and pixels get their place in the patient.
+"""A folder of DICOM files as a `Series`: its images in order, with the place of each pixel in the patient.
 
-Only positions and orientations are trusted. Instance numbers run either way, have gaps, and start anywhere; slice
-thickness says nothing about the distance of slices. Coordinates are the patient's, LPS, in mm: x grows to the left,
-y to the back, z to the head. Pixel coordinates are x = column and y = row, 0 at the centre of the first pixel
-(DICOM PS3.3, C.7.6.2.1.1).
+Only positions and orientations are trusted. Instance numbers run either way, have gaps and start anywhere; slice
+thickness differs from the distance of slices. Patient and pixel coordinates are those of lsdc_utils.geometry.
 """
 
 from __future__ import annotations
@@ -13,14 +11,15 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
 
 from lsdc_utils import geometry
-from lsdc_utils.dicom.headers import DicomError, find, frame_groups, opened, text, whole
-from lsdc_utils.dicom.pixels import decode, locate, read_layout
+from lsdc_utils.dicom.headers import DicomError, frame_datasets, frame_numbers, integer, opened, text
+from lsdc_utils.dicom.pixels import check_lengths, read_frames, read_layout
 
 ORDER = {  # plane -> patient direction in which its slices are sorted
     "sagittal": (1.0, 0.0, 0.0),  # from the patient's right to the left
@@ -61,16 +60,14 @@ class Slice:
         rows, columns = self.shape
         return (self.affine @ ((columns - 1) / 2, (rows - 1) / 2, 0.0, 1.0))[:3]
 
-    @property
-    def position(self) -> float:
-        """Distance in mm of the plane from the patient's origin, along its normal."""
-        return float(self.affine[:3, 2] @ self.affine[:3, 3])
-
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one folder, by block and within it along the normal: sagittal from the patient's right to the left,
-    coronal from front to back, axial from head to foot. Blocks follow each other in the same direction."""
+    """The images of one folder, sorted by block, and within a block along the normal.
+
+    Sagittal ones run from the patient's right to the left, coronal ones from front to back, axial ones from head to
+    foot. Blocks follow each other in the same direction.
+    """
 
     folder: Path
     slices: tuple[Slice, ...]
@@ -88,11 +85,8 @@ class Series:
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
     def to_pixel(self, x: float, y: float, z: float) -> tuple[int, float, float, float]:
-        """The slice nearest to the patient point (x, y, z) in mm: its index in `slices`, the column and the row there,
-        and the distance of the point from the plane in mm, never negative.
-
-        Planes of tilted blocks cross each other far from what they image, so a point that lies outside an image
-        counts as that much farther away.
+        """The slice nearest to the patient point (x, y, z) in mm: its index in `slices`, column, row, and the distance
+        of the point from the plane in mm, never negative. Nearest is meant by geometry.image_distances.
         """
         affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
         shapes = np.array([image.shape for image in self.slices])
@@ -101,50 +95,54 @@ class Series:
         return nearest, float(column), float(row), float(abs(off))
 
     def steps(self) -> np.ndarray:
-        """Distances in mm between neighbouring slices of one block, from positions; (number of slices - blocks,)."""
-        pairs = zip(self.slices, self.slices[1:], strict=False)
-        return np.array([abs(b.position - a.position) for a, b in pairs if a.block == b.block])
+        """Distances in mm along the normal of neighbouring slices of one block; (number of slices - blocks,)."""
+        pairs = [(a.affine, b.affine) for a, b in pairwise(self.slices) if a.block == b.block]
+        return np.array([abs(a[:3, 2] @ (b[:3, 3] - a[:3, 3])) for a, b in pairs])
 
 
 def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Series:
-    """Read the files of one series, its images sorted by where they lie (`Series` says how).
+    """Read one series, its images sorted by where they lie in the patient.
 
-    source: the folder that holds the series and nothing else, or its files, wherever they lie.
-    pixels: False reads the headers alone, some times faster; `Series.pixels` is None then. Files without their pixels
-    are found out all the same, by the lengths in them.
-    Pixels come rescaled where the header says so (float32) and as stored otherwise; MONOCHROME1 is inverted, so that
-    more signal is always a higher value. A file that cannot be used is left out and listed in `skipped`, as is one that
-    is the same image as another; a file that lacks an orientation or a spacing on which all others agree is given
-    theirs and listed in `repaired`. Where a file has several frames, the images of the series are numbered 1, 2, ...
+    source: the folder that holds the series and nothing else, or its files.
+    pixels: False reads the headers alone, about five times faster; `Series.pixels` is None then. Truncated files are
+    recognised all the same, by the lengths in them.
+    Pixels are rescaled where the header says so (float32), and as stored otherwise; MONOCHROME1 is inverted, so that
+    more signal is always a higher value. `skipped` lists files that cannot be used or repeat another one's image.
+    `repaired` lists files that lack an orientation or a spacing and got those on which all others agree. Where a file
+    has several frames, the images of the series are numbered 1, 2, ...
     Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
     names its slice by that number would be ambiguous.
     """
     folder, files = _files(source)
-    drafts, skipped = _read_files(folder, files, pixels)
-    drafts, repaired = _repair(drafts, skipped)
-    drafts = _without_duplicates(folder, drafts, skipped)
-    if not drafts:
+    images, skipped = _read_files(folder, files, pixels)
+    images, repaired = _repair(images, skipped)
+    images = _without_duplicates(folder, images, skipped)
+    if not images:
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in skipped[:3]) or "the folder is empty"
         raise DicomError(f"series {folder}: no file can be used ({reasons})")
-    slices, images = _slices(drafts), [image for draft in drafts for image in draft.pixels]
-    plane = _plane(slices)
+    renumber = any(image.frames > 1 for image in images)
+    slices = [
+        Slice(image.file, image.frame, n if renumber else image.number, _affine(image), image.shape, 0)
+        for n, image in enumerate(images, 1)
+    ]
+    planes = [geometry.plane_of(image.affine[:3, 2]) for image in slices]
+    plane = max(ORDER, key=planes.count)
     order = [(i, block) for block, members in enumerate(_blocks(slices, np.array(ORDER[plane]))) for i in members]
     ordered = tuple(dataclasses.replace(slices[i], block=block) for i, block in order)
-    return Series(
-        folder, ordered, [images[i] for i, _ in order] if pixels else None, tuple(skipped), plane, tuple(repaired)
-    )
+    kept = [images[i].pixels for i, _ in order] if pixels else None
+    return Series(folder, ordered, kept, _unique(skipped), plane, _unique(repaired))
 
 
 def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are no images."""
+    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are ignored."""
     if not isinstance(source, str | Path):
         files = [Path(file) for file in source]
         if not files:
-            raise DicomError("a series of no files")
+            raise DicomError("a series needs at least one file")
         return files[0].parent, files
     folder = Path(source)
     if not os.path.isdir(folder):  # where pathlib's raises for a folder that is closed
-        raise DicomError(f"series {folder}: there is no such folder")
+        raise DicomError(f"series {folder}: no such folder")
     try:
         files = [file for file in folder.iterdir() if not file.name.startswith(".") and not os.path.isdir(file)]
     except OSError as error:
@@ -153,74 +151,70 @@ def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """What a header says of the place of an image; None where it is silent."""
-
-    position: list[float]
-    orientation: list[float] | None
-    spacing: list[float] | None
-    shape: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """One file, before it is seen together with the others."""
+class _Image:
+    """One image before its series is seen as a whole."""
 
     file: Path
+    frame: int  # of a multi-frame file; 0 otherwise
+    frames: int  # of the file
     number: int  # of the instance
     uid: str  # SOPInstanceUID
-    frames: list[_Frame]
-    pixels: list[np.ndarray]  # one a frame; empty where only headers are read
+    shape: tuple[int, int]  # rows, columns
+    position: list[float]
+    orientation: list[float] | None  # direction of growing columns, then of growing rows; None where missing
+    spacing: list[float] | None  # distance of rows, then of columns; None where missing
+    pixels: np.ndarray | None  # None where only headers are read
 
 
-def _read_file(file: Path, pixels: bool) -> _Draft:
-    """One file's frames and, if asked for, their pixels; DicomError where it cannot be used."""
-    with opened(file, pixels) as header:
-        dataset = header.dataset
-        layout = read_layout(header)
-        places = locate(header, layout)
-        groups = [frame_groups(dataset, k) for k in range(layout.frames)]
-        frames = [_frame(place, (layout.rows, layout.columns)) for place in groups]
-        images = []
-        for fragments, place in zip(places, groups, strict=True) if pixels else ():
-            images.append(_rescale(decode(header, layout, fragments), place))
-        return _Draft(file, _instance_number(file, dataset), text(dataset, "SOPInstanceUID"), frames, images)
-
-
-def _read_files(folder: Path, files: list[Path], pixels: bool) -> tuple[list[_Draft], list[Note]]:
-    """What can be read of the files, and the others with the reason; DicomError where memory would not hold it."""
-    drafts, skipped = [], []
-    room = MAX_SERIES
+def _read_files(folder: Path, files: list[Path], pixels: bool) -> tuple[list[_Image], list[Note]]:
+    """The images that can be read, and the other files with the reason; DicomError where memory would not hold them."""
+    images, skipped = [], []
     for file in files:
         try:
-            draft = _read_file(file, pixels)
+            images += _read_file(file, pixels)
         except DicomError as error:
             skipped.append((file, str(error)))
-            continue
-        drafts.append(draft)
-        room -= sum(image.size for image in draft.pixels)
-        if room < 0:
+        if pixels and sum(image.pixels.size for image in images) > MAX_SERIES:
             raise DicomError(f"series {folder}: holds more pixels than any of a spine; is it several series in one?")
-    return drafts, skipped
+    return images, skipped
+
+
+def _read_file(file: Path, pixels: bool) -> list[_Image]:
+    """One file's images with their pixels, if asked for; DicomError where it cannot be used."""
+    with opened(file) as header:
+        layout = read_layout(header)
+        check_lengths(header, layout)
+        number, uid = _instance_number(file, header.dataset), text(header.dataset, "SOPInstanceUID")
+        datasets = [frame_datasets(header.dataset, frame) for frame in range(layout.frames)]
+        places = [_place(of_frame) for of_frame in datasets]
+        values = [None] * layout.frames
+        if pixels:
+            frames = zip(read_frames(header, layout), datasets, strict=True)
+            values = [_rescale(stored, of_frame) for stored, of_frame in frames]
+    shape = layout.rows, layout.columns
+    return [
+        _Image(file, frame, layout.frames, number, uid, shape, *places[frame], values[frame])
+        for frame in range(layout.frames)
+    ]
 
 
 def _instance_number(file: Path, dataset: Dataset) -> int:
     """The instance number of a file, or else the number that is its name."""
-    number = whole(dataset, "InstanceNumber")
+    number = integer(dataset, "InstanceNumber")
     if number is None and file.stem.isdecimal():
         number = int(file.stem)
     if number is None:
-        raise DicomError("has no InstanceNumber, and its name is no number either: labels cannot name it")
+        raise DicomError("has no InstanceNumber, and its name is not a number either: labels cannot name it")
     if abs(number) >= 2**31:
         raise DicomError(f"has InstanceNumber {number}, which no scanner gives")
     return number
 
 
-def _frame(places: list[Dataset], shape: tuple[int, int]) -> _Frame:
-    """Geometry of one frame, from its functional groups or the header; DicomError where it makes no sense."""
-    position = _value(places, "ImagePositionPatient", 3)
-    orientation = _value(places, "ImageOrientationPatient", 6)
-    spacing = _value(places, "PixelSpacing", 2)
+def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, list[float] | None]:
+    """Position, orientation and spacing of one frame by its header; DicomError where they make no sense."""
+    position = _numbers(datasets, "ImagePositionPatient", 3)
+    orientation = _numbers(datasets, "ImageOrientationPatient", 6)
+    spacing = _numbers(datasets, "PixelSpacing", 2)
     if position is None:
         raise DicomError("has no ImagePositionPatient: where in the patient it lies is unknown")
     if max(map(abs, position)) > FARTHEST:
@@ -231,140 +225,114 @@ def _frame(places: list[Dataset], shape: tuple[int, int]) -> _Frame:
             raise DicomError(f"has ImageOrientationPatient {orientation}, not two directions at right angles")
     if spacing is not None and (min(spacing) < FINEST or max(spacing) > COARSEST):
         raise DicomError(f"has PixelSpacing {spacing} mm, which no scanner makes")
-    return _Frame(position, orientation, spacing, shape)
+    return position, orientation, spacing
 
 
-def _value(places: list[Dataset], name: str, n: int) -> list[float] | None:
+def _numbers(datasets: list[Dataset], name: str, n: int) -> list[float] | None:
     """The n numbers of a tag; None where it is missing or empty, DicomError where it holds something else."""
-    values = find(places, name, n)
-    if values is None and text(places[-1], name):
+    values = frame_numbers(datasets, name, n)
+    if values is None and text(datasets[-1], name):
         raise DicomError(f"has something else as {name} where {n} finite numbers are expected")
     return values
 
 
-def _rescale(values: np.ndarray, places: list[Dataset]) -> np.ndarray:
+def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
     """Stored values as signal, in float32 where the header gives a slope or an intercept, and untouched otherwise."""
-    slope, intercept = find(places, "RescaleSlope"), find(places, "RescaleIntercept")
+    slope, intercept = frame_numbers(datasets, "RescaleSlope"), frame_numbers(datasets, "RescaleIntercept")
     slope, intercept = (slope[0] or 1.0) if slope else 1.0, intercept[0] if intercept else 0.0
     if (slope, intercept) == (1.0, 0.0):
         return values
     if not 1e-9 < abs(slope) < 1e9 or abs(intercept) > 1e15:
-        raise DicomError(f"has RescaleSlope {slope} and RescaleIntercept {intercept}, which cannot be meant")
+        raise DicomError(f"has RescaleSlope {slope} and RescaleIntercept {intercept}, which are implausible")
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
-def _repair(drafts: list[_Draft], skipped: list[Note]) -> tuple[list[_Draft], list[Note]]:
-    """Give frames without orientation or spacing those of the series, where all its other frames agree on them.
+def _repair(images: list[_Image], skipped: list[Note]) -> tuple[list[_Image], list[Note]]:
+    """Give images without orientation or spacing those of the series, where all its other images agree on them.
 
-    A spacing tells nothing of images of another size.
+    A spacing is taken only where all images have one size.
     """
-    alike = len({f.shape for d in drafts for f in d.frames}) == 1
-    common = {
-        "ImageOrientationPatient": _common([f.orientation for d in drafts for f in d.frames], SAME_TILT),
-        "PixelSpacing": _common([f.spacing for d in drafts for f in d.frames if alike], SAME_SPACING),
-    }
+    same_size = len({image.shape for image in images}) == 1
+    orientation = _common([image.orientation for image in images], SAME_TILT)
+    spacing = _common([image.spacing for image in images], SAME_SPACING) if same_size else None
     usable, repaired = [], []
-    for draft in drafts:
-        lacks = {"ImageOrientationPatient"} if any(f.orientation is None for f in draft.frames) else set()
-        lacks |= {"PixelSpacing"} if any(f.spacing is None for f in draft.frames) else set()
-        names = " and no ".join(sorted(lacks))
-        if any(common[name] is None for name in lacks):
-            skipped.append((draft.file, f"has no {names}, and the series has none on which all its images agree"))
+    for image in images:
+        values = {"ImageOrientationPatient": image.orientation, "PixelSpacing": image.spacing}
+        missing = " and no ".join(name for name, value in values.items() if value is None)
+        image = dataclasses.replace(
+            image, orientation=image.orientation or orientation, spacing=image.spacing or spacing
+        )
+        if image.orientation is None or image.spacing is None:
+            skipped.append((image.file, f"has no {missing}, and the series has none on which all its images agree"))
             continue
-        if lacks:
-            repaired.append((draft.file, f"has no {names}: taken from the series' other images, which agree on it"))
-            orientation, spacing = common.values()
-            frames = [
-                dataclasses.replace(f, orientation=f.orientation or orientation, spacing=f.spacing or spacing)
-                for f in draft.frames
-            ]
-            draft = dataclasses.replace(draft, frames=frames)
-        usable.append(draft)
+        if missing:
+            repaired.append((image.file, f"has no {missing}: taken from the series' other images, which agree on it"))
+        usable.append(image)
     return usable, repaired
 
 
 def _common(values: list[list[float] | None], tolerance: float) -> list[float] | None:
-    """The value that all have who have one; None where none has, or they differ by more than the tolerance."""
+    """The first value; None where there is none, or values differ by more than the tolerance."""
     given = [value for value in values if value is not None]
-    if not given or np.ptp(given, axis=0).max() > tolerance:
-        return None
-    return given[0]
+    return given[0] if given and np.ptp(given, axis=0).max() <= tolerance else None
 
 
-def _without_duplicates(folder: Path, drafts: list[_Draft], skipped: list[Note]) -> list[_Draft]:
-    """Leave out files that are the same image as an earlier one; DicomError where others have the same number."""
-    several = any(len(draft.frames) > 1 for draft in drafts)  # their images are numbered anew
-    first: dict[int, _Draft] = {}
+def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note]) -> list[_Image]:
+    """Images without those that repeat an earlier one; DicomError where different ones have the same number."""
+    renumber = any(image.frames > 1 for image in images)
+    first: dict[tuple[int, int], _Image] = {}
     kept = []
-    for draft in drafts:
-        other = first.setdefault(draft.number, draft)
-        if other is not draft and _same(other, draft):
-            skipped.append((draft.file, f"is the same image as {other.file.name}"))
+    for image in images:
+        earlier = first.setdefault((image.number, image.frame), image)
+        if earlier is not image and _same(earlier, image):
+            skipped.append((image.file, f"is the same image as {earlier.file.name}"))
             continue
-        if other is not draft and not several:
-            names = f"{other.file.name} and {draft.file.name}"
-            raise DicomError(f"series {folder}: {names} both have instance number {draft.number}")
-        kept.append(draft)
+        if earlier is not image and not renumber:
+            names = f"{earlier.file.name} and {image.file.name}"
+            raise DicomError(f"series {folder}: {names} both have instance number {image.number}")
+        kept.append(image)
     return kept
 
 
-def _same(one: _Draft, other: _Draft) -> bool:
-    """Whether two files hold the same images at the same place; without pixels, by the identifier of the image."""
-    if one.frames != other.frames or len(one.pixels) != len(other.pixels):
-        return False
-    if not one.pixels:
-        return one.uid == other.uid != ""
-    return all(map(np.array_equal, one.pixels, other.pixels))
+def _same(image: _Image, other: _Image) -> bool:
+    """Whether two images are equal and at the same place; without pixels, by the identifier of the image."""
+    places = [(i.shape, i.position, i.orientation, i.spacing) for i in (image, other)]
+    if image.pixels is None:
+        return places[0] == places[1] and image.uid == other.uid != ""
+    return places[0] == places[1] and np.array_equal(image.pixels, other.pixels)
 
 
-def _slices(drafts: list[_Draft]) -> list[Slice]:
-    """The images of all files; numbered 1, 2, ... where a file has several frames. Blocks are not known yet."""
-    several = any(len(draft.frames) > 1 for draft in drafts)
-    slices = []
-    for draft in drafts:
-        for k, frame in enumerate(draft.frames):
-            number = len(slices) + 1 if several else draft.number
-            affine = _affine(frame.position, frame.orientation, frame.spacing)
-            slices.append(Slice(draft.file, k, number, affine, frame.shape, 0))
-    return slices
+def _unique(notes: list[Note]) -> tuple[Note, ...]:
+    """Notes without repetition: frames of one file may have the same."""
+    return tuple(dict.fromkeys(notes))
 
 
-def _affine(position: list[float], orientation: list[float], spacing: list[float]) -> np.ndarray:
-    """(4, 4) map of (column, row, mm along the normal, 1) to LPS mm (PS3.3, equation C.7.6.2.1-1).
-
-    `orientation` is the direction of growing columns, then that of growing rows; `spacing` is the distance of rows,
-    then that of columns.
-    """
+def _affine(image: _Image) -> np.ndarray:
+    """(4, 4) map of (column, row, mm along the normal, 1) to LPS mm (PS3.3, equation C.7.6.2.1-1)."""
     affine = np.eye(4)
-    affine[:3, :2] = np.reshape(orientation, (2, 3)).T * spacing[::-1]
-    affine[:3, 2], affine[:3, 3] = geometry.normals(affine), position
+    affine[:3, :2] = np.reshape(image.orientation, (2, 3)).T * image.spacing[::-1]
+    affine[:3, 2], affine[:3, 3] = geometry.normals(affine), image.position
     return affine
 
 
-def _plane(slices: list[Slice]) -> str:
-    """The anatomical plane of most slices."""
-    planes = [geometry.plane_of(image.affine[:3, 2]) for image in slices]
-    return max(ORDER, key=planes.count)
-
-
-def _blocks(slices: list[Slice], direction: np.ndarray) -> list[list[int]]:
+def _blocks(slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
     """Indices of the slices of each block, sorted within the block and among blocks along a patient direction (3,)."""
-    blocks = [part for members in _by_tilt(slices) for part in _by_gap(members, slices, direction)]
-    return sorted(blocks, key=lambda part: np.mean([direction @ slices[i].centre for i in part]))
+    blocks = [block for members in _by_tilt(slices) for block in _by_gap(members, slices, direction)]
+    return sorted(blocks, key=lambda block: np.mean([direction @ slices[i].centre for i in block]))
 
 
-def _by_tilt(slices: list[Slice]) -> list[list[int]]:
+def _by_tilt(slices: list[Slice]) -> list[np.ndarray]:
     """Indices grouped by orientation: columns and rows of a group run in the same directions."""
-    turns = np.array([image.affine[:3, :2] / image.spacing for image in slices])
+    directions = np.array([image.affine[:3, :2] / image.spacing for image in slices])
     groups, left = [], np.arange(len(slices))
     while left.size:
-        same = np.abs(turns[left] - turns[left[0]]).max(axis=(1, 2)) < SAME_TILT
-        groups.append(left[same].tolist())
+        same = np.abs(directions[left] - directions[left[0]]).max(axis=(1, 2)) < SAME_TILT
+        groups.append(left[same])
         left = left[~same]
     return groups
 
 
-def _by_gap(members: list[int], slices: list[Slice], direction: np.ndarray) -> list[list[int]]:
+def _by_gap(members: np.ndarray, slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
     """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual.
 
     Of several images at one place (echoes, or a series scanned twice) the k-th by number goes to the k-th stack, so
@@ -372,31 +340,16 @@ def _by_gap(members: list[int], slices: list[Slice], direction: np.ndarray) -> l
     """
     normal = slices[members[0]].affine[:3, 2]
     normal = normal if normal @ direction >= 0 else -normal
-    place = {i: float(normal @ slices[i].affine[:3, 3]) for i in members}
-    stacks: list[list[int]] = []
-    for group in _by_place(sorted(members, key=place.__getitem__), place):
-        for k, i in enumerate(sorted(group, key=lambda i: slices[i].instance_number)):
-            if k == len(stacks):
-                stacks.append([])
-            stacks[k].append(i)
-    return [part for stack in stacks for part in _cut(stack, place)]
-
-
-def _by_place(members: list[int], place: dict[int, float]) -> list[list[int]]:
-    """Sorted slices, those together that lie less than SAME_PLACE after the first of them."""
-    groups = [[members[0]]]
-    for i in members[1:]:
-        if place[i] - place[groups[-1][0]] < SAME_PLACE:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _cut(stack: list[int], place: dict[int, float]) -> list[list[int]]:
-    """A sorted stack, cut at steps of more than GAP usual ones."""
-    if len(stack) < 2:
-        return [stack]
-    steps = np.diff([place[i] for i in stack])
-    cuts = np.flatnonzero(steps > GAP * np.median(steps)) + 1
-    return [part.tolist() for part in np.split(np.array(stack), cuts)]
+    positions = np.array([normal @ slices[i].affine[:3, 3] for i in members])
+    order = positions.argsort()
+    place = np.empty(len(members), int)  # images at one place share a number
+    place[order] = np.cumsum(np.diff(positions[order], prepend=positions.min()) >= SAME_PLACE)
+    order = np.lexsort(([slices[i].instance_number for i in members], place))
+    members, positions, place = members[order], positions[order], place[order]
+    rank = np.arange(len(members)) - np.searchsorted(place, place)  # of each image at its place
+    blocks = []
+    for k in range(rank.max() + 1):
+        stack, steps = members[rank == k], np.diff(positions[rank == k])
+        usual = np.median(steps) if len(steps) else 0.0
+        blocks += np.split(stack, np.flatnonzero(steps > GAP * usual) + 1)
+    return blocks

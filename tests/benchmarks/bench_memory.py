@@ -1,10 +1,9 @@
-"""The memory that conversion and prediction take at 20 and at 200 studies: it should be the same.
+"""Peak memory of conversion and of prediction at 20 and at 200 studies: it should be the same.
 
-Each case runs in a process of its own. What is told is the highest resident memory of that process, and for two workers
-the highest of all its processes together (Linux counts it: VmHWM of /proc/<pid>/status; pages that processes share
-count in each). Conversion is convert_studies of three series of 512 x 512. Prediction is the loop by which 05 grades
-studies: read_study, grade_study and predict_studies, with untrained networks of small input, which leave
-the tables and the studies' pixels as what could pile up; series are 192 x 192 and the canal points the true ones.
+Each case runs in its own process. Reported is the highest resident memory of that process; for two workers, of all its
+processes together (VmHWM of /proc/<pid>/status; pages that processes share count in each). Conversion is
+convert_studies of three series of 512 x 512. Prediction is the loop by which 05 grades studies, with untrained networks
+of small input, so that only tables and pixels of studies could pile up; series are 192 x 192.
 """
 
 from __future__ import annotations
@@ -24,14 +23,12 @@ from lsdc_utils.data.stacks import convert_studies, read_study
 from lsdc_utils.vocabulary import GROUPS
 
 COUNTS = (20, 200)
-LIKE = 1.05  # the most by which the larger may exceed the smaller
+MOST = 1.05  # peak at 200 studies over peak at 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--child", nargs=3, metavar=("CASE", "FOLDER", "STUDIES"), help="what a process of its own runs"
-    )
+    parser.add_argument("--child", nargs=3, metavar=("CASE", "FOLDER", "STUDIES"), help="run one case in this process")
     options = parser.parse_args()
     if options.child:
         case, folder, count = options.child
@@ -39,13 +36,13 @@ def main() -> None:
         return
     for case in CASES:
         peaks = [measure(case, count) for count in COUNTS]
-        told = "met" if peaks[1] <= LIKE * peaks[0] else "MISSED"
+        verdict = "met" if peaks[1] <= MOST * peaks[0] else "MISSED"
         sizes = ", ".join(f"{peak:.0f} MiB at {count} studies" for peak, count in zip(peaks, COUNTS, strict=True))
-        print(f"{case}: {sizes}: {peaks[1] / peaks[0]:.2f} x, aim {LIKE} x: {told}", flush=True)
+        print(f"{case}: {sizes}: {peaks[1] / peaks[0]:.2f} x, aim {MOST} x: {verdict}", flush=True)
 
 
 def measure(case: str, count: int) -> float:
-    """Highest memory in MiB of a case with `count` studies, run in a process of its own."""
+    """Peak memory in MiB of a case with `count` studies, run in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         points = write_studies(Path(folder), count, side=192 if case == "prediction" else 512)
         points.assign(side="", confidence=1.0).to_csv(Path(folder) / "points.csv", index=False)
@@ -55,7 +52,7 @@ def measure(case: str, count: int) -> float:
 
 
 def convert(root: Path, count: int, workers: int = 1) -> float:
-    """Convert the studies, each over the files of the one before; peak memory in MiB."""
+    """Convert the studies; peak memory in MiB."""
     comp = competition.read(root)
     sizes = [0.0]
     for number, _ in enumerate(convert_studies(comp, "test", range(1, count + 1), root / "slices", workers), 1):
@@ -93,7 +90,7 @@ def predict(root: Path, count: int) -> float:
 
 
 def peak(pid: int | str = "self") -> float:
-    """The highest resident memory that a process has had, in MiB."""
+    """Peak resident memory of a process in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: studies of real size as DICOM files, and clocks that compare what is run in turn."""
+"""Shared by the benchmarks: studies of real size as DICOM files, and a clock that compares functions in turn."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ cv2.setNumThreads(1)
 def write_studies(root: Path, count: int, seed: int = 1, side: int = SIDE) -> pd.DataFrame:
     """Write one study of three RLE series and link it `count` times, as the test split of a data folder.
 
-    The images are the phantom's, enlarged to `side` pixels as scanners do: their noise is that of MR and smooth over a
-    pixel, so RLE leaves .6 of the raw size, as it does of real ones. Axial slices come in a tilted block a level, which
-    is the costlier case. Returns the true canal points of every study: study_id, level, X, Y, Z.
+    The images are the phantom's, interpolated to `side` pixels as scanners do, so that RLE compresses them to 0.6 of
+    the raw size, like real ones. Axial slices come in one tilted block a level, the slower case.
+    Returns the true canal points of every study: study_id, level, X, Y, Z.
     """
     rng = np.random.default_rng(seed)
     body = Body.draw(rng, np.full(25, 0.4), slip=False, transitional=False)
@@ -67,8 +67,7 @@ def _enlarge(images: np.ndarray, affines: np.ndarray, side: int) -> tuple[np.nda
 
 
 def fastest(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The least processor time in seconds, the system's included, of each contender over `repeats` rounds, in each of
-    which every one runs once."""
+    """The least processor time in seconds of each contender, the system's included; each runs once a round."""
     best = dict.fromkeys(contenders, np.inf)
     for _ in range(repeats):
         for name, run in contenders.items():

@@ -1,4 +1,4 @@
-"""Tests of the process that decodes the JPEG family: it may crash, hang or want too much, and the reader goes on."""
+"""Tests of the process that decodes the JPEG family: the reader survives its crashes, hangs and memory errors."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def worker() -> Iterator[Worker]:
 def test_one_process_decodes_frame_after_frame(worker: Worker) -> None:
     processes = set()
     for _ in range(3):
-        assert worker.decode(LOSSLESS_RAMP, LAYOUT).tolist() == RAMP.ravel().tolist()
+        assert worker.decode(LOSSLESS_RAMP, LAYOUT).tolist() == RAMP.tolist()
         processes.add(worker._process.pid)
-    with pytest.raises(DicomError, match="cannot be decoded"):
+    with pytest.raises(DicomError, match="broken pixel data"):
         worker.decode(LOSSLESS_RAMP[:30], LAYOUT)
-    assert worker.decode(LOSSLESS_RAMP, LAYOUT)[-1] == RAMP[-1, -1]
+    assert worker.decode(LOSSLESS_RAMP, LAYOUT)[-1, -1] == RAMP[-1, -1]
     assert {worker._process.pid} == processes
 
 
@@ -100,7 +100,7 @@ def test_an_image_larger_than_its_header_says_gets_no_memory(worker: Worker) -> 
         worker.decode(huge, big)
     assert worker.decode(LOSSLESS_RAMP, LAYOUT).size == RAMP.size
     if Path("/proc").is_dir():
-        limit = psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS)[0]
+        limit = psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_DATA)[0]
         assert 0 < limit < 1 << 30
 
 
@@ -112,7 +112,7 @@ def test_a_decoder_that_does_not_start_is_a_reason(worker: Worker, monkeypatch: 
 
 def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
-        "import os; from lsdc_utils import decoding; from lsdc_utils.dicom import read_series\n"
+        "import os; from lsdc_utils.dicom import pixels, read_series\n"
         f"read_series({str(tmp_path)!r})\n"
         "print(pixels._worker(os.getpid())._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
@@ -132,8 +132,8 @@ def _decode_in_child(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_processes_of_a_pool_have_workers_of_their_own(tmp_path: Path, method: str) -> None:
     write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), pixels=RAMP, syntax=LAYOUT.syntax, encoded=[LOSSLESS_RAMP])
-    mine = _decode_in_child(tmp_path)
+    parent = _decode_in_child(tmp_path)
     with multiprocessing.get_context(method).Pool(1) as pool:
-        theirs = pool.apply(_decode_in_child, (tmp_path,))
-    assert mine[0] == theirs[0] == RAMP[-1, -1]
-    assert mine[1] != theirs[1] and _decode_in_child(tmp_path) == mine
+        child = pool.apply(_decode_in_child, (tmp_path,))
+    assert parent[0] == child[0] == RAMP[-1, -1]
+    assert parent[1] != child[1] and _decode_in_child(tmp_path) == parent

@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
 
-from lsdc_utils.dicom import DicomError, headers, read_series, read_tags
+from lsdc_utils.dicom import DicomError, NotDicomError, headers, read_series, read_tags
 
 BIG = uid.ExplicitVRBigEndian
 
@@ -235,18 +235,18 @@ def test_mixed_shapes_stay_as_they_are(tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({"drop": ("ImagePositionPatient",)}, "has no ImagePositionPatient"),
-        ({"drop": ("Rows",)}, "has no Rows"),
-        ({"Rows": 0}, "has Rows 0"),
+        ({"drop": ("Rows",)}, "has Rows 0 and Columns 8"),
+        ({"Rows": 0}, "has Rows 0 and Columns 8: it holds no image"),
         ({"Rows": 60000, "Columns": 60000}, "which no scanner makes"),
         ({"Rows": 4000, "Columns": 4000}, "too short for its image"),
-        ({"Rows": 4000, "Columns": 4000, "rle": False}, "is cut short, with 96 of 32000000 bytes"),
+        ({"Rows": 4000, "Columns": 4000, "rle": False}, "is truncated, with 96 of 32000000 bytes"),
         ({"drop": ("PixelData",)}, "has no pixel data"),
         ({"spacing": (0.0, 1.0)}, "PixelSpacing"),
         ({"orientation": ((1.0, 0.0, 0.0), (1.0, 0.0, 0.0))}, "not two directions at right angles"),
         ({"ImagePositionPatient": None}, "ImagePositionPatient"),
         ({"ImagePositionPatient": [1e5, 0, 0]}, "far outside of any scanner"),
         ({"ImagePositionPatient": [1, 2]}, "where 3 finite numbers are expected"),
-        ({"NumberOfFrames": 5}, "is cut short, with 1 of 5 frames"),
+        ({"NumberOfFrames": 5}, "is truncated, with 1 of 5 frames"),
         ({"NumberOfFrames": 10**9}, "which no scanner makes"),
         ({"SamplesPerPixel": 3}, "colour"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
@@ -273,7 +273,9 @@ def test_a_header_that_is_wrong_about_compression(tmp_path: Path, rle: bool) -> 
     syntaxes = [f"{syntax}\0".encode() for syntax in (uid.RLELossless, uid.ExplicitVRLittleEndian)]
     file.write_bytes(file.read_bytes().replace(*syntaxes[:: 1 if rle else -1]))
     for pixels in (True, False):
-        with pytest.raises(DicomError, match="but they are stored so" if rle else "but they are not stored so"):
+        with pytest.raises(
+            DicomError, match="not compressed, but they are:" if rle else "compressed, but they are not:"
+        ):
             read_series(tmp_path, pixels)
 
 
@@ -289,8 +291,8 @@ def test_broken_pixels_are_left_out(tmp_path: Path) -> None:
     series = read_series(tmp_path)
     assert [image.instance_number for image in series.slices] == [2, 1]
     reasons = {file.stem: reason for file, reason in series.skipped}
-    assert "cannot be decoded" in reasons["3"] and "cannot be decoded" in reasons["4"]
-    assert "RescaleSlope 1e+300" in reasons["5"] and "RLE pixel data that is broken" in reasons["6"]
+    assert "broken pixel data" in reasons["3"] and "image of 6 x 8 pixels" in reasons["4"]
+    assert "RescaleSlope 1e+300" in reasons["5"] and "broken pixel data" in reasons["6"]
 
 
 @pytest.mark.parametrize("missing", ["ImageOrientationPatient", "PixelSpacing"])
@@ -337,12 +339,67 @@ def test_broken_files_are_left_out(tmp_path: Path) -> None:
         series = read_series(tmp_path, pixels)
         assert [image.file for image in series.slices] == [good]
         reasons = {file.name: reason for file, reason in series.skipped}
-        assert reasons["2.dcm"].startswith("is cut short") and reasons["3.dcm"] == "is empty"
+        assert reasons["2.dcm"].startswith("is truncated") and reasons["3.dcm"] == "is empty"
         assert reasons["notes.txt"] == "is not a DICOM file" and "4.dcm" in reasons
-    with pytest.raises(DicomError, match="is no file"):
+    with pytest.raises(DicomError, match="is not a regular file"):
         read_series([tmp_path / "folder"])
     with pytest.raises(DicomError, match="No such file"):
         read_series([tmp_path / "gone"])
+
+
+def test_an_error_of_our_own_code_is_not_reported_as_the_file_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    for error in (NameError("a name of ours"), KeyError("x"), OSError("no space"), RecursionError(), MemoryError()):
+        with pytest.raises(type(error)) as raised, headers.opened(file) as header:
+            raise error
+        assert raised.value is error and header.stream.closed
+
+    def fail(*_: object) -> None:
+        raise NameError("a name of ours")
+
+    for name in ("read_layout", "frame_datasets", "_rescale"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lsdc_utils.dicom.series.{name}", fail)
+            with pytest.raises(NameError, match="of ours"):
+                read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotImplementedError("VR"), r"broken header \(NotImplementedError: VR\)"),
+        (RecursionError(), "nested too deeply"),
+        (MemoryError(), "more memory than there is"),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+        (OSError("No tag"), "broken header"),
+    ],
+)
+def test_an_error_of_parsing_is_the_file_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    monkeypatch.setattr("lsdc_utils.dicom.headers.read_dataset", fail)
+    for read in (read_tags, read_series):
+        with pytest.raises(DicomError, match=reason):
+            read(file if read is read_tags else tmp_path)
+
+
+def test_files_that_are_not_dicom_have_their_own_error(tmp_path: Path) -> None:
+    for name, content in (("empty", b""), ("text", b"no image"), ("zeros", bytes(500))):
+        (tmp_path / name).write_bytes(content)
+    for name in ("empty", "text", "zeros", "."):
+        with pytest.raises(NotDicomError):
+            read_tags(tmp_path / name)
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0))
+    file.write_bytes(file.read_bytes()[:136] + bytes(400))
+    with pytest.raises(DicomError) as raised:
+        read_series([file])
+    assert not isinstance(raised.value, NotDicomError)
 
 
 def test_data_sets_without_preamble(tmp_path: Path) -> None:
@@ -369,13 +426,16 @@ def test_headers_that_would_never_end(tmp_path: Path, monkeypatch: pytest.Monkey
     sequence = b"\x40\0\x75\x02SQ\0\0\xff\xff\xff\xff"  # of undefined length, as its items
     item = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
     assert "nested too deeply" in reason(head + (sequence + item) * 3000)
-    assert "items of sequences" in reason(head + sequence + b"\xfe\xff\0\xe0\0\0\0\0" * 60_000)
-    monkeypatch.setattr("lsdc_utils.dicom.headers.MAX_READS", 1000)
-    assert "more elements" in reason(head + sequence + item + b"\x40\0\x76\x02LO\0\0" * 2000)
-    private = b"\x41\0\x10\x10OB\0\0\0\0\0\1" + bytes(1 << 24)
-    assert "header of more than 32 MB" in reason(head + private * 2)
+    private = b"\x41\0\x10\x10OB\0\0\xff\xff\xff\xff"
+    assert "header of more than 32 MB" in reason(head + private + bytes(1 << 26))
     groups = b"\0\x52\x30\x92SQ\0\0\x08\0\x80\0\xfe\xff\0\xe0\0\0\x80\0" + bytes(1 << 23)
     assert "functional groups of more than 4 MB" in reason(head + groups)
+    items = b"\xfe\xff\0\xe0\0\0\0\0" * 20_001
+    groups = b"\0\x52\x30\x92SQ\0\0" + len(items).to_bytes(4, "little") + items
+    assert "or 20000 items" in reason(head + groups)
+    monkeypatch.setattr("lsdc_utils.dicom.headers.MAX_READS", 1000)
+    assert "more than 1000 reads" in reason(head + sequence + item + b"\x40\0\x76\x02LO\0\0" * 2000)
+    assert reason(head + sequence + items)
 
 
 def test_deflated_files_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,11 +449,11 @@ def test_deflated_files_do_not_grow_without_end(tmp_path: Path, monkeypatch: pyt
         read_series(tmp_path)
 
 
-def test_a_header_longer_than_the_first_piece_read(tmp_path: Path) -> None:
+def test_a_header_longer_than_the_buffer(tmp_path: Path) -> None:
     long = {name: "x" * 10_000 for name in ("AdditionalPatientHistory", "PatientComments", "AcquisitionComments")}
     long |= {name: "y" * 10_000 for name in ("VisitComments", "ImageComments", "FrameComments", "StudyComments")}
     file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), **long)
-    assert len(file.read_bytes()) > headers.FIRST_READ
+    assert len(file.read_bytes()) > headers.BUFFER
     assert read_series(tmp_path).skipped == ()
 
 

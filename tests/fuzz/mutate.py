@@ -1,4 +1,4 @@
-"""Valid DICOM files of every kind, and ways to spoil them, all drawn from one random stream."""
+"""Valid DICOM files of every kind, and ways to corrupt them, all drawn from one random stream."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, write_frames, write_slice
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
-from pydicom.datadict import dictionary_VR
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from lsdc_utils.dicom.headers import WANTED, WANTED_TAGS
+from lsdc_utils.dicom.headers import WANTED_TAGS
 
 Random = np.random.Generator
 
@@ -76,13 +76,13 @@ def seeds(folder: Path) -> list[bytes]:
 
 
 def mutate(random: Random, files: list[bytes]) -> bytes:
-    """One of the files, spoilt in one to three ways."""
+    """One of the files, corrupted in one to three ways."""
     content = files[random.integers(len(files))]
     for _ in range(random.choice([1, 1, 1, 2, 2, 3])):
-        spoil = WAYS[random.integers(len(WAYS))]
+        corrupt = WAYS[random.integers(len(WAYS))]
         try:
-            content = spoil(random, content, files)
-        except Exception:  # pydicom cannot read or write what was spoilt before
+            content = corrupt(random, content, files)
+        except Exception:  # pydicom cannot read or write what is corrupt already
             continue
     return content
 
@@ -151,7 +151,7 @@ def change_value(random: Random, content: bytes, _: list[bytes]) -> bytes:
     for _ in range(random.integers(1, 4)):
         tag = int(random.choice(WANTED_TAGS))
         vr = dictionary_VR(tag)
-        if tag == WANTED["TransferSyntaxUID"] or random.random() < 0.2:
+        if tag == tag_for_keyword("TransferSyntaxUID") or random.random() < 0.2:
             dataset.pop(tag, None)
         elif vr == "SQ":
             dataset.add(DataElement(tag, vr, [Dataset()] * int(random.integers(4))))
@@ -180,7 +180,7 @@ def swap_syntax(random: Random, content: bytes, _: list[bytes]) -> bytes:
 
 
 def deflate(random: Random, content: bytes, files: list[bytes]) -> bytes:
-    """What a deflated file holds, spoilt before it is deflated, sometimes with much of nothing at its end."""
+    """The content of a deflated file, corrupted before it is deflated, sometimes with many zeros at its end."""
     start = content.index(b"\x08\x00", 132)
     whole = uid.DeflatedExplicitVRLittleEndian.encode() in content[:start]
     body = zlib.decompress(content[start:], -15) if whole else content[start:]

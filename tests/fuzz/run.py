@@ -1,10 +1,10 @@
-"""Spoil DICOM files at random and read them: nothing but DicomError may come out, in 5 s and 1 GiB.
+"""Corrupt DICOM files at random and read them: only DicomError may be raised, within 5 s and 1 GiB.
 
-    .venv/bin/python tests/fuzz/run.py 20000            spoil and read 20,000 files, in two processes
+    .venv/bin/python tests/fuzz/run.py 20000            corrupt and read 20,000 files, in two processes
     .venv/bin/python tests/fuzz/run.py 20000 --seed 7   other files
-    .venv/bin/python tests/fuzz/run.py --case 123       file 123 alone, kept as case123.dcm, with what is said of it
+    .venv/bin/python tests/fuzz/run.py --case 123       file 123 alone, kept as case123.dcm, with the outcomes
 
-File k is made from (seed, k) alone, so that a failure can be made again. Exit code 0 where nothing failed.
+File k depends on (seed, k) alone, so that a failure can be repeated. Exit code 0 if nothing failed.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def main() -> int:
 
 
 def run(files: int, seed: int = 0, processes: int = 2) -> dict:
-    """Read the files in child processes, so that a crash, a hang or a want of memory is seen from outside."""
+    """Read the files in child processes, so that a crash, a hang or a memory blow-up is seen from outside."""
     command = [sys.executable, __file__, str(files), "--seed", str(seed), "--processes", str(processes), "--part"]
     start = time.monotonic()
-    # In files, for a full pipe would block who writes to it: the RLE decoder tells each of its panics at length.
+    # Files, since a full pipe would block the child: the RLE decoder prints each of its panics at length.
     errors = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115
     parts = [
         subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, stderr=stderr, text=True)
@@ -75,16 +75,16 @@ def run(files: int, seed: int = 0, processes: int = 2) -> dict:
             errors[part].seek(0)
             total["failures"].append(f"process {part} ended with {child.returncode}: {errors[part].read()[-2000:]}")
             continue
-        found = json.loads(out.splitlines()[-1])
-        total["outcomes"] += Counter(found["outcomes"])
-        total["failures"] += found["failures"]
-        total["slowest"] = max(total["slowest"], tuple(found["slowest"]))
-        total["memory"] = max(total["memory"], found["memory"])
+        result = json.loads(out.splitlines()[-1])
+        total["outcomes"] += Counter(result["outcomes"])
+        total["failures"] += result["failures"]
+        total["slowest"] = max(total["slowest"], tuple(result["slowest"]))
+        total["memory"] = max(total["memory"], result["memory"])
     return total | {"files": files, "seconds": time.monotonic() - start}
 
 
 def read_part(cases: range, seed: int, keep: Path | None = None) -> dict:
-    """Make and read some of the files; what came out, what failed, the slowest call and the most memory."""
+    """Make and read some of the files: outcomes, failures, the slowest call and the peak memory."""
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # a wild allocation fails, and the machine lives
     warnings.simplefilter("ignore")
     outcomes: Counter[str] = Counter()
@@ -115,7 +115,7 @@ def read_part(cases: range, seed: int, keep: Path | None = None) -> dict:
 
 
 def attempt(call: Callable[[], object]) -> tuple[str, float, int]:
-    """What a call gave: read, DicomError, or an error that escaped; its seconds and the most bytes held meanwhile."""
+    """Outcome of a call (read, DicomError, or an error that escaped), its seconds and its peak memory in bytes."""
     faulthandler.dump_traceback_later(HANG, exit=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: what made the file does not count
     start = processor_time()
@@ -139,7 +139,7 @@ def processor_time() -> float:
 
 
 def check(series: dicom.Series) -> None:
-    """What is promised of a series that was read: finite places, pixels of the size that is said, steps above 0."""
+    """Check a series: finite coordinates, pixels of the stated size, steps above 0."""
     for k, image in enumerate(series.slices):
         assert np.isfinite(image.affine).all() and abs(np.linalg.det(image.affine)) > 0
         assert abs(image.instance_number) < 2**31
@@ -152,7 +152,7 @@ def check(series: dicom.Series) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held since its peak was reset, and the most that a decoding process has."""
+    """Peak memory in bytes of this process since its peak was reset, plus that of its decoding process."""
     worker = pixels._worker(os.getpid())._process
     live = peak(worker.pid) if worker and worker.poll() is None else 0
     return peak(os.getpid()) + max(live, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

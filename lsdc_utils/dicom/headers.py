@@ -72,6 +72,10 @@ class DicomError(ValueError):
     """A series that cannot be used, or a file of it, with the reason in words."""
 
 
+class NotDicomError(DicomError):
+    """A file that is not DICOM at all: other content, empty, or not a regular file."""
+
+
 @dataclass(frozen=True)
 class Tags:
     """What one header says about its image, as plain values; empty or None where it says nothing.
@@ -163,7 +167,7 @@ def opened(file: str | Path, pixels: bool = False) -> Iterator[Header]:
             warnings.simplefilter("ignore")
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise DicomError("is no file")
+                raise NotDicomError("is no file")
             with open(file, "rb", buffering=0) as stream:
                 at_once = pixels and status.st_size <= MAX_AT_ONCE
                 yield read_header(io.BytesIO(stream.read()) if at_once else stream, status.st_size)
@@ -227,7 +231,7 @@ def _file_meta(piece: bytes) -> tuple[str, int]:
     """
     start = 132 if piece[128:132] == b"DICM" else 0
     if not start and piece[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-        raise DicomError("is not a DICOM file" if piece else "is empty")
+        raise NotDicomError("is not a DICOM file" if piece else "is empty")
     stream = _Piece(piece)
     stream.seek(start)
     meta = read_dataset(stream, False, True, stop_when=lambda tag, _, __: tag >> 16 != 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,10 @@ from lsdc_utils.data.stacks import (
     load_study,
     read_study,
     save_stack,
+    spacing_fault,
     window_images,
 )
+from lsdc_utils.dicom import read_series
 from lsdc_utils.geometry import to_patient
 from lsdc_utils.vocabulary import AXIAL, T1
 
@@ -89,7 +92,7 @@ def competition_of_five(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_conversion_writes_what_was_read_and_tells_what_was_not(competition_of_five, tmp_path, monkeypatch, workers):
+def test_conversion_writes_what_was_read_and_reports_what_was_not(competition_of_five, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("lsdc_utils.data.stacks.FEW_STUDIES", 2)
     comp, studies = competition_of_five, [5, 3, 1]
     problems = list(convert_studies(comp, "test", studies, tmp_path / "slices", workers))
@@ -125,3 +128,19 @@ def test_a_mirrored_image_has_the_same_window(shape: tuple[int, int]) -> None:
     assert _percentiles([image[:, ::-1]]).tolist() == window
     assert _percentiles([image[::-1]]).tolist() == window
     assert _percentiles([image.astype(float)[:, ::-1]]) == pytest.approx(window)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "places", "fault"),
+    [
+        ((0.5, 0.5), [(0.0, 0.0, 4.0 * k) for k in range(3)], ""),
+        ((0.5, 0.5), [(0.0, 0.0, 0.0)], ""),
+        ((0.05, 0.05), [(0.0, 0.0, 0.0)], "pixels of 0.05 x 0.05 mm"),
+        ((0.3, 0.3), [(0.0, 0.0, 0.0)], "a field of view of 60 mm"),
+        ((0.5, 0.5), [(0.0, 0.0, 60.0 * k) for k in range(3)], "steps between slices of 60 mm"),
+        ((0.5, 0.5), [(0.0, 0.0, 0.1 * k) for k in range(3)], "steps between slices of 0.1 mm"),
+    ],
+)
+def test_implausible_sizes(tmp_path: Path, spacing, places, fault: str) -> None:
+    write_stack(tmp_path, places, spacing=spacing, pixels=np.zeros((160, 200), "uint16"))
+    assert spacing_fault(read_series(tmp_path, pixels=False)) == fault

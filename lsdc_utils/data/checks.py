@@ -152,21 +152,19 @@ _Task = tuple[Source, dict[str, Any], list[tuple]]  # files, study_id .. split, 
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     """The series whose files exist; findings name the others, or their study if all of its series are missing."""
     series = comp.series
-    missing = [split for split in SPLITS if not (comp.root / f"{split}_images").is_dir()]
-    keys = zip(series.study_id, series.series_id, strict=True)
-    own_folder = pd.Series([key not in comp.files for key in keys], series.index, dtype=bool)
-    for split in missing:
-        if ((series.split == split) & own_folder).any():
-            no_study = pd.DataFrame({"study_id": [pd.NA]})
-            findings.add(no_study, "images_missing", f"{split}_images", "only tables are used")
-    series = series[~(series.split.isin(missing) & own_folder)]
     sources = [comp.source(*key) for key in zip(series.split, series.study_id, series.series_id, strict=True)]
     there = pd.Series([not isinstance(source, Path) or source.is_dir() for source in sources], series.index, dtype=bool)
-    any_there = there.groupby([series.split, series.study_id]).transform("any")
-    studies = series[~any_there][["split", "study_id"]].drop_duplicates()
-    findings.add(studies[["study_id"]], "study_not_on_disk", studies.split + "_images", "study left out")
-    others = series[~there & any_there]
-    findings.add(others, "series_not_on_disk", others.series_type, "series left out")
+    for split in SPLITS:
+        here = series.split == split
+        missing = series[here & ~there]
+        if len(missing) and not (comp.root / f"{split}_images").is_dir():
+            no_study = pd.DataFrame({"study_id": [pd.NA]})
+            findings.add(no_study, "images_missing", f"{split}_images", "only tables are used")
+            continue
+        whole = ~missing.study_id.isin(series.study_id[here & there])
+        studies = missing.loc[whole, ["study_id"]].drop_duplicates()
+        findings.add(studies, "study_not_on_disk", f"{split}_images", "study left out")
+        findings.add(missing[~whole], "series_not_on_disk", missing.series_type[~whole], "series left out")
     return series[there]
 
 
@@ -194,19 +192,21 @@ def _read_headers(task: _Task) -> _Headers:
         value = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(shapes))
         problems.append(("shapes_mixed", value, "each size kept"))
     row |= _measures(series) | dict(zip(("rows", "cols"), shapes.most_common(1)[0][0], strict=True))
-    if fault := spacing_fault(series):
-        problems.append(("spacing_outlier", fault, "series left out"))
-    elif series.plane != words.PLANES[series_type]:
+    plane_fits = series.plane == words.PLANES[series_type]
+    spacing = spacing_fault(series)
+    if spacing:
+        problems.append(("spacing_outlier", spacing, "series left out"))
+    elif not plane_fits:
         value = f"{series.plane}, described as {series_type}"
         problems.append(("plane_differs", value, "its points are not used"))
-    else:
-        if fault := _contrast_fault(series, series_type):
-            problems.append(("contrast_differs", fault, "used as the table says"))
-        placed, faults = _place(points, series)
-        centres = [image.centre[0] for image in series.slices]
-        middle = (min(centres) + max(centres)) / 2 if series.plane == "sagittal" else np.nan
-        return _Headers(row, problems + faults, placed, float(middle))
-    return _Headers(row, problems, [_unplaced(point) for point in points])
+    elif contrast := _contrast_fault(series, series_type):
+        problems.append(("contrast_differs", contrast, "used as the table says"))
+    if spacing or not plane_fits:
+        return _Headers(row, problems, _place(points, None)[0])
+    placed, faults = _place(points, series)
+    centres = [image.centre[0] for image in series.slices]
+    middle = (min(centres) + max(centres)) / 2 if series.plane == "sagittal" else np.nan
+    return _Headers(row, problems + faults, placed, float(middle))
 
 
 def _measures(series: dicom.Series) -> dict[str, Any]:
@@ -239,24 +239,22 @@ def _contrast_fault(series: dicom.Series, series_type: str) -> str:
     return f"{SHORT[named]} in the header, described as {series_type}" if named not in (None, expected) else ""
 
 
-def _unplaced(point: tuple) -> tuple[Any, ...]:
-    study_id, series_id, _, condition, level, *_ = point
-    return study_id, condition, level, series_id, np.nan, np.nan, np.nan
+def _place(points: list[tuple], series: dicom.Series | None) -> tuple[list[tuple], list[tuple[str, str, str]]]:
+    """The places of points in the patient, as in `_Headers.points`, and the faults of those outside their images.
 
-
-def _place(points: list[tuple], series: dicom.Series) -> tuple[list[tuple[Any, ...]], list[tuple[str, str, str]]]:
-    """The places of points in the patient, as in `_Headers.points`, and the faults of those outside their images."""
-    shapes = {image.instance_number: image.shape for image in series.slices}
+    Without a usable series no point has a place.
+    """
+    shapes = {image.instance_number: image.shape for image in series.slices} if series else {}
     placed, faults = [], []
-    for point in points:
-        study_id, series_id, number, condition, level, x, y = point
+    for study_id, series_id, number, condition, level, x, y in points:
         rows, cols = shapes.get(number, (0, 0))
+        place = (np.nan, np.nan, np.nan)
         if -0.5 <= x <= cols - 0.5 and -0.5 <= y <= rows - 0.5:
-            placed.append((study_id, condition, level, series_id, *series.to_patient(number, x, y)))
-        else:
-            placed.append(_unplaced(point))
+            place = series.to_patient(number, x, y)
+        elif series:
             rule = "point_outside_image" if rows else "point_on_missing_instance"
             faults.append((rule, f"{condition}_{level}", POINT_UNUSED))
+        placed.append((study_id, condition, level, series_id, *place))
     return placed, faults
 
 

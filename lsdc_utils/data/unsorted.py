@@ -8,7 +8,6 @@ T2 is skipped, and a finding gives the reason.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -64,12 +63,14 @@ class _Series:
 
 
 @dataclass
-class _Folder:
-    """The files of one folder that are not usable images."""
+class _Files:
+    """All files, by whether they are images."""
 
-    n_files: int = 0  # all files
-    not_dicom: list[Path] = field(default_factory=list)
-    broken: list[tuple[Path, str]] = field(default_factory=list)  # DICOM files that cannot be read, with the reason
+    images: list[tuple[str, Tags]] = field(default_factory=list)  # split, header
+    others: dict[Path, list[tuple[Path, str]]] = field(
+        default_factory=dict
+    )  # folder -> files; why unusable, '' not DICOM
+    counts: Counter[Path] = field(default_factory=Counter)  # folder -> number of its files
 
 
 def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1) -> Discovered:
@@ -83,18 +84,18 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     root = Path(root)
     unopened: list[OSError] = []
     files = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, unopened)]
-    images, folders = _read_headers(files, workers)
+    read = _read_headers(files, workers)
     result = Discovered()
     for error in unopened:
         value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"
         result.findings.append((None, None, "files_skipped", value, "skipped"))
-    series = [part for group in _group(root, images) for part in _split(group, root)]
+    series = [part for group in _group(root, read.images) for part in _split(group, root)]
     for part in series:
         if not part.reason:
             _set_type(part)
     _set_ids(series)
-    _collect(root, series, folders, result)
-    _report_files(root, series, folders, result)
+    _collect(root, series, read.counts, result)
+    _report_files(root, series, read, result)
     return result
 
 
@@ -119,36 +120,33 @@ def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _read_headers(files: list[tuple[str, Path]], workers: int) -> tuple[list[tuple[str, Tags]], dict[Path, _Folder]]:
-    """The headers of all images with their split, and what else lies in each folder."""
-    images, folders = [], defaultdict(_Folder)
+def _read_headers(files: list[tuple[str, Path]], workers: int) -> _Files:
+    """Read the header of every file (split, file)."""
+    result = _Files()
     headers = each(_read_header, [file for _, file in files], workers, FEW_FILES, chunk=64)
     for n, ((split, file), header) in enumerate(zip(files, headers, strict=True), 1):
-        folder = folders[file.parent]
-        folder.n_files += 1
+        result.counts[file.parent] += 1
         if isinstance(header, Tags):
-            images.append((split, header))
-        elif header is None:
-            folder.not_dicom.append(file)
+            result.images.append((split, header))
         else:
-            folder.broken.append((file, header))
+            result.others.setdefault(file.parent, []).append((file, header))
         if n % PROGRESS == 0:
             print(f"{n} of {len(files)} headers read", flush=True)
-    return images, folders
+    return result
 
 
-def _read_header(file: Path) -> Tags | str | None:
-    """The header of a file; the reason if it is DICOM but cannot be read; None if it is not DICOM."""
+def _read_header(file: Path) -> Tags | str:
+    """The header of a file; the reason if it is DICOM but cannot be read, '' if it is not DICOM."""
     named_dicom = file.suffix.lower() in SUFFIXES
     try:
         tags = read_tags(file)
     except NotDicomError as error:
-        return str(error) if named_dicom else None
+        return str(error) if named_dicom else ""
     except DicomError as error:
         return str(error)
     if tags.study_uid or tags.series_uid or tags.rows:
         return tags
-    return "has an empty header" if named_dicom else None  # any file may start like a DICOM file by chance
+    return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
 
 
 # ---- which images belong together ----------------------------------------------------------------------------------
@@ -291,11 +289,11 @@ def _free_id(wish: int | None, names: tuple[str, ...], taken: set[int]) -> int:
 
     A hash has 48 bits: two of 10,000 studies share one with a probability below one in a million.
     """
-    keys = itertools.chain([names], ((*names, str(k)) for k in itertools.count()))
-    texts = ("\0".join(key).encode(errors="replace") for key in keys)
-    hashes = (int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) for text in texts)
-    wishes = [] if wish is None else [wish]
-    number = next(number for number in itertools.chain(wishes, hashes) if number not in taken)
+    number, tries = wish, 0
+    while number is None or number in taken:
+        text = "\0".join((*names, str(tries)) if tries else names)
+        number = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest())
+        tries += 1
     taken.add(number)
     return number
 
@@ -323,7 +321,7 @@ def _name(root: Path, file: Path) -> str:
     return readable(file.relative_to(root))
 
 
-def _collect(root: Path, series: list[_Series], folders: dict[Path, _Folder], result: Discovered) -> None:
+def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: Discovered) -> None:
     """Add the series with their files, and the findings about series and studies."""
     for part in series:
         ids = part.study_id, part.series_id
@@ -337,7 +335,7 @@ def _collect(root: Path, series: list[_Series], folders: dict[Path, _Folder], re
         line = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
         result.series.append(line)
         own = root / f"{part.split}_images" / str(ids[0]) / str(ids[1])
-        if {file.parent for file in files} != {own} or folders[own].n_files != len(files):
+        if {file.parent for file in files} != {own} or counts[own] != len(files):
             result.files[ids] = files
     used = {part.study_id for part in series if not part.reason}
     for study_id, study in sorted({(part.study_id, part.study) for part in series}):
@@ -348,20 +346,22 @@ def _collect(root: Path, series: list[_Series], folders: dict[Path, _Folder], re
             result.findings.append((study_id, None, "study_uid_shared", value, "split by patient"))
 
 
-def _report_files(root: Path, series: list[_Series], folders: dict[Path, _Folder], result: Discovered) -> None:
+def _report_files(root: Path, series: list[_Series], read: _Files, result: Discovered) -> None:
     """Add the findings about files that are not DICOM or cannot be read."""
     owners = defaultdict(set)
     for part in series:
         for tags in part.images:
             owners[tags.file.parent].add((part.study_id, part.series_id))
-    for place, folder in folders.items():
-        ids = owners[place]
+    for folder, others in read.others.items():
+        ids = owners[folder]
         study_id = next(iter(ids))[0] if len({study_id for study_id, _ in ids}) == 1 else None
         series_id = next(iter(ids))[1] if len(ids) == 1 else None
-        rest = folder.not_dicom + ([] if ids else [file for file, _ in folder.broken])
-        if rest:
-            value = f"{len(rest)} of {folder.n_files} files are not DICOM images, e.g. {_name(root, rest[0])}"
+        skipped = [file for file, reason in others if not (reason and ids)]
+        if skipped:
+            name = _name(root, skipped[0])
+            value = f"{len(skipped)} of {read.counts[folder]} files are not DICOM images, e.g. {name}"
             result.findings.append((study_id, None, "files_skipped", value, "skipped"))
-        for file, reason in folder.broken if ids else ():
-            value = f"{_name(root, file)}: {reason}"
-            result.findings.append((study_id, series_id, "file_unusable", value, "file left out"))
+        for file, reason in others if ids else ():
+            if reason:
+                value = f"{_name(root, file)}: {reason}"
+                result.findings.append((study_id, series_id, "file_unusable", value, "file left out"))

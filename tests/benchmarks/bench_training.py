@@ -100,7 +100,7 @@ def main() -> None:
     parameters |= yaml.safe_load((PROFILES / f"{profile}.yml").read_text())
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
     print(f"Training steps of profile {profile} on {device}:")
-    print(pd.DataFrame(rows(parameters)).to_string(index=False, float_format="%.2f"))
+    print(pd.DataFrame(rows(parameters)).dropna(axis=1).to_string(index=False, float_format="%.2f"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A table of studies with every file of theirs: what prediction lists once, and each shard of it reads."""
+"""A table of studies and their files: prediction lists them once, and each of its shards reads its part."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NONE = -1  # series of a study that has none
 
 
 def files_of(comp: Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
-    """Every file of the studies: study_id, series_id, series_type, file (bytes: its name need not be UTF-8), size in
-    bytes, time in ns. A series without files and a study without series have one line with an empty file."""
+    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), size (bytes),
+    time (ns). A series without files, or a study without series, has one line with an empty file."""
     lines = []
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
@@ -29,14 +29,14 @@ def files_of(comp: Competition, series: pd.DataFrame, studies: Iterable[int]) ->
             if isinstance(source, Path):
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            found = [(os.fsencode(file), file.stat()) for file in source]
-            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in found] or [(b"", 0, 0)]
+            stats = [(os.fsencode(file), file.stat()) for file in source]
+            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats] or [(b"", 0, 0)]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
     return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])
 
 
 def read_listed(root: str | Path, table: str | Path) -> Competition:
-    """The studies of one shard as a Competition that holds no labels; they count as test studies."""
+    """The studies of one shard as a Competition without labels, all as test studies."""
     listed = pd.read_parquet(table)
     series = listed.loc[listed["series_id"] != NONE, ["study_id", "series_id", "series_type"]].drop_duplicates()
     there = listed[listed["file"] != b""].groupby(["study_id", "series_id"])["file"]

@@ -1,7 +1,4 @@
-"""Series as stacks of 8-bit slices in patient space: read, windowed, saved, loaded.
-
-All coordinates are LPS millimetres: x grows to the patient's left, y to posterior, z to the head.
-"""
+"""Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +11,25 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import dicom
-from lsdc_utils.data import checks
+from lsdc_utils import dicom, geometry
 from lsdc_utils.data.competition import FINDINGS, Competition
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
-SPARSE = 5  # an odd step in pixels, by which they are taken
-FEW_STUDIES = 20  # so many are converted sooner than processes start
+SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
+FEW_STUDIES = 20  # below this, starting processes takes longer than converting
+PIXEL = (0.1, 3.0)  # mm: plausible pixel spacings,
+FIELD = (80.0, 600.0)  # longer sides of an image,
+STEP = (0.3, 40.0)  # and distances of neighbouring slices; a stack may have one slice per disc
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
+Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
 Skipped = tuple[tuple[Path, str], ...]  # files left out, with the reason
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One series, windowed to 8 bit: slices of one size (smaller ones padded right and below) with their places."""
+    """One series, windowed to 8 bit: slices of one size (smaller ones padded right and below), each with its affine."""
 
     study_id: int
     series_id: int
@@ -42,13 +42,13 @@ class Stack:
 
 
 def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, Skipped]:
-    """Read a series and window it by its own percentiles; also the files left out, with the reason.
+    """A series windowed by its own percentiles, and the files left out, with the reason.
 
-    source: its folder, or its files. dicom.DicomError where nothing is usable, or its sizes are not those of a spine.
+    source: its folder, or its files. Raises dicom.DicomError if nothing is usable or its sizes are implausible.
     """
     series = dicom.read_series(source)
-    if fault := checks.spacing_fault(series):
-        raise dicom.DicomError(f"series {series.folder}: {fault}, which no lumbar MR has")
+    if fault := spacing_fault(series):
+        raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
     pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
     window_images(series.pixels, *_percentiles(series.pixels), pixels)
@@ -65,33 +65,47 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
     return stack, series.skipped
 
 
-def _percentiles(images: list[np.ndarray]) -> np.ndarray:
-    """The two percentiles `WINDOW` of all images, by every `SPARSE`-th pixel each way, which costs little.
+def spacing_fault(series: dicom.Series) -> str:
+    """Which size of a series is implausible for a lumbar MR, or ''."""
+    spacing = np.median([image.spacing for image in series.slices], axis=0)
+    field = np.median([max(np.multiply(image.spacing, image.shape[::-1])) for image in series.slices])
+    steps = series.steps()
+    sizes = {"pixels": (spacing, PIXEL), "a field of view": (field, FIELD)}
+    if len(steps):
+        sizes["steps between slices"] = (np.median(steps), STEP)
+    for what, (size, (least, most)) in sizes.items():
+        if np.min(size) < least or np.max(size) > most:
+            return f"{what} of {' x '.join(f'{mm:.3g}' for mm in np.atleast_1d(size))} mm"
+    return ""
 
-    A mirrored image has the same. In 60 phantom series the lower moved by less than a grey level, the upper by 1.4 on
-    average and 9 at most; networks are shown images by their own mean and deviation, or with varied brightness.
+
+def _percentiles(images: list[np.ndarray]) -> np.ndarray:
+    """The two percentiles `WINDOW` of all images, from every `SPARSE`-th pixel each way.
+
+    Mirroring an image changes nothing. Over 60 phantom series, all pixels gave a lower percentile within one grey
+    level, and an upper one within 1.4 on average and 9 at most.
     """
-    seen = np.concatenate([image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images])
-    if seen.dtype.kind != "u" or seen.itemsize > 2:
-        return np.percentile(seen, WINDOW)
-    # The same by counting, in a third of the time.
-    rank = np.array(WINDOW) / 100 * (len(seen) - 1)
-    at_most = np.bincount(seen).cumsum()
+    sample = np.concatenate([image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images])
+    if sample.dtype.kind != "u" or sample.itemsize > 2:
+        return np.percentile(sample, WINDOW)
+    # np.percentile by counting, in a third of the time
+    rank = np.array(WINDOW) / 100 * (len(sample) - 1)
+    at_most = np.bincount(sample).cumsum()
     low, high = (np.searchsorted(at_most, np.floor(rank) + k, side="right") for k in (0, 1))
     return low + (np.minimum(high, len(at_most) - 1) - low) * (rank % 1)
 
 
 def _sparse(count: int) -> slice:
-    """Every `SPARSE`-th of `count` pixels, as many left over before as behind; the step is odd so that this can be."""
-    over = (count - 1) % SPARSE
-    first = over // 2 if over % 2 == 0 else (over + SPARSE) // 2
+    """Every `SPARSE`-th of `count` pixels, with as many before the first as behind the last."""
+    rest = (count - 1) % SPARSE
+    first = rest // 2 if rest % 2 == 0 else (rest + SPARSE) // 2
     return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
 
 
 def window_images(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:
     """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; `low` becomes 0, `high` 255.
 
-    Integers of up to 16 bits go through a table of all their values: a fifth of the time of floating-point images.
+    Integers of up to 16 bits go through a table of all their values, which takes a fifth of the time.
     """
     table = None
     for place, image in zip(target, images, strict=True):
@@ -100,7 +114,7 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
         if image.dtype.kind not in "iu" or image.itemsize > 2:
             place[:] = _to_grey(image, low, high)
             continue
-        index = np.dtype(f"u{image.itemsize}")  # a negative value's bits are an index as good as any
+        index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
         if table is None or table.dtype != image.dtype:
             values = np.arange(256**image.itemsize, dtype=index)
             table = values.view(image.dtype)
@@ -109,19 +123,19 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
 
 
 def _to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values of any kind as grey levels 0..255, uint8."""
+    """Grey levels 0..255 (uint8) of values of any type."""
     scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / max(float(high - low), 1e-6))
     return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
 def save_stack(stack: Stack, path: str | Path) -> None:
-    """Write a stack as .npz, atomically. Not compressed: the noise of an MR image gains little and costs the reader."""
+    """Write a stack as .npz, atomically. Not compressed: noisy MR images shrink little and would load more slowly."""
     with atomic(path) as temporary:
         np.savez(temporary, **{field.name: getattr(stack, field.name) for field in fields(Stack)})
 
 
 def load_stack(path: str | Path) -> Stack:
-    """Read a stack that `save_stack` wrote."""
+    """The stack that `save_stack` wrote."""
     with np.load(path, allow_pickle=False) as content:
         values = {field.name: content[field.name] for field in fields(Stack)}
     numbers = {name: int(values[name]) for name in ("study_id", "series_id")}
@@ -129,39 +143,33 @@ def load_stack(path: str | Path) -> Stack:
 
 
 def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
-    """The stacks saved as <slices_dir>/<study>/<series>.npz, by series id; empty where the study has none."""
+    """The stacks saved as <slices_dir>/<study>/<series>.npz, by series id; empty if the study has none."""
     files = (Path(slices_dir) / str(study_id)).glob("[0-9]*.npz")
     return [load_stack(path) for path in sorted(files, key=lambda path: int(path.stem))]
 
 
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
-    """The stacks of a study's series, by series id, and what could not be read as lines of a findings table.
-
-    A series that cannot be read is left out: the study is graded from the others.
-    """
-    stacks, problems = [], []
-    for stack, found in _read_series(_sources(comp, split, study_id)):
+    """The stacks of a study's readable series, by series id, and findings about the other series and files."""
+    stacks, findings = [], []
+    for stack, rows in _read_series(_described(comp, split, study_id)):
         stacks += [stack] if stack else []
-        problems += found
-    return stacks, pd.DataFrame(problems, columns=FINDINGS)
+        findings += rows
+    return stacks, pd.DataFrame(findings, columns=FINDINGS)
 
 
-Described = tuple[Source, int, int, str]  # a series as `read_stack` takes it
-
-
-def _sources(comp: Competition, split: str, study_id: int) -> list[Described]:
+def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
     """The series of a study, by series id."""
-    mine = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
-    rows = sorted(zip(mine["series_id"].tolist(), mine["series_type"], strict=True))
+    series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
+    rows = sorted(zip(series["series_id"].tolist(), series["series_type"], strict=True))
     return [(comp.source(split, study_id, number), int(study_id), number, kind) for number, kind in rows]
 
 
-def _read_series(sources: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
-    """For each series its stack, None where it cannot be read, and its lines of the findings table."""
-    for source in sources:
-        _, study_id, series_id, _ = source
+def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
+    """For each series its stack (None if it cannot be read) and its rows of the findings table."""
+    for described in series:
+        _, study_id, series_id, _ = described
         try:
-            stack, skipped = read_stack(*source)
+            stack, skipped = read_stack(*described)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue
@@ -172,34 +180,32 @@ def _read_series(sources: Iterable[Described]) -> Iterator[tuple[Stack | None, l
 def convert_studies(
     comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1
 ) -> Iterator[pd.DataFrame]:
-    """Read, window and write studies as <folder>/<study>/<series>.npz; of each in turn, what could not be read.
+    """Write the stacks of studies as <folder>/<study>/<series>.npz; yields each study's findings as in `read_study`.
 
-    Tables are as in `read_study`. A process holds two series at most, and the files are the same whatever the number
-    of workers, which work as `processes.each` says.
+    A process holds two series at most. The number of workers (`parallel.each`) does not change the files.
     """
-    tasks = [_sources(comp, split, study) for study in studies]
+    tasks = [_described(comp, split, study) for study in studies]
     yield from each(
         partial(_convert_study, Path(folder)), tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1)
     )
 
 
-def _convert_study(folder: Path, sources: list[Described]) -> pd.DataFrame:
-    """Write the stacks of one study; what could not be read."""
-    problems = []
-    for stack, found in _read_series(sources):
+def _convert_study(folder: Path, series: list[Described]) -> pd.DataFrame:
+    """Write the stacks of one study; returns its findings."""
+    findings = []
+    for stack, rows in _read_series(series):
         if stack:
             save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
-        problems += found
-    return pd.DataFrame(problems, columns=FINDINGS)
+        findings += rows
+    return pd.DataFrame(findings, columns=FINDINGS)
 
 
 def coarsen(stack: Stack, spacing: float) -> Stack:
-    """Average whole pixels until they measure about `spacing` mm in the plane; images as coarse as that stay.
+    """A stack whose pixels are averages of whole pixels and measure about `spacing` mm; a coarser stack is unchanged.
 
-    Sampling fine pixels at a coarser step without averaging would take their noise and alias their edges.
+    Sampling fine pixels at a coarse step without averaging would keep their noise and alias edges.
     """
-    pixel = np.linalg.norm(stack.affines[:, :3, :2], axis=1).max()
-    factor = int(spacing / pixel + 0.25)
+    factor = int(spacing / geometry.spacing(stack.affines).max() + 0.25)
     rows, cols = stack.pixels.shape[1] // max(factor, 1), stack.pixels.shape[2] // max(factor, 1)
     if factor < 2 or not rows or not cols:
         return stack

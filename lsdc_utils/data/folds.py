@@ -1,0 +1,50 @@
+"""Folds of a label table: cut so that they are alike, or read from a published table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils import vocabulary as words
+from lsdc_utils.data.competition import CompetitionError, read_required_table
+
+
+def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
+    """Cut the studies of a label table into folds that are alike: study_id, fold (0 .. n_splits - 1).
+
+    Alike in any-severe canal and in the counts of moderate and severe grades of each condition group. Studies with the
+    most disease are dealt first, n_splits at a time, one to each fold: each study goes to the fold that has least of
+    what the study has. Fold sizes differ by one study at most. The same labels and seed give the same folds, whatever
+    the order of the rows. Raises CompetitionError if there are fewer studies than folds.
+    """
+    group = labels.condition.map({c.name: c.group for c in words.CONDITIONS.values()})
+    traits = pd.DataFrame({"study_id": labels.study_id})
+    for key in words.GROUPS:
+        for severity in (1, 2):
+            traits[f"{key}_{severity}"] = ((group == key) & (labels.severity == severity)).astype(float)
+    counts = traits.groupby("study_id").sum().sort_index()
+    if not 2 <= n_splits <= len(counts):
+        raise CompetitionError(f"cannot cut {len(counts)} studies into {n_splits} folds")
+    counts["any_severe"] = (counts.scs_2 > 0).astype(float)
+    share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each study's share of the total of each trait
+    order = np.random.default_rng(seed).permutation(len(share))
+    order = order[np.argsort(-share[order].sum(axis=1), kind="stable")]
+    fold = np.zeros(len(share), dtype="int64")
+    held = np.zeros((n_splits, share.shape[1]))
+    for start in range(0, len(order), n_splits):
+        free = list(range(n_splits))
+        for i in order[start : start + n_splits]:
+            fold[i] = min(free, key=lambda k: (held[k] @ share[i], held[k].sum()))
+            held[fold[i]] += share[i]
+            free.remove(fold[i])
+    return pd.DataFrame({"study_id": counts.index.to_numpy(dtype="int64"), "fold": fold})
+
+
+def read_folds(file: str | Path) -> pd.DataFrame:
+    """study_id and fold from a csv with these columns, one or more lines per study; CompetitionError if they differ."""
+    folds = read_required_table(Path(file), ["study_id", "fold"], ["study_id", "fold"]).drop_duplicates()
+    if (twice := folds.study_id[folds.study_id.duplicated()]).any():
+        raise CompetitionError(f"{file}: study {twice.iloc[0]} is in more than one fold")
+    return folds.reset_index(drop=True)

@@ -1,0 +1,105 @@
+"""What the header of an image says its series is: plane, contrast, and why it is not one that is graded."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from lsdc_utils import geometry
+from lsdc_utils import vocabulary as words
+from lsdc_utils.dicom import Tags
+
+# Reasons to skip an image, by its description (lower case, words separated by blanks) ...
+DESCRIBED = {
+    "localiser": r"\b(loc|locali[sz]er\w*|scouts?|aahscout|survey|planning|pilot|3 ?pl|3 ?planes?|three planes?)\b",
+    "diffusion": r"\b(dwi|diff|diffusion|adc|tracew?|dti|b ?\d{3,4})\b",
+    "projection or reformat": r"\b(mip|minip|mpr|reformat\w*|proj\w*|curved)\b",
+    "myelogram": r"\bmyelo\w*",
+    "subtraction": r"\b(sub|subtr\w*)\b",
+    "angiography": r"\b(mra|mrv|tof|angio\w*)\b",
+    "calibration": r"\b(calib\w*|cal|asset|shim\w*|b1 ?map|field ?map)\b",
+    "perfusion or susceptibility": r"\b(swi|perf\w*|dce|dsc|asl)\b",
+    "T2*": r"t2\*|t2 ?star|\b(medic|merge|m ?ffe)\b",
+    "other part of the spine": r"^(?!.*(lumb|\bls\b|\bl ?sp|lws|\bl5)).*\b(cervical|thoracic|[ct] ?spine|hws|bws)\b",
+}
+# ... and by its image type.
+TYPED = {
+    "localiser": {"LOCALIZER"},
+    "projection or reformat": {"MPR", "CSA MPR", "MIP", "MINIP", "PROJECTION IMAGE", "REFORMATTED", "CPR", "VOLREN"},
+    "subtraction": {"SUBTRACTION", "SUB", "SUBTRACT"},
+    "diffusion": {"ADC", "TRACEW", "DIFFUSION", "FA", "EADC"},
+    "phase image": {"P", "PHASE", "PHASE MAP"},
+    "fat image": {"FAT", "F"},
+    "screen capture": {"SCREEN SAVE", "SCREENSAVE"},
+}
+CONTRAST_WORDS = {words.T1: r"t1(?!\d)|\bt 1 ?w", words.T2: r"t2(?!\d)|\bt 2 ?w|stir|tirm|spair"}
+SHORT = {words.T1: "T1", words.T2: "T2"}
+UNKNOWN_CONTRAST = "the header does not say T1 or T2"
+
+
+def plane_of(tags: Tags) -> str:
+    """sagittal, coronal or axial; '' without an orientation."""
+    if tags.orientation is None:
+        return ""
+    return geometry.plane_of(np.cross(tags.orientation[:3], tags.orientation[3:]))
+
+
+def skip_reason(tags: Tags) -> str:
+    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so."""
+    if tags.modality not in ("", "MR"):
+        return "modality other than MR"
+    if not tags.rows and not tags.has_pixels:
+        return "no images"
+    for reason, marks in TYPED.items():
+        if marks.intersection(tags.image_type[2:] or ()) or ("LOCALIZER" in tags.image_type and reason == "localiser"):
+            return reason
+    text = _described(tags)
+    return next((reason for reason, pattern in DESCRIBED.items() if re.search(pattern, text)), "")
+
+
+def contrast_of(tags: Tags) -> tuple[str | None, str]:
+    """T1 or T2 (words of the vocabulary) by echo, repetition and inversion time, otherwise by the description.
+
+    Without either: None and the reason to skip the series.
+    """
+    if contrast := timed_contrast(tags) or named_contrast(tags):
+        return contrast, ""
+    if _gradient_echo(tags):
+        return None, "gradient echo that names neither T1 nor T2"
+    proton = re.search(r"\b(pd|pdw|proton)\b", _described(tags))
+    short_echo = tags.echo_time and tags.echo_time < 60 and (tags.repetition_time or 0) >= 1500
+    if proton or (short_echo and "IR" not in tags.sequence and not tags.inversion_time):
+        return None, "proton density"
+    return None, UNKNOWN_CONTRAST
+
+
+def timed_contrast(tags: Tags) -> str | None:
+    """T1 or T2 if echo, repetition and inversion time (ms) leave no doubt; the limits are those of spin echoes."""
+    echo, repetition, inversion = tags.echo_time, tags.repetition_time, tags.inversion_time
+    if _gradient_echo(tags):
+        return None
+    if inversion and 80 <= inversion <= 300:  # STIR: fat is nulled
+        return words.T2
+    if inversion and 400 <= inversion < 1500 and echo and echo < 40:  # T1 FLAIR
+        return words.T1
+    if echo and echo >= 60 and not (repetition and repetition < 1200):
+        return words.T2
+    if echo and echo < 40 and repetition and repetition < 1200:
+        return words.T1
+    return None
+
+
+def named_contrast(tags: Tags) -> str | None:
+    """T1 or T2 if the description, or the contrast of an enhanced image, names only one of them."""
+    text = " ".join([_described(tags), *(word.lower() for word in tags.sequence if word in ("T1", "T2", "STIR"))])
+    named = [contrast for contrast, pattern in CONTRAST_WORDS.items() if re.search(pattern, text)]
+    return named[0] if len(named) == 1 else None
+
+
+def _described(tags: Tags) -> str:
+    return re.sub(r"[^a-z0-9*]+", " ", tags.description.lower()).strip()
+
+
+def _gradient_echo(tags: Tags) -> bool:
+    return bool({"GR", "GRADIENT"} & {*tags.sequence}) and "SE" not in tags.sequence  # GRADIENT: of enhanced images

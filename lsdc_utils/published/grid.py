@@ -19,7 +19,8 @@ def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
     The grid spans what the sagittal series cover, or all series where there is none, so its voxels differ from study to
     study and from axis to axis. Of several series or tilted blocks the nearest slice answers. CropError without stacks.
     """
-    points, spacing = grid_points(stacks, size)
+    points, steps = grid_points(stacks, size)
+    points, spacing = points.reshape(-1, 3), float(steps[1:].min())
     grid = np.zeros((len(SERIES_TYPES), size**3), dtype=np.uint8)
     for values, series_type in zip(grid, SERIES_TYPES, strict=True):
         nearest = np.full(size**3, np.inf)
@@ -31,8 +32,8 @@ def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
     return grid.reshape(-1, size, size, size)
 
 
-def grid_points(stacks: list[Stack], size: int) -> tuple[np.ndarray, float]:
-    """Patient points (size^3, 3) of the voxels of `study_grid`, and the smaller of their y and z spacings in mm."""
+def grid_points(stacks: list[Stack], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patient points (size, size, size, 3) of the voxels of `study_grid`, and the sides (3,) of a voxel in mm."""
     if not stacks:
         raise CropError("a grid needs at least one series that can be read")
     sagittal = [stack for stack in stacks if stack.series_type in SERIES_TYPES[:2]] or stacks
@@ -41,7 +42,7 @@ def grid_points(stacks: list[Stack], size: int) -> tuple[np.ndarray, float]:
     corners = np.concatenate([places.reshape(-1, 3) for places in corners])
     low, high = corners.min(axis=0), corners.max(axis=0)
     steps = (high - low) / size
-    return low + (np.indices((size,) * 3).reshape(3, -1).T + 0.5) * steps, float(steps[1:].min())
+    return low + (np.moveaxis(np.indices((size,) * 3), 0, -1) + 0.5) * steps, steps
 
 
 def _sample_block(stack: Stack, members: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ def turned(stack, order):
 @pytest.mark.parametrize("lean", [0.0, 0.15])
 def test_a_linear_field_is_returned(lean):
     stack = sagittal(columns=(lean, np.sqrt(1 - lean**2), 0))
-    points = grid_points([stack], 16)[0].reshape(16, 16, 16, 3)
+    points = grid_points([stack], 16)[0]
     inner = (slice(2, -2),) * 3  # the outermost voxels are beyond the last pixels' centres
     grid = study_grid([stack], 16)[1][inner].astype(float)
     inside = grid > 0
@@ -45,7 +45,7 @@ def test_slices_in_any_order_give_the_same_grid():
 def test_a_series_type_that_is_missing_is_blank_and_a_lone_slice_answers_for_what_is_near_it():
     grid = study_grid([sagittal(), sagittal(1, T1)], 32)
     assert not grid[2].any() and grid[1].any()
-    points = grid_points([sagittal(), sagittal(1, T1)], 32)[0].reshape(32, 32, 32, 3)
+    points = grid_points([sagittal(), sagittal(1, T1)], 32)[0]
     assert np.abs(points[grid[0] > 0][:, 0] - 2).max() <= 2.5
 
 
@@ -55,8 +55,8 @@ def test_tilted_blocks_answer_by_their_nearest_slice():
     rows = (0, np.cos(turn), -np.sin(turn))
     tilted = make_affines(4, 1.5, 4.0, centre=(0, 0, -10), size=size, columns=(1, 0, 0), rows=rows)
     stack = make_stack(ramp, np.concatenate([flat, tilted]), size, AXIAL, np.repeat([0, 1], 4).astype(np.int32))
-    grid, (points, _) = study_grid([stack], 24)[2].reshape(-1), grid_points([stack], 24)
-    inside = (grid > 0) & (np.abs(points[:, :2]) < 20).all(axis=1)
+    grid, points = study_grid([stack], 24)[2].astype(float), grid_points([stack], 24)[0]
+    inside = (grid > 0) & (np.abs(points[..., :2]) < 20).all(axis=-1)
     assert np.abs(grid - ramp(points))[inside].max() < 2.5 and 0.2 < (grid > 0).mean() < 0.9
 
 

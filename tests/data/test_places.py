@@ -24,7 +24,7 @@ from lsdc_utils.detector.levels import _find_foramina, _find_recesses
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
-from lsdc_utils.published.grid import grid_lattice, study_grid
+from lsdc_utils.published.grid import grid_points, study_grid
 from lsdc_utils.vit.crops import SLOTS, level_cuts, level_slices
 from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
@@ -231,9 +231,9 @@ def test_squares_show_the_ball_in_its_place_and_on_its_side(planted):
 
 def test_the_study_grid_shows_the_ball_in_its_place(planted):
     stacks = [planted.stack(kind) for kind in SERIES_TYPES]
-    lattice = grid_lattice(stacks, 64)
+    points, steps = grid_points(stacks, 64)
     for grid in study_grid(stacks, 64):
-        assert_half_a_voxel(centre(grid, lattice.points(), planted), planted, lattice.steps)
+        assert_half_a_voxel(centre(grid, points, planted), planted, np.diag(steps))
 
 
 def detected(planted: Planted, columns: slice, series_type: str) -> Detections:

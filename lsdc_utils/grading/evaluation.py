@@ -6,17 +6,12 @@ of several models stand row by row beside each other. Probabilities are natural;
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score, precision_recall_curve
 
-from lsdc_utils.files import write_json
 from lsdc_utils.metric import (
     PARTS,
     PROBABILITIES,
@@ -187,38 +182,3 @@ def suspicion_curve(rows: pd.DataFrame, wrong: Collection[str]) -> pd.DataFrame:
 def _of_label(rows: pd.DataFrame, probabilities: np.ndarray | pd.DataFrame) -> np.ndarray:
     """The probability (n,) of each row's own label."""
     return np.asarray(probabilities)[np.arange(len(rows)), rows["severity"].to_numpy(int)]
-
-
-# ---- what 07 finds after the scores ----------------------------------------------------------------------------------
-
-
-def data_sheet(settings: pd.DataFrame) -> pd.DataFrame:
-    """The ensemble in each setting of the stress tests, as text: score, skill with its interval, and the skill lost."""
-    intervals = [f"{low:.2f} to {high:.2f}" for low, high in zip(settings["low"], settings["high"], strict=True)]
-    lost = settings[["lost", "lost_low", "lost_high"]].itertuples(index=False, name=None)
-    columns = {
-        "Score": [f"{score:.3f}" for score in settings["score"]],
-        "Skill": [f"{skill:.2f}" for skill in settings["skill"]],
-        "95 % interval": intervals,
-        "Skill lost": ["–", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*one) for one in list(lost)[1:])],
-    }
-    both = zip(settings["factor"], settings["setting"], strict=True)
-    names = [setting if setting == factor else f"{factor}: {setting}" for factor, setting in both]
-    return pd.DataFrame(columns, index=pd.Index(names, name=f"{settings['studies'].iloc[0]} fresh studies"))
-
-
-def keep_stress(run: Path, numbers: dict[str, float | None]) -> None:
-    """Write a run's numbers to stress/numbers.json, with the checksum of the blend that they are of."""
-    write_json(run / "stress/numbers.json", {"numbers": numbers, "blend": _checksum(run / "blend.json")})
-
-
-def kept_stress(run: Path) -> dict[str, Any]:
-    """What scores.json has of a run's stress tests: `stress` with its numbers; nothing where there are none of the
-    blend as it is now."""
-    file = run / "stress/numbers.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    return {"stress": known["numbers"]} if known.get("blend") == _checksum(run / "blend.json") else {}
-
-
-def _checksum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

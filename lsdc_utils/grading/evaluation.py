@@ -12,19 +12,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score, precision_recall_curve
 
-from lsdc_utils.metric import (
-    PARTS,
-    PROBABILITIES,
-    SMALLEST,
-    WEIGHTS,
-    auc,
-    calibration_error,
-    interval,
-    resampled_scores,
-    study_losses,
-    weight_rows,
-    weight_table,
-)
+from lsdc_utils import metric
+from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
 
 Judged = dict[str, pd.DataFrame]  # by model
@@ -45,9 +34,9 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
     rows["group"] = [CONDITIONS[condition].group for _, condition, _ in keys]
     rows["side"] = [CONDITIONS[condition].side or "" for _, condition, _ in keys]
     severity = rows["severity"].to_numpy(int)
-    of_label = _of_label(rows, weight_rows(rows[PROBABILITIES].to_numpy()))
-    rows["weight"] = WEIGHTS[severity]
-    rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, SMALLEST, 1))
+    of_label = _of_label(rows, metric.weight_rows(rows[PROBABILITIES].to_numpy()))
+    rows["weight"] = metric.WEIGHTS[severity]
+    rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, metric.SMALLEST, 1))
     return rows
 
 
@@ -56,10 +45,10 @@ def difference(
 ) -> dict[str, tuple[float, float, float]]:
     """Score of `model` minus score of `other` in each part, with its paired 95 % interval: below 0, `model` is
     better."""
-    losses = {name: study_losses(solution, weight_table(tables[name])) for name in (model, other)}
+    losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
-    samples = resampled_scores(losses)
-    intervals = zip(PARTS, interval(samples[model] - samples[other]), strict=True)
+    samples = metric.resampled_scores(losses)
+    intervals = zip(metric.PARTS, metric.interval(samples[model] - samples[other]), strict=True)
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 
@@ -82,7 +71,7 @@ def by_trait(judged: Judged, trait: np.ndarray, model: str = "ensemble", draws: 
         if skilled:
             shown = (loss["prior"] - loss[model]) / (loss["prior"] - loss["oracle"])
             line["skill"] = shown[0]
-        [(low, high)] = interval(shown[1:, None])
+        [(low, high)] = metric.interval(shown[1:, None])
         lines[value] = line | {"low": low, "high": high}
     return pd.DataFrame.from_dict(lines, orient="index")
 
@@ -95,7 +84,7 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
         for event, mildest in EVENTS.items():
             truth = (of_group["severity"] >= mildest).to_numpy()
             chance = of_group[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
-            line = {"rows": len(of_group), "events": int(truth.sum()), "AUC": auc(truth, chance)}
+            line = {"rows": len(of_group), "events": int(truth.sum()), "AUC": metric.auc(truth, chance)}
             for point in POINTS if truth.any() and not truth.all() else ():
                 line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
                 line[f"specificity at {point}"] = (chance[~truth] < point).mean()
@@ -134,7 +123,7 @@ def calibration(judged: Judged) -> pd.DataFrame:
     for name, keys in groups.items():
         chosen = {model: rows[rows["group"].isin(keys)] for model, rows in judged.items()}
         errors[name] = {
-            model: calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
+            model: metric.calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
             for model, rows in chosen.items()
             if len(rows)
         }

@@ -22,7 +22,7 @@ from lsdc_utils.pipeline.runner import NBSTRIPOUT_KEYS, load_parameters
 START = ROOT / "notebooks" / "start.ipynb"
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in steps.NOTEBOOK_ORDER]
 PROFILES = ("demo", "smoke", "kaggle", "original")
-MAX_CELL_LINES = 30  # about 25
+MAX_CELL_LINES = {"03_train_yolo": 45, "04_train_vit3d": 45}  # of a cell; 30 in the others
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
@@ -90,9 +90,9 @@ def test_no_outputs_are_stored(file: Path) -> None:
 
 @each_notebook
 def test_code_is_plain_short_and_imports_once(file: Path) -> None:
-    importing = []
+    importing, longest = [], MAX_CELL_LINES.get(file.stem, 30)
     for cell in code_cells(file):
-        assert "parameters" in cell.metadata.get("tags", ()) or len(cell.source.splitlines()) <= MAX_CELL_LINES
+        assert "parameters" in cell.metadata.get("tags", ()) or len(cell.source.splitlines()) <= longest
         tree = ast.parse(cell.source)  # no magics, no !pip
         nodes = list(ast.walk(tree))
         assert not [node for node in nodes if isinstance(node, ast.ClassDef)]

@@ -260,11 +260,6 @@ def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path)
     assert not (tiny_project / "outputs/other").exists()
 
 
-def test_sided_classes_need_no_canal_points(tiny_project: Path) -> None:
-    plan = would_run(tiny_project, "--run", "sided", "--until", "03_train_yolo_nfn_fold0", "yolo_classes=sided")
-    assert plan == ["00_get_data", "02_convert_labels", "03_train_yolo_nfn_fold0"]
-
-
 # ---- on a cluster --------------------------------------------------------------------------------------------------
 
 

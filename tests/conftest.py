@@ -74,7 +74,6 @@ folds: [0, 1]
 threads: 1
 yolo_epochs: {nfn: 2, scs: 3, ss: 1}
 vit_lr: 0.001
-vit_processes: 1
 stress_bodies: 1
 tta: true
 """
@@ -103,7 +102,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ],
     ),
     "04_train_vit3d": (
-        "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001\nvit_processes: int = 1",
+        "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001",
         "name = f'fold{fold}'\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",
         [

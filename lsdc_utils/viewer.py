@@ -1,4 +1,4 @@
-"""A study to look through in a notebook: series, slice, window, points and boxes; a still picture where nobody clicks.
+"""An interactive viewer of studies in a notebook: series, slice, window, points and boxes; a still picture in a run.
 
 Marks are rows of a table as `grading.marks` describes them, with one more column: words (what the row says).
 """
@@ -24,7 +24,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.grading.marks import REACH, distances, draw_still, worst_slice
 from lsdc_utils.vocabulary import GROUPS, SERIES_TYPES
 
-RUN_MARK = "LSDC_RUN"  # in the environment of every process of ./run_all.sh: there nobody clicks
+RUN_MARK = "LSDC_RUN"  # set in the environment of every process of ./run_all.sh
 Reader = Callable[[int], list[Stack]]
 
 
@@ -108,10 +108,10 @@ class Viewer:
 def show(
     read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm: dict[str, float] | None = None
 ) -> Viewer | None:
-    """Display a viewer of the studies in `rows`, or in a run, where nobody clicks, a still picture of one of them.
+    """Display a viewer of the studies in `rows`; in a run of the pipeline, a still picture of one of them.
 
-    still: that picture; default: a slice of each type of series, of the study with most severe marks. Both go out
-    together, so that a page made from the notebook has the picture. Returns the viewer, None in a run.
+    still: that picture; default: a slice of each type of series, of the study with most severe marks. The viewer comes
+    with the picture, which a page made from the notebook shows. Returns the viewer, None in a run.
     """
     if rows.empty:
         print("no study to look at")

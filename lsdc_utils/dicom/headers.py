@@ -37,7 +37,7 @@ MAX_ITEMS = 20_000  # items in functional groups
 MAX_INFLATED = (1 << 27) + MAX_HEADER  # bytes of a deflated file; inflating takes twice as many
 
 FIRST_TAGS = (b"\x02\0", b"\x08\0", b"\0\x08")  # how a data set without preamble starts
-PIXEL_DATA = (0x7FE00010, 0x7FE00008, 0x7FE00009)  # integers, 32-bit and 64-bit floating-point numbers
+PIXEL_DATA = 0x7FE00010  # of integers; floating-point ones, as computed maps have, are not read
 ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # tags that start an item, in either byte order
 UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 
@@ -105,7 +105,7 @@ class Header:
     size: int  # of the stream, in bytes
     pixels_at: int | None  # where the value of the pixel data begins; None where there is none
     pixels_length: int  # bytes of the value by the header, or UNDEFINED
-    pixels_vr: str | None  # OF or OD for floating-point pixels; None where the header is implicit
+    pixels_vr: str | None  # OB or OW; None where the header is implicit
 
 
 def read_tags(file: str | Path) -> Tags:
@@ -231,9 +231,9 @@ def _read_header(file: BinaryIO, size: int) -> Header:
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
         """Whether the pixels are reached, which ends the header; notes where they are."""
         nonlocal pixels
-        if tag in PIXEL_DATA:
-            pixels = file.tell(), length, vr if tag == PIXEL_DATA[0] else "OF"
-        return tag in PIXEL_DATA
+        if tag == PIXEL_DATA:
+            pixels = file.tell(), length, vr
+        return tag == PIXEL_DATA
 
     implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
     dataset = read_dataset(stream, implicit, little, stop_when=at_pixels, specific_tags=WANTED_TAGS)
@@ -259,26 +259,20 @@ def frame_datasets(dataset: Dataset, frame: int) -> list[Dataset]:
 
 
 def frame_numbers(datasets: list[Dataset], name: str, n: int | None = None) -> list[float] | None:
-    """The finite numbers of a tag in the first data set that has them, n if given; None where none has."""
+    """The numbers of a tag in the first data set that has finite ones, n if given; None where none has."""
     for dataset in datasets:
-        values = numbers(dataset, name)
-        if values and (n is None or len(values) == n):
+        try:
+            values = [float(part) for part in text(dataset, name).split("\\")]
+        except ValueError:
+            continue
+        if all(map(math.isfinite, values)) and n in (None, len(values)):
             return values
     return None
 
 
-def numbers(dataset: Dataset, name: str) -> list[float] | None:
-    """The numbers of a tag; None where it is missing, or holds anything but finite numbers."""
-    try:
-        values = [float(part) for part in text(dataset, name).split("\\")]
-    except ValueError:
-        return None
-    return values if all(map(math.isfinite, values)) else None
-
-
 def integer(dataset: Dataset, name: str) -> int | None:
     """The first number of a tag if it is an integer; None otherwise."""
-    values = numbers(dataset, name)
+    values = frame_numbers([dataset], name)
     return int(values[0]) if values and values[0] == int(values[0]) else None
 
 

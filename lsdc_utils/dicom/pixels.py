@@ -82,9 +82,7 @@ def read_layout(header: Header) -> Layout:
     if rows < 1 or columns < 1:
         raise DicomError(f"has Rows {rows} and Columns {columns}: it holds no image")
     if header.pixels_at is None:
-        raise DicomError("has no pixel data, or a header that is broken before it: copy it again from the archive")
-    if header.pixels_vr in ("OF", "OD"):
-        raise DicomError("has floating-point pixels, as computed maps have")
+        raise DicomError("has no integer pixels, or a header broken before them: copy it again from the archive")
     frames = integer(dataset, "NumberOfFrames")
     frames = 1 if frames is None else frames
     photometric = text(dataset, "PhotometricInterpretation").upper()

@@ -240,7 +240,7 @@ def test_mixed_shapes_stay_as_they_are(tmp_path: Path) -> None:
         ({"Rows": 60000, "Columns": 60000}, "which no scanner makes"),
         ({"Rows": 4000, "Columns": 4000}, "too short for its image"),
         ({"Rows": 4000, "Columns": 4000, "rle": False}, "is truncated, with 96 of 32000000 bytes"),
-        ({"drop": ("PixelData",)}, "has no pixel data"),
+        ({"drop": ("PixelData",)}, "has no integer pixels"),
         ({"spacing": (0.0, 1.0)}, "PixelSpacing"),
         ({"orientation": ((1.0, 0.0, 0.0), (1.0, 0.0, 0.0))}, "not two directions at right angles"),
         ({"ImagePositionPatient": None}, "ImagePositionPatient"),
@@ -445,7 +445,7 @@ def test_deflated_files_do_not_grow_without_end(tmp_path: Path, monkeypatch: pyt
         read_tags(file)
     monkeypatch.undo()
     file.write_bytes(file.read_bytes()[:-40])  # what is there is read, and found to be too little
-    with pytest.raises(DicomError, match="has no pixel data, or a header that is broken before it"):
+    with pytest.raises(DicomError, match="has no integer pixels, or a header broken before them"):
         read_series(tmp_path)
 
 

@@ -13,6 +13,7 @@ import dicom_files
 import numpy as np
 import pandas as pd
 import pytest
+import spoil
 from data_folders import Tables, save, write_images, write_series, write_tables
 
 from lsdc_utils import phantom
@@ -357,10 +358,14 @@ def counted(rows: pd.DataFrame) -> Counter:
 
 
 def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> None:
-    """The table of what was planted and what was found is printed: `pytest -s -k planted tests/test_validation.py`."""
-    n = len(phantom.spoil.KINDS)  # each kind of dirt in a study of its own
-    root = phantom.write_phantom(tmp_path / "spoilt", n, 0, seed=6, workers=2, **phantom.ALL_DIRT)
-    rows = pd.read_csv(root / "planted.csv", dtype={"series_id": "Int64", "value": str}).fillna({"value": ""})
+    """The table of what was planted and what was found is printed: `pytest -s -k planted tests/data/test_checks.py`."""
+    rates = {"series_missing": 0.06, "second_axial": 0.4, "axial_split": 0.3, "short_stack": 0.06}
+    rates |= {"label_missing": 0.002, "point_missing": 0.01, "tilted_blocks": 0.1}
+    n = 2 * len(spoil.KINDS)
+    root = phantom.write_phantom(tmp_path / "spoilt", n, 0, seed=6, workers=2, sides_swapped=0.06, **rates)
+    straight = phantom.write_phantom(tmp_path / "straight", n, 0, seed=6, images=False, sides_swapped=0.0, **rates)
+    spoil.change_forms(root, spoil.FORMS, share=0.05)
+    rows, _ = spoil.spoil(root, straight=straight)
     planted, found = counted(rows), counted(check(root).findings)
     for rule in sorted({key[2] for key in planted | found}):
         n_planted, n_found = (sum(n for key, n in table.items() if key[2] == rule) for table in (planted, found))

@@ -3,19 +3,19 @@
 Every point of the patient (LPS mm: x to the left, y to the back, z to the head) is first expressed along the spine:
 `s` runs up the posterior wall of the vertebral bodies (0 at the disc L3/L4), `v` is the distance behind that wall and
 `u` the distance to the left of the midline. In these coordinates the spine is straight, and whatever changes along it
-(sizes, discs, narrowing) is a table over `s`. Lordosis, scoliosis and slips live in the curve alone.
+(sizes, discs, narrowing) is a table over `s`. Lordosis, scoliosis and slips only change the curve.
 
-A narrowing n in [0, 1] sets one size on the body, by the same function at every level and in every build:
+A narrowing n in [0, 1] sets one size on the body, by the same function at every level and in every body:
 
 - canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
-  narrow and below about 75 mm2 as severely so (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
+  narrow, below about 75 mm2 as severely narrow (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
   roots keep their own 52 mm2, so CSF disappears where Schizas et al. (Spine 2010) see grades C and D.
 - foramen: area in its sagittal plane, 138 mm2 when open; it loses up to 0.35 of its height, from below, and up to
   0.6 of its width (40 to 160 mm2 in Hasegawa et al., Spine 1995; order of loss as graded by Lee et al., AJR 2010).
 - recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
   (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
-A narrow place fills an envelope of fixed size that it shares with no other of the 25 places.
+Each of the 25 places has its own envelope of fixed size: narrowing one changes nothing in another.
 
 Levels are named from below: L5/S1 is the lowest disc that has at least half the height of the one above it. A flatter
 one below it is a remnant in the sacrum; it is not counted, though a transitional vertebra may make it easy to see.
@@ -73,8 +73,8 @@ class Body:
     def draw(
         rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None
     ) -> Body:
-        """Build a patient around 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional
-        vertebra. The same generator gives the same patient in all else, whatever the narrowings and switches are."""
+        """Build a patient around 25 narrowings in [0, 1]. True and False force and forbid a slip or a transitional
+        vertebra. Narrowings and switches change nothing else about the patient that a generator gives."""
         narrowing = np.asarray(narrowing, float)
         if narrowing.shape != (len(COLUMNS),) or not ((narrowing >= 0) & (narrowing <= 1)).all():
             raise ValueError(f"narrowing must be {len(COLUMNS)} numbers in [0, 1], got {narrowing}")
@@ -94,7 +94,7 @@ class Body:
         return Body(narrowing, discs, centre, tilt, lean, tables, waves, traits)
 
     def points(self) -> Array:
-        """Where each finding truly lies: (25, 3) LPS mm in the order of COLUMNS."""
+        """The true place of each of COLUMNS: (25, 3) LPS mm."""
         levels = self.discs[FIRST : FIRST + 5]
         up = np.array([0.0] * 5 + [9.0] * 10 + [0.0] * 10)
         side = np.array([0.0] * 5 + [1.0] * 5 + [-1.0] * 5 + [1.0] * 5 + [-1.0] * 5)
@@ -148,7 +148,7 @@ class Body:
 
 
 def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
-    """What varies between patients without meaning for any grade."""
+    """What varies between patients without affecting any grade."""
     slip, transitional = rng.random() < 0.12, rng.random() < 0.08
     hydration = rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2)
     return {

@@ -1,7 +1,7 @@
 """DICOM files as sparse as the competition's: RLE Lossless, 16 bits allocated, 12 stored, 27 tags.
 
-They are put together by hand (DICOM PS3.5, section 7.1.2, explicit VR little endian; fragments of A.4), since a demo
-has thousands of them and a general writer takes twice the time of the compression itself.
+They are assembled by hand (DICOM PS3.5, section 7.1.2, explicit VR little endian; fragments of A.4): a demo has
+thousands of them, and a general writer takes twice the time of the compression itself.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray, header: dict
         "ImplementationClassUID": PYDICOM_IMPLEMENTATION_UID,
     }
     version = struct.pack("<HH2sHI", 2, 1, b"OB", 0, 2) + b"\0\1"
-    told = version + _encode(meta)
-    length = struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(told))
+    group = version + _encode(meta)
+    length = struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group))
     frame = bytes(encode_frame(np.ascontiguousarray(pixels, dtype="<u2").tobytes(), rows, columns, 1, 16, "<"))
-    path.write_bytes(b"\0" * 128 + b"DICM" + length + told + _encode(elements) + _fragments(frame))
+    path.write_bytes(b"\0" * 128 + b"DICM" + length + group + _encode(elements) + _fragments(frame))
 
 
 def _encode(elements: dict) -> bytes:

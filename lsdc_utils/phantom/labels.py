@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import ndtr, ndtri
 
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS
 
 COLUMN_GROUPS = np.array([c.group for c in CONDITIONS.values() for _ in LEVELS])  # nfn, scs or ss of each column
 
@@ -31,9 +31,8 @@ CUTS = {"scs": (0.50, 0.70), "nfn": (0.45, 0.70), "ss": (0.45, 0.65)}
 # that the best solutions of the competition reached (spinal .25, foraminal .44, subarticular .52, any severe .3).
 NOISE = {"scs": 0.112, "nfn": 0.116, "ss": 0.121}
 SHARED = 0.6  # share of the error's variance that one reader carries through all columns of a study: strict or lenient
-NARROWEST_EIGENVALUE = 1e-3  # of the latent correlation: kept off 0 so that its Cholesky factor is stable
-
-TOLERATED = 0.02  # miss of a label correlation that is not pulled again
+SMALLEST_EIGENVALUE = 1e-3  # of the latent correlation: kept off 0 so that its Cholesky factor is stable
+TOLERATED = 0.02  # error of a label correlation that is left as it is
 
 _GRID = np.linspace(-5.0, 5.0, 201)  # nodes for expectations over a standard normal latent
 _CUTS = np.array([CUTS[g] for g in COLUMN_GROUPS])  # (25, 2)
@@ -51,7 +50,7 @@ class Grades:
 
 @dataclass(frozen=True)
 class LatentModel:
-    """What is solved from the facts: offset a (25,), slope b (25,) and correlation (25, 25) of the normal latent."""
+    """Solved from the facts: offset a (25,), slope b (25,) and correlation (25, 25) of the normal latent."""
 
     offset: np.ndarray
     slope: np.ndarray
@@ -60,7 +59,7 @@ class LatentModel:
 
 @functools.cache
 def real_facts() -> dict:
-    """Aggregate facts of the real training set, as stored beside this module."""
+    """Aggregate facts of the real training set, stored in `facts.json`."""
     return json.loads(resources.files(__package__).joinpath("facts.json").read_text())
 
 
@@ -70,68 +69,41 @@ def real_prevalence() -> np.ndarray:
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-def real_missing() -> np.ndarray:
-    """Share (25,) of real studies without a label in each column."""
-    return np.array([real_facts()["label_counts"][column][3] for column in COLUMNS]) / real_facts()["studies"]
-
-
 def draw_grades(n: int, seed: int | Sequence[int]) -> Grades:
     """Draw the grades of `n` studies. The first m rows of a longer draw are the draw of m with the same seed."""
-    latent_rng, _ = _streams(seed)
-    return grade(draw_narrowing(n, latent_rng), seed)
+    model, (latent_rng, _) = latent_model(), _streams(seed)
+    z = latent_rng.standard_normal((n, len(COLUMNS))) @ np.linalg.cholesky(model.correlation).T
+    narrowing = ndtr(model.offset + model.slope * z)
+    return grade(np.round(narrowing, 6), seed)  # rounded, so that the last bits of a matrix product cannot matter
 
 
 def grade(narrowing: np.ndarray, seed: int | Sequence[int]) -> Grades:
-    """The grades of studies with this narrowing (n, 25), as `draw_grades` with this seed would have them."""
+    """The grades of studies with this narrowing (n, 25), read as by `draw_grades` with this seed."""
     _, reader_rng = _streams(seed)
     return Grades(narrowing, read(narrowing, reader_rng), oracle(narrowing))
 
 
-def draw_narrowing(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Narrowing (n, 25) in [0, 1]; six decimals, so that the last bits of a matrix product cannot matter."""
-    model = latent_model()
-    z = rng.standard_normal((n, len(COLUMNS))) @ np.linalg.cholesky(model.correlation).T
-    return np.round(ndtr(model.offset + model.slope * z), 6)
-
-
 def read(narrowing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels (n, 25) that one reader gives to studies with this narrowing (n, 25); a second call is a second reader."""
+    """Labels (n, 25) of one reader for studies with this narrowing (n, 25); a second call is a second reader."""
     error = rng.standard_normal((len(narrowing), 1 + len(COLUMNS)))
     error = np.sqrt(SHARED) * error[:, :1] + np.sqrt(1 - SHARED) * error[:, 1:]
     return ((narrowing + _NOISE * error)[..., None] > _CUTS).sum(axis=-1)
 
 
 def oracle(narrowing: np.ndarray) -> np.ndarray:
-    """Natural probability (n, 25, 3) of each label given the narrowing (n, 25): the best any model of a row can know.
+    """Natural probability (n, 25, 3) of each label given the narrowing (n, 25): the best that any model can know.
 
-    A reader's error depends on no narrowing, so that the other 24 columns add nothing to a row's own.
+    A reader's error does not depend on narrowings, so the other 24 columns add nothing to a row's own.
     """
     exceeds = ndtr((narrowing[..., None] - _CUTS) / _NOISE[:, None])
     return np.stack([1 - exceeds[..., 0], exceeds[..., 0] - exceeds[..., 1], exceeds[..., 1]], axis=-1)
-
-
-def reader_kappas(n: int = 20_000, seed: int = 0) -> dict[str, float]:
-    """Linearly weighted kappa (Cohen 1968) of two readers who grade the same `n` drawn studies, per condition group."""
-    latent_rng, first, second = _streams(seed, 3)
-    narrowing = draw_narrowing(n, latent_rng)
-    one, two = read(narrowing, first), read(narrowing, second)
-    return {group: linear_kappa(one[:, _of(group)], two[:, _of(group)]) for group in GROUPS}
-
-
-def linear_kappa(one: np.ndarray, two: np.ndarray) -> float:
-    """Agreement of two arrays of grades 0, 1, 2 beyond chance; a step of two grades counts twice a step of one."""
-    together = np.zeros((3, 3))
-    np.add.at(together, (one.ravel(), two.ravel()), 1 / one.size)
-    chance = np.outer(together.sum(axis=1), together.sum(axis=0))
-    distance = np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
-    return float(1 - (distance * together).sum() / (distance * chance).sum())
 
 
 @functools.cache
 def latent_model() -> LatentModel:
     """Solve offset, slope and correlation of the latent for the real prevalences and Spearman correlations.
 
-    Six decimals are kept: the phantom must not depend on the number of threads of the linear algebra that solved it.
+    Rounded to six decimals, so that the phantom does not depend on the number of threads of the linear algebra.
     """
     offset, slope = np.array([_solve_column(c) for c in range(len(COLUMNS))]).T
     spearman, steps = _label_spearman(offset, slope)
@@ -141,7 +113,7 @@ def latent_model() -> LatentModel:
     for i, j in pairs:
         latent[i, j] = latent[j, i] = np.interp(wanted[i, j], spearman[:, i, j], steps)
     target = latent.copy()
-    for _ in range(4):  # the nearest matrix misses few pairs by much: pull those again, the others have room
+    for _ in range(4):  # the nearest matrix is far off for few pairs only: correct these, the others have room
         nearest = nearest_correlation(target)
         for i, j in pairs:
             if abs(np.interp(nearest[i, j], steps, spearman[:, i, j]) - wanted[i, j]) > TOLERATED:
@@ -164,53 +136,44 @@ def nearest_correlation(matrix: np.ndarray, iterations: int = 200) -> np.ndarray
 
 def _lift_eigenvalues(matrix: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.maximum(values, NARROWEST_EIGENVALUE)) @ vectors.T
-
-
-def _of(group: str) -> np.ndarray:
-    return np.equal(COLUMN_GROUPS, group)
+    return (vectors * np.maximum(values, SMALLEST_EIGENVALUE)) @ vectors.T
 
 
 def _streams(seed: int | Sequence[int], n: int = 2) -> list[np.random.Generator]:
     return [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(n)]
 
 
-def _normal_weights() -> np.ndarray:
-    weights = np.exp(-(_GRID**2) / 2)
-    return weights / weights.sum()
-
-
 def _solve_column(column: int) -> tuple[float, float]:
     """Offset and slope of one column: two unknowns for two shares, moderate or worse and severe."""
     prevalence = real_prevalence()[column]
     wanted = ndtri([prevalence[1] + prevalence[2], prevalence[2]])
-    weights = _normal_weights()
+    weights = np.exp(-(_GRID**2) / 2)
+    weights /= weights.sum()
 
     def miss(unknown: np.ndarray) -> np.ndarray:
-        """How far offset and the logarithm of the slope are from giving both shares, as normal quantiles."""
+        """Error of both shares, as normal quantiles, for offset and log slope (2,)."""
         narrowing = ndtr(unknown[0] + np.exp(unknown[1]) * _GRID)
         exceeds = ndtr((narrowing - _CUTS[column][:, None]) / _NOISE[column])
         return ndtri(np.clip(exceeds @ weights, 1e-9, 1 - 1e-9)) - wanted
 
     solved = root(miss, [-1.0, np.log(0.5)])
     if not solved.success:
-        raise ValueError(
-            f"no latent gives the prevalence of {COLUMNS[column]}: its cut-offs or reader noise are too wide"
-        )
+        raise ValueError(f"no latent gives the prevalence of {COLUMNS[column]}: cut-offs or reader noise too wide")
     return solved.x[0], np.exp(solved.x[1])
 
 
 def _label_spearman(offset: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Spearman correlation (steps, 25, 25) of the labels for each correlation (steps,) that the latents may have.
 
-    With mid-ranks a label is a step function of its latent, so that its rank's expectation given the latent z and the
-    reader's shared error r is a smooth function, and the covariance of two ranks is a sum over a grid of (z_i, z_j, r).
+    With mid-ranks a label is a step function of its latent: the expected rank given the latent z and the reader's
+    shared error r is smooth, and the covariance of two ranks is a sum over a grid of (z_i, z_j, r).
     """
     prevalence = real_prevalence()
     ranks = np.cumsum(prevalence, axis=1) - prevalence / 2  # mid-ranks of the three labels, as a share of the studies
     mean = (ranks * prevalence).sum(axis=1)
     sd = np.sqrt((prevalence * (ranks - mean[:, None]) ** 2).sum(axis=1))
-    shared, shared_weights = np.polynomial.hermite_e.hermegauss(9)
+    shared, shares = np.polynomial.hermite_e.hermegauss(9)
+    shares /= shares.sum()
     narrowing = ndtr(offset[:, None] + slope[:, None] * _GRID)
     read_as = narrowing[..., None] + np.sqrt(SHARED) * _NOISE[:, None, None] * shared  # (25, grid, shared)
     own = np.sqrt(1 - SHARED) * _NOISE[:, None, None]
@@ -222,8 +185,6 @@ def _label_spearman(offset: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, 
     for s, rho in enumerate(steps):
         weights = np.exp((2 * rho * np.outer(_GRID, _GRID) - _GRID[:, None] ** 2 - _GRID**2) / (2 * (1 - rho**2)))
         weights /= weights.sum()
-        together = sum(
-            w * rank[:, :, k] @ weights @ rank[:, :, k].T for k, w in enumerate(shared_weights / shared_weights.sum())
-        )
+        together = sum(w * rank[:, :, k] @ weights @ rank[:, :, k].T for k, w in enumerate(shares))
         spearman[s] = (together - np.outer(mean, mean)) / np.outer(sd, sd)
     return spearman, steps

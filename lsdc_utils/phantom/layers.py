@@ -7,16 +7,16 @@ and the tissue's name. Numbers without a comment are millimetres of an adult lum
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from lsdc_utils.phantom.body import AXIS, DISC_NAMES, RECESS, ROOTS_AREA, STEP, WAVES, Array, Body, foramen_half_width
+from lsdc_utils.phantom.body import AXIS, FIRST, RECESS, ROOTS_AREA, STEP, WAVES, Array, Body, foramen_half_width
 
 Layer = tuple[Array | slice, Array, str]  # indices of the points, share of each that is covered, tissue
 ALL = slice(None)
-SACRUM = DISC_NAMES.index("l5_s1")
 
 
 def unit(x: Array) -> Array:
@@ -26,15 +26,12 @@ def unit(x: Array) -> Array:
 
 def least(*depths: Array | float) -> Array:
     """Depth under the surface of what several shapes have in common."""
-    out = depths[0]
-    for depth in depths[1:]:
-        out = np.minimum(out, depth)
-    return out
+    return functools.reduce(np.minimum, depths)
 
 
 @dataclass(frozen=True)
 class Points:
-    """Flat arrays of points with their place in the tables along the spine; `index` tells where they came from."""
+    """Flat arrays of points with their place in the tables along the spine; `index`: into the points first given."""
 
     body: Body
     u: Array
@@ -96,13 +93,8 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
     p, body = points, points.body
     traits = body.traits
     front = p.v + traits["front"] - 0.004 * p.u**2 + 2 * coarse
-    yield (
-        ALL,
-        unit(1 - 0.15 * p.v)
-        * unit(0.7 * coarse + 0.9)
-        * unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 1.5 * fine)),
-        "bowel",
-    )
+    loops = unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 1.5 * fine))
+    yield ALL, unit(1 - 0.15 * p.v) * unit(0.7 * coarse + 0.9) * loops, "bowel"
     low = np.minimum(unit(0.85 - p.s * 0.008) + 0.35, 1.2)
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
@@ -135,13 +127,9 @@ def _back(p: Points, skin: Array, coarse: Array, fine: Array) -> Iterator[Layer]
 
 
 def paint(points: Points) -> Iterator[Layer]:
-    """The spine; what it leaves uncovered stays what lies around it."""
-    yield from _column(points)
-    yield from _arch(points)
-    yield from _canal(points)
-    yield from _sac(points)
-    yield from _recess(points)
-    yield from _foramen(points)
+    """The spine; what it leaves uncovered stays as it is."""
+    for part in (_column, _arch, _canal, _sac, _recess, _foramen):
+        yield from part(points)
 
 
 def _column(points: Points) -> Iterator[Layer]:
@@ -171,7 +159,7 @@ def _column(points: Points) -> Iterator[Layer]:
 
 
 def _marrow_findings(p: Points) -> Iterator[Layer]:
-    """Endplate change and haemangiomas: they have no meaning for any grade."""
+    """Endplate change and haemangiomas: they affect no grade."""
     for disc, kind in p.body.traits["endplate"]:
         t = np.abs(p.s - p.body.discs[disc].item())
         half = p.table("disc_half") + 0.8
@@ -198,7 +186,7 @@ def _arch(points: Points) -> Iterator[Layer]:
     yield from q.bone(least(4 - np.abs(q.table("pedicle_t") + 1), 3 - np.abs(q.v - 10), 40 - q.out), 0.8)
     yield from _laminae(p)
     yield from _facets(p)
-    down = p.body.discs[SACRUM].item() - 5
+    down = p.body.discs[FIRST + 4].item() - 5
     wing = points.pick((points.s < down + 3) & (points.v > -18) & (points.v < 20) & (points.out < 56))
     below = down - wing.s
     sheet = least(52 - 0.35 * below - wing.out, below - 0.12 * wing.out, 15 - 0.007 * wing.out**2 - wing.v, wing.v + 16)
@@ -219,11 +207,8 @@ def _laminae(p: Points) -> Iterator[Layer]:
     tip = (np.maximum(behind - length + 6, 0) / 6) ** 2
     tall = 5.6 + 0.1 * behind - 4 * tip
     between = least(2.5 - q.out, behind - 3, length + 2 - behind)
-    yield (
-        q.index,
-        q.cover(between) * (0.62 + 0.16 * np.cos(0.4 * behind + 0.04 * q.s) * np.cos(0.9 * t + 0.2 * behind)),
-        "fat",
-    )
+    strands = 0.62 + 0.16 * np.cos(0.4 * behind + 0.04 * q.s) * np.cos(0.9 * t + 0.2 * behind)
+    yield q.index, q.cover(between) * strands, "fat"
     yield from q.bone(least(tall - np.abs(t), 3.2 + 0.05 * behind - q.out, behind - 2, length - behind), 0.8)
 
 

@@ -37,14 +37,14 @@ SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
 
 @dataclass(frozen=True)
 class Protocol:
-    """How series are taken, against the usual: factors, but for `stir`."""
+    """How series are taken: factors against the usual scan, except `stir`."""
 
     motion: float = 1.0  # of the patient between series, usually about 1.5 mm and 1 degree
     step: float = 1.0  # distance and thickness of slices
     pixel: float = 1.0  # side of a pixel
     noise: float = 1.0
     field: float = 1.0  # unevenness of the coil's field
-    gain: float = 1.0  # of the receiver: how many numbers a signal is stored in
+    gain: float = 1.0  # of the receiver: stored values per unit of signal
     stir: float = 0.25  # share of the sagittal T2/STIR series that are STIR
 
 
@@ -66,7 +66,7 @@ class Acquisition:
     step: float  # mm between neighbouring slices of a block
     thickness: float  # mm
     sequence: str  # t1, t2 or stir
-    motion: Array  # (4, 4): the patient's place during this series, against that of the body as built
+    motion: Array  # (4, 4): from the body as built to the patient's place during this series
     blocks: Array  # (n,) which parallel stack each slice belongs to
     protocol: Protocol = USUAL
 
@@ -74,16 +74,11 @@ class Acquisition:
         """Where this series sees points of the body (..., 3), LPS mm."""
         return points @ self.motion[:3, :3].T + self.motion[:3, 3]
 
-    def inverse_motion(self) -> Array:
-        """From the patient's place during this series back to the body as built, (4, 4)."""
-        return np.linalg.inv(self.motion)
-
 
 def plan_series(
     rng: np.random.Generator,
     body: Body,
     series_type: str,
-    *,
     levels: tuple[int, ...] = (0, 1, 2, 3, 4),
     tilted: bool = False,
     square: bool = True,
@@ -91,25 +86,24 @@ def plan_series(
 ) -> Acquisition:
     """Plan a series as a technician would.
 
-    levels: indices of the levels that axial slices reach; tilted: axial slices in a block a level, each along its disc,
-    else one parallel stack; square: as many rows as columns. A protocol changes nothing but what it names.
+    levels: indices of the levels that axial slices cover. tilted: axial slices in one block per level, each along its
+    disc, else one parallel stack. square: as many rows as columns. A protocol changes only what it names.
     """
     rows = cols = int(rng.choice([160, 176, 192, 208, 224], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
     if not square:
         rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
     rows, cols = round(rows / protocol.pixel), round(cols / protocol.pixel)
-    if PLANES[series_type] == "axial":
-        fov = float(np.clip(rng.normal(205, 9), 185, 230))
+    is_axial = PLANES[series_type] == "axial"
+    mean, sd, low, high = (205, 9, 185, 230) if is_axial else (290, 14, 262, 325)  # mm of the longer side
+    spacing = float(np.clip(rng.normal(mean, sd), low, high)) / max(rows, cols)
+    if is_axial:
         plan = _plan_blocks if tilted else _plan_parallel
-        affines, step, blocks = plan(rng, body, (rows, cols), fov / max(rows, cols), levels, protocol.step)
+        affines, step, blocks = plan(rng, body, (rows, cols), spacing, levels, protocol.step)
     else:
-        fov = float(np.clip(rng.normal(290, 14), 262, 325))
-        affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), fov / max(rows, cols), protocol.step)
-    toss = rng.random()
-    sequence = "t1" if series_type == T1 else "t2"
-    if series_type == T2 and toss < protocol.stir:
-        sequence = "stir"
-    spacing, motion = fov / max(rows, cols), _motion(rng, protocol.motion)
+        affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), spacing, protocol.step)
+    is_stir = rng.random() < protocol.stir and series_type == T2
+    sequence = "t1" if series_type == T1 else "stir" if is_stir else "t2"
+    motion = _motion(rng, protocol.motion)
     return Acquisition(series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol)
 
 
@@ -124,7 +118,7 @@ def _rotation(angles: Array) -> Array:
 
 
 def _motion(rng: np.random.Generator, factor: float) -> Array:
-    """A small rigid motion about the middle of the lumbar spine: about 1.5 mm and 1 degree in all, times a factor."""
+    """A small rigid motion (4, 4) about the middle of the lumbar spine: about 1.5 mm and 1 degree, times a factor."""
     motion = np.eye(4)
     motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)) * factor)
     motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3) * factor
@@ -132,7 +126,7 @@ def _motion(rng: np.random.Generator, factor: float) -> Array:
 
 
 def _stack(middle: Array, axes: Array, size: tuple[int, int], spacing: float, offsets: Array) -> Array:
-    """Affines (n, 4, 4) of slices centred at `middle` + offset along the normal; axes: rows are column, row, normal."""
+    """Affines (n, 4, 4) of slices centred at `middle` + offset * normal; axes (3, 3): column, row, normal."""
     affines = np.tile(np.eye(4), (len(offsets), 1, 1))
     affines[:, :3, 0] = axes[0] * spacing
     affines[:, :3, 1] = axes[1] * spacing
@@ -210,7 +204,7 @@ def expose(body: Body, acquisition: Acquisition) -> Array:
 class _Lattice:
     """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
 
-    They are smooth, so that finding them at every pixel would be waste.
+    They are smooth: computing them at every pixel would be a waste.
     """
 
     values: Array  # (4, a, b, c): u, v, s, skin depth at knots through the stack, down the rows, along the columns
@@ -222,7 +216,7 @@ class _Lattice:
     @staticmethod
     def over(body: Body, acquisition: Acquisition, affines: Array) -> _Lattice:
         """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""
-        affine = acquisition.inverse_motion() @ affines[0]
+        affine = np.linalg.inv(acquisition.motion) @ affines[0]
         reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
         knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
         rows, cols = _knots(acquisition.rows), _knots(acquisition.cols)
@@ -231,12 +225,6 @@ class _Lattice:
         values = np.stack([*body.to_spine(points), body.skin_depth(points)])
         down, along = _weights(rows, np.arange(acquisition.rows)), _weights(cols, np.arange(acquisition.cols))
         return _Lattice(values, CubicSpline(knots, np.eye(len(knots))), down, along, affine)
-
-    def plane(self, depth: float) -> Array:
-        """Affine (4, 4), to the body, of the plane `depth` mm from the first slice."""
-        affine = self.affine.copy()
-        affine[:3, 3] += depth * affine[:3, 2]
-        return affine
 
     def at(self, depth: float, box: tuple[slice, slice] = (slice(None), slice(None))) -> Array:
         """u, v, s, skin depth (4, rows, cols) in the plane `depth` mm from the first slice, or a box of it; float32."""
@@ -259,7 +247,9 @@ def _expose_slice(body: Body, acquisition: Acquisition, lattice: _Lattice, k: in
     signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
     depth, soft = k * acquisition.step, acquisition.spacing
     u, v, s, skin = lattice.at(depth)
-    coarse, fine = texture(body, lattice.plane(depth), *u.shape)
+    plane = lattice.affine.copy()
+    plane[:3, 3] += depth * plane[:3, 2]
+    coarse, fine = texture(body, plane, *u.shape)
     around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
     image = np.full(u.size, signal["fat"])
     _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)

@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import load_study
-from lsdc_utils.grading.marks import draw_still
 from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report.run import (
@@ -27,7 +26,8 @@ from lsdc_utils.report.run import (
     number,
     value,
 )
-from lsdc_utils.stress import trials
+from lsdc_utils.stress.responses import slope_by_group, slopes
+from lsdc_utils.viewer import draw_still
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITY_NAMES
 
 PLAIN = "#1A1A1A"  # of what has no colour of its own
@@ -68,14 +68,14 @@ def run_pictures(run: Run) -> list[Picture]:
 
 def plot_doses(run: Run) -> Picture:
     """Answers to one narrowing that grows, beside the oracle's and the readers'."""
-    bodies, ratio = run.doses["body"].nunique(), trials.slopes(run.doses)["ratio"]
+    bodies, slope = run.doses["body"].nunique(), slopes(run.doses)
     caption = (
         f"One place narrowed step by step on {bodies} {'body' if bodies == 1 else 'bodies'}, all else the same: the "
         "models' probabilities, the oracle's, the shares of simulated readers (marks), and the cut-offs of an "
         "error-free reader (dashed)."
     )
-    rises = trials.by_group(ratio)
-    caption += f" There the ensemble rises {ratio.mean():.2f} times as steeply as the oracle ({rises})."
+    rises = ", ".join(f"{part} {value:.2f}" for part, value in slope_by_group(slope).items())
+    caption += f" There the ensemble rises {slope['ratio'].mean():.2f} times as steeply as the oracle ({rises})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     said = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     alt = f"Probabilities against narrowing, a panel a condition group. Severe at the end: {said}."

@@ -1,1 +1,1 @@
-"""Stress tests: what only a phantom can show of frozen models."""
+"""Stress tests: what only a phantom can show of the frozen models of a run."""

@@ -1,11 +1,11 @@
-"""Where a model looked: how much an answer changes when a small ball of the patient is hidden, place by place.
+"""Where a model looks: how much its answer changes when a small ball of the patient is hidden, place by place.
 
-A ball is painted over with the grey that its slice has on average, in the very images that a network is shown, and the
-log odds of moderate or worse are asked for again. For a transformer balls lie on a cubic lattice round a place of the
-patient, for a detector on a square one in the plane of the slice that shows the place best. The change that falls
-within `NEAR` of the place, as a share of all, tells whether the model looks there (occlusion: Zeiler and Fergus, ECCV
-2014; whether the largest change does, is the pointing game of Zhang et al., IJCV 2018). `shuffled` gives the same
-network with its weights in random order, which looks anywhere.
+A ball is painted over with its slice's mean grey in the very images that a network is shown, and the log odds of
+moderate or worse are computed again. For a transformer balls lie on a cubic lattice round a place of the patient, for a
+detector on a square one in the plane of the slice nearest to the place. The change within `NEAR` of the place, as a
+share of all, tells whether the model looks there (occlusion: Zeiler and Fergus, ECCV 2014); whether the largest change
+lies there is the pointing game of Zhang et al., IJCV 2018. The baseline is `shuffled`: the same network with its
+weights in random order.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ BALL = 6.0  # mm, radius
 LATTICE = 10.0  # mm from ball to ball
 NEAR = 10.0  # mm from the place that count as there
 REACH = {"vit3d": 20.0, "yolo": 40.0}  # mm from the place to the last ball along each axis
-EVIDENCE = 12.0  # mm from the place: detections that answer for it
+EVIDENCE = 12.0  # mm from the place: detections that count as its evidence
 FLOOR = 1e-6  # of probabilities and scores before a logarithm
+NOTHING = pd.DataFrame({"off": np.empty(0), "change": np.empty(0)})  # of a study that a model cannot grade
 
 
 def shuffled(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -63,57 +64,52 @@ def hidden(images: np.ndarray, places: np.ndarray, centre: np.ndarray) -> np.nda
 def look_vit(
     model: Vit3d, stacks: list[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """What hiding each ball changes in a transformer's answer for a row (condition, level) round its place (3,): off
-    (mm from the place), change; empty where the study cannot be seen. canal: the study's detected canal points."""
-    seen = study_input(stacks, canal, model.config)
-    if seen is None:
+    """How hiding each ball round a place (3,) changes a transformer's answer for a row (condition, level): off (mm from
+    the place), change. Empty where the study cannot be graded. canal: the study's detected canal points."""
+    record = study_input(stacks, canal, model.config)
+    if record is None:
         return NOTHING
-    centres = lattice(place, np.eye(3), REACH["vit3d"])
-    places = _pixel_places(stacks, canal, model.config)
-    inputs = np.repeat(seen[None], 1 + len(centres), axis=0)
-    for target, centre in zip(inputs["images"][1:], centres, strict=True):
-        target[:] = hidden(target, places, centre)
+    centres, places = lattice(place, np.eye(3), REACH["vit3d"]), _pixel_places(stacks, canal, model.config)
+    inputs = np.repeat(record[None], 1 + len(centres), axis=0)
+    for images, centre in zip(inputs["images"][1:], centres, strict=True):
+        images[:] = hidden(images, places, centre)
     natural = probabilities([model], inputs, batch=16)
     return _changes(centres - place, _log_odds(natural[:, COLUMNS.index("_".join(row))]))
 
 
 def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -> np.ndarray:
-    """LPS mm of every pixel of what `study_input` gives: (5, slots * n, h, w, 3), NaN where there is no slice."""
+    """LPS mm (5, slots * n, h, w, 3) of every pixel of what `study_input` gives, NaN where there is no slice."""
     side = config.size + 2 * config.margin
     places = np.full((len(LEVELS), len(SLOTS), config.slices, side, side, 3), np.nan)
+    steps = np.arange(side)[:, None]
     for level, slots in enumerate(level_cuts(stacks, canal, side, config.spacing, config.slices)):
         for slot, cuts in enumerate(slots):
             for k, cut in enumerate(cuts):
-                steps = np.arange(side)[:, None]
                 places[level, slot, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
     return places.reshape(len(LEVELS), -1, side, side, 3)
 
 
 def look_detector(
-    network: Detector, stacks: Sequence[Stack], canal: pd.DataFrame, row: tuple[str, str],
-    place: np.ndarray,
-) -> pd.DataFrame:  # fmt: skip
-    """What hiding each ball changes in a detector's scores for a row near its place, on the slice nearest to it, with
-    `off` in its plane; else as `look_vit`."""
+    network: Detector, stacks: Sequence[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
+) -> pd.DataFrame:
+    """How hiding each ball changes a detector's scores for a row near its place, on the slice nearest to the place;
+    `off` in its plane, else as `look_vit`."""
     config = network.config
-    slices = [
-        (s, k) for s in stacks if s.series_type == GROUPS[config.condition].series_type for k in range(len(s.pixels))
-    ]
-    if not slices:
+    of_type = [stack for stack in stacks if stack.series_type == GROUPS[config.condition].series_type]
+    off = [geometry.plane_distances(stack.affines, place[None])[:, 0] for stack in of_type]
+    if not of_type:
         return NOTHING
-    off = [geometry.plane_distances(stack.affines, place[None])[k, 0] for stack, k in slices]
-    nearest = int(np.abs(off).argmin())
-    stack, k = slices[nearest]
-    middle = place - geometry.normals(stack.affines[k]) * off[nearest]
-    axes = geometry.unit(stack.affines[k, :3, :2].T)
-    centres = lattice(middle, axes, REACH["yolo"])
+    closest = int(np.argmin([np.abs(distances).min() for distances in off]))
+    stack, k = of_type[closest], int(np.abs(off[closest]).argmin())
+    middle = place - geometry.normals(stack.affines[k]) * off[closest][k]
+    centres = lattice(middle, geometry.unit(stack.affines[k, :3, :2].T), REACH["yolo"])
     rows, cols = config.size
     shares = np.stack(np.meshgrid((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows), -1)
     places = patient_points(stack, np.array([k]), shares.reshape(1, -1, 2), config).reshape(rows, cols, 3)
     image = network_inputs(stack, config, canal)[k]
     images = np.stack([image, *(hidden(image, places, centre) for centre in centres)])
-    found, scores = forward(network, images, 1.0, False)
-    points = patient_points(stack, np.full(len(images), k), found, config)
+    spots, scores = forward(network, images, 1.0, False)
+    points = patient_points(stack, np.full(len(images), k), spots, config)
     near = np.linalg.norm(points - middle, axis=-1) <= EVIDENCE  # (1 + m, detections)
     classes = [class_numbers(config)[(*row, severity)] for severity in range(3)]
     return _changes(centres - middle, _log_odds((scores[..., classes] * near[..., None]).sum(axis=1)))
@@ -134,10 +130,6 @@ def _log_odds(numbers: np.ndarray) -> np.ndarray:
     return np.log((numbers[:, 1:].sum(axis=1) + FLOOR) / (numbers[:, 0] + FLOOR))
 
 
-def _changes(away: np.ndarray, odds: np.ndarray) -> pd.DataFrame:
-    """The balls, given by their way (m, 3) from the place, with `off`, mm, and the change of the log odds (1 + m,), of
-    which the first is of the images as they are."""
-    return pd.DataFrame({"off": np.linalg.norm(away, axis=1), "change": np.abs(odds[1:] - odds[0])})
-
-
-NOTHING = pd.DataFrame({"off": np.empty(0), "change": np.empty(0)})  # of a study that a model cannot see
+def _changes(offsets: np.ndarray, odds: np.ndarray) -> pd.DataFrame:
+    """`off` (mm) and `change` of balls at offsets (m, 3) from the place; odds (1 + m,): the unchanged image first."""
+    return pd.DataFrame({"off": np.linalg.norm(offsets, axis=1), "change": np.abs(odds[1:] - odds[0])})

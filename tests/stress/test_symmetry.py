@@ -14,20 +14,20 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.grading.grade import Graded, blend_studies, join_graded, load_models
 from lsdc_utils.phantom import write_phantom
-from lsdc_utils.stress import versions
+from lsdc_utils.stress import symmetry
 from lsdc_utils.vit.predict import predict_studies
 from lsdc_utils.vocabulary import SEVERITIES, SIDES, mirrored, parse_row_id, row_id
 
 
 @pytest.fixture(scope="module")
 def stacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Stack]]:
-    """The stacks of a study and of its versions."""
+    """The stacks of a study and of its symmetry."""
     folder = tmp_path_factory.mktemp("versions")
     data = write_phantom(folder / "phantom", 0, 1, 8, tilted_blocks=1.0, second_axial=0.0, non_square=1.0)
-    study = int(pd.read_csv(data / versions.SERIES_TABLE)["study_id"].iloc[0])
-    versions.write_versions(data, [study], folder / "versions")
+    study = int(pd.read_csv(data / symmetry.SERIES_TABLE)["study_id"].iloc[0])
+    symmetry.write_versions(data, [study], folder / "versions")
     comp = competition.read(folder / "versions")
-    return {name: read_study(comp, "test", versions.id_of(study, name))[0] for name in versions.VERSIONS}
+    return {name: read_study(comp, "test", symmetry.id_of(study, name))[0] for name in symmetry.VERSIONS}
 
 
 def test_the_mirrored_study_shows_each_place_where_its_mirror_image_was(stacks):
@@ -70,11 +70,11 @@ def graded(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     recipe = json.loads((run / "blend.json").read_text())
     models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
     data = (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
-    study = int(pd.read_csv(data / versions.SERIES_TABLE)["study_id"].min())
-    versions.write_versions(data, [study], folder)
+    study = int(pd.read_csv(data / symmetry.SERIES_TABLE)["study_id"].min())
+    symmetry.write_versions(data, [study], folder)
     comp, found = competition.read(folder), {}
-    for name in versions.VERSIONS:
-        own = versions.id_of(study, name)
+    for name in symmetry.VERSIONS:
+        own = symmetry.id_of(study, name)
         seen, problems = read_study(comp, "test", own)
         found[name] = models.grade(own, seen, problems)
         points = found["as it is"]["points"]
@@ -103,7 +103,12 @@ def test_mirroring_exchanges_left_and_right_rows(graded, rows, bar):
 
 
 def test_mirroring_exchanges_left_and_right_points(graded):
-    before = versions.mirror_points(graded["as it is"]["points"])
+    before = graded["as it is"]["points"]
+    before = before.assign(
+        study_id=[symmetry.id_of(study, "mirrored") for study in before["study_id"]],
+        side=before["side"].map(dict(zip(SIDES, SIDES[::-1], strict=True)) | {"": ""}),
+        X=-before["X"],
+    )
     after = graded["mirrored"]["points"]
     both = before.merge(after, on=["study_id", "condition", "level", "side"], suffixes=("", "_found"))
     assert len(both) == len(before) and set(both["side"]) <= {"", *SIDES}

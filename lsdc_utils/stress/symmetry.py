@@ -1,8 +1,8 @@
-"""Studies of a data folder written anew in ways that must not change a grade.
+"""Versions of a study that must not change a grade.
 
-mirrored: left and right of the patient exchanged, so that the rows of left and right change places. renumbered: slices
-numbered, named and written the other way round. rescaled: the same image in other numbers, as from another scanner.
-renamed: other ids of study and series, which also puts the series into the reverse order.
+mirrored: left and right of the patient exchanged, so left and right rows change places. renumbered: slices numbered,
+named and written the other way round. rescaled: other pixel values, as from another scanner. renamed: other ids of
+study and series, which also reverses the order of the series.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ import pandas as pd
 import pydicom
 from pydicom.uid import ExplicitVRLittleEndian
 
-from lsdc_utils.vocabulary import SIDES
-
 SERIES_TABLE = "test_series_descriptions.csv"
 STEP = 10**11  # added to the id of a study for each version after the first; real ids fill 32 bits
-SCALE = 2.7  # of the numbers of a rescaled image
+SCALE = 2.7  # of the values of a rescaled image
 
 
 def mirror(source: Path, target: Path) -> None:
     """Write the series in folder `source` as it would look with left and right of the patient exchanged.
 
-    Patient x becomes -x. Axial images are turned over too, so that their columns still run to the patient's left;
-    sagittal slices keep their pixels and change places.
+    Patient x becomes -x. Axial images are flipped too, so that their columns still run to the patient's left; sagittal
+    slices keep their pixels and change places.
     """
     target.mkdir(parents=True)
     for file in source.iterdir():
@@ -56,7 +54,7 @@ def renumber(source: Path, target: Path) -> None:
 
 
 def rescale(source: Path, target: Path) -> None:
-    """Write a series of unsigned images with its numbers times `SCALE`, rounded, in 16 bits."""
+    """Write a series of unsigned images with its values times `SCALE`, rounded, in 16 bits."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         dataset = pydicom.dcmread(file)
@@ -92,12 +90,6 @@ def write_versions(data: Path, studies: Iterable[int], root: Path) -> None:
             write(source, root / "test_images" / str(new["study_id"]) / str(new["series_id"]))
         tables.append(table)
     pd.concat(tables).to_csv(root / SERIES_TABLE, index=False)
-
-
-def mirror_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Points as the mirrored study has them."""
-    moved = points.assign(study_id=[id_of(study, "mirrored") for study in points["study_id"]], X=-points["X"])
-    return moved.assign(side=points["side"].map(dict(zip(SIDES, SIDES[::-1], strict=True)) | {"": ""}))
 
 
 def _store(dataset: pydicom.FileDataset, image: np.ndarray) -> None:

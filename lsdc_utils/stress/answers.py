@@ -1,0 +1,179 @@
+"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as any study is, and removed.
+
+Nothing is fitted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lsdc_utils import geometry, parallel
+from lsdc_utils.data import competition
+from lsdc_utils.data.stacks import Stack, read_study
+from lsdc_utils.detector.canal import study_canal
+from lsdc_utils.grading.blend import Tables
+from lsdc_utils.grading.grade import Graded, Models, blend_studies, join_graded, load_models
+from lsdc_utils.phantom import write_phantom
+from lsdc_utils.stress import occlusion, symmetry
+from lsdc_utils.stress.cases import Case
+from lsdc_utils.vit.predict import predict_studies
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SERIES_TYPES, SEVERITIES, mirrored, parse_row_id, row_id
+
+MODELS = ("yolo", "vit3d", "ensemble")
+CENTRE_MM = (2.0, 4.0, 8.0)  # errors added to the canal points that the transformer is given
+CHUNK = 5  # cases that a process takes at a time
+LOOKS = ["case", "condition", "level", "model", "weights", "share", "hit", "chance"]
+MOVES = ["case", "version", "moved"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The models' answers to all cases.
+
+    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: case,
+    condition, level, model, weights (trained or shuffled), share, hit, chance (`occlusion.attention`). moves: case,
+    version, moved (the largest change of a natural probability in any row of the ensemble).
+    """
+
+    rows: pd.DataFrame
+    looks: pd.DataFrame
+    moves: pd.DataFrame
+
+
+def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, workers: int, threads: int) -> Answers:
+    """Draw and grade all cases in `workers` processes of `threads` torch threads each, and print progress.
+
+    run, recipe: the run's folder and its blend.json. Two processes at most share a GPU: each holds all models.
+    """
+    workers = min(workers, 2) if torch.cuda.is_available() else workers
+    numbered = list(enumerate(cases))
+    chunks = [numbered[start : start + CHUNK] for start in range(0, len(cases), CHUNK)]
+    torch.set_num_threads(threads)
+    work, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), []
+    for part in parallel.each(work, chunks, workers, few=2, begin=partial(torch.set_num_threads, threads)):
+        parts.append(part)
+        if len(parts) % 5 == 0 or len(parts) == len(chunks):
+            print(f"drew and graded case {chunks[len(parts) - 1][-1][0] + 1}/{len(cases)}", flush=True)
+    tables = ([getattr(part, name) for part in parts] for name in ("rows", "looks", "moves"))
+    return Answers(*(pd.concat(table, ignore_index=True) for table in tables))
+
+
+def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Sequence[tuple[int, Case]]) -> Answers:
+    times = tuple(file.stat().st_mtime_ns for file in sorted(weights.iterdir()))
+    models = _models(weights, tuple(recipe["folds"]), recipe["vit_views"], times)
+    rows, looks, moves = [], [], []
+    for number, case in cases:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "phantom"
+            with contextlib.redirect_stdout(io.StringIO()):  # progress of a phantom of one study
+                write_phantom(folder, 0, 1, seed, narrowing=[case.narrowing], bodies=[case.body], **case.choices)
+            comp = competition.read(folder)
+            study_id = int(comp.series["study_id"].iloc[0])
+            stacks, _ = read_study(comp, "test", study_id)
+            study = _Study(folder, models, recipe, study_id, stacks, models.grade(study_id, stacks))
+            tables = [(case.factor, case.setting, study.blend(study.graded))]
+            tables += study.reduced(case.body) if case.reduce else ()
+            rows += [_rows(table).assign(case=number, factor=f, setting=s, body=case.body) for f, s, table in tables]
+            looks += [look | {"case": number} for look in study.looks(case)] if case.occlude else ()
+            changes = study.moves(Path(temporary) / "versions") if case.transform else ()
+            moves += [{"case": number, "version": version, "moved": moved} for version, moved in changes]
+    others = pd.DataFrame(looks, columns=LOOKS), pd.DataFrame(moves, columns=MOVES)
+    return Answers(pd.concat(rows, ignore_index=True), *others)
+
+
+@functools.lru_cache(maxsize=1)
+def _models(weights: Path, folds: tuple[int, ...], views: int, _: tuple[int, ...]) -> Models:
+    """The frozen models, loaded once in each process; the last argument, times of their files, reloads changed ones."""
+    return load_models(weights, folds, views)
+
+
+def _rows(tables: Tables) -> pd.DataFrame:
+    """Tables of one study by each of `MODELS` as one: condition, level, model, natural probabilities."""
+    parts = []
+    for model in MODELS:
+        keys = [parse_row_id(row)[1:] for row in tables[model]["row_id"]]
+        table = pd.DataFrame(keys, columns=["condition", "level"]).assign(model=model)
+        parts.append(table.assign(**{name: tables[model][name].to_numpy() for name in SEVERITIES}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """The one study of a phantom in `folder`, as the models of a run grade it."""
+
+    folder: Path
+    models: Models
+    recipe: dict[str, Any]
+    study_id: int
+    stacks: list[Stack]
+    graded: Graded
+
+    def blend(self, graded: Graded) -> Tables:
+        return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
+
+    def canal(self) -> pd.DataFrame:
+        """The detected canal points, as the transformer takes them."""
+        points = self.graded["points"]
+        of = {key: points[points["condition"] == key].drop(columns="condition") for key in ("scs", "nfn")}
+        return study_canal(of["scs"], of["nfn"])
+
+    def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
+        """The study graded without each type of series, and with crop centres beside the detected canal points."""
+        for kind in SERIES_TYPES:
+            stacks = [stack for stack in self.stacks if stack.series_type != kind]
+            yield "missing series", f"no {kind}", self.blend(self.models.grade(self.study_id, stacks))
+        canal = self.canal()
+        directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(canal), 3)))
+        for error in CENTRE_MM:
+            places = canal[list("XYZ")].to_numpy() + error * directions
+            beside = canal.assign(**dict(zip("XYZ", places.T, strict=True)))
+            rows = predict_studies(self.models.vits, [(self.study_id, self.stacks)], beside, self.models.views)
+            yield "error of the centres", f"{error:g} mm", self.blend(self.graded | {"vit3d": rows})
+
+    def looks(self, case: Case) -> Iterator[dict[str, Any]]:
+        """Where the first fold's transformer and detector look for the case's row, trained and shuffled."""
+        condition, level = case.row
+        group = GROUPS[CONDITIONS[condition].group]
+        anatomy = pd.read_csv(self.folder / "anatomy.csv")
+        here = anatomy.query("condition == @condition and level == @level and series_type == @group.series_type")
+        if here.empty:
+            return
+        place, canal = here[list("XYZ")].to_numpy(float).mean(axis=0), self.canal()
+        detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
+        for weights in ("trained", "shuffled"):
+            if weights == "shuffled":
+                detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
+                vit = occlusion.shuffled(vit, case.body)
+            maps = {
+                "yolo": occlusion.look_detector(detector, self.stacks, canal, case.row, place),
+                "vit3d": occlusion.look_vit(vit, self.stacks, canal, case.row, place),
+            }
+            for model, changes in maps.items():
+                named = {"condition": condition, "level": level, "model": model, "weights": weights}
+                yield named | occlusion.attention(changes)
+
+    def moves(self, versions: Path) -> list[tuple[str, float]]:
+        """The largest change of a natural probability in the ensemble's rows, for each version of the study."""
+        symmetry.write_versions(self.folder, [self.study_id], versions)
+        comp, natural = competition.read(versions), {}
+        for version in symmetry.VERSIONS:
+            study_id = symmetry.id_of(self.study_id, version)
+            graded = self.models.grade(study_id, read_study(comp, "test", study_id)[0])
+            table = blend_studies(self.recipe, join_graded([graded]), [study_id])[0]["ensemble"].set_index("row_id")
+            keys = [parse_row_id(row)[1:] for row in table.index]
+            same = [row_id(study_id, mirrored(c) if version == "mirrored" else c, level) for c, level in keys]
+            natural[version] = table.loc[same, list(SEVERITIES)].to_numpy()
+        first = natural.pop("as it is")
+        return [(version, float(np.abs(rows - first).max())) for version, rows in natural.items()]

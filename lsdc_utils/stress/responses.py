@@ -1,0 +1,106 @@
+"""What the answers to doses say: response curves, their slopes, leaks to other rows, and the run's key numbers.
+
+Truth is the oracle's: it knows the narrowing and how readers err. Readers are simulated, `READERS` for each study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.phantom import labels
+from lsdc_utils.stress.cases import Case
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, SEVERITIES
+
+READERS = 50
+
+
+def responses(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
+    """Dose and response: case, body, condition, level, dose, model (also oracle and readers), the natural probabilities
+    `severe` and `moderate` (or worse) of the narrowed row, and an error-free reader's cut-offs `severe_from` and
+    `moderate_from`."""
+    lines = []
+    for number, case in enumerate(cases):
+        if case.factor != "dose":
+            continue
+        condition, level = case.row
+        column = COLUMNS.index(f"{condition}_{level}")
+        moderate_from, severe_from = labels.CUTS[CONDITIONS[condition].group]
+        key = {"case": number, "body": case.body, "condition": condition, "level": level}
+        key |= {"dose": float(case.narrowing[column]), "moderate_from": moderate_from, "severe_from": severe_from}
+        many = np.repeat(case.narrowing[None], READERS, axis=0)
+        read = labels.read(many, np.random.default_rng([case.body, column]))[:, column]
+        own = rows[(rows["case"] == number) & (rows["condition"] == condition) & (rows["level"] == level)]
+        natural = dict(zip(own["model"], own[list(SEVERITIES)].to_numpy(), strict=True))
+        natural["oracle"] = labels.oracle(case.narrowing[None])[0, column]
+        natural["readers"] = np.bincount(read, minlength=3) / READERS
+        for model, (_, moderate, severe) in natural.items():
+            lines.append(key | {"model": model, "moderate": moderate + severe, "severe": severe})
+    return pd.DataFrame(lines)
+
+
+def slopes(curves: pd.DataFrame) -> pd.DataFrame:
+    """The rise of each response at its cut-off, by condition and event: a column for each model, and `ratio`, the
+    ensemble's slope over the oracle's.
+
+    A slope is the rise per unit of narrowing, from the second dose below the error-free reader's cut-off to the second
+    above it (as far as there are doses), of the mean over bodies.
+    """
+    lines = []
+    for (condition, model), rows in curves.groupby(["condition", "model"], sort=False):
+        for event in ("moderate", "severe"):
+            curve = rows.groupby("dose")[event].mean()
+            above = int(np.searchsorted(curve.index, rows[f"{event}_from"].iloc[0]))
+            low, high = curve.index[max(above - 2, 0)], curve.index[min(above + 1, len(curve) - 1)]
+            slope = (curve[high] - curve[low]) / (high - low)
+            lines.append({"condition": condition, "event": event, "model": model, "slope": slope})
+    table = pd.DataFrame(lines).pivot_table(index=["condition", "event"], columns="model", values="slope", sort=False)
+    return table.assign(ratio=table["ensemble"] / table["oracle"])
+
+
+def slope_by_group(slope: pd.DataFrame) -> dict[str, float]:
+    """The mean ratio of `slopes` in each part of the score: spinal, foraminal, subarticular."""
+    parts = [GROUPS[CONDITIONS[condition].group].score for condition, _ in slope.index]
+    return slope["ratio"].groupby(parts, sort=False).mean().to_dict()
+
+
+def leaks(cases: Sequence[Case], rows: pd.DataFrame, model: str = "ensemble") -> pd.DataFrame:
+    """For every row that is not narrowed, the range of its probability of moderate or worse over all doses: narrowed
+    (condition and level), body, row (condition and level), leak."""
+    tables = []
+    rows = rows[(rows["factor"] == "dose") & (rows["model"] == model)]
+    rows = rows.assign(
+        probability=rows["moderate"] + rows["severe"],
+        narrowed=["_".join(cases[number].row) for number in rows["case"]],
+        row=rows["condition"] + "_" + rows["level"],
+    )
+    for (narrowed, body), part in rows.groupby(["narrowed", "body"], sort=False):
+        spans = part.groupby("row", sort=False)["probability"].agg(np.ptp).drop(narrowed)
+        tables.append(pd.DataFrame({"narrowed": narrowed, "body": body, "row": spans.index, "leak": spans.to_numpy()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, moves: pd.DataFrame) -> dict[str, Any]:
+    """The numbers of stress/numbers.json, None where there is nothing to measure.
+
+    slope: mean ratio of the ensemble's slopes to the oracle's, and slope_by_group; leak: the largest; looked: the
+    trained transformer's mean share of change within `occlusion.NEAR`; moved: the largest change of a probability under
+    the transformations of `symmetry`; bodies: how many had a dose.
+    """
+    slope = slopes(curves)
+    trained = looks[(looks["weights"] == "trained") & (looks["model"] == "vit3d")]
+
+    def number(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return {
+        "slope": number(slope["ratio"].mean()),
+        "slope_by_group": {part: number(value) for part, value in slope_by_group(slope).items()},
+        "leak": number(leak["leak"].max()),
+        "looked": number(trained["share"].mean()),
+        "moved": number(moves["moved"].max()),
+        "bodies": int(curves["body"].nunique()),
+    }

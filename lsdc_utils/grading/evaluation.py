@@ -30,7 +30,7 @@ from lsdc_utils.metric import (
     weight_rows,
     weight_table,
 )
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SIDES, parse_row_id
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
 
 Judged = dict[str, pd.DataFrame]  # by model
 POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
@@ -187,17 +187,6 @@ def suspicion_curve(rows: pd.DataFrame, wrong: Collection[str]) -> pd.DataFrame:
 def _of_label(rows: pd.DataFrame, probabilities: np.ndarray | pd.DataFrame) -> np.ndarray:
     """The probability (n,) of each row's own label."""
     return np.asarray(probabilities)[np.arange(len(rows)), rows["severity"].to_numpy(int)]
-
-
-def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id.
-
-    points: study_id, level, side, X, Y, Z, condition (a group's key), as predictions/points_*.parquet hold them.
-    """
-    sided = np.where(points["side"].isin(SIDES), points["side"], "")
-    known = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
-    keys = ["study_id", "group", "level", "side"]
-    return rows[["row_id", *keys]].merge(known[[*keys, *"XYZ"]], on=keys).set_index("row_id")[list("XYZ")]
 
 
 # ---- what 07 finds after the scores ----------------------------------------------------------------------------------

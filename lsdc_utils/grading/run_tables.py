@@ -1,4 +1,4 @@
-"""What a finished run says of each study, in one tidy table: for pages, viewers and exports.
+"""What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports.
 
 A study was graded either as a test study or out of fold, by models that had not seen it. Its labels are read only to be
 shown beside the grades.
@@ -6,26 +6,57 @@ shown beside the grades.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
-from lsdc_utils.grading.evaluation import points_of
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, MISSING, SEVERITIES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, MISSING, SEVERITIES, SIDES, parse_row_id
 
+FORMAT = 2  # of blend.json
+RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
 BLOCKS = {"oof": "train", "test": "test"}  # block of the scores -> the split its studies come from
 SOURCE_NAMES = {  # values of the column `source`, in words
     "yolo+vit3d": "detector and ViT",
     "yolo": "detector alone",
     "vit3d": "ViT alone",
-    "expectation": "expected from the study's other rows",
     "prior": "prior: no model had evidence",
 }
-PARTS = {"yolo": "detector", "vit3d": "vit"}  # models whose own probabilities stand beside the ensemble's
+PREFIXES = {"yolo": "detector", "vit3d": "vit"}  # of the columns that hold one model's own probabilities
+
+
+class RunError(ValueError):
+    """A run that cannot be used: not finished, or made by other code; the message says which, and what to do."""
+
+
+def weight_files(folds: Iterable[int]) -> list[str]:
+    """The weights of the models of these folds, relative to the run's folder; each has a .json beside it."""
+    detectors = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in folds]
+    return detectors + [f"weights/vit3d_fold{fold}.safetensors" for fold in folds]
+
+
+def read_recipe(run_dir: str | Path) -> dict[str, Any]:
+    """blend.json of a finished run: how its models are used and blended.
+
+    RunError where the run is not finished (names the missing files) or was made by code with another format.
+    """
+    run = Path(run_dir)
+    recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
+    if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
+        raise RunError(
+            f"the run in {run} was made by an older version of the code: run it again, or use the version in its "
+            "provenance.json"
+        )
+    weights = weight_files(recipe.get("folds", ()))
+    needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
+    if missing := [name for name in needed if not (run / name).is_file()]:
+        raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
+    return recipe
 
 
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
@@ -33,9 +64,9 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
 
     Columns: row_id, study_id (int), block, condition, level, side ('' for the canal), group (nfn, scs, ss), the
     ensemble's natural probabilities normal_mild, moderate, severe; grade (0, 1, 2: the most probable) and
-    confidence, its probability; source (models that gave the row joined by +, expectation or prior) and own_series
-    (whether the series was there that readers grade it on); X, Y, Z (LPS mm) of the detected point, NaN where there is
-    none; severity, the label (-1 where none is known); and the models' own probabilities as detector_<severity> and
+    confidence, its probability; source (the models that gave the row joined by +, or prior) and own_series (whether
+    the study has the series on which readers grade the row); X, Y, Z (LPS mm) of the detected point, NaN where there
+    is none; severity, the label (-1 where none is known); and the models' own probabilities as detector_<severity> and
     vit_<severity>. Empty where the run graded no such study. Raises FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
@@ -50,15 +81,26 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     natural = rows[list(SEVERITIES)].to_numpy()
     rows = rows.assign(grade=natural.argmax(axis=1), confidence=natural.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
-    named = rows.assign(study_id=rows["study_id"].astype(str))
-    rows = rows.join(points_of(named, _read(run, f"points_{block}")), on="row_id")
+    rows = rows.join(points_of(rows, _read(run, f"points_{block}")), on="row_id")
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
-    for model, name in PARTS.items():
-        own = _read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{name}_")
-        rows = rows.join(own, on="row_id")
-    place = {column: k for k, column in enumerate(COLUMNS)}
-    order = (rows["condition"] + "_" + rows["level"]).map(place)
+    for model, prefix in PREFIXES.items():
+        rows = rows.join(_read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{prefix}_"), on="row_id")
+    places = {column: k for k, column in enumerate(COLUMNS)}
+    order = (rows["condition"] + "_" + rows["level"]).map(places)
     return rows.iloc[np.lexsort((order, rows["study_id"]))].reset_index(drop=True)
+
+
+def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id.
+
+    rows: row_id, study_id, group, level, side ('' for the canal). points: study_id, level, side, X, Y, Z, condition (a
+    group's key), as predictions/points_*.parquet hold them.
+    """
+    sided = np.where(points["side"].isin(SIDES), points["side"], "")
+    points = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
+    keys = ["study_id", "group", "level", "side"]
+    rows = rows[["row_id", *keys]].assign(study_id=rows["study_id"].astype(str))
+    return rows.merge(points[[*keys, *"XYZ"]], on=keys).set_index("row_id")[list("XYZ")]
 
 
 def _read(run: Path, name: str) -> pd.DataFrame:
@@ -68,17 +110,19 @@ def _read(run: Path, name: str) -> pd.DataFrame:
 
 def _labels(run: Path, block: str) -> dict[str, int]:
     """Label by row id, as far as labels are known: a phantom's test studies have theirs beside the tables."""
-    file = run / "tables/labels.parquet" if block == "oof" else competition.data_dir(run) / "solution.csv"
+    file = run / "tables/labels.parquet"
+    if block == "test":  # what `predict` wrote has no data.json
+        file = competition.data_dir(run) / "solution.csv" if (run / "data.json").is_file() else run / "solution.csv"
     if not file.is_file():
         return {}
-    table = pd.read_parquet(file) if block == "oof" else pd.read_csv(file)
+    table = pd.read_csv(file) if block == "test" else pd.read_parquet(file)
     return dict(zip(table["row_id"], table["severity"].astype(int), strict=True))
 
 
 def read_data(run_dir: str | Path) -> competition.Competition:
-    """The data that a run was made from, without what the run was told to leave out."""
-    told = Path(run_dir) / "tables" / "exclude.csv"
-    return competition.read(competition.data_dir(run_dir), told if told.is_file() else "")
+    """The data that a run was made from, without what its exclude_csv left out."""
+    excluded = Path(run_dir) / "tables" / "exclude.csv"
+    return competition.read(competition.data_dir(run_dir), excluded if excluded.is_file() else "")
 
 
 def study_reader(run_dir: str | Path, block: str) -> Callable[[int], list[Stack]]:

@@ -109,11 +109,3 @@ def test_how_well_suspicion_finds_planted_labels(world):
     assert told["precision"] == 0.5 and told["recall"] == 1.0 and told["precision_at_half"] == 0.5
     curve = evaluation.suspicion_curve(evaluation.judge(sure, solution), wrong)  # nothing is suspect
     assert curve.loc[curve["recall"] == 1, "precision"].min() == 8 / len(solution)
-
-
-def test_a_row_finds_its_detected_point(judged):
-    points = pd.DataFrame([(3, "l4_l5", "left", 1.0, 2.0, 3.0, "ss"), (3, "l4_l5", "", 4.0, 5.0, 6.0, "scs")])
-    points.columns = ["study_id", "level", "side", *"XYZ", "condition"]
-    found = evaluation.points_of(judged["ensemble"], points)
-    assert set(found.index) == {"3_left_subarticular_stenosis_l4_l5", "3_spinal_canal_stenosis_l4_l5"}
-    assert found.loc["3_spinal_canal_stenosis_l4_l5"].tolist() == [4.0, 5.0, 6.0]

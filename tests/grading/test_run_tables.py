@@ -1,0 +1,76 @@
+"""What a finished run holds: its recipe, or why it cannot be used; its rows with points and labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from report_run import write_run
+
+from lsdc_utils.grading import run_tables
+from lsdc_utils.grading.run_tables import RunError, read_graded, read_recipe
+from lsdc_utils.vocabulary import LEVELS
+
+RECIPE = {"format": 2, "kind": "fitted", "folds": [0, 3], "vit_views": 2, "threads": 1, "prior": []}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run, as far as its recipe is concerned."""
+    (tmp_path / "blend.json").write_text(json.dumps(RECIPE))
+    (tmp_path / "weights").mkdir()
+    for name in run_tables.weight_files([0, 3]):
+        for file in (tmp_path / name, (tmp_path / name).with_suffix(".json")):
+            file.touch()
+    return tmp_path
+
+
+def test_the_recipe_of_a_finished_run_is_read(run):
+    assert read_recipe(run) == RECIPE
+    assert len(list((run / "weights").iterdir())) == 16  # three detectors and a transformer a fold, a json beside each
+
+
+def test_an_unfinished_run_is_refused_with_what_it_lacks(run, tmp_path_factory):
+    (run / "weights/yolo_ss_fold3.json").unlink()
+    with pytest.raises(RunError, match=r"not finished: it lacks weights/yolo_ss_fold3\.json$"):
+        read_recipe(run)
+    with pytest.raises(RunError, match=r"not finished: it lacks blend\.json$"):
+        read_recipe(tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize("changed", [{"format": 1}, {"format": 3}, {"format": None}, {"threads": None}])
+def test_a_run_of_older_code_is_refused_in_one_sentence(run, changed):
+    recipe = {name: value for name, value in (RECIPE | changed).items() if value is not None}
+    (run / "blend.json").write_text(json.dumps(recipe))
+    with pytest.raises(RunError, match=r"older version of the code: run it again, .* provenance\.json$") as error:
+        read_recipe(run)
+    assert str(run) in str(error.value)
+
+
+def test_rows_carry_grades_points_and_labels(tmp_path):
+    folder = write_run(tmp_path / "made-up", n_studies=3)
+    rows = read_graded(folder, "oof")
+    assert len(rows) == 75 and rows["study_id"].dtype == int and set(rows["level"]) == set(LEVELS)
+    assert (rows["confidence"] == rows[["normal_mild", "moderate", "severe"]].max(axis=1)).all()
+    assert set(rows["severity"]) <= {-1, 0, 1, 2} and rows["X"].notna().all()
+    assert {"detector_severe", "vit_severe", "own_series"} <= set(rows)
+    (folder / "tables/labels.parquet").unlink()
+    assert (read_graded(folder, "oof")["severity"] == -1).all()
+
+
+def test_stacks_come_from_the_kept_slices(tmp_path):
+    folder = write_run(tmp_path / "made-up", n_studies=2)
+    stacks = run_tables.study_reader(folder, "oof")(2)
+    assert len(stacks) == 3 and {stack.study_id for stack in stacks} == {2}
+
+
+def test_a_row_finds_its_detected_point():
+    points = pd.DataFrame([(3, "l4_l5", "left", 1.0, 2.0, 3.0, "ss"), (3, "l4_l5", "", 4.0, 5.0, 6.0, "scs")])
+    points.columns = ["study_id", "level", "side", *"XYZ", "condition"]
+    rows = pd.DataFrame({"row_id": ["a", "b", "c"], "study_id": [3, 3, 3], "level": "l4_l5"})
+    rows = rows.assign(group=["ss", "scs", "ss"], side=["left", "", "right"])
+    by_row = run_tables.points_of(rows, points)
+    assert set(by_row.index) == {"a", "b"} and by_row.loc["b"].tolist() == [4.0, 5.0, 6.0]
+    assert run_tables.points_of(rows.astype({"study_id": str}), points).equals(by_row)

@@ -13,7 +13,7 @@ from report_run import make_rows, write_images
 
 from lsdc_utils import figures, viewer
 from lsdc_utils.data.stacks import load_study
-from lsdc_utils.grading import run_tables
+from lsdc_utils.grading import marks, run_tables
 from lsdc_utils.pipeline import runner
 from lsdc_utils.vocabulary import SERIES_TYPES
 
@@ -84,7 +84,7 @@ def test_a_study_without_images_says_so(rows):
     assert bytes(empty.image.value) == b"" and "no series" in empty.text.value
     empty.slice.value = 1
     figures.use_style()
-    assert viewer.draw_still([], rows[rows["study_id"] == 1]).axes[0].get_title().endswith("nothing found")
+    assert marks.draw_still([], rows[rows["study_id"] == 1]).axes[0].get_title().endswith("nothing found")
 
 
 def test_rows_without_points_leave_the_slices(read, rows):
@@ -113,9 +113,9 @@ def test_a_point_outside_an_image_is_not_on_it(read, rows):
     height, width = stack.shapes[0]
     corner = stack.affines[0] @ [width - 1.0, height - 1.0, 0.0, 1.0]
     right = mine.assign(X=corner[0] + 25.0, Y=corner[1], Z=corner[2])
-    assert viewer.distances(stack, right)[0, 0] == pytest.approx(25.0)
-    assert viewer.distances(stack, mine.assign(X=corner[0], Y=corner[1], Z=corner[2]))[0, 0] == pytest.approx(0.0)
-    assert viewer.worst_slice([stack], right) is None
+    assert marks.distances(stack, right)[0, 0] == pytest.approx(25.0)
+    assert marks.distances(stack, mine.assign(X=corner[0], Y=corner[1], Z=corner[2]))[0, 0] == pytest.approx(0.0)
+    assert marks.worst_slice([stack], right) is None
 
 
 def test_a_run_is_marked_as_the_runner_marks_it():

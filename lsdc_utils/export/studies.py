@@ -36,8 +36,8 @@ from lsdc_utils import geometry
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.dicom import DicomError, Series, Slice, read_series
 from lsdc_utils.files import git_commit
+from lsdc_utils.grading.marks import REACH, SHORT_NAMES
 from lsdc_utils.grading.run_tables import BLOCKS, SOURCE_NAMES, read_data, read_graded
-from lsdc_utils.viewer import REACH, SHORT_NAMES
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, SEVERITIES, SEVERITY_NAMES
 
 NAME = "lsdc_utils: grading of lumbar-spine MRI"

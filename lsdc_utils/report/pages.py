@@ -31,6 +31,7 @@ from traitlets.config import Config
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic
+from lsdc_utils.grading.marks import SHORT_NAMES
 from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import studies
 from lsdc_utils.report.pictures import Picture
@@ -50,7 +51,6 @@ from lsdc_utils.report.run import (
     score_table,
     summary,
 )
-from lsdc_utils.viewer import SHORT_NAMES
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import load_study
+from lsdc_utils.grading.marks import draw_still
 from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report.run import (
@@ -27,7 +28,6 @@ from lsdc_utils.report.run import (
     value,
 )
 from lsdc_utils.stress import trials
-from lsdc_utils.viewer import draw_still
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITY_NAMES
 
 PLAIN = "#1A1A1A"  # of what has no colour of its own

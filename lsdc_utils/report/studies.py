@@ -17,8 +17,8 @@ from PIL import Image
 
 from lsdc_utils import figures, geometry
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
 from lsdc_utils.metric import WEIGHTS, weight_rows
-from lsdc_utils.viewer import REACH, distances, row_words, worst_slice
 from lsdc_utils.vocabulary import (
     GROUPS,
     LEVEL_NAMES,

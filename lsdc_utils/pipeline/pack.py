@@ -60,7 +60,7 @@ def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file."""
     from lsdc_utils.report.card import (
         model_card,
-    )  # imported here because it takes a second, which unpacking does not need
+    )  # a second to import, not needed to unpack
     from lsdc_utils.report.run import read_run
 
     for fold in folds:

@@ -32,6 +32,9 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
     for name in ("tables", "predictions", "logs", "notebooks"):
         (folder / name).mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(scores))
+    kappa = {"linear": {"ensemble": 0.61, "two readers": 0.66}, "quadratic": {"ensemble": 0.7}}
+    evaluation = {"kappa": {"oof": {"spinal": kappa}}, "calibration": {"oof": {"all rows": {"ensemble": 0.0123}}}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "data.json").write_text(json.dumps({"data_dir": "../data/phantom-0a1b", "kind": "phantom"}))
     (folder / "parameters.yml").write_text(yaml.safe_dump({"seed": 52, "folds": [0], "note": HOSTILE}))
     labels.to_parquet(folder / "tables/labels.parquet")

@@ -89,6 +89,7 @@ def _write_index(run: Run, write: partial, pictures: list[Picture], chapters: li
         scores=tables.score_table(run.scores),
         parts={BLOCK_NAMES[key]: tables.parts_table(block) for key, block in tables.blocks(run.scores).items()},
         others=tables.other_runs(run),
+        evaluation=tables.evaluation_table(run.evaluation),
         localisation=tables.localisation_table(run.localisation),
         experiments=tables.experiment_tables(run.experiments),
         pictures=[(picture, embedded(picture)) for picture in pictures],

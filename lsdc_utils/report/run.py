@@ -205,6 +205,21 @@ def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"Sides exchanged": rows["sides_exchanged"].map(number, digits=0).to_numpy()})
 
 
+def evaluation_table(evaluation: dict[str, Any]) -> pd.DataFrame:
+    """Agreement and calibration of the ensemble as text, from evaluation.json: a row for each block and part."""
+    lines = {}
+    for block, name in BLOCK_NAMES.items():
+        kappa, error = (evaluation.get(key, {}).get(block, {}) for key in ("kappa", "calibration"))
+        for part in dict.fromkeys([*kappa, *error]):
+            linear = kappa.get(part, {}).get("linear", {})
+            lines[f"{name}: {part}"] = {
+                "Linear kappa": number(linear.get("ensemble"), 2),
+                "Linear kappa of two readers": number(linear.get("two readers"), 2),
+                "Calibration error": number(error.get(part, {}).get("ensemble")),
+            }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
 def experiment_tables(experiments: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Ablations and learning curve as text, by heading; scores are the ensemble's, lower is better.
 

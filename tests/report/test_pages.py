@@ -113,6 +113,13 @@ def test_experiments_are_shown(index, run_dir):
     (run_dir / "elsewhere").rename(run_dir / "experiments")
 
 
+def test_agreement_and_calibration_come_from_the_evaluation(index, run_dir):
+    table = tables.evaluation_table(tables.read_run(run_dir).evaluation)
+    assert table.loc["Out of fold: spinal"].tolist() == ["0.61", "0.66", "–"]
+    assert table.loc["Out of fold: all rows"].tolist() == ["–", "–", "0.012"]
+    assert tables.evaluation_table({}).empty and "Agreement and calibration" in Page(index).text
+
+
 def test_text_from_data_stays_text(index):
     for file in index.parent.glob("*.html"):
         page = Page(file)

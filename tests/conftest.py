@@ -120,11 +120,12 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         [
             *(f"predictions/{t}_{p}.parquet" for t in steps.GRADED_TABLES for p in ("oof", "test")),
             "predictions/findings_test.parquet",
+            "predictions/slices_test.parquet",
             "blend.json",
             "submission.csv",
         ],
     ),
-    "06_evaluation": ("tta: bool = True", "", ["evaluation.json"]),
+    "06_evaluation": ("tta: bool = True", "", ["evaluation.json", "localisation.csv", "suspect_labels.csv"]),
     "phantom": ('data_dir: str = ""', "", []),
     "07_stress_tests": ("stress_bodies: int = 1", "", [f"stress/{name}" for name in steps.STRESS_TABLES]),
     "08_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),

@@ -24,27 +24,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_sample(run: Run, root: Path) -> None:
-    """Copy a run's report to outputs/sample/ of `root`, and pictures of three pages to its docs/.
-
-    FileNotFoundError where the run has no report; playwright's errors where there is no browser.
-    """
+    """Copy a run's report to outputs/sample/ of `root`, and pictures of three pages to its docs/; needs a browser."""
     from playwright.sync_api import sync_playwright  # a package of the tests
 
     sample = root / "outputs/sample"
     shutil.rmtree(sample, ignore_errors=True)
     shutil.copytree(run.folder / "report", sample)
-    whole = [file for file in sorted(sample.glob("study_*.html")) if 'type="range"' in file.read_text()]
-    study = max(whole, key=lambda file: file.read_text().count("<figure"))  # most key slices
+    study = max(sample.glob("study_*.html"), key=lambda file: file.stat().st_size)  # one with all slices
     with sync_playwright() as playwright:
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=chromium)
+        path = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=path)
         page = browser.new_page(viewport={"width": 1440, "height": 1080}, color_scheme="light")
-        for name, file in {
-            "summary": sample / "index.html",
-            "study": study,
-            "studies": sample / "studies.html",
-        }.items():
-            page.goto(file.as_uri())
+        for name, file in (("summary", "index.html"), ("study", study.name), ("studies", "studies.html")):
+            page.goto((sample / file).as_uri())
             with atomic(root / f"docs/sample-{name}.png") as temporary:
                 temporary.write_bytes(page.screenshot())
         browser.close()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from lsdc_utils.metric import PARTS
 from lsdc_utils.report.provenance import provenance
 from lsdc_utils.report.render import WARNING, environment
-from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, labelled_rows, models, score_table, value
+from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, labelled_rows, models, score_table
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
 
 
@@ -46,12 +48,11 @@ def _weakest_parts(run: Run) -> dict[str, tuple[str, str, float]]:
     """Part in which the ensemble is weakest, `skill` or `score`, and its value, by block."""
     weakest = {}
     for name, block in blocks(run.scores).items():
-        kind, word, worst = ("skill", "skill", min) if block.get("skill") else ("scores", "score", max)
-        amounts = {part: value(block, kind, "ensemble", part) for part in PARTS[:3]}
-        amounts = {part: amount for part, amount in amounts.items() if amount is not None}
-        if amounts:
-            part = worst(amounts, key=amounts.get)
-            weakest[name] = (PART_NAMES[part].lower(), word, amounts[part])
+        kind = "skill" if block.get("skill") else "scores"
+        parts = pd.Series(block[kind]["ensemble"], dtype=float)[list(PARTS[:3])].dropna()
+        if len(parts):
+            part = parts.idxmin() if kind == "skill" else parts.idxmax()
+            weakest[name] = (PART_NAMES[part].lower(), kind.removesuffix("s"), parts[part])
     return weakest
 
 

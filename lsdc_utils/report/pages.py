@@ -53,13 +53,8 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
     folder = run.folder / "report"
     write_provenance(run.folder)
     chapters, graded = read_chapters(run), graded_studies(run)
-    pages = [
-        INDEX,
-        *([OVERVIEW] if len(graded) else []),
-        *((each.page, each.title) for each in chapters),
-        LIMITS,
-        CLAIM,
-    ]
+    pages = [INDEX, OVERVIEW] if len(graded) else [INDEX]
+    pages += [*((chapter.page, chapter.title) for chapter in chapters), LIMITS, CLAIM]
     frame = {"run": run, "pages": pages, "warning": WARNING, "facts": provenance(run), "kind": run.data.get("kind", "")}
     write = partial(_write_page, folder, frame)
     written = _write_studies(run, write, graded, whole_studies, seed) if len(graded) else []
@@ -75,40 +70,13 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
                 picture.figure.savefig(temporary, metadata={"CreationDate": None})
     for file in {*folder.glob("*.html"), *folder.glob("*.pdf")} - {*written, folder / "index.html"}:
         file.unlink()
-    return _write_index(run, write, pictures, chapters)
-
-
-def _write_index(run: Run, write: partial, pictures: list[Picture], chapters: list) -> Path:
-    """The summary, which is written last: when it exists, everything it links to exists."""
-    findings = run.findings if len(run.findings) else pd.DataFrame(columns=["rule", "action"])
-    return write(
-        "index.html.j2",
-        INDEX,
-        about=sentences(run, "about")[0],
-        summary=sentences(run, "summary"),
-        scores=tables.score_table(run.scores),
-        parts={BLOCK_NAMES[key]: tables.parts_table(block) for key, block in tables.blocks(run.scores).items()},
-        others=tables.other_runs(run),
-        evaluation=tables.evaluation_table(run.evaluation),
-        localisation=tables.localisation_table(run.localisation),
-        experiments=tables.experiment_tables(run.experiments),
-        pictures=[(picture, embedded(picture)) for picture in pictures],
-        printed=PRINTED,
-        steps=run.steps[[run.asks_for(step) for step in run.steps["step"]]],
-        findings=findings.groupby(["rule", "action"]).size().sort_values(ascending=False, kind="stable"),
-        chapters=chapters,
-    )
+    shown = {"pictures": [(picture, embedded(picture)) for picture in pictures], "printed": PRINTED}
+    shown |= {"about": sentences(run, "about")[0], "summary": sentences(run, "summary"), "tables": tables}
+    return write("index.html.j2", INDEX, chapters=chapters, **shown)  # last: when it exists, what it links to exists
 
 
 def _write_page(
-    folder: Path,
-    frame: dict[str, Any],
-    template: str,
-    page: tuple[str, str],
-    script: str = "",
-    styles: str = "text",
-    around: list | None = None,
-    **context: Any,
+    folder: Path, frame: dict, template: str, page: tuple[str, str], script="", styles="text", around=(), **context: Any
 ) -> Path:
     """Render a page (file name, title); returns its file.
 

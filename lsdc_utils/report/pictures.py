@@ -65,10 +65,9 @@ def plot_doses(run: Run) -> Picture:
         "error-free reader (vertical lines)."
     )
     if slope is not None:
-        groups = ", ".join(
-            f"{GROUPS[key].score if key in GROUPS else key} {each:.2f}" for key, each in by_group.items()
-        )
-        caption += f" The ensemble's slope is {slope:.2f} of the oracle's{f' ({groups})' if groups else ''}."
+        names = {key: group.score for key, group in GROUPS.items()}
+        groups = ", ".join(f"{names.get(key, key)} {each:.2f}" for key, each in by_group.items())
+        caption += f" The ensemble's slope is {slope:.2f} of the oracle's ({groups or 'all groups'})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     texts = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     figure = Figure(figsize=(12, 4.4))
@@ -79,24 +78,31 @@ def plot_doses(run: Run) -> Picture:
 
 def plot_totals(scores: dict[str, Any]) -> Picture:
     """Total score of each model with its interval: out of fold filled, test hollow."""
-    shown, texts = models(scores)[::-1], []
+    shown, handles, totals = models(scores)[::-1], [], {}
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(shown)))
     ax = figure.add_subplot()
     for k, (name, block) in enumerate(blocks(scores).items()):
+        totals[BLOCK_NAMES[name]] = {model_name(model): value(block, "scores", model) for model in shown[::-1]}
         for y, model in enumerate(shown):
             total, colour = value(block, "scores", model), figures.MODEL_COLOURS.get(model, BLACK)
-            if total is None:
-                continue
-            ax.plot(value(block, "interval", model) or [total] * 2, [y - 0.32 * k] * 2, color=colour, linewidth=2)
-            ax.plot(total, y - 0.32 * k, "os"[k], color=colour, markerfacecolor=[colour, "white"][k], markersize=8)
-            texts.append(f"{model_name(model)}, {BLOCK_NAMES[name].lower()}: {number(total)}")
+            if total is not None:
+                ax.plot(value(block, "interval", model) or [total] * 2, [y - 0.32 * k] * 2, color=colour, linewidth=2)
+                ax.plot(total, y - 0.32 * k, "os"[k], color=colour, markerfacecolor=[colour, "white"][k], markersize=8)
+        style = {"linestyle": "none", "color": BLACK, "markerfacecolor": [BLACK, "white"][k], "markersize": 8}
+        handles.append(Line2D([], [], marker="os"[k], label=BLOCK_NAMES[name], **style))
     ax.set(yticks=np.arange(len(shown)), yticklabels=map(model_name, shown), ylim=(-0.8, len(shown) - 0.5))
     ax.set(xlabel="Weighted log loss (lower is better)", title="Total score of each model")
-    fill = {"linestyle": "none", "color": BLACK, "markersize": 8}
-    handles = [Line2D([], [], marker="os"[k], markerfacecolor=[BLACK, "white"][k], **fill) for k in range(2)]
-    figure.legend(handles[: len(blocks(scores))], [BLOCK_NAMES[name] for name in blocks(scores)], **OUTSIDE)
+    figure.legend(handles=handles, **OUTSIDE)
     caption = "Total score of each model; lines are 95 % intervals from resampling studies."
-    return Picture("totals", caption, "; ".join(texts), figure)
+    return Picture("totals", caption, _words(totals), figure)
+
+
+def _words(values: dict[str, dict[Any, float | None]]) -> str:
+    """Numbers of a figure as its text alternative, e.g. `Test: Prior 0.815, Oracle 0.339`."""
+    lines = (
+        f"{name}: {', '.join(f'{key} {number(each)}' for key, each in row.items())}" for name, row in values.items()
+    )
+    return "; ".join(lines)
 
 
 def plot_parts(scores: dict[str, Any]) -> Picture:
@@ -104,17 +110,12 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
     block = scores["oof"]
     kind, name = ("skill", "Skill") if block.get("skill") else ("scores", "Score")
     left_out = ("prior", "oracle") if kind == "skill" else ()  # their skill is 0 and 1
-    shown, texts = [model for model in models(scores) if model in block[kind] and model not in left_out], []
+    shown = [model for model in models(scores) if model in block[kind] and model not in left_out]
+    values = {model_name(model): {PART_NAMES[p]: value(block, kind, model, p) for p in PARTS} for model in shown}
     figure = Figure(figsize=(6, 4.6))
     ax = figure.add_subplot()
-    width = 0.8 / max(len(shown), 1)
-    for k, model in enumerate(shown):
-        values = {part: value(block, kind, model, part) for part in PARTS}
-        places = np.arange(len(PARTS)) + (k - (len(shown) - 1) / 2) * width
-        heights, colour = np.array(list(values.values()), float), figures.MODEL_COLOURS.get(model, BLACK)
-        ax.bar(places, heights, 0.9 * width, color=colour, label=model_name(model))
-        listed = (f"{PART_NAMES[part]} {number(amount, 2)}" for part, amount in values.items())
-        texts.append(f"{model_name(model)}: {', '.join(listed)}")
+    colours = [figures.MODEL_COLOURS.get(model, BLACK) for model in shown]
+    pd.DataFrame(values, dtype=float).plot.bar(ax=ax, width=0.8, rot=0, color=colours, legend=False)
     if kind == "skill":
         ax.axhline(0, color=BLACK, linewidth=1)
         ax.axhline(1, color=figures.MODEL_COLOURS["oracle"], linestyle="--", linewidth=1.2)
@@ -123,21 +124,19 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
     ax.grid(False, axis="x")
     figure.legend(**OUTSIDE)
     skill = "Skill is 0 for the label-frequency baseline and 1 (dashed) for the oracle."
-    return Picture("parts", skill if kind == "skill" else "Lower is better.", ". ".join(texts), figure)
+    return Picture("parts", skill if kind == "skill" else "Lower is better.", _words(values), figure)
 
 
 def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
     """The ensemble's total by the number of training studies, with its interval, the baseline and the oracle."""
-    figure, texts = Figure(figsize=(6, 4.2)), []
+    figure, totals = Figure(figsize=(6, 4.2)), {}
     ax = figure.add_subplot()
     for (name, title), dashes in zip(BLOCK_NAMES.items(), ("--", "-"), strict=True):
-        rows = curve[curve["block"] == name].sort_values("n_train")
-        if rows.empty:
-            continue
-        ax.fill_between(rows["n_train"], rows["low"], rows["high"], color=BLACK, alpha=0.12, linewidth=0)
-        ax.plot(rows["n_train"], rows["total"], "o", linestyle=dashes, color=BLACK, label=f"Ensemble, {title.lower()}")
-        listed = (f"{n} {number(total)}" for n, total in zip(rows["n_train"], rows["total"], strict=True))
-        texts.append(f"{title}: {', '.join(listed)}")
+        rows = curve[curve["block"] == name].set_index("n_train").sort_index()
+        if len(rows):
+            totals[title] = rows["total"].to_dict()
+            ax.fill_between(rows.index, rows["low"], rows["high"], color=BLACK, alpha=0.12, linewidth=0)
+            ax.plot(rows.index, rows["total"], f"o{dashes}", color=BLACK, label=f"Ensemble, {title.lower()}")
     for model in ("prior", "oracle"):
         total = value(scores.get("test") or {}, "scores", model)
         if total is not None:
@@ -148,11 +147,8 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
     ax.minorticks_off()
     ax.set(xlabel="Training studies", ylabel="Weighted log loss (lower is better)", title="Learning curve")
     figure.legend(**OUTSIDE)
-    caption = (
-        "The ensemble's total by the number of training studies, with its 95 % interval. All sizes share the same test "
-        "studies; out of fold, each size has its own."
-    )
-    return Picture("curve", caption, "; ".join(texts), figure)
+    caption = "The ensemble's total with its 95 % interval. All sizes share the same test studies."
+    return Picture("curve", caption, _words(totals), figure)
 
 
 def plot_reliability(labelled: pd.DataFrame) -> Picture:

@@ -26,9 +26,9 @@ SEEDS = ("phantom_seed", "seed", "n_splits", "folds")
 def write_provenance(run: str | Path) -> dict[str, Any]:
     """Write and return the provenance of the run in folder `run`, which has its data, tables and weights.
 
-    made: UTC; commit: of this code, marked 'with changes' if the working tree is dirty; parameters; versions: of every
-    installed distribution; data: kind, name of the folder, and a fingerprint of its tables; weights: sha256 and commit
-    of each file; machine. Except for paths among the parameters, nothing names the machine or its user.
+    Time (UTC), commit ('with changes' if the working tree is dirty), parameters, versions of all installed
+    distributions, fingerprint of the data, sha256 and commit of each weights file, and the machine. Except for paths
+    among the parameters, nothing names the machine or its user.
     """
     run = Path(run)
     parameters, data = run / "parameters.yml", run / "data.json"

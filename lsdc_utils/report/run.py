@@ -25,8 +25,12 @@ PART_NAMES = dict(zip(PARTS, ("Spinal canal", "Foraminal", "Subarticular", "Any 
 BLOCK_NAMES = {"oof": "Out of fold", "test": "Test"}
 SHARES = {"within_5_mm": "Within 5 mm (%)", "within_10_mm": "Within 10 mm (%)",
           "in_plane_within_5_mm": "In plane within 5 mm (%)", "level_right": "Correct level (%)"}  # fmt: skip
-HEADINGS = {"ablation": "Ablations", "curve": "Learning curve"}
+# Columns of other tables that are shown, with their titles.
 INTERVAL = {"low": "95 % from", "high": "to"}
+ABLATION = {"total": "Out of fold", "worse_by": "Change", **INTERVAL, **{part: PART_NAMES[part] for part in PARTS[:3]}}
+CURVE = {"total": "Score", **INTERVAL, "skill": "Skill"}
+SETTINGS = {"score": "Score", "skill": "Skill", **INTERVAL, "lost": "Skill lost", "lost_low": "95 % from",
+            "lost_high": "to"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,7 @@ def other_runs(run: Run) -> pd.DataFrame:
 
 
 def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
-    """Localisation errors as text, from localisation.csv: a row for each block and condition.
-
-    Axial slices have a row of their own: the share that was assigned to the correct level.
-    """
+    """Localisation as text, from localisation.csv: a row for each block and condition, and one for axial slices."""
     if localisation.empty:
         return localisation
     rows = localisation[localisation["spines"] == "all"].rename(columns=SHARES)
@@ -225,37 +226,27 @@ def experiment_tables(experiments: dict[str, pd.DataFrame]) -> dict[str, pd.Data
 
     A heading names the commit of the experiment, which may be older than the run's.
     """
-    parts = {part: PART_NAMES[part] for part in PARTS[:3]}
-    columns = {
-        "ablation": {"total": "Out of fold", "worse_by": "Change", **INTERVAL, **parts},
-        "curve": {"total": "Score", **INTERVAL, "skill": "Skill"},
-    }
     tables = {}
     for name, table in experiments.items():
-        shown = table.rename(columns=columns[name])
-        shown = shown[[title for title in columns[name].values() if title in shown]].map(number)
-        if name == "ablation":
-            rows = table["without"].fillna("nothing (the run itself)").rename("Removed")
-        else:
-            rows = (table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()).rename(
-                "Training studies"
-            )
         commit = f" (commit {table['commit'].iloc[0][:12]})" if "commit" in table else ""
-        tables[f"{HEADINGS[name]}{commit}"] = shown.set_index(rows)
+        if name == "ablation":
+            removed = table["without"].fillna("nothing (the run itself)").rename("Removed")
+            tables[f"Ablations{commit}"] = _as_text(table, ABLATION, removed)
+        else:
+            sizes = table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()
+            tables[f"Learning curve{commit}"] = _as_text(table, CURVE, sizes.rename("Training studies"))
     return tables
 
 
 def settings_table(settings: pd.DataFrame) -> pd.DataFrame:
     """Scores under degraded images as text, from stress/settings.csv: a row for each setting."""
-    columns = {
-        "score": "Score",
-        "skill": "Skill",
-        **INTERVAL,
-        "lost": "Skill lost",
-        "lost_low": "95 % from ",
-        "lost_high": "to ",
-    }
-    names = settings["setting"].where(
-        settings["setting"] == settings["factor"], settings["factor"] + ": " + settings["setting"]
-    )
-    return settings[list(columns)].rename(columns=columns).map(number).set_index(names.rename("Setting"))
+    if settings.empty:
+        return settings
+    factor, setting = settings["factor"], settings["setting"]
+    names = setting.where(setting == factor, factor + ": " + setting)
+    return _as_text(settings, SETTINGS, names.rename("Setting"))
+
+
+def _as_text(table: pd.DataFrame, columns: dict[str, str], index: pd.Series) -> pd.DataFrame:
+    """The columns that the table has, as text under their titles."""
+    return table[[name for name in columns if name in table]].map(number).rename(columns=columns).set_index(index)

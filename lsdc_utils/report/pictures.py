@@ -59,14 +59,14 @@ def run_pictures(run: Run) -> list[Picture]:
 def plot_doses(run: Run) -> Picture:
     """Dose-response curves of the models, the oracle and simulated readers."""
     slope, by_group = run.stress.get("slope"), run.stress.get("slope_by_group") or {}
+    bodies = run.doses["body"].nunique()
     caption = (
-        f"One location narrowed step by step in {run.doses['body'].nunique()} simulated bodies, all else unchanged: "
-        "probabilities of the models and the oracle, shares of simulated readers (marks), and the cut-offs of an "
-        "error-free reader (vertical lines)."
+        f"One location narrowed step by step in {bodies} simulated {'body' if bodies == 1 else 'bodies'}, all else "
+        "unchanged: probabilities of the models and the oracle, shares of simulated readers (marks), and the cut-offs "
+        "of an error-free reader (vertical lines)."
     )
     if slope is not None:
-        names = {key: group.score for key, group in GROUPS.items()}
-        groups = ", ".join(f"{names.get(key, key)} {each:.2f}" for key, each in by_group.items())
+        groups = ", ".join(f"{part} {each:.2f}" for part, each in by_group.items() if each is not None)
         caption += f" The ensemble's slope is {slope:.2f} of the oracle's ({groups or 'all groups'})."
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     texts = ", ".join(f"{model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))

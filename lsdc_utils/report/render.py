@@ -41,7 +41,8 @@ def style_sheet(kind: str) -> str:
     if kind == "code":
         light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
         parts += [light, f"@media (prefers-color-scheme: dark) {{ {dark} }}"]
-    return re.sub(r"\s+", " ", re.sub(r"/\*.*?\*/", "", " ".join(parts), flags=re.S))
+    css = re.sub(r"/\*.*?\*/", "", " ".join(parts), flags=re.S)
+    return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"\s+", " ", css))  # every page carries it
 
 
 def html_table(table: pd.DataFrame) -> str:
@@ -67,7 +68,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def avif(image: Image.Image, quality: int = 48, largest: int = 4096) -> str:
+def avif(image: Image.Image, quality: int = 45, largest: int = 4096) -> str:
     """An image as the address of an embedded AVIF image, scaled down to `largest` pixels a side."""
     image = image.convert("RGB")
     image.thumbnail((largest, largest))

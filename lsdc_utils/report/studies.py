@@ -6,8 +6,6 @@ sharp and can be hidden.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from lsdc_utils import figures, geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
 from lsdc_utils.metric import WEIGHTS, weight_rows
+from lsdc_utils.report.render import avif
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES
 
 # Columns of a study's table: as on films, the patient's left is at the viewer's right.
@@ -124,18 +123,6 @@ def _film(
     address = avif(Image.fromarray(stack.pixels[n, y0:y1, x0:x1]), QUALITY[kind], LARGEST)
     letters, scale = figures.edge_letters(affine), figures.scale_length(width)
     return Film(address, round(width, 1), round(height, 1), letters, scale, alt, marks)
-
-
-def avif(image: Image.Image, quality: int, largest: int = 4096) -> str:
-    """An image as the address of an embedded AVIF image, scaled down to `largest` pixels a side."""
-    image = image.convert("RGB")
-    image.thumbnail((largest, largest))
-    content = io.BytesIO()
-    image.save(content, "AVIF", quality=quality)
-    return f"data:image/avif;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-# ---- which studies -------------------------------------------------------------------------------------------------
 
 
 def study_losses(rows: pd.DataFrame) -> pd.Series:

@@ -65,5 +65,10 @@ def score_lines(run: Run) -> str:
 def model_card(run: Run) -> str:
     """What a user of a run's weights must know, as Markdown: data, scores, use, limitations, licence."""
     context = {"about": sentences(run, "about")[0], "scores": score_lines(run), "limits": limits(run)}
-    context |= {"facts": provenance(run), "kind": run.data.get("kind", ""), "warning": WARNING}
+    context |= {
+        "stress": sentences(run, "stress"),
+        "facts": provenance(run),
+        "kind": run.data.get("kind", ""),
+        "warning": WARNING,
+    }
     return environment().get_template("card.md.j2").render(run=run, **context)

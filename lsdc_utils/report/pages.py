@@ -71,7 +71,8 @@ def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed
     for file in {*folder.glob("*.html"), *folder.glob("*.pdf")} - {*written, folder / "index.html"}:
         file.unlink()
     shown = {"pictures": [(picture, embedded(picture)) for picture in pictures], "printed": PRINTED}
-    shown |= {"about": sentences(run, "about")[0], "summary": sentences(run, "summary"), "tables": tables}
+    summary = sentences(run, "summary") + sentences(run, "stress")
+    shown |= {"about": sentences(run, "about")[0], "summary": summary, "tables": tables}
     return write("index.html.j2", INDEX, chapters=chapters, **shown)  # last: when it exists, what it links to exists
 
 

@@ -219,7 +219,12 @@ def test_sentences_on_stress_tests_are_computed(run_dir):
 def test_the_model_card_has_scores_limits_and_licence(index, run_dir):
     run = tables.read_run(run_dir)
     text = card.model_card(run)
-    assert "| Ensemble | 0." in text and "Run `made-up`, 20" in text and "no third-party material" in text
+    assert (
+        "| Ensemble | 0." in text
+        and "Run `made-up`, 20" in text
+        and "no third-party material" in text
+        and "slope is 0.71" in text
+    )
     for words in ("Data:\n\n- The studies are synthetic", "the weakest part is", "Not for clinical use"):
         assert words in text
 

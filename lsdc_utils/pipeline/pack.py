@@ -58,8 +58,10 @@ def pack_run(run: Path, out: Path) -> list[str]:
 
 def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file."""
-    from lsdc_utils.report import read_run  # takes a second, which unpacking need not wait
-    from lsdc_utils.report.markdown import model_card
+    from lsdc_utils.report.card import (
+        model_card,
+    )  # a second to import, not needed to unpack
+    from lsdc_utils.report.run import read_run
 
     for fold in folds:
         for model in (*(f"yolo_{key}" for key in GROUPS), "vit3d"):

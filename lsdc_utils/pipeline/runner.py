@@ -564,11 +564,12 @@ def export(arguments: list[str]) -> int:
     asked = made.parse_args(arguments)
     base, _ = _finished_run(asked.run)
     from lsdc_utils.export import studies
+    from lsdc_utils.grading.run_tables import RunError
 
     out = (asked.out or base / "exports").resolve()
     try:
         written = studies.export_studies(base, asked.studies or None, out)
-    except studies.ExportError as error:
+    except (RunError, studies.ExportError) as error:
         raise UsageError(str(error)) from error
     for line in written[written["problem"] != ""].itertuples():
         print(f"study {line.study_id}: {line.problem}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Small data folders in the competition's layout for tests: right in every respect, to be spoilt by the test."""
+"""Small data folders in the competition's layout, without faults; tests add the faults."""
 
 from __future__ import annotations
 

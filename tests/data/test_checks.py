@@ -284,7 +284,7 @@ def test_points_of_a_level_far_apart() -> None:
     axial = places_of()
     axial.loc[axial.series_id == 2, "Z"] += 34.0  # a level too high on the whole axial series
     assert judged(axial) == {f"{side}_{level}": rule for side in (LEFT, RIGHT) for level in words.LEVELS}
-    assert judged(axial[axial.series_id > 0]) == {}  # against one other series nobody knows which is right
+    assert judged(axial[axial.series_id > 0]) == {}  # with only two series it is unknown which is right
 
 
 def test_a_point_that_breaks_a_rule_has_no_place_and_keeps_its_grade(tmp_path: Path, tables: Tables) -> None:

@@ -1,5 +1,5 @@
-"""A bright ball is planted at a known place of the patient, by nothing but the positions and orientations in the DICOM
-files, and has to be found there, within half a voxel, in everything that is made of them."""
+"""Coordinates from DICOM to networks: a bright ball is placed in the patient by the positions and orientations in the
+headers alone, and must be found there, within half a voxel, in every representation made from the files."""
 
 from __future__ import annotations
 

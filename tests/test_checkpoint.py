@@ -1,4 +1,4 @@
-"""Checkpoints: all of a state comes back; broken ones and those of other trainings are not taken."""
+"""Checkpoints: all of a state comes back; damaged ones and those of other trainings are ignored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     kept = Checkpoint(tmp_path / "work", "k")
     assert kept.load() is None
     kept.save(a_state())
-    found = kept.load()
-    assert found["model"]["a.weight"].equal(a_state()["model"]["a.weight"])
-    assert found["model"]["also"].equal(a_state()["model"]["also"])
-    assert found["optimizer"]["state"][0]["step"] == 3
-    assert found["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2, "betas": [0.9, 1]}]
-    assert {key: found[key] for key in ("nothing", "empty", "history")} == {
+    loaded = kept.load()
+    assert loaded["model"]["a.weight"].equal(a_state()["model"]["a.weight"])
+    assert loaded["model"]["also"].equal(a_state()["model"]["also"])
+    assert loaded["optimizer"]["state"][0]["step"] == 3
+    assert loaded["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2, "betas": [0.9, 1]}]
+    assert {key: loaded[key] for key in ("nothing", "empty", "history")} == {
         key: a_state()[key] for key in ("nothing", "empty", "history")
     }
     assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.safetensors"]
@@ -41,13 +41,13 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
+def test_a_checkpoint_of_another_training_is_ignored(tmp_path):
     Checkpoint(tmp_path, "one").save(a_state())
     assert Checkpoint(tmp_path, "other").load() is None
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
-def test_a_broken_checkpoint_is_told_and_not_taken(tmp_path, capsys, size):
+def test_a_damaged_checkpoint_is_reported_and_ignored(tmp_path, capsys, size):
     kept = Checkpoint(tmp_path, "k")
     kept.save(a_state())
     kept.file.write_bytes(kept.file.read_bytes()[:size])
@@ -55,7 +55,7 @@ def test_a_broken_checkpoint_is_told_and_not_taken(tmp_path, capsys, size):
     assert "checkpoint.safetensors cannot be read" in capsys.readouterr().out
 
 
-def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_written_leaves_the_last_state(tmp_path, monkeypatch):
     kept = Checkpoint(tmp_path, "k")
     kept.save({"epoch": 1})
 
@@ -69,7 +69,7 @@ def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_fingerprints_tell_what_differs():
+def test_fingerprints_differ_where_anything_differs():
     kinds = [("images", np.uint8, (2, 2)), ("places", np.float32, (2,))]
     records = np.zeros(3, dtype=kinds)
     others = records.copy()
@@ -87,7 +87,7 @@ def test_fingerprints_tell_what_differs():
     assert fingerprint({"a": 1}, records.copy()) == named[0]
 
 
-def test_an_optimiser_goes_on_in_the_layout_of_its_parameters():
+def test_an_optimiser_resumes_in_the_layout_of_its_parameters():
     weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     weight.grad = torch.randn_like(weight)

@@ -1,4 +1,4 @@
-"""Where data and pretrained weights are looked for, and that nothing is fetched unasked."""
+"""Where data and pretrained weights are looked for, and that nothing is downloaded unless asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lsdc_utils import downloads
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
-    """No mount, no credentials, and a kagglehub that must not be asked."""
+    """No mount, no credentials, and a kagglehub that must not be called."""
     monkeypatch.setattr(downloads, "MOUNTS", (tmp_path / "input",))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in downloads.CREDENTIALS:
@@ -25,7 +25,7 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(competition_download=lambda _: 1 / 0))
 
 
-def test_a_named_folder_is_taken(tmp_path):
+def test_a_given_folder_is_used(tmp_path):
     assert downloads.find_data(str(tmp_path)) == (tmp_path, "folder")
     with pytest.raises(downloads.DataNotFound, match="no folder"):
         downloads.find_data(str(tmp_path / "absent"))
@@ -36,7 +36,7 @@ def test_the_mount_is_found(tmp_path):
     assert downloads.find_data() == (tmp_path / "input" / downloads.COMPETITION, "kaggle")
 
 
-def test_nothing_is_fetched_unasked_or_without_credentials():
+def test_nothing_is_downloaded_unasked_or_without_credentials():
     with pytest.raises(downloads.DataNotFound, match="--data DIR"):
         downloads.find_data()
     with pytest.raises(downloads.DataNotFound, match="credentials"):
@@ -87,25 +87,25 @@ def host(tmp_path, monkeypatch) -> Iterator[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", ["yolov10x.pt", "vit_tiny.one.safetensors"])
-def test_weights_are_fetched_once_and_only_when_asked_for(host, tmp_path, name):
+def test_weights_are_downloaded_once_and_only_when_asked_for(host, tmp_path, name):
     with pytest.raises(downloads.WeightsNotFound, match=rf"no pretrained weights {name}.*cache.*fetch_weights=true"):
         downloads.find_weights(name)
-    found = downloads.find_weights(name, fetch=True)
-    assert found == tmp_path / "cache" / name and found.read_bytes() == WEIGHTS
+    file = downloads.find_weights(name, fetch=True)
+    assert file == tmp_path / "cache" / name and file.read_bytes() == WEIGHTS
     host.clear()
-    assert downloads.find_weights(name) == found
+    assert downloads.find_weights(name) == file
     (tmp_path / name).write_bytes(b"my own")
     assert downloads.find_weights(name) == tmp_path / name
     assert downloads.find_weights(str(tmp_path / name)) == tmp_path / name
 
 
-def test_weights_are_those_of_the_checksum(host, tmp_path):
+def test_weights_must_match_the_checksum(host, tmp_path):
     host["/ultralytics/assets/v8.4.0/yolov10x.pt"] = WEIGHTS[:-1]  # cut short
     with pytest.raises(downloads.WeightsNotFound, match=f"yolov10x.pt: invalid hash value.*{CHECKSUM}"):
         downloads.find_weights("yolov10x.pt", fetch=True)
     assert not list((tmp_path / "cache").iterdir())
-    found = downloads.find_weights("vit_tiny.one.safetensors", fetch=True)
-    found.write_bytes(b"changed since")
+    file = downloads.find_weights("vit_tiny.one.safetensors", fetch=True)
+    file.write_bytes(b"changed since")
     with pytest.raises(downloads.WeightsNotFound, match="is not the file that vit_tiny"):
         downloads.find_weights("vit_tiny.one.safetensors", fetch=True)
 
@@ -114,6 +114,6 @@ def test_weights_are_those_of_the_checksum(host, tmp_path):
     ("name", "message"),
     [("yolov8n.pt", "states no checksum"), ("vit_none.safetensors", "404"), ("model.bin", "can be downloaded")],
 )
-def test_what_cannot_be_fetched_is_told(host, name, message):
+def test_what_cannot_be_downloaded_is_named(host, name, message):
     with pytest.raises(downloads.WeightsNotFound, match=message):
         downloads.find_weights(name, fetch=True)

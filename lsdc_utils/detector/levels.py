@@ -29,8 +29,8 @@ POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of evidence, among which `fit_power` 
 class LevelEvidence:
     """The detections of one study that are evidence for one level, or for one side of it.
 
-    A row is computed from it with a config's `power`: log p is the mean of the detections' log scores, weighted by
-    their evidence to that power. The blend fits the temperature.
+    A row's log p is the mean of the detections' log scores, weighted by their evidence to a config's `power`. The blend
+    fits the temperature.
     """
 
     row_id: str
@@ -59,10 +59,7 @@ def level_evidence(
 
 
 def evidence_tables(levels: Sequence[LevelEvidence], power: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z, confidence).
-
-    side is left, right, or '' for the canal; X, Y, Z are LPS mm.
-    """
+    """Rows (row_id, three natural probabilities) and points (study_id, level, side, X, Y, Z in LPS mm, confidence)."""
     names = ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
     kinds = dict.fromkeys([*"XYZ", "confidence"], float) | {"study_id": "int64", "level": "str", "side": "str"}
     points = pd.DataFrame([(e.study_id, e.level, e.side, *e.point, e.confidence) for e in levels], columns=names)
@@ -245,8 +242,8 @@ def grade_condition(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and points of a study by detectors of one condition, averaged over them (the folds, for test studies).
 
-    `canal`: the study's canal points. Where only some detectors have evidence, the mean is over those; points are
-    weighted by confidence.
+    `canal`: the study's canal points. The mean is over the detectors that have evidence; points are weighted by
+    confidence.
     """
     tables = [evidence_tables(find_levels(d, [(study_id, stacks)], canal), d.config.power) for d in detectors]
     rows, points = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))

@@ -170,11 +170,11 @@ class DetectorTrainer(DetectionTrainer):
 
 
 def start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:
-    """Let untrained networks begin with boxes of the known size, `box`: width and height in pixels.
+    """Let untrained networks start with boxes of the known size, `box`: width and height in pixels.
 
     A new YOLO head predicts boxes of 15 strides. Against a box of 10 pixels its overlap is under .01, and the assigner
-    takes that to the sixth power: nothing is assigned, nothing learnt, for many epochs. So the distance bins start out
-    at half a box: the two bins around it share the weight such that their mean is right.
+    takes that to the sixth power: nothing is assigned or learnt for many epochs. So the distance bins start at half
+    a box: the two bins around it share the weight such that their mean is right.
     """
     half = 0.5 * np.tile(box, 2)  # left, top, right, bottom
     for head in (model.model[-1] for model in models):
@@ -188,11 +188,8 @@ def start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:
 
 
 def quicken_norms(model: torch.nn.Module) -> None:
-    """Batch norms follow with torch's momentum of 0.1, not ultralytics' 0.03.
-
-    After a hundred steps the slower averages are still those of an untrained network, and prediction, which uses them,
-    finds nothing that training has learnt.
-    """
+    """Batch norms use torch's momentum of 0.1, not ultralytics' 0.03, whose averages are still those of an untrained
+    network after a hundred steps: prediction, which uses them, then finds nothing that training has learnt."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,10 @@ from lsdc_utils.checkpoint import Checkpoint, fingerprint
 from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme, config_from
 from lsdc_utils.files import atomic, git_commit, write_json
 
-if TYPE_CHECKING:
-    from lsdc_utils.detector.trainer import DetectorTrainer
-
+FIXED = {  # settings that `train_detector` makes; None: one for each training
+    "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
+    "data": None, "project": None, "device": None, "imgsz": None, "rect": None, "val": None,
+}  # fmt: skip
 TRICKS = {"box_start": False, "quick_norms": False}  # settings of our own, see `trainer.start_boxes`, `quicken_norms`
 
 
@@ -57,7 +58,7 @@ def quiet_ultralytics(folder: str | Path) -> None:
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a training as they are; DetectorError names what is neither ultralytics' nor ours, or is fixed.
+    """The settings of a training, unchanged; DetectorError names unknown, fixed and missing ones.
 
     Keys are those of ultralytics' configuration, and `TRICKS`. `train_detector` itself sets data, image size, device
     and folders, and the precision: 16 bits on a GPU, 32 on a CPU.
@@ -65,25 +66,17 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     quiet_ultralytics(Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}")
     from ultralytics.cfg import DEFAULT_CFG_DICT
 
-    unknown = sorted(set(settings) - set(DEFAULT_CFG_DICT) - set(TRICKS))
-    if unknown:
-        raise DetectorError(f"settings of the training: {', '.join(unknown)}: no such setting in ultralytics")
-    if taken := sorted(set(settings) & set(_fixed(DetectorConfig("scs", (0, 1, 0, 1), (32, 32), True, 1.0), Path()))):
-        raise DetectorError(f"settings of the training: {', '.join(taken)}: set by train_detector, leave it out")
-    if missing := sorted({"model", "epochs", "batch", "seed"} - set(settings)):
-        raise DetectorError(f"settings of the training: {', '.join(missing)} must be given")
+    names = set(settings)
+    for wrong, what in (
+        (names - set(DEFAULT_CFG_DICT) - set(TRICKS), "no such setting in ultralytics"),
+        (names & set(FIXED), "set by train_detector, leave it out"),
+        ({"model", "epochs", "batch", "seed"} - names, "must be given"),
+    ):
+        if wrong:
+            raise DetectorError(f"settings of the training: {', '.join(sorted(wrong))}: {what}")
     if not settings["model"].endswith(".yaml") and not Path(settings["model"]).is_file():  # ultralytics would fetch it
         raise DetectorError(f"yolo_model: there are no pretrained weights {settings['model']} (seen from {Path.cwd()})")
     return settings
-
-
-def _fixed(config: DetectorConfig, data: Path) -> dict[str, Any]:
-    """Settings that follow from the detector and the machine."""
-    return {
-        "task": "detect", "mode": "train", "data": str(data), "project": str(data.parent), "name": "train",
-        "exist_ok": True, "device": "0" if torch.cuda.is_available() else "cpu", "amp": False, "plots": False,
-        "save": False, "imgsz": max(config.size), "rect": config.size[0] != config.size[1], "val": False,
-    }  # fmt: skip
 
 
 def train_detector(
@@ -140,8 +133,8 @@ def augmented_batch(
 def _trainer(
     folder: Path, shown: pd.DataFrame, config: DetectorConfig, settings: dict[str, Any],
     checkpoint: Checkpoint, threads: int, held_out: Sequence[str],
-) -> DetectorTrainer:  # fmt: skip
-    """The trainer of one job, with its data.yaml in a fresh folder of its own."""
+) -> Any:  # fmt: skip
+    """The `DetectorTrainer` of one job, with its data.yaml in a fresh folder of its own."""
     from lsdc_utils.detector.trainer import DetectorTrainer
 
     work = checkpoint.folder / "ultralytics"
@@ -150,12 +143,18 @@ def _trainer(
     weights = dict(zip(shown["file"].map(lambda file: Path(file).name), shown["weight"], strict=True))
     batch = min(settings["batch"], max(int(shown["weight"].sum() + 1e-6), 1))
     box = pd.read_csv(folder / "boxes.csv")[["width", "height"]].median().to_numpy() * config.size[::-1]
+    on_gpu = torch.cuda.is_available()
     overrides = {
         "workers": threads,
-        "deterministic": torch.cuda.is_available(),  # as our operations on CPU are; asking costs an import of seconds
+        "deterministic": on_gpu,  # as our operations on CPU are; asking costs an import of seconds
         "nbs": batch,
         **{key: value for key, value in settings.items() if key not in TRICKS},
-        **_fixed(config, _data_file(folder, work, list(shown["file"]), held_out)),
+        **FIXED,
+        "data": str(_data_file(folder, work, list(shown["file"]), held_out)),
+        "project": str(work),
+        "device": "0" if on_gpu else "cpu",
+        "imgsz": max(config.size),
+        "rect": config.size[0] != config.size[1],
         "batch": batch,
         "val": bool(held_out),
     }

@@ -10,7 +10,7 @@ from toy_spine import canal_points, config, level_centre, toy_study
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels
 from lsdc_utils.detector.classes import Detector, class_table
-from lsdc_utils.detector.detections import detect
+from lsdc_utils.detector.detections import detect, forward
 from lsdc_utils.detector.images import network_inputs, off_midline, strips
 from lsdc_utils.detector.training import quiet_ultralytics
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS
@@ -64,6 +64,17 @@ def test_a_mirrored_patient_is_found_mirrored(condition, tmp_path):
 
     np.testing.assert_allclose(ordered(seen.points * [-1, 1, 1]), ordered(mirrored.points), atol=0.02)
     np.testing.assert_allclose(np.sort(seen.scores, axis=0), np.sort(mirrored.scores, axis=0), atol=1e-5)
+
+
+def test_a_flipped_view_of_the_foramina_is_the_view_itself(tmp_path):
+    quiet_ultralytics(tmp_path)
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(1)
+    there = Detector(DetectionModel("yolov10n.yaml", nc=15, verbose=False).eval(), config("nfn"), 0, {})
+    inputs = network_inputs(toy_study("nfn")[0], config("nfn"), None)[:2]
+    for plain, flipped in zip(forward(there, inputs, 1.0, False), forward(there, inputs, 1.0, True), strict=True):
+        np.testing.assert_array_equal(plain, flipped)
 
 
 def test_axial_slices_take_the_level_whose_point_is_nearest_to_their_plane():

@@ -102,10 +102,10 @@ def test_training_saving_and_grading(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stopped_after", [2, 4])
-def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, capsys, stopped_after):
+def test_a_stopped_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, capsys, stopped_after):
     data, files = tmp_path / "data", write_toy(tmp_path / "data")
     whole, history = train_toy(data, files, tmp_path / "whole", epochs=4, mosaic=0.5)
-    assert capsys.readouterr().out.count("min left") == 1  # the first epoch tells
+    assert capsys.readouterr().out.count("min left") == 1  # by the first epoch
     save = Checkpoint.save
 
     def save_and_stop(self, state):
@@ -124,7 +124,7 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
         assert history[name].tolist() == again[name].tolist()
     (data / files["file"].iloc[0]).touch()
     train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
-    assert capsys.readouterr().out.count("/4 loss") == 4  # of other images nothing is taken
+    assert capsys.readouterr().out.count("/4 loss") == 4  # other images, another training
 
 
 def test_weights_belong_to_the_images_that_ultralytics_has_in_another_order(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_settings_are_checked_by_name(tmp_path):
     ):
         with pytest.raises(DetectorError, match=message):
             train_toy(tmp_path, pd.DataFrame({"file": ["images/a.png"], "weight": 1.0}), tmp_path / "work", **wrong)
-    with pytest.raises(DetectorError, match="epochs must be given"):
+    with pytest.raises(DetectorError, match="epochs: must be given"):
         check_settings(SETTINGS)
     assert not (tmp_path / "work").exists()
 

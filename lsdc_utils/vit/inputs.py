@@ -33,23 +33,25 @@ def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) ->
     return record
 
 
-def study_inputs(
-    studies: Iterable[tuple[int, list[Stack]]],
-    points: pd.DataFrame,
-    config: VitConfig,
-    see: Callable[..., np.ndarray | None] = study_input,
-) -> tuple[list[int], np.ndarray]:
-    """Ids (n,) and inputs (n, ...) by `see` of the studies that can be seen, read one by one; points: of all."""
+def seen_studies(
+    studies: Iterable[tuple[int, list[Stack]]], points: pd.DataFrame, config: VitConfig, see: Callable = study_input
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Id and input by `see` of each study (id, stacks) that can be seen, read one by one; points: those of all."""
     by_study = dict(list(points.groupby("study_id")))
-    ids, inputs = [], []
     for study_id, stacks in studies:
         seen = see(stacks, by_study.get(study_id, points.iloc[:0]), config)
         if seen is not None:
-            ids.append(int(study_id))
-            inputs.append(seen)
-    if not inputs:
+            yield int(study_id), seen
+
+
+def study_inputs(
+    studies: Iterable[tuple[int, list[Stack]]], points: pd.DataFrame, config: VitConfig, see: Callable = study_input
+) -> tuple[list[int], np.ndarray]:
+    """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none."""
+    pairs = list(seen_studies(studies, points, config, see))
+    if not pairs:
         raise ValueError("no study has a readable series and a canal point, so there is nothing to show the network")
-    return ids, np.stack(inputs)
+    return [study for study, _ in pairs], np.stack([seen for _, seen in pairs])
 
 
 def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:

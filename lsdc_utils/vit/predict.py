@@ -12,7 +12,7 @@ from torch import nn
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vit.augment import augment
-from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input
+from lsdc_utils.vit.inputs import prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vit.loss import row_losses, row_weights
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
@@ -84,11 +84,8 @@ def predict_studies(
     points: canal points of all studies (study_id, level, X, Y, Z, maybe confidence). A study that cannot be seen, for
     lack of a point or a series, has no rows. Studies are read, cut and released one by one.
     """
-    by_study = dict(list(points.groupby("study_id")))
-    ids, natural = [], []
-    for study_id, stacks in studies:
-        seen = see(stacks, by_study.get(study_id, points.iloc[:0]), models[0].config)
-        if seen is not None:
-            ids.append(int(study_id))
-            natural.append(probabilities(models, seen[None], views_count, batch, views))
-    return prediction_rows(ids, np.concatenate(natural) if natural else np.zeros((0, len(COLUMNS), len(SEVERITIES))))
+    ids, natural = [], [np.zeros((0, len(COLUMNS), len(SEVERITIES)))]
+    for study_id, seen in seen_studies(studies, points, models[0].config, see):
+        ids.append(study_id)
+        natural.append(probabilities(models, seen[None], views_count, batch, views))
+    return prediction_rows(ids, np.concatenate(natural))

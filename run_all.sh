@@ -25,7 +25,7 @@ pip_install() { # shows a line per package, and how many there are; all that pip
     local line number=0 log=$root/.venv/setup.log
     "$root/.venv/bin/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
         case $line in
-        Collecting\ *) printf '  [%d/%d] %s\n' $((++number)) "$pins" "${line%% (*}" ;;
+        Collecting\ *) echo "  [$((++number)) of about $pins] ${line%% (*}" ;;
         *Downloading\ *MB\)*) echo "          ${line#"${line%%[! ]*}"}" ;;
         Installing\ *) echo "  Installing $pins packages; this can take half of the time" ;;
         esac
@@ -40,7 +40,7 @@ make_environment() {
     local base pins
     base=$(find_python 11) || { echo "run_all.sh: Python 3.11 or later is needed, and is not on PATH" >&2 && return 1; }
     pins=$(grep -c == "$root/requirements.txt")
-    echo "Creating .venv: downloading and installing $pins packages (about 2 to 10 minutes, 7 GB on disk)" >&2
+    echo "Creating .venv: downloading and installing about $pins packages (2 to 10 minutes, 7 GB on disk)" >&2
     "$base" -m venv "$root/.venv" >&2 || {
         echo "run_all.sh: could not create .venv; on Debian and Ubuntu: apt install python3-venv" >&2
         return 1

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lsdc_utils.pipeline import kaggle  # noqa: E402
-from lsdc_utils.pipeline.graph import module_files  # noqa: E402
+from lsdc_utils.pipeline import kaggle
+from lsdc_utils.pipeline.graph import module_files
 
 IMAGE = Path(__file__).with_name("kaggle_image.txt")
 PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==(\S+)$", re.MULTILINE)
@@ -81,5 +81,7 @@ def wheels() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print("# Packages that Kaggle's image lacks, or has in a version that does not do; written by tests/kaggle_image.py.")
+    print(
+        "# Packages that Kaggle's image lacks, or has in a version that does not do; written by tests/kaggle_image.py."
+    )
     print(*sorted(wheels()), sep="\n")

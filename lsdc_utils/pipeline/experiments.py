@@ -1,10 +1,9 @@
 """Experiments around a finished run: ablations and the learning curve.
 
-Each experiment is a run of its own, `outputs/<run>-<name>/`. An ablation of `notebooks/ablations.yml` starts as a copy of
-the finished run, so that only the steps that its change affects run again. The learning curve repeats the run with other
-numbers of training studies; all sizes share the same test studies.
-
-The tables are `experiments/ablation.csv` and `experiments/curve.csv` below the run; its report shows them.
+Each experiment is a run of its own, `outputs/<run>-<name>/`. An ablation of `notebooks/ablations.yml` starts as a copy
+of the finished run, so that only the steps that its change affects run again. The learning curve repeats the run with
+other numbers of training studies; all sizes share the same test studies. The tables are `experiments/ablation.csv` and
+`experiments/curve.csv` below the run; its report shows them.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def copy_run(base: Path, folder: Path) -> None:
 
 
 def run_ablations(base: Path, names: list[str], cores: int) -> int:
-    """Run the ablations `names` (none: all) of the finished run `base`, write and print their table; the exit status."""
+    """Run the ablations `names` (none: all) of the run `base`, write and print their table; the exit status."""
     ablations = read_ablations()
     if unknown := set(names) - {ablation.name for ablation in ablations}:
         known = ", ".join(ablation.name for ablation in ablations)
@@ -109,8 +108,8 @@ def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
 def ablation_table(base: Path, ablations: list[tuple[Ablation, Path]]) -> pd.DataFrame:
     """A row for the run and for each ablation of it: name, without, and the ensemble's score out of fold.
 
-    Scores are those of `PARTS`, skill is the total's (absent without an oracle); worse_by, low and high are the increase
-    of the total, with a paired 95 % interval of a bootstrap over studies.
+    Scores are those of `PARTS`; skill is the total's (absent without an oracle); worse_by, low and high are the
+    increase of the total and its paired 95 % interval (bootstrap over studies).
     """
     rows = [{"name": base.name, "without": "", **_scores(base, "oof")}]
     for ablation, folder in ablations:

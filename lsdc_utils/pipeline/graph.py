@@ -129,26 +129,21 @@ def code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 @functools.cache
 def declared(notebook: str) -> dict[str, Any]:
-    """Names and defaults in the notebook's parameters cell; ValueError where a default is not a plain literal."""
+    """Names and defaults in the notebook's parameters cell; ValueError if a line is not NAME: TYPE = LITERAL."""
     names = {}
     for source, tags in code_cells(notebook):
         if "parameters" not in tags:
             continue
         for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            for target in targets:
-                if not isinstance(target, ast.Name) or node.value is None:
-                    raise ValueError(f"{notebook}.ipynb: line {node.lineno} of the parameters cell is not NAME = VALUE")
-                names[target.id] = ast.literal_eval(node.value)
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
+                raise ValueError(f"{notebook}.ipynb: parameters cell, line {node.lineno}: not NAME: TYPE = VALUE")
+            names[node.target.id] = ast.literal_eval(node.value)
     return names
 
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
     values = {"run_dir": f"../outputs/{run_name}", **parameters, **step.given}  # a prediction names its run
-    missing = [name for name in declared(step.notebook) if name not in values]
-    if missing:
-        raise ValueError(f"{step.notebook}.ipynb declares parameters that no profile sets: {', '.join(missing)}")
     return {name: values[name] for name in declared(step.notebook)}
 
 
@@ -178,7 +173,7 @@ def _normalised(source: str) -> str:
         return source
 
 
-def _imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+def imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
     """Names in lsdc_utils that `source`, code of the package `package`, imports, e.g. ("phantom", "body")."""
     try:
         tree = ast.parse(source)
@@ -199,7 +194,7 @@ def _imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
 def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
     """Files of lsdc_utils that `source` may use: modules imported transitively, and data files beside them."""
     files: set[Path] = set()
-    waiting = _imported(source, package)
+    waiting = imported(source, package)
     while waiting:
         name = waiting.pop()
         for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
@@ -211,7 +206,7 @@ def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
             inside = name[:depth] if folder.is_dir() else name[: depth - 1]
             if folder.is_dir() and inside:  # e.g. page templates
                 files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-            waiting |= _imported(file.read_text(), inside)
+            waiting |= imported(file.read_text(), inside)
     return files
 
 

@@ -68,8 +68,8 @@ def user_here() -> str:
 def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[str]:
     """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names.
 
-    python: version that wheels are for. RunError or PackError if the run is not finished, BundleError
-    if a wheel cannot be downloaded. Metadata come last: Kaggle's command line refuses a folder without them.
+    python: version that wheels are for. RunError or PackError if the run is not finished, BundleError if a wheel cannot
+    be downloaded. Metadata come last: Kaggle's command line refuses a folder without them.
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"
@@ -128,8 +128,8 @@ def read_wheels() -> dict[str, str]:
 
 
 def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
-    """Let `folder` hold the wheels of just these distributions; those already there are kept. BundleError if one cannot be
-    downloaded; only this step needs a network."""
+    """Let `folder` hold just these wheels; those already there are kept. BundleError if one cannot be downloaded; only
+    this step needs the network."""
     there = {}
     for file in folder.glob("*.whl"):
         name, number, *_ = parse_wheel_filename(file.name)
@@ -145,6 +145,6 @@ def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
         if done.returncode:
             tail = "\n".join(f"      {line}" for line in done.stderr.strip().splitlines()[-15:])
             raise BundleError(
-                f"cannot download the wheel of {name} {wanted[name]} for Python {python}: the network is needed once, or "
-                f"put it into {folder} by hand; pip's last lines:\n{tail}"
+                f"cannot download the wheel of {name} {wanted[name]} for Python {python}; this needs the network once. "
+                f"Or put it into {folder} by hand. pip's last lines:\n{tail}"
             )

@@ -93,8 +93,8 @@ def _json(content: Any) -> bytes:
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which `predict` can use.
 
-    It appears whole, after all checksums were compared with the manifest. PackError if the archive is broken, was changed,
-    or holds names, sizes or numbers of files that no archive of ours has.
+    It appears whole, after all checksums were compared with the manifest. PackError if the archive is broken, was
+    changed, or holds names, sizes or numbers of files that no archive of ours has.
     """
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,7 +117,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file in the manifest; PackError if the manifest differs from the archive or is implausible."""
+    """Size and sha256 of each file in the manifest; PackError if it differs from the archive or is implausible."""
     names = opened.namelist()
     if MANIFEST not in names or opened.getinfo(MANIFEST).file_size > 2**20:
         raise PackError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")

@@ -36,8 +36,8 @@ def converted(key: str, value: Any, default: Any) -> Any:
 def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     """`KEY=VALUE` to key and value in the type of the default; UsageError if key or type is wrong.
 
-    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. Relative paths of files and
-    folders become absolute, since notebooks run elsewhere; model names that are not files stay as they are.
+    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. Relative paths become
+    absolute, since notebooks run elsewhere; names of pretrained models that are not files stay as they are.
     """
     key, equals, raw = text.partition("=")
     if not equals or key not in defaults:

@@ -74,7 +74,8 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parameters of 05 that grade new studies with the models and the blend of `recipe`, a run's blend.json."""
-    return {"fit_blend": False, **{name: recipe[name] for name in ("folds", "vit_views", "threads")}}
+    same = {name: recipe[name] for name in ("folds", "vit_views", "threads")}
+    return {"fit_blend": False, "published_method": recipe["kind"] == "published", **same}
 
 
 def _digest(root: Path) -> str:
@@ -90,7 +91,7 @@ def _digest(root: Path) -> str:
             with contextlib.suppress(OSError):  # a broken link
                 facts = os.stat(os.path.join(folder, name))
                 digest.update(f"{folder}/{name} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    for file in sorted(module_files("from lsdc_utils.data import competition, listing")) + [Path(__file__)]:
+    for file in [*sorted(module_files("from lsdc_utils.data import competition, listing")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -132,8 +133,8 @@ def collect(out: Path, n_shards: int) -> str:
     """Join the shards' answers to submission.csv, grades.csv and findings.csv; return a summary.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
-    (the models that graded the row, joined by +; or prior) and own_series (whether the series was there on which readers
-    grade this condition).
+    (the models that graded the row, joined by +; or prior) and own_series (whether the study has the series on which
+    readers grade this condition).
     """
     folders = [out / "shards" / shard_name(number) / "predictions" for number in range(n_shards)]
     natural, sources, problems = (

@@ -1,6 +1,6 @@
 """Rehearse a submission to Kaggle with a finished run: `python tests/proofs/kaggle.py outputs/RUN [STUDIES]`.
 
-The bundle's notebook grades a phantom's test studies offline, in an environment that holds only what Kaggle's image has;
+The bundle's notebook grades a phantom's test studies offline, in an environment of only what Kaggle's image has;
 only its working folder, that environment, home and temporary files can be written. The submission must have all rows of
 the sample and agree with `predict`. Making the environment needs the network.
 """

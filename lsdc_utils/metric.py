@@ -1,8 +1,8 @@
-"""The competition's score, and what it is measured against.
+"""The competition's score, and the baselines it is compared with.
 
 The score weighs a row by its label (1, 2, 4), so the best row to submit is proportional to w_k p_k, not to the natural
-probability p_k. Everywhere in this repository a prediction table holds natural probabilities; `weight_rows` alone makes
-the weighted row, for `submission.csv` and for the score.
+probability p_k. Every prediction table of this repository holds natural probabilities; only `weight_rows` makes the
+weighted row, for `submission.csv` and for the score.
 
 The score is the mean of four weighted log losses (evaluation page of the competition "RSNA 2024 Lumbar Spine
 Degenerative Classification"): the spinal, the foraminal and the subarticular rows, sides pooled, and one row a study
@@ -11,21 +11,14 @@ that asks for any severe spinal stenosis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import mannwhitneyu
+from sklearn.metrics import roc_auc_score
 
-from lsdc_utils.vocabulary import (
-    CONDITIONS,
-    GROUPS,
-    MISSING,
-    SEVERITIES,
-    SEVERITY_WEIGHTS,
-    parse_row_id,
-)
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITIES, SEVERITY_WEIGHTS, parse_row_id
 
 PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
 GROUP_PARTS = PARTS[:3]  # one a condition group
@@ -158,11 +151,11 @@ def _refuse(what: str, rows: pd.Series) -> None:
 
 
 def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
-    """What counting labels tells: per condition and level the natural probabilities (n + 0.5) / (N + 1.5).
+    """The label-frequency baseline: for each condition and level the natural probabilities (n + 0.5) / (N + 1.5).
 
     `labels`: condition, level, severity (-1 = missing, not counted). Returned: condition, level and three columns for
     every column of the competition that `labels` names; half a count a class keeps it finite where no severe label is.
-    `pool_sides` counts left and right together, so that what is made of it treats both sides alike.
+    `pool_sides` counts left and right together, so that both sides are treated alike.
     """
     counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
     counts = counts.groupby([labels["condition"], labels["level"]]).sum()
@@ -209,14 +202,14 @@ def interval(samples: np.ndarray, share: float = 0.95) -> list[list[float]]:
 
     A draw may hold no severe canal, or no row of a group at all: such draws do not count.
     """
-    found = []
+    limits = []
     for column in samples.T:
         finite = column[np.isfinite(column)]
-        found.append(np.quantile(finite, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(finite) else [np.nan] * 2)
-    return found
+        limits.append(np.quantile(finite, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(finite) else [np.nan] * 2)
+    return limits
 
 
-def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict:
+def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
 
     `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
@@ -224,32 +217,26 @@ def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
-    samples = resampled_scores(losses)
-    skills = skill_intervals = None
+    samples, skills = resampled_scores(losses), None
     if "oracle" in scores:
-        skills = {m: _none_for_nan(skill(parts, scores["prior"], scores["oracle"])) for m, parts in scores.items()}
-        prior, limit = samples["prior"], samples["oracle"]
-        skill_intervals = {m: _intervals((prior - drawn) / (prior - limit)) for m, drawn in samples.items()}
-    return {
-        "n_studies": int(solution["row_id"].map(lambda row: parse_row_id(row)[0]).nunique()),
-        "scores": {model: _none_for_nan(parts) for model, parts in scores.items()},
-        "skill": skills,
-        "interval": {model: _intervals(drawn) for model, drawn in samples.items()},
-        "skill_interval": skill_intervals,
-    }
+        skills = {model: skill(parts, scores["prior"], scores["oracle"]) for model, parts in scores.items()}
+    return without_nan(
+        {
+            "n_studies": len(next(iter(losses.values())).studies),
+            "scores": scores,
+            "skill": skills,
+            "interval": {model: dict(zip(PARTS, interval(drawn), strict=True)) for model, drawn in samples.items()},
+        }
+    )
 
 
-def _intervals(samples: np.ndarray) -> dict[str, list[float | None]]:
-    """The interval of each part, for JSON."""
-    return {part: _finite(found) for part, found in zip(PARTS, interval(samples), strict=True)}
-
-
-def _none_for_nan(parts: dict[str, float]) -> dict[str, float | None]:
-    return dict(zip(parts, _finite(parts.values()), strict=True))
-
-
-def _finite(values: Iterable[float]) -> list[float | None]:
-    return [value if np.isfinite(value) else None for value in values]
+def without_nan(value: Any) -> Any:
+    """Nested dicts and lists with None for every number that is not finite, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10) -> float:
@@ -268,8 +255,6 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10)
 
 
 def auc(positive: np.ndarray, chance: np.ndarray) -> float:
-    """Area under the curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties counting
-    half (Mann and Whitney 1947). NaN where all rows are alike."""
-    positive, chance = np.asarray(positive, dtype=bool), np.asarray(chance, dtype=float)
-    pairs = positive.sum() * (~positive).sum()
-    return float(mannwhitneyu(chance[positive], chance[~positive]).statistic / pairs) if pairs else np.nan
+    """Area under the ROC curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties
+    counting half. NaN where all rows are alike."""
+    return float(roc_auc_score(positive, chance)) if len(np.unique(positive)) == 2 else np.nan

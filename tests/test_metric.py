@@ -183,7 +183,7 @@ def test_score_block_has_numbers_that_json_can_hold():
     for part in metric.PARTS:
         low, high = block["interval"]["ensemble"][part]
         assert low <= block["scores"]["ensemble"][part] <= high
-    assert block["skill_interval"]["oracle"]["total"] == [1, 1] and block["skill_interval"]["prior"]["total"] == [0, 0]
+    assert block["skill"]["oracle"]["total"] == 1 and set(block) == {"n_studies", "scores", "skill", "interval"}
     spinal = solution[solution["row_id"].str.contains("spinal")]
     partial = metric.score_block(spinal, {"prior": flat, "ensemble": submission})
     assert partial["skill"] is None and partial["scores"]["ensemble"]["total"] is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.vocabulary import LEVELS, SIDES
+from lsdc_utils.vocabulary import AXIAL, LEVELS, SIDES
 
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
 # mm to posterior and to the head from the middle of a level's two foramen points to its canal point, from head to foot:
@@ -42,3 +44,26 @@ def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
     middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
     middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
     return middle.assign(side="")[points.columns]
+
+
+def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:
+    """Every axial slice of a study with its plane and the level that the canal points give it, '' where they give none.
+
+    canal: detected points of the study (level, X, Y, Z). Columns: study_id, series_id, instance_number, level; X, Y, Z,
+    a point of the plane, and normal_x, normal_y, normal_z, its unit normal.
+    """
+    tables = [
+        pd.DataFrame(
+            {
+                "study_id": stack.study_id,
+                "series_id": stack.series_id,
+                "instance_number": stack.instance_numbers,
+                "level": np.array([*LEVELS, ""])[axial_levels(stack, canal)],  # -1 is the last
+                **dict(zip("XYZ", stack.affines[:, :3, 3].T, strict=True)),
+                **dict(zip(("normal_x", "normal_y", "normal_z"), geometry.normals(stack.affines).T, strict=True)),
+            }
+        )
+        for stack in stacks
+        if stack.series_type == AXIAL
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["study_id"])

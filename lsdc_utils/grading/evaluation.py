@@ -57,14 +57,15 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(
-    solution: pd.DataFrame, tables: dict[str, pd.DataFrame], one: str, other: str
+    solution: pd.DataFrame, tables: dict[str, pd.DataFrame], model: str, other: str
 ) -> dict[str, tuple[float, float, float]]:
-    """Score of `one` minus score of `other` in each part, with its paired 95 % interval: below 0, `one` is better."""
-    losses = {name: study_losses(solution, weight_table(tables[name])) for name in (one, other)}
-    whole = {name: of_study.score() for name, of_study in losses.items()}
+    """Score of `model` minus score of `other` in each part, with its paired 95 % interval: below 0, `model` is
+    better."""
+    losses = {name: study_losses(solution, weight_table(tables[name])) for name in (model, other)}
+    scores = {name: of_study.score() for name, of_study in losses.items()}
     samples = resampled_scores(losses)
-    found = zip(PARTS, interval(samples[one] - samples[other]), strict=True)
-    return {part: (whole[one][part] - whole[other][part], low, high) for part, (low, high) in found}
+    intervals = zip(PARTS, interval(samples[model] - samples[other]), strict=True)
+    return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 
 def by_trait(judged: Judged, trait: np.ndarray, model: str = "ensemble", draws: int = 1000) -> pd.DataFrame:
@@ -75,13 +76,13 @@ def by_trait(judged: Judged, trait: np.ndarray, model: str = "ensemble", draws: 
     """
     lines, skilled = {}, {"prior", "oracle"} <= judged.keys()
     for value in sorted({value for value in trait if value is not None}):
-        mine = np.array([one == value for one in trait])
-        codes, studies = pd.factorize(judged[model].loc[mine, "study_id"])
+        same = np.array([other == value for other in trait])
+        codes, studies = pd.factorize(judged[model].loc[same, "study_id"])
         counts = np.random.default_rng(0).multinomial(len(studies), np.full(len(studies), 1 / len(studies)), draws)
         counts = np.vstack([np.ones(len(studies)), counts])  # the first line is the studies as they are
-        weight = counts @ np.bincount(codes, judged[model].loc[mine, "weight"])
-        loss = {name: counts @ np.bincount(codes, rows.loc[mine, "loss"]) / weight for name, rows in judged.items()}
-        line = {"studies": len(studies), "rows": int(mine.sum())} | {name: drawn[0] for name, drawn in loss.items()}
+        weight = counts @ np.bincount(codes, judged[model].loc[same, "weight"])
+        loss = {name: counts @ np.bincount(codes, rows.loc[same, "loss"]) / weight for name, rows in judged.items()}
+        line = {"studies": len(studies), "rows": int(same.sum())} | {name: drawn[0] for name, drawn in loss.items()}
         shown = loss[model]
         if skilled:
             shown = (loss["prior"] - loss[model]) / (loss["prior"] - loss["oracle"])
@@ -95,14 +96,12 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
     """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`."""
     lines = {}
     for key, group in GROUPS.items():
-        mine = rows[rows["group"] == key]
+        of_group = rows[rows["group"] == key]
         for event, mildest in EVENTS.items():
-            truth = (mine["severity"] >= mildest).to_numpy()
-            chance = mine[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
-            both = truth.any() and not truth.all()
-            line = {"rows": len(mine), "events": int(truth.sum())}
-            line["AUC"] = auc(truth, chance)
-            for point in POINTS if both else ():
+            truth = (of_group["severity"] >= mildest).to_numpy()
+            chance = of_group[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
+            line = {"rows": len(of_group), "events": int(truth.sum()), "AUC": auc(truth, chance)}
+            for point in POINTS if truth.any() and not truth.all() else ():
                 line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
                 line[f"specificity at {point}"] = (chance[~truth] < point).mean()
             lines[group.score, event] = line
@@ -120,30 +119,31 @@ def agreement(judged: Judged, models: tuple[str, ...] = ("yolo", "vit3d", "ensem
         for weights in ("linear", "quadratic"):
             line = {}
             for model in (name for name in models if name in judged):
-                mine = judged[model][judged[model]["group"] == key]
-                if len(mine):
-                    grade = mine[PROBABILITIES].to_numpy().argmax(axis=1)
-                    line[model] = cohen_kappa_score(mine["severity"], grade, labels=[0, 1, 2], weights=weights)
+                rows = judged[model][judged[model]["group"] == key]
+                if len(rows):
+                    grade = rows[PROBABILITIES].to_numpy().argmax(axis=1)
+                    line[model] = cohen_kappa_score(rows["severity"], grade, labels=[0, 1, 2], weights=weights)
             if "oracle" in line:
                 q = judged["oracle"].loc[judged["oracle"]["group"] == key, PROBABILITIES].to_numpy()
-                one, other = np.divmod(np.arange(9), 3)
-                line["two readers"] = cohen_kappa_score(one, other, weights=weights, sample_weight=(q.T @ q).ravel())
+                first, second = np.divmod(np.arange(9), 3)
+                joint = (q.T @ q).ravel()
+                line["two readers"] = cohen_kappa_score(first, second, weights=weights, sample_weight=joint)
             lines[group.score, weights] = line
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def calibration(judged: Judged) -> pd.DataFrame:
     """The expected calibration error of each model, by group and of all rows."""
-    whole = {group.score: [key] for key, group in GROUPS.items()} | {"all rows": list(GROUPS)}
-    found = {}
-    for name, keys in whole.items():
-        mine = {model: rows[rows["group"].isin(keys)] for model, rows in judged.items()}
-        found[name] = {
+    groups = {group.score: [key] for key, group in GROUPS.items()} | {"all rows": list(GROUPS)}
+    errors = {}
+    for name, keys in groups.items():
+        chosen = {model: rows[rows["group"].isin(keys)] for model, rows in judged.items()}
+        errors[name] = {
             model: calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
-            for model, rows in mine.items()
+            for model, rows in chosen.items()
             if len(rows)
         }
-    return pd.DataFrame(found)
+    return pd.DataFrame(errors)
 
 
 def suspects(rows: pd.DataFrame, chance: float = SUSPECT) -> pd.DataFrame:
@@ -152,12 +152,12 @@ def suspects(rows: pd.DataFrame, chance: float = SUSPECT) -> pd.DataFrame:
     Columns: row_id, study_id, condition, level, severity, probability (of that label), grade and its probability.
     """
     natural = rows[PROBABILITIES].to_numpy()
-    found = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
+    table = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
         probability=_of_label(rows, natural),
         grade=natural.argmax(axis=1),
         grade_probability=natural.max(axis=1),
     )
-    return found[found["probability"] < chance].sort_values(["probability", "row_id"]).reset_index(drop=True)
+    return table[table["probability"] < chance].sort_values(["probability", "row_id"]).reset_index(drop=True)
 
 
 def suspicion(rows: pd.DataFrame, wrong: Collection[str], chance: float = SUSPECT) -> dict[str, float]:
@@ -167,12 +167,12 @@ def suspicion(rows: pd.DataFrame, wrong: Collection[str], chance: float = SUSPEC
     precision where, with the least probable labels first, half of the wrong ones are found (`suspicion_curve`).
     """
     planted, listed = set(rows["row_id"]) & set(wrong), set(suspects(rows, chance)["row_id"])
-    found, curve = len(planted & listed), suspicion_curve(rows, wrong)
+    hits, curve = len(planted & listed), suspicion_curve(rows, wrong)
     return {
         "planted": len(planted),
         "listed": len(listed),
-        "precision": found / max(len(listed), 1),
-        "recall": found / max(len(planted), 1),
+        "precision": hits / max(len(listed), 1),
+        "recall": hits / max(len(planted), 1),
         "precision_at_half": float(curve.loc[curve["recall"] >= 0.5, "precision"].iloc[-1]),
     }
 
@@ -208,10 +208,8 @@ def data_sheet(settings: pd.DataFrame) -> pd.DataFrame:
 
 
 def keep_stress(run: Path, numbers: dict[str, float | None]) -> None:
-    """Write a run's numbers to stress/numbers.json, with the checksum of the blend that they are of, and to its
-    scores.json, under `stress`."""
+    """Write a run's numbers to stress/numbers.json, with the checksum of the blend that they are of."""
     write_json(run / "stress/numbers.json", {"numbers": numbers, "blend": _checksum(run / "blend.json")})
-    write_json(run / "scores.json", json.loads((run / "scores.json").read_text()) | kept_stress(run))
 
 
 def kept_stress(run: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Studies graded by the frozen models of a run: from stacks to each model's rows, and from these to the ensemble's.
 
 The test studies of a run (05), those of any folder (`predict`) and the studies of the stress tests (07) are all graded
-here.
+here. `published.grade` has the same functions for the published method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import pandas as pd
 
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
+from lsdc_utils.detector.canal import axial_slices
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import grade_study
 from lsdc_utils.detector.training import load_detector
-from lsdc_utils.grading import blend, localisation
-from lsdc_utils.vit.model import Vit3d, load_vit
+from lsdc_utils.grading import blend
+from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, parse_row_id, study_row_ids
 
-MEMBERS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # of each blended table
+BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # blended table -> models in it
 READ_ON = {name: GROUPS[condition.group].series_type for name, condition in CONDITIONS.items()}
 COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
     "yolo": ["row_id", *SEVERITIES],
@@ -39,21 +41,26 @@ Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen models of some folds: detectors by condition group, transformers, and how many views these take."""
+    """The frozen models of some folds: detectors by condition group, transformers, and how these predict."""
 
     yolos: dict[str, list[Detector]]
-    vits: list[Vit3d]
-    views: int
+    vits: list[Any]  # of one kind, such as Vit3d
+    views: int  # that a transformer averages
+    predict: Callable[..., pd.DataFrame] = predict_studies
 
-    def grade(self, study_id: int, stacks: Sequence[Stack], problems: pd.DataFrame | None = None) -> Graded:
-        """One study's tables: rows of both kinds of models, level points, `problems` of its files, series types that
-        are there, and axial slices with their level. A study is graded from the series that it has."""
+    def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
+        """One study's tables: rows of both kinds of models, level points, `findings` of its files, the series types
+        that it has, and axial slices with their level. A study is graded from the series that it has."""
         rows, points, canal = grade_study(self.yolos, study_id, stacks)
-        seen = predict_studies(self.vits, [(study_id, list(stacks))], canal, self.views)
-        there = pd.DataFrame({"study_id": study_id, "series_type": list({stack.series_type for stack in stacks})})
-        told = problems if problems is not None else pd.DataFrame(columns=COLUMNS_OF["findings"])
-        slices = localisation.axial_slices(stacks, canal)
-        return {"yolo": rows, "vit3d": seen, "points": points, "findings": told, "series": there, "slices": slices}
+        types = sorted({stack.series_type for stack in stacks})
+        return {
+            "yolo": rows,
+            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], canal, self.views),
+            "points": points,
+            "findings": pd.DataFrame(columns=COLUMNS_OF["findings"]) if findings is None else findings,
+            "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
+            "slices": axial_slices(stacks, canal),
+        }
 
 
 def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
@@ -73,7 +80,7 @@ def join_graded(graded: Sequence[Graded]) -> Graded:
 
 
 def grade_studies(models: Models, comp: competition.Competition, split: str, studies: Sequence[int]) -> Graded:
-    """Grade studies of a data folder, each once, and say how far it is."""
+    """Grade studies of a data folder, each once, and print progress."""
     graded = []
     for number, study_id in enumerate(studies, 1):
         graded.append(models.grade(study_id, *read_study(comp, split, study_id)))
@@ -94,34 +101,50 @@ def prior_of(recipe: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(pd.DataFrame(recipe["prior"]), on=["condition", "level"])[["row_id", *SEVERITIES]]
 
 
-def without_own_series(rows: pd.DataFrame, there: pd.DataFrame) -> set[str]:
-    """Ids of rows whose study lacks the series that readers grade them on; there: study_id, series_type."""
-    known = set(zip(there["study_id"].astype(str), there["series_type"], strict=True))
-    mine = zip(rows["study_id"], rows["condition"].map(READ_ON), strict=True)
-    return set(rows["row_id"][[key not in known for key in mine]])
+def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
+    """Ids of rows whose study lacks the series that readers grade them on; series: study_id, series_type."""
+    existing = set(zip(series["study_id"].astype(str), series["series_type"], strict=True))
+    needed = zip(rows["study_id"], rows["condition"].map(READ_ON), strict=True)
+    return set(rows["row_id"][[key not in existing for key in needed]])
 
 
-def blend_rows(recipe: dict[str, Any], name: str, tables: blend.Tables, prior: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `prior` by one model alone or by the ensemble (`MEMBERS`), as a recipe says."""
-    tables = {model: tables[model] for model in MEMBERS[name]}
-    if recipe["kind"] == "published":
-        return blend.published_blend(tables, prior)
-    return blend.apply_blend(blend.from_json(recipe[name]), tables, prior)
+# ---- blended rows ----------------------------------------------------------------------------------------------------
 
 
-def finish_rows(
-    recipe: dict[str, Any], tables: blend.Tables, given: blend.Tables, prior: pd.DataFrame, unseen: Collection[str]
+def fit_blends(given: blend.Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
+    """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
+    fits = {
+        name: blend.choose_blend({model: given[model] for model in models}, prior, labels)
+        for name, models in BLENDS.items()
+    }
+    return {"kind": "fitted", **{name: blend.to_json(fit) for name, fit in fits.items()}}
+
+
+def blend_rows(
+    recipe: dict[str, Any],
+    given: blend.Tables,
+    prior: pd.DataFrame,
+    unseen: Collection[str] = (),
+    labels: pd.DataFrame | None = None,
 ) -> tuple[blend.Tables, pd.Series]:
-    """Blended tables with their last rows, and where each row of the ensemble comes from; `given` and `unseen` as
-    `blend.finish` takes them."""
-    if recipe["kind"] == "published":
-        return tables, blend.row_sources(given, prior["row_id"], expected=False)
-    return blend.finish(tables, given, prior, recipe["correlations"], unseen)
+    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows.
+
+    given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity); with them
+    each study is blended by numbers that were fitted on other studies, without them by those of the recipe.
+    """
+    tables = {}
+    for name, models in BLENDS.items():
+        mixtures, inputs = blend.from_json(recipe[name]), {model: given[model] for model in models}
+        fit = partial(blend.fit_blend, only=[key for key, mixture in mixtures.items() if mixture.kept == "fitted"])
+        if labels is None:
+            tables[name] = blend.apply_blend(mixtures, inputs, prior)
+        else:
+            tables[name] = blend.cross_fitted(inputs, prior, labels, fit)
+    return blend.finish(tables, given, prior, unseen)
 
 
 def blend_studies(recipe: dict[str, Any], graded: Graded, studies: Iterable[int]) -> tuple[blend.Tables, pd.Series]:
-    """Every row of graded studies by each of `MEMBERS`, as a recipe says, and the sources of the ensemble's rows."""
+    """Every row of graded studies by each of `BLENDS`, and the sources of the ensemble's rows."""
     rows = rows_of(studies)
-    prior, given = prior_of(recipe, rows), {model: graded[model] for model in MEMBERS["ensemble"]}
-    tables = {name: blend_rows(recipe, name, given, prior) for name in MEMBERS}
-    return finish_rows(recipe, tables, given, prior, without_own_series(rows, graded["series"]))
+    given = {model: graded[model] for model in BLENDS["ensemble"]}
+    return blend_rows(recipe, given, prior_of(recipe, rows), without_own_series(rows, graded["series"]))

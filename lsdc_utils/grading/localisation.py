@@ -1,4 +1,4 @@
-"""Where the detectors put levels and sides: against readers' points and, on a phantom, against the true anatomy.
+"""How near the detected points are: to readers' points and, on a phantom, to the true anatomy.
 
 Distances are in patient space (LPS mm). `in_plane` leaves out the direction across the slices of the series on which a
 condition is graded: a reader may click on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsdc_utils import geometry
-from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.canal import axial_levels
-from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SPINAL_CANAL, mirrored
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SPINAL_CANAL, mirrored
 
 NEAR_DISC = 4.0  # mm: an axial slice this close to a disc's plane, at the canal, shows that disc's level
 SLICES = "axial slices"  # their name in the column condition
@@ -36,14 +33,16 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
     known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
     keys = ["study_id", "level", "side"] + ["group"] * ("condition" in points)
-    both = known.merge(points.rename(columns={"condition": "group"}), on=keys, how="left", suffixes=("", "_found"))
+    both = known.merge(points.rename(columns={"condition": "group"}), on=keys, how="left", suffixes=("", "_detected"))
     others = known.assign(condition=known["condition"].map(mirrored))[["study_id", "condition", "level", *"XYZ"]]
     both = both.merge(others, on=["study_id", "condition", "level"], how="left", suffixes=("", "_other"))
-    true, found, other = (both[[f"{axis}{of}" for axis in "XYZ"]].to_numpy(float) for of in ("", "_found", "_other"))
-    off, distance = np.abs(found - true), np.linalg.norm(found - true, axis=1)
+    true, detected, other = (
+        both[[f"{axis}{of}" for axis in "XYZ"]].to_numpy(float) for of in ("", "_detected", "_other")
+    )
+    off, distance = np.abs(detected - true), np.linalg.norm(detected - true, axis=1)
     axial = (both["condition"].map(GROUP_OF) == "ss").to_numpy()
     in_plane = np.where(axial, np.hypot(off[:, 0], off[:, 1]), np.hypot(off[:, 1], off[:, 2]))
-    exchanged = np.linalg.norm(found - other, axis=1) < distance
+    exchanged = np.linalg.norm(detected - other, axis=1) < distance
     names = ["row_id", "study_id", "condition", "level", "side", "severity", "confidence"]
     return both[[n for n in names if n in both]].assign(distance=distance, in_plane=in_plane, exchanged=exchanged)
 
@@ -51,16 +50,16 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 def localisation(errors: pd.DataFrame) -> pd.DataFrame:
     """By condition: true points, share found, their median distance, shares of all within 5 and 10 mm, sides exchanged.
 
-    errors: as `point_errors` gives them.
+    errors: as `point_errors` returns them.
     """
     names = ["condition", "points", "found", "median_mm", *(f"{w}_{mm}_mm" for w in WITHIN for mm in (5, 10))]
     lines = []
-    for condition, mine in errors.groupby("condition"):
-        line = {"condition": condition, "points": len(mine), "found": mine["distance"].notna().mean()}
-        line["median_mm"] = mine["distance"].median()
+    for condition, rows in errors.groupby("condition"):
+        line = {"condition": condition, "points": len(rows), "found": rows["distance"].notna().mean()}
+        line["median_mm"] = rows["distance"].median()
         for name, column in WITHIN.items():
-            line |= {f"{name}_{mm}_mm": (mine[column] <= mm).mean() for mm in (5, 10)}
-        lines.append(line | {"sides_exchanged": int(mine["exchanged"].sum())})
+            line |= {f"{name}_{mm}_mm": (rows[column] <= mm).mean() for mm in (5, 10)}
+        lines.append(line | {"sides_exchanged": int(rows["exchanged"].sum())})
     return pd.DataFrame(lines, columns=[*names, "sides_exchanged"])
 
 
@@ -70,35 +69,12 @@ def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
     Where a study has two such series and both show the place, this is the mean: detected points come from both.
     """
     graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
-    mine = anatomy[anatomy["series_type"] == graded_on]
-    return mine.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
-
-
-def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:
-    """Every axial slice of a study with its plane and the level that the canal points give it, '' where they give none.
-
-    canal: detected points of the study (level, X, Y, Z). Columns: study_id, series_id, instance_number, level; X, Y, Z,
-    a point of the plane, and normal_x, normal_y, normal_z, its unit normal.
-    """
-    tables = [
-        pd.DataFrame(
-            {
-                "study_id": stack.study_id,
-                "series_id": stack.series_id,
-                "instance_number": stack.instance_numbers,
-                "level": np.array([*LEVELS, ""])[axial_levels(stack, canal)],  # -1 is the last
-                **dict(zip("XYZ", stack.affines[:, :3, 3].T, strict=True)),
-                **dict(zip(("normal_x", "normal_y", "normal_z"), geometry.normals(stack.affines).T, strict=True)),
-            }
-        )
-        for stack in stacks
-        if stack.series_type == AXIAL
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["study_id"])
+    places = anatomy[anatomy["series_type"] == graded_on]
+    return places.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
 
 
 def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
-    """The slices of `axial_slices` that lie within `NEAR_DISC` of a true disc's plane, with true_level.
+    """The slices of `canal.axial_slices` that lie within `NEAR_DISC` of a true disc's plane, with true_level.
 
     The distance is that of the canal's true point in the disc's plane, as the same series sees it: where a slice is
     tilted against the disc, it is at the canal that it shows the one level or the other.
@@ -118,10 +94,10 @@ def against_anatomy(
 ) -> pd.DataFrame | None:
     """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
 
-    points: of all detectors, with column condition (nfn, scs or ss); slices: `axial_slices` of all studies. A place is
-    missed where a series shows it and nothing was detected. Rows: for all studies, those with ordinary spines and the
-    others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found (share
-    given any level) and level_right (share given the right one).
+    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. A
+    place is missed where a series shows it and nothing was detected. Rows: for all studies, those with ordinary spines
+    and the others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found
+    (share given any level) and level_right (share given the right one).
     """
     root = Path(root)
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
@@ -131,11 +107,11 @@ def against_anatomy(
     ordinary = set(spines.loc[spines["ordinary"], "study_id"])
     errors, near = point_errors(points, true_points(anatomy)), slice_levels(slices, anatomy)
     tables = []
-    for name, wanted in (("all", (True, False)), ("ordinary", (True,)), ("other", (False,))):
-        table = localisation(errors[errors["study_id"].isin(ordinary).isin(wanted)])
-        mine = near[near["study_id"].isin(ordinary).isin(wanted)]
-        line = {"condition": SLICES, "points": len(mine), "found": (mine["level"] != "").mean()}
-        line["level_right"] = (mine["level"] == mine["true_level"]).mean()
+    for name, kinds in (("all", (True, False)), ("ordinary", (True,)), ("other", (False,))):
+        table = localisation(errors[errors["study_id"].isin(ordinary).isin(kinds)])
+        rows = near[near["study_id"].isin(ordinary).isin(kinds)]
+        line = {"condition": SLICES, "points": len(rows), "found": (rows["level"] != "").mean()}
+        line["level_right"] = (rows["level"] == rows["true_level"]).mean()
         tables.append(pd.concat([table, pd.DataFrame([line])], ignore_index=True).assign(spines=name))
     joined = pd.concat(tables, ignore_index=True).astype({"points": int, "sides_exchanged": "Int64"})
     return joined[["spines", *joined.columns.drop("spines")]]

@@ -59,6 +59,19 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     return recipe
 
 
+def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataFrame:
+    """What 03 or 04 left out of fold as predictions/<name>_fold<k>_oof.parquet, the folds joined."""
+    files = [Path(run_dir) / f"predictions/{name}_fold{fold}_oof.parquet" for fold in folds]
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+def read_models(run_dir: str | Path, folds: Iterable[int]) -> dict[str, pd.DataFrame]:
+    """Each model's out-of-fold rows before they are blended: yolo (all conditions) and vit3d."""
+    folds = list(folds)
+    yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in GROUPS], ignore_index=True)
+    return {"yolo": yolo, "vit3d": read_folds(run_dir, "vit3d", folds)}
+
+
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     """The graded rows of a run's `oof` or `test` studies, by study and in the order of `vocabulary.COLUMNS`.
 

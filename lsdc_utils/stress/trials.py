@@ -31,7 +31,7 @@ from lsdc_utils.detector.canal import study_canal
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.grading.grade import (
-    MEMBERS,
+    BLENDS,
     READ_ON,
     Graded,
     Models,
@@ -71,7 +71,7 @@ DOSE_LEVELS = ("l4_l5", "l3_l4", "l5_s1")  # narrowed, body by body in turn
 CONTROLLED = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # dirt that would hide what is swept
 READERS = 50  # simulated
 CHUNK = 5  # cases that a process takes at a time
-MODELS = tuple(MEMBERS)
+MODELS = tuple(BLENDS)
 
 
 @dataclass(frozen=True)

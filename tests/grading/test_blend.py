@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 
 from lsdc_utils import metric
 from lsdc_utils.grading import blend
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, SEVERITIES, mirrored, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, parse_row_id
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +81,11 @@ def test_cross_fitting_does_not_see_the_row_it_blends(world):
     prior = metric.prior_out_of_fold(labels)
     before = blend.cross_fitted({"vit3d": truth}, prior, labels)
     changed = labels.copy()
-    mine = changed["study_id"] == "7"
-    changed.loc[mine, "severity"] = 2 - changed.loc[mine, "severity"]
+    study = changed["study_id"] == "7"
+    changed.loc[study, "severity"] = 2 - changed.loc[study, "severity"]
     after = blend.cross_fitted({"vit3d": truth}, prior, changed)
     np.testing.assert_array_equal(
-        before.loc[mine[before.index], list(SEVERITIES)], after.loc[mine[after.index], list(SEVERITIES)]
+        before.loc[study[before.index], list(SEVERITIES)], after.loc[study[after.index], list(SEVERITIES)]
     )
     assert not before.equals(after)
 
@@ -131,16 +132,6 @@ def test_one_temperature_undoes_a_power_and_leaves_rows_without_evidence_to_the_
     np.testing.assert_allclose(both.loc[lost], mean.div(mean.sum(axis=1), axis=0))
 
 
-def test_published_blend_is_the_published_mean(world):
-    labels, truth, sharp, _ = world
-    prior = metric.prior_out_of_fold(labels)
-    rows = blend.published_blend({"yolo": truth[3:], "vit3d": sharp[1:]}, prior).set_index("row_id")
-    expected = 0.65 * truth.set_index("row_id") + 0.35 * sharp.set_index("row_id")
-    pd.testing.assert_frame_equal(rows.loc[truth["row_id"][3:]], expected[3:])
-    pd.testing.assert_frame_equal(rows.loc[truth["row_id"][1:3]], sharp.set_index("row_id")[1:3])
-    pd.testing.assert_frame_equal(rows.loc[truth["row_id"][:1]], prior.set_index("row_id").loc[truth["row_id"][:1]])
-
-
 def test_json_round_trip(world):
     labels, _, sharp, _ = world
     fitted = blend.fit_blend({"vit3d": sharp}, metric.prior_out_of_fold(labels), labels)
@@ -150,106 +141,32 @@ def test_json_round_trip(world):
 # ---- rows without evidence -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cohort():
-    """800 studies of normal latents with known correlations, cut where `prior` says; labels and their prior."""
-    rng = np.random.default_rng(1)
-    truth = {kind: 0.75 ** (1 + int(kind.split(" levels")[0][-1])) for kind in blend.pair_kinds().ravel()}
-    correlation = blend.correlation_matrix(truth)
-    latent = rng.multivariate_normal(np.zeros(25), correlation, size=800)
-    shares = np.array([[0.9, 0.08, 0.02], [0.7, 0.2, 0.1], [0.6, 0.25, 0.15], [0.5, 0.3, 0.2], [0.8, 0.15, 0.05]] * 5)
-    severity = (latent[..., None] > blend._cuts(shares)[:, 1:3]).sum(axis=-1)
-    labels = pd.DataFrame({"row_id": [f"{study}_{column}" for study in range(800) for column in COLUMNS]})
-    labels[["study_id", "condition", "level"]] = [parse_row_id(row) for row in labels["row_id"]]
-    labels["severity"] = severity.ravel()
-    labels.loc[rng.random(len(labels)) < 0.05, "severity"] = -1
-    return labels, metric.prior(labels), correlation, severity
-
-
-def certain(severity):
-    """Rows (..., 3) that are all but sure of `severity`."""
-    return np.eye(3)[severity] * 0.97 + 0.01
-
-
-def test_without_evidence_the_expectation_is_the_prior(cohort):
-    _, prior, correlation, _ = cohort
-    shares = blend._by_column(prior)
-    nothing = np.full((2, 25, 3), np.nan)
-    np.testing.assert_allclose(blend.expect(nothing, shares, correlation)[1], shares, atol=1e-12)
-    # Rows that only repeat the prior tell nothing of the others either.
-    nothing[0, :10] = shares[:10]
-    np.testing.assert_allclose(blend.expect(nothing, shares, correlation)[0], shares, atol=1e-9)
-
-
-def test_more_severe_neighbours_raise_the_expectation_on_both_sides_alike(cohort):
-    _, prior, _, _ = cohort
-    correlation = blend.correlation_matrix(dict.fromkeys(blend.pair_kinds().ravel(), 0.4))
-    shares = np.tile(blend._by_column(prior)[:5], (5, 1))
-    seen = np.full((3, 25, 3), np.nan)
-    for study in range(3):
-        seen[study, :5] = certain(study)  # the canal of study k has grade k at all levels
-    expected = blend.expect(seen, shares, correlation)[:, 5:]
-    np.testing.assert_allclose(expected.sum(axis=2), 1)
-    assert (np.diff(expected[..., 2], axis=0) > 0).all()
-    assert (np.diff(expected[..., 0], axis=0) < 0).all()
-    conditions = list(CONDITIONS)[1:]
-    by_condition = expected.reshape(3, len(conditions), 5, 3)
-    other = [conditions.index(mirrored(condition)) for condition in conditions]
-    np.testing.assert_allclose(by_condition, by_condition[:, other], atol=1e-12)
-
-
-def test_correlations_are_found_again_and_beat_the_prior(cohort):
-    labels, prior, truth, severity = cohort
-    half = labels["study_id"].astype(int) < 400
-    correlations = blend.fit_correlations(labels[half], prior)
-    matrix = blend.correlation_matrix(correlations)
-    assert np.linalg.eigvalsh(matrix).min() > 0
-    assert np.abs(matrix - truth).mean() < 0.05
-    shares = blend._by_column(prior)
-    seen = certain(severity[400:]).astype(float)
-    seen[:, 15:] = np.nan  # the recesses are not seen
-    hidden = severity[400:, 15:, None]
-    loss = {}
-    for name, found in (("fitted", matrix), ("true", truth), ("none", np.eye(25))):
-        loss[name] = -np.log(np.take_along_axis(blend.expect(seen, shares, found)[:, 15:], hidden, axis=2)).mean()
-    assert loss["fitted"] < loss["none"] - 0.05
-    assert loss["fitted"] < loss["true"] + 0.01
-
-
-def test_few_or_missing_labels_give_correlations_near_zero(cohort):
-    labels, prior, _, _ = cohort
-    few = labels[labels["study_id"].astype(int) < 2]
-    assert max(map(abs, blend.fit_correlations(few, prior).values())) < 0.5
-    assert set(blend.fit_correlations(few.assign(severity=-1), prior).values()) == {0.0}
-
-
-def test_rows_without_evidence_are_completed_and_named(cohort):
-    labels, prior, _, _ = cohort
-    rows = labels[["row_id", "condition", "level"]][:75].merge(prior, on=["condition", "level"])
-    shares = rows[["row_id", *SEVERITIES]]
-    yolo = table(list(shares["row_id"][:3]), np.tile([0.1, 0.2, 0.7], (3, 1)))
-    vit3d = table(list(shares["row_id"][2:6]), np.tile([0.2, 0.2, 0.6], (4, 1)))
+def test_rows_without_evidence_are_the_prior_and_sources_are_named(world):
+    labels, truth, _, _ = world
+    prior = metric.prior_out_of_fold(labels).merge(truth[["row_id"]][:75], on="row_id")
+    prior = prior.set_index("row_id").loc[truth["row_id"][:75]].reset_index()
+    yolo = table(list(prior["row_id"][:3]), np.tile([0.1, 0.2, 0.7], (3, 1)))
+    vit3d = table(list(prior["row_id"][2:6]), np.tile([0.2, 0.2, 0.6], (4, 1)))
     given = {"yolo": yolo, "vit3d": vit3d}
-    correlations = dict.fromkeys(blend.pair_kinds().ravel(), 0.3)
-    blended = {name: blend.apply_blend(blend.equal_blend([name]), given, shares) for name in given}
-    blended["ensemble"] = blend.apply_blend(blend.equal_blend(list(given)), given, shares)
-    unseen = set(shares["row_id"][[0, 1, 3, 4, 9]])
-    finished, sources = blend.finish(blended, given, shares, correlations, unseen)
-    assert list(sources[:7]) == ["yolo", "yolo", "yolo+vit3d", "vit3d", "vit3d", "vit3d", "expectation"]
-    assert list(sources.unique()) == ["yolo", "yolo+vit3d", "vit3d", "expectation", "prior"]
-    assert list(sources[25:]) == ["prior"] * 50
-    values = finished["ensemble"][list(SEVERITIES)].to_numpy()
-    np.testing.assert_allclose(values.sum(axis=1), 1)
+    biased = {key: replace(mixture, bias=(0.3, 0.5)) for key, mixture in blend.equal_blend(list(given)).items()}
+    blended = {name: blend.apply_blend(blend.equal_blend([name]), given, prior) for name in given}
+    blended["ensemble"] = blend.apply_blend(biased, given, prior)
+    unseen = set(prior["row_id"][[0, 1, 3, 4, 9]])
+    finished, sources = blend.finish(blended, given, prior, unseen)
+    assert list(sources[:7]) == ["yolo", "yolo", "yolo+vit3d", "vit3d", "vit3d", "vit3d", "prior"]
+    assert list(sources.unique()) == ["yolo", "yolo+vit3d", "vit3d", "prior"]
+    values, shares = finished["ensemble"][list(SEVERITIES)].to_numpy(), prior[list(SEVERITIES)].to_numpy()
     np.testing.assert_allclose(values[:2], yolo[list(SEVERITIES)][:2])  # not half way to the prior
     np.testing.assert_allclose(values[3:5], vit3d[list(SEVERITIES)][1:3])
-    np.testing.assert_allclose(values[5], blended["ensemble"][list(SEVERITIES)].iloc[5])  # looked at, and not found
-    assert (values[6:25, 2] > shares["severe"][6:25]).all()
-    np.testing.assert_allclose(values[25:], shares[list(SEVERITIES)][25:], atol=1e-12)
-    assert list(finished["yolo"]["row_id"]) == list(shares["row_id"])
+    np.testing.assert_allclose(values[[2, 5]], blended["ensemble"][list(SEVERITIES)].iloc[[2, 5]])  # series is there
+    np.testing.assert_array_equal(values[6:], shares[6:])  # without the blend's bias
+    for name, last in (("yolo", 3), ("vit3d", 6)):
+        np.testing.assert_array_equal(finished[name][list(SEVERITIES)].iloc[last:], shares[last:])
+        assert list(finished[name]["row_id"]) == list(prior["row_id"])
 
 
 def test_no_study_is_no_error():
     nothing = table([], np.empty((0, 3)))
     tables = {name: nothing for name in ("yolo", "vit3d", "ensemble")}
-    finished, sources = blend.finish(tables, {"yolo": nothing, "vit3d": nothing}, nothing, {})
+    finished, sources = blend.finish(tables, {"yolo": nothing, "vit3d": nothing}, nothing)
     assert finished["ensemble"].empty and sources.empty

@@ -12,8 +12,8 @@ import pytest
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.grading.grade import (
+    BLENDS,
     COLUMNS_OF,
-    MEMBERS,
     blend_studies,
     grade_studies,
     join_graded,
@@ -29,13 +29,12 @@ PRIORS = [{"condition": c, "level": v, **dict(zip(SEVERITIES, PRIOR, strict=True
 MIXTURE = {"weights": {"yolo": 0.5, "vit3d": 0.5}, "bias": [0.0, 0.0], "gain": [], "kept": "simple"}
 ALONE = {name: {**MIXTURE, "weights": {name: 1.0}} for name in ("yolo", "vit3d")}
 FITTED = {
+    "format": 2,
     "kind": "fitted",
     "prior": PRIORS,
-    "correlations": {},
     "ensemble": dict.fromkeys(("nfn", "scs", "ss"), MIXTURE),
     **{name: dict.fromkeys(("nfn", "scs", "ss"), mixture) for name, mixture in ALONE.items()},
 }
-PUBLISHED = {"kind": "published", "prior": PRIORS, "ensemble": {"yolo": 0.65, "vit3d": 0.35}}
 
 
 def test_rows_and_their_prior_are_the_studies_and_the_recipe_s():
@@ -56,14 +55,12 @@ def test_rows_without_the_series_that_they_are_read_on():
     assert without_own_series(rows, there.iloc[:0]) == set(rows["row_id"])
 
 
-@pytest.mark.parametrize("recipe", [FITTED, PUBLISHED], ids=["fitted", "published"])
-def test_a_study_that_nothing_graded_has_the_prior(recipe):
-    tables, sources = blend_studies(recipe, join_graded([]), [7])
-    assert set(tables) == set(MEMBERS) and (sources == "prior").all()
+def test_a_study_that_nothing_graded_has_the_prior():
+    tables, sources = blend_studies(FITTED, join_graded([]), [7])
+    assert set(tables) == set(BLENDS) and (sources == "prior").all()
     for table in tables.values():
         assert len(table) == 25
-        assert np.allclose(table[list(SEVERITIES)].sum(axis=1), 1)
-    assert np.allclose(tables["ensemble"][list(SEVERITIES)], PRIOR)
+        assert np.allclose(table[list(SEVERITIES)], PRIOR)
 
 
 def test_tables_of_studies_are_joined_and_keep_their_columns():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.canal import axial_levels
+from lsdc_utils.detector.canal import axial_levels, axial_slices
 from lsdc_utils.grading import localisation
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SERIES_TYPES
 
@@ -148,7 +148,7 @@ def test_axial_slices_near_a_disc_are_judged_by_their_level(anatomy):
     canal = canal[canal["level"] != "l5_s1"].copy()
     canal.loc[canal["level"] == "l1_l2", "Z"] = level_z[3]  # a level that was taken for another one
     canal.loc[canal["level"] == "l4_l5", "Z"] -= 100
-    slices = localisation.axial_slices([stack], canal)
+    slices = axial_slices([stack], canal)
     assert slices["level"].tolist() == ["", "l2_l3", "l3_l4", "l1_l2", ""]
     judged = localisation.slice_levels(slices, anatomy)
     assert judged["instance_number"].tolist() == [0, 1, 3, 4]
@@ -159,7 +159,7 @@ def test_axial_slices_near_a_disc_are_judged_by_their_level(anatomy):
 def test_the_level_of_a_slice_is_the_detectors(anatomy):
     stack, canal = axial_stack(np.linspace(20, -160, 61)), detections(anatomy).query("condition == 'scs'").head(5)
     expected = [LEVELS[k] if k >= 0 else "" for k in axial_levels(stack, canal)]
-    assert localisation.axial_slices([stack], canal)["level"].tolist() == expected
+    assert axial_slices([stack], canal)["level"].tolist() == expected
 
 
 def test_one_table_tells_of_ordinary_spines_and_others(anatomy, tmp_path: Path):
@@ -167,7 +167,7 @@ def test_one_table_tells_of_ordinary_spines_and_others(anatomy, tmp_path: Path):
     points = detections(anatomy)
     points.loc[at(points, 2, "scs", "l1_l2", ""), "Z"] -= 20
     canal = points[points["condition"] == "scs"]
-    slices = [localisation.axial_slices([s], canal[canal["study_id"] == s.study_id]) for s in stacks]
+    slices = [axial_slices([s], canal[canal["study_id"] == s.study_id]) for s in stacks]
     slices = pd.concat(slices, ignore_index=True)
     assert localisation.against_anatomy(tmp_path, [1, 2], points, slices) is None
     anatomy.to_csv(tmp_path / "anatomy.csv", index=False)

@@ -1,0 +1,48 @@
+"""The published method with the functions of `grading.grade`: its models, and the mean of their rows, which fits
+nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.grading.blend import Tables, aligned, as_table, row_sources
+from lsdc_utils.grading.grade import BLENDS, Models
+from lsdc_utils.metric import PROBABILITIES
+from lsdc_utils.published.detector import load_detectors
+from lsdc_utils.published.vit import load_vits, predict_studies
+
+WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
+
+
+def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
+    """The published models of these folds in a folder of weights."""
+    folds = list(folds)
+    return Models(load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies)
+
+
+def published_mean(tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
+    """The weighted mean of the models' rows; a row that one model lacks is the other's, one that both lack the
+    prior's."""
+    natural = np.stack([aligned(table, prior) for table in tables.values()])  # (models, n, 3)
+    weights = np.array([WEIGHTS[model] for model in tables])[:, None, None] * ~np.isnan(natural[..., :1])
+    total = weights.sum(axis=0)
+    mean = (weights * np.nan_to_num(natural)).sum(axis=0) / np.where(total > 0, total, 1)
+    return as_table(prior["row_id"], np.where(total > 0, mean, prior[PROBABILITIES].to_numpy(float)))
+
+
+def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
+    """What a recipe holds of the blend."""
+    return {"kind": "published", "ensemble": WEIGHTS}
+
+
+def blend_rows(
+    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str] = (), labels: Any = None
+) -> tuple[Tables, pd.Series]:
+    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows."""
+    tables = {name: published_mean({model: given[model] for model in models}, prior) for name, models in BLENDS.items()}
+    return tables, row_sources(given, prior["row_id"])

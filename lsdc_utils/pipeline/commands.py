@@ -9,7 +9,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
@@ -210,10 +209,6 @@ def main(words: list[str]) -> int:
         return 2
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     sys.exit(main(sys.argv[1:]))

@@ -55,9 +55,6 @@ def copy_run(base: Path, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-# ---- running them --------------------------------------------------------------------------------------------------
-
-
 def run_ablations(base: Path, names: list[str], cores: int) -> int:
     """Run the ablations `names` (none: all) of the run `base`, write and print their table; the exit status."""
     ablations = read_ablations()
@@ -100,9 +97,6 @@ def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
             return status
     print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
     return 0
-
-
-# ---- their tables --------------------------------------------------------------------------------------------------
 
 
 def ablation_table(base: Path, ablations: list[tuple[Ablation, Path]]) -> pd.DataFrame:

@@ -33,9 +33,6 @@ class PackError(UsageError):
     """An archive that cannot be made or used; the message names it and says why."""
 
 
-# ---- making one ----------------------------------------------------------------------------------------------------
-
-
 def pack_run(run: Path, out: Path) -> list[str]:
     """Write the archive `out` of the finished run in folder `run`; return the names in it. RunError or PackError if the
     run is not finished."""
@@ -85,9 +82,6 @@ def without_places(value: Any) -> Any:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-# ---- using one -----------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, folder: Path) -> Path:

@@ -42,9 +42,6 @@ class PredictError(UsageError):
     """A folder that cannot be graded; the message says why."""
 
 
-# ---- before: the studies and the shards ----------------------------------------------------------------------------
-
-
 def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
@@ -52,22 +49,21 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """
     recipe = read_recipe(run)
     record = out / "tables" / "listed.json"
-    known = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root)}
-    if known["data_dir"] != str(root):
-        raise PredictError(f"{out} holds the grades of {known['data_dir']}: give another folder with --out")
+    listed = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root), "digest": ""}
+    if listed["data_dir"] != str(root):
+        raise PredictError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
-    state = {"data_dir": str(root), "digest": _digest(root)}
-    if {name: known.get(name) for name in state} != state:
+    if listed["digest"] != (digest := _digest(root)):
         record.unlink(missing_ok=True)
-        known = state | {"n_shards": _list_studies(root, out, cores)}
-        write_json(record, known)
+        listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
+        write_json(record, listed)
     return declared("05_ensemble_inference") | {
         "run_dir": str(run),
         "predict_dir": str(out),
         "data_dir": str(root),
         "weights_dir": str(run / "weights"),
-        "n_shards": known["n_shards"],
+        "n_shards": listed["n_shards"],
         **grading_parameters(recipe),
     }
 
@@ -124,9 +120,6 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     if others := comp.series["study_id"].nunique() - series["study_id"].nunique():
         print(f"{others} training studies of the tables are skipped; to grade them, give their folder of images")
     return count
-
-
-# ---- after: one result ---------------------------------------------------------------------------------------------
 
 
 def collect(out: Path, n_shards: int) -> str:

@@ -43,8 +43,8 @@ def test_modules_are_followed_through_packages_and_relative_imports(monkeypatch,
     }.items():
         (package / name).write_text(text)
     monkeypatch.setattr(graph, "ROOT", tmp_path)
-    found = {str(path.relative_to(package)) for path in graph.module_files("%matplotlib inline\nimport lsdc_utils.a")}
-    assert found == {
+    files = {str(path.relative_to(package)) for path in graph.module_files("%matplotlib inline\nimport lsdc_utils.a")}
+    assert files == {
         "__init__.py", "a.py", "b.py", "deep/__init__.py", "deep/inner.py", "deep/other.py", "deep/templates/page.html"
     }  # fmt: skip
 

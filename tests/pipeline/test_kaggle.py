@@ -23,7 +23,7 @@ RECIPE = {"folds": [0, 3], "kind": "fitted", "vit_views": 2, "threads": 4}
 def placed(folder: Path, wheels: dict[str, str]) -> list[str]:
     """Stand-in wheels in a folder; their names."""
     folder.mkdir(parents=True)
-    names = [f"{name.replace('-', '_')}-{found}-py3-none-any.whl" for name, found in wheels.items()]
+    names = [f"{name.replace('-', '_')}-{version}-py3-none-any.whl" for name, version in wheels.items()]
     for name in names:
         (folder / name).write_bytes(b"stand-in")
     return sorted(names)
@@ -136,11 +136,11 @@ def test_the_bundle_brings_what_the_image_lacks() -> None:
 
 def test_the_list_of_the_image_holds_what_matters_and_no_more(image: dict[str, str]) -> None:
     remembered = Asked(image)
-    found = kaggle_image.lacking(remembered, image["python"], kaggle_image.roots())
-    assert {"ultralytics", "timm", "pydicom", "pylibjpeg-libjpeg", "opencv-python"} <= set(found)
-    assert not set(found) & kaggle_image.NEVER
+    missing = kaggle_image.lacking(remembered, image["python"], kaggle_image.roots())
+    assert {"ultralytics", "timm", "pydicom", "pylibjpeg-libjpeg", "opencv-python"} <= set(missing)
+    assert not set(missing) & kaggle_image.NEVER
     assert set(image) - remembered.asked <= {"python", "opencv-contrib-python", "opencv-python-headless"}
-    assert not remembered.asked - set(image) - set(found)
+    assert not remembered.asked - set(image) - set(missing)
     header = [line for line in kaggle_image.IMAGE.read_text().splitlines() if line.startswith("#")]
     assert re.search(r"20\d\d", header[0])
 

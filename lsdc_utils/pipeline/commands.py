@@ -19,7 +19,7 @@ from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, start, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
-EXPLAINED = ("UsageError", "RunError", "PackError", "BundleError", "ExportError")  # by their message; loaded when used
+EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
 NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 
@@ -85,7 +85,7 @@ def predict(asked: Namespace) -> int:
         try:
             trained = packing.unpack(archive, out / "models") if archive else trained
             parameters = prediction.prepare(folder, trained.resolve(), out, cores)
-        except (RunError, prediction.PredictError, packing.PackError) as error:
+        except (RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
         status = work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,6 @@ ABLATIONS = NOTEBOOKS / "ablations.yml"
 NOT_COPIED = ("report", "predict", "work", "experiments", ".lock")
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """One part of the method and the parameters that remove it."""
-
-    name: str  # plain, since it names a folder
-    without: str  # what is removed, for people
-    change: dict[str, Any]
-
-
-def read_ablations(file: Path = ABLATIONS) -> list[Ablation]:
-    """The ablations of a file such as notebooks/ablations.yml, in its order."""
-    return [Ablation(name, **entry) for name, entry in yaml.safe_load(file.read_text()).items()]
-
-
 def copy_run(base: Path, folder: Path) -> None:
     """Make `folder` a copy of the finished run `base`, unless it exists; files keep the times that Snakemake knows."""
     if folder.exists():
@@ -57,17 +42,17 @@ def copy_run(base: Path, folder: Path) -> None:
 
 def run_ablations(base: Path, names: list[str], cores: int) -> int:
     """Run the ablations `names` (none: all) of the run `base`, write and print their table; the exit status."""
-    ablations = read_ablations()
-    if unknown := set(names) - {ablation.name for ablation in ablations}:
-        known = ", ".join(ablation.name for ablation in ablations)
-        raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {known}")
-    runs = [(a, base.with_name(f"{base.name}-{a.name}")) for a in ablations if not names or a.name in names]
-    for ablation, folder in runs:
+    ablations = yaml.safe_load(ABLATIONS.read_text())
+    if unknown := set(names) - set(ablations):
+        raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {', '.join(ablations)}")
+    folders = {name: base.with_name(f"{base.name}-{name}") for name in ablations if not names or name in names}
+    for name, folder in folders.items():
         copy_run(base, folder)
-        parameters = changed(read_parameters(base), ablation.change)
+        parameters = changed(read_parameters(base), ablations[name]["change"])
         if status := _run_to_scores(folder, parameters, ["ablate", *names, "--run", base.name], cores):
             return status
-    return _write_table(base, "ablation", ablation_table(base, runs), cores)
+    removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
+    return _write_table(base, "ablation", ablation_table(base, removed), cores)
 
 
 def run_curve(base: Path, sizes: list[int], cores: int) -> int:
@@ -99,16 +84,17 @@ def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
     return 0
 
 
-def ablation_table(base: Path, ablations: list[tuple[Ablation, Path]]) -> pd.DataFrame:
-    """A row for the run and for each ablation of it: name, without, and the ensemble's score out of fold.
+def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
+    """A row for the run and for each ablation (folder -> what is removed): name, without, the ensemble's scores.
 
-    Scores are those of `PARTS`; skill is the total's (absent without an oracle); worse_by, low and high are the
-    increase of the total and its paired 95 % interval (bootstrap over studies).
+    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low and high
+    are the increase of the total and its paired 95 % interval (bootstrap over studies).
     """
     rows = [{"name": base.name, "without": "", **_scores(base, "oof")}]
-    for ablation, folder in ablations:
-        increase = dict(zip(("worse_by", "low", "high"), _increase(folder, base), strict=True))
-        rows.append({"name": ablation.name, "without": ablation.without, **_scores(folder, "oof"), **increase})
+    for folder, without in removed.items():
+        name, increase = folder.name.removeprefix(f"{base.name}-"), _increase(folder, base)
+        increase = dict(zip(("worse_by", "low", "high"), increase, strict=True))
+        rows.append({"name": name, "without": without, **_scores(folder, "oof"), **increase})
     return pd.DataFrame(rows)
 
 

@@ -55,10 +55,6 @@ PLACES = {  # parameters whose values are known on Kaggle alone
 }
 
 
-class BundleError(UsageError):
-    """A bundle that cannot be made; the message says what is missing."""
-
-
 def user_here() -> str:
     """The Kaggle user whose credentials are on this machine."""
     file = Path.home() / ".kaggle" / "kaggle.json"
@@ -68,7 +64,7 @@ def user_here() -> str:
 def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[str]:
     """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names.
 
-    python: version that wheels are for. RunError or PackError if the run is not finished, BundleError if a wheel cannot
+    python: version that wheels are for. RunError or UsageError if the run is not finished, UsageError if a wheel cannot
     be downloaded. Metadata come last: Kaggle's command line refuses a folder without them.
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
@@ -128,7 +124,7 @@ def read_wheels() -> dict[str, str]:
 
 
 def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
-    """Let `folder` hold just these wheels; those already there are kept. BundleError if one cannot be downloaded; only
+    """Let `folder` hold just these wheels; those already there are kept. UsageError if one cannot be downloaded; only
     this step needs the network."""
     there = {}
     for file in folder.glob("*.whl"):
@@ -144,7 +140,7 @@ def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
         done = subprocess.run([*command, f"{name}=={wanted[name]}"], capture_output=True, text=True)
         if done.returncode:
             tail = "\n".join(f"      {line}" for line in done.stderr.strip().splitlines()[-15:])
-            raise BundleError(
+            raise UsageError(
                 f"cannot download the wheel of {name} {wanted[name]} for Python {python}; this needs the network once. "
                 f"Or put it into {folder} by hand. pip's last lines:\n{tail}"
             )

@@ -29,16 +29,12 @@ MOST = 500  # files
 NAME = re.compile(r"(weights/)?[A-Za-z0-9]\w*(\.\w+)+")
 
 
-class PackError(UsageError):
-    """An archive that cannot be made or used; the message names it and says why."""
-
-
 def pack_run(run: Path, out: Path) -> list[str]:
-    """Write the archive `out` of the finished run in folder `run`; return the names in it. RunError or PackError if the
-    run is not finished."""
+    """Write the archive `out` of the run in folder `run`; return the names in it. RunError or UsageError if the run is
+    not finished."""
     recipe = read_recipe(run)
     if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
-        raise PackError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
+        raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
     contents = dict(_contents(run, recipe["folds"]))
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
@@ -87,7 +83,7 @@ def _json(content: Any) -> bytes:
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which `predict` can use.
 
-    It appears whole, after all checksums were compared with the manifest. PackError if the archive is broken, was
+    It appears whole, after all checksums were compared with the manifest. UsageError if the archive is broken, was
     changed, or holds names, sizes or numbers of files that no archive of ours has.
     """
     with archive.open("rb") as file:
@@ -101,36 +97,36 @@ def unpack(archive: Path, folder: Path) -> Path:
         with zipfile.ZipFile(archive) as opened:
             for name, (size, sha256) in _listed(opened, archive).items():
                 if _extract(opened, name, size, beside / name) != sha256:
-                    raise PackError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
+                    raise UsageError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
         beside.rename(ready)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise PackError(f"{archive} is not an archive of models, or is broken: {error}") from error
+        raise UsageError(f"{archive} is not an archive of models, or is broken: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return ready
 
 
 def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file in the manifest; PackError if it differs from the archive or is implausible."""
+    """Size and sha256 of each file in the manifest; UsageError if it differs from the archive or is implausible."""
     names = opened.namelist()
     if MANIFEST not in names or opened.getinfo(MANIFEST).file_size > 2**20:
-        raise PackError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
+        raise UsageError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
     try:
         manifest = json.loads(opened.read(MANIFEST))
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         known = (manifest["format"], manifest["columns"], manifest["severities"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackError(f"{archive}: {MANIFEST} cannot be read: {error!r}") from error
+        raise UsageError(f"{archive}: {MANIFEST} cannot be read: {error!r}") from error
     if known != (FORMAT, list(COLUMNS), list(SEVERITIES)):
-        raise PackError(f"{archive} was made by another version: its format, columns or severities differ")
+        raise UsageError(f"{archive} was made by another version: its format, columns or severities differ")
     if strange := [name for name in files if not NAME.fullmatch(name)]:
-        raise PackError(f"{archive}: {strange[0]!r} is not a file name of such an archive")
+        raise UsageError(f"{archive}: {strange[0]!r} is not a file name of such an archive")
     if sorted(names) != sorted([*files, MANIFEST]):
         odd = sorted({*names} ^ {*files, MANIFEST})
-        raise PackError(f"{archive}: files and {MANIFEST} differ in {', '.join(map(repr, odd)) or 'their number'}")
+        raise UsageError(f"{archive}: files and {MANIFEST} differ in {', '.join(map(repr, odd)) or 'their number'}")
     sizes = [size for size, _ in files.values()]
     if len(sizes) > MOST or sum(sizes) > LARGEST or any(size < 0 for size in sizes):
-        raise PackError(f"{archive}: {len(sizes)} files of {sum(sizes)} bytes are not an archive of models")
+        raise UsageError(f"{archive}: {len(sizes)} files of {sum(sizes)} bytes are not an archive of models")
     return files
 
 

@@ -38,20 +38,16 @@ SMALLEST_SHARD = 20  # studies: fewer take less time than the start of another n
 RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 
 
-class PredictError(UsageError):
-    """A folder that cannot be graded; the message says why."""
-
-
 def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
-    RunError if the run cannot be used; PredictError if the folder holds no study or `out` is of another folder.
+    RunError if the run cannot be used; UsageError if the folder holds no study or `out` is of another folder.
     """
     recipe = read_recipe(run)
     record = out / "tables" / "listed.json"
     listed = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root), "digest": ""}
     if listed["data_dir"] != str(root):
-        raise PredictError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
+        raise UsageError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
     if listed["digest"] != (digest := _digest(root)):
@@ -101,14 +97,14 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     try:
         comp = competition.read(root, workers=workers)
     except competition.CompetitionError as error:
-        raise PredictError(str(error)) from error
+        raise UsageError(str(error)) from error
     described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)
     tested = described and (comp.series["split"] == "test").any()
     series = comp.series[comp.series["split"] == "test"] if tested else comp.series
     sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if tested else []
     studies = sorted({*series["study_id"].tolist(), *sampled})
     if not studies:
-        raise PredictError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
+        raise UsageError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
     for number, shard in enumerate(np.array_split(studies, count)):
         with atomic(out / "tables" / f"{shard_name(number)}.parquet") as file:

@@ -158,7 +158,7 @@ def test_a_wheel_that_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (kept,) = placed(tmp_path / "wheels", {"kept": "1.0"})
     (tmp_path / "wheels/kept-0.9-py3-none-any.whl").write_bytes(b"old")
-    with pytest.raises(kaggle.BundleError, match=r"no-such-one 2\.0 for Python 3\.12\.13.* network"):
+    with pytest.raises(kaggle.UsageError, match=r"no-such-one 2\.0 for Python 3\.12\.13.* network"):
         kaggle.fetch({"kept": "1.0", "no-such-one": "2.0"}, tmp_path / "wheels", "3.12.13")
     assert [file.name for file in (tmp_path / "wheels").iterdir()] == [kept]
 

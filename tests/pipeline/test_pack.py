@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from conftest import copy_project, run_all
 
-from lsdc_utils.pipeline.pack import MANIFEST, PackError, pack_run, unpack, without_places
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.pack import MANIFEST, pack_run, unpack, without_places
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def changed(contents: dict[str, bytes], **change: object) -> None:
 )
 def test_a_changed_archive_is_refused(archive: Path, tmp_path: Path, change: Callable, words: str) -> None:
     other = rewrite(archive, tmp_path / "other.zip", change)
-    with pytest.raises(PackError, match=r"other\.zip") as error:
+    with pytest.raises(UsageError, match=r"other\.zip") as error:
         unpack(other, tmp_path / "models")
     assert words in str(error.value)
     assert not list((tmp_path / "models").glob("**/*.json"))
@@ -134,7 +135,7 @@ def test_a_changed_archive_is_refused(archive: Path, tmp_path: Path, change: Cal
 @pytest.mark.parametrize("size", [0, 100, -200])
 def test_a_truncated_archive_is_refused(archive: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "short.zip").write_bytes(archive.read_bytes()[:size])
-    with pytest.raises(PackError, match=r"short\.zip"):
+    with pytest.raises(UsageError, match=r"short\.zip"):
         unpack(tmp_path / "short.zip", tmp_path / "models")
 
 
@@ -144,7 +145,7 @@ def test_no_byte_can_change(archive: Path, tmp_path: Path) -> None:
         (tmp_path / "other.zip").write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         try:
             ready = unpack(tmp_path / "other.zip", tmp_path / "models")
-        except PackError:
+        except UsageError:
             refused += 1
         else:  # a byte that means nothing, as in a date
             same = unpack(archive, tmp_path / "models")

@@ -327,7 +327,7 @@ def test_studies_are_cut_into_shards_and_listed_once(finished: Path, tmp_path: P
     assert [shard.read_bytes() for shard in shards[:2]] == before[:2]  # Snakemake compares contents
     assert shards[2].read_bytes() != before[2]
     (out / "grades.csv").write_text("")
-    with pytest.raises(predict.PredictError, match="--out"):
+    with pytest.raises(predict.UsageError, match="--out"):
         predict.prepare(tmp_path, finished, out, cores=2)
     assert (out / "grades.csv").is_file()
     predict.prepare(root, finished, out, cores=2)

@@ -87,7 +87,7 @@ def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
 def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
     """A row for the run and for each ablation (folder -> what is removed): name, without, the ensemble's scores.
 
-    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low and high
+    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low, high
     are the increase of the total and its paired 95 % interval (bootstrap over studies).
     """
     rows = [{"name": base.name, "without": "", **_scores(base, "oof")}]

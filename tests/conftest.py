@@ -73,7 +73,6 @@ n_train: 3
 n_splits: 2
 folds: [0, 1]
 threads: 1
-published_method: false
 yolo_epochs: {nfn: 2, scs: 3, ss: 1}
 vit_lr: 0.001
 stress_bodies: 1
@@ -93,7 +92,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
     ),
     "03_train_yolo": (
-        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\npublished_method: bool = False\n'
+        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\n'
         'yolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
         "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"

@@ -49,8 +49,8 @@ def pack_run(run: Path, out: Path) -> list[str]:
 
 def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file."""
-    from lsdc_utils.report import read_run  # takes a second, which unpacking does not need
-    from lsdc_utils.report.markdown import model_card
+    from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
+    from lsdc_utils.report.run import read_run
 
     for weights in weight_files(folds):
         name = str(Path(weights).with_suffix(".json"))

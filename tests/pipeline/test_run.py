@@ -152,11 +152,6 @@ def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path)
     assert not (tiny_project / "outputs/other").exists()
 
 
-def test_the_published_detectors_need_no_canal_points(tiny_project: Path) -> None:
-    plan = would_run(tiny_project, "--run", "published", "--until", "03_train_yolo_nfn_fold0", "published_method=true")
-    assert plan == ["00_get_data", "02_convert_labels", "03_train_yolo_nfn_fold0"]
-
-
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 

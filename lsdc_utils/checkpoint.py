@@ -1,4 +1,4 @@
-"""Where a training stands, kept after each epoch: a training that was killed goes on from its last whole epoch."""
+"""The state of a training after each epoch, from which a stopped training resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lsdc_utils.files import atomic
 
 
 def fingerprint(*parts: Any) -> str:
-    """One short name for all that a training depends on: arrays, bytes, and anything that JSON can say."""
+    """A short name for everything that a training depends on: arrays, bytes, and whatever JSON can hold."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -35,8 +35,8 @@ def fingerprint(*parts: Any) -> str:
 class Checkpoint:
     """The file of one training in a folder of its own, replaced as a whole after each epoch.
 
-    It is no pickle: tensors as safetensors, everything else as JSON in its header. `key` is the training's
-    `fingerprint`; what another training left is not taken for this one's.
+    It is not a pickle: tensors are stored as safetensors, everything else as JSON in the header. `key` is the
+    training's `fingerprint`; the state of another training is ignored.
     """
 
     folder: Path
@@ -44,18 +44,18 @@ class Checkpoint:
 
     @property
     def file(self) -> Path:
-        """Where it lies."""
+        """Path of the file."""
         return self.folder / "checkpoint.safetensors"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep `state`: tensors, numbers, texts and None in dicts (keys text or whole numbers) and lists, nested."""
+        """Keep `state`: tensors, numbers, texts and None in nested dicts (keys: text or whole numbers) and lists."""
         tensors: dict[str, torch.Tensor] = {}
         header = {"key": self.key, "state": json.dumps(_split(state, tensors))}
         with atomic(self.file) as temporary:
             save_file(tensors, temporary, header)
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last; None where there is none of this training, or none that can be read."""
+        """The state that was saved last; None if there is none of this training, or the file is damaged."""
         if not self.file.is_file():
             return None
         try:
@@ -63,9 +63,9 @@ class Checkpoint:
                 header = file.metadata() or {}
                 if header.get("key") != self.key:  # of other settings, data or code
                     return None
-                return _join(json.loads(header["state"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                return _join(json.loads(header["state"]), file)
         except (SafetensorError, OSError) as error:
-            print(f"{self.file} cannot be read ({error}): this training begins anew", flush=True)
+            print(f"{self.file} cannot be read ({error}): the training starts from the beginning", flush=True)
             return None
 
 
@@ -76,23 +76,22 @@ def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _split(one, tensors)] for key, one in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_split(one, tensors) for one in value]
-    return value
+        return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}
+    return [_split(item, tensors) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What `_split` took apart, tuples as lists."""
+def _join(value: Any, file: Any) -> Any:
+    """What `_split` took apart, with the tensors of an open file; tuples become lists."""
     if isinstance(value, list):
-        return [_join(one, tensors) for one in value]
+        return [_join(item, file) for item in value]
     if isinstance(value, dict):
-        return tensors[value["tensor"]] if "tensor" in value else {k: _join(v, tensors) for k, v in value["dict"]}
+        tensor = value.get("tensor")
+        return file.get_tensor(tensor) if tensor else {key: _join(item, file) for key, item in value["dict"]}
     return value
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimiser its state back, each tensor laid out in memory as its parameter, as fused steps expect."""
+    """Give an optimiser its state back, each tensor in the memory layout of its parameter, as fused steps expect."""
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

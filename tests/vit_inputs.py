@@ -1,9 +1,12 @@
-"""Small networks and inputs that the tests of the transformer share."""
+"""Small networks and inputs that the tests of the transformer share, and the training loop of notebook 04."""
 
 from __future__ import annotations
 
-import dataclasses
+import linecache
+from pathlib import Path
+from typing import Any
 
+import nbformat
 import numpy as np
 
 from lsdc_utils.vit.crops import FORAMEN, SLOTS
@@ -12,12 +15,48 @@ from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, T1, parse_row_id
 
 SMALL = VitConfig(size=8, margin=1, slices=2, stem=8, patch=2, width=32, heads=2)
 
+NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "04_train_vit3d.ipynb"
+LOOP = ("batches", "loss", "optimizer", "loop", "epochs", "resume", "fit")  # cells from the batches to the weights
+Studies = tuple[np.ndarray, np.ndarray]  # inputs, and labels (n, 25)
 
-GRID = dataclasses.replace(SMALL, input="study_grid", size=16, patch=4)
+
+def train(
+    folder: Path,
+    studies: Studies,
+    config: VitConfig = SMALL,
+    held_out: Studies | None = None,
+    change: tuple[str, str] = ("", ""),
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Run the cells of notebook 04 that train a network on studies; the names that they leave, such as model, curves.
+
+    change: a text in these cells and what it becomes. parameters: of the notebook.
+    """
+    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    names: dict[str, Any] = {}
+    _run(cells["parameters"], names)
+    names |= {"run_dir": str(folder), "vit_batch": 4, **parameters}
+    _run(cells["imports"], names)
+    _run(cells["config"], names)
+    names["config"] = config
+    (inputs, truth), (held_inputs, held_truth) = studies, held_out or studies
+    names |= {"strength": names["Augmentation"](), "inputs": inputs, "truth": truth}
+    names |= {"held_inputs": held_inputs, "held_truth": held_truth}
+    assert any(change[0] in cells[cell] for cell in ("model", *LOOP))
+    for cell in ("model", *LOOP):
+        _run(cells[cell].replace(*change) if change[0] else cells[cell], names)
+    return names
+
+
+def _run(source: str, names: dict[str, Any]) -> None:
+    """Run a cell as a kernel does, which keeps its text where `inspect` finds it."""
+    file = f"<cell {hash(source)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
 
 
 def records(images: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """What `make_inputs` gives for images (n, 5, slots * k, h, w) and places (n, 5, slots * k)."""
+    """What `study_inputs` gives for images (n, 5, slots * k, h, w) and places (n, 5, slots * k)."""
     kinds = [("images", np.uint8, images.shape[1:]), ("places", np.float32, places.shape[1:])]
     result = np.zeros(len(images), dtype=kinds)
     result["images"], result["places"] = images, places

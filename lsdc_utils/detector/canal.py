@@ -31,7 +31,7 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
 
 
 def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
-    """Canal points of studies: those of the canal's detector, or where it found none, those from the foramina.
+    """Canal points of studies: the canal detector's, or those from the foramina in studies where it gave none.
 
     scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result.
     """
@@ -39,7 +39,7 @@ def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
 
 
 def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
-    """Canal points of studies from their foramen points, at levels where both sides were found; columns as there."""
+    """Canal points of studies from their foramen points, at levels with points on both sides; same columns."""
     both = points.groupby(["study_id", "level"]).filter(lambda level: set(level["side"]) == set(SIDES))
     middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
     middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]

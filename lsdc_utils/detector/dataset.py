@@ -15,65 +15,46 @@ import yaml
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import study_canal
-from lsdc_utils.detector.classes import (
-    DetectorConfig,
-    DetectorError,
-    class_numbers,
-    class_table,
-)
-from lsdc_utils.detector.images import (
-    near_middle,
-    network_inputs,
-    strip_window,
-)
+from lsdc_utils.detector.classes import DetectorConfig, DetectorError, class_numbers, class_table
+from lsdc_utils.detector.images import near_middle, network_inputs, strip_window
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SIDES
 
 COPY_FALL = 2 / 3  # of the reach of copies: the sigma by which a copy's weight falls with its distance
+BOXES = ["slice", "row_id", "class_id", "severity", "x", "y", "width", "height", "clipped", "copied", "off"]
+POSITION = ["X", "Y", "Z", "x", "y"]
+IMAGES = ["file", "study_id", "series_id", "slice", "boxes", "worst", "weight"]
 
 
-def label_boxes(
-    stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy_mm: float
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Boxes of a series' labels, and the labels that gave none.
+def label_boxes(stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy_mm: float) -> pd.DataFrame:
+    """Boxes of a series' labels, given as rows of the label table.
 
-    `labels` are rows of the label table on this series. A box stands on the slice that the reader clicked and, where
-    `copy_mm` > 0, on the slices of its block up to that far along the normal, since those show the same lesion. In
-    scheme 'seen' both recesses of a level have a box on every slice that either of them has one on.
-    Returns boxes (slice, row_id, class_id, severity, x, y, width, height as fractions of the strip, clipped to it,
-    copied, off: mm from the clicked slice) and skipped (row_id, reason).
+    A box stands on the slice that the reader clicked and, where `copy_mm` > 0, on the slices of its block up to that
+    far along the normal, since those show the same lesion. Both recesses of a level have a box on every slice that
+    either of them has one on. Returns slice, row_id, class_id, severity, x, y, width, height as fractions of the strip,
+    clipped to it, copied, off: mm from the clicked slice.
     """
-    numbers = class_numbers(config)
-    found, skipped, clicked = [], [], []
+    clicked, boxes = [], []
     for label in labels.itertuples():
-        here = np.flatnonzero(stack.instance_numbers == label.instance_number)
-        reason = _unusable(label, len(here))
-        if reason:
-            skipped.append((label.row_id, reason))
-        else:
-            clicked.append((label, here[0], slice_offsets(stack, label, here[0])))
-    pairs = config.scheme == "seen" and config.condition == "ss"
+        index = np.flatnonzero(stack.instance_numbers == label.instance_number)
+        if label.severity >= 0 and len(index) == 1 and np.isfinite([getattr(label, name) for name in POSITION]).all():
+            clicked.append((label, index[0], slice_offsets(stack, label, index[0])))
+    numbers, pairs = class_numbers(config), config.condition == "ss"
     for label, own, off in clicked:
         near = off <= copy_mm
         for other, _, others_off in clicked if pairs else ():
             near |= (other.level == label.level) & (others_off <= copy_mm) & np.isfinite(off)
-        before = len(found)
+        number, point = numbers[label.condition, label.level, label.severity], np.array([label.X, label.Y, label.Z])
         for index in np.flatnonzero(near):
-            point = np.array([label.X, label.Y, label.Z])
             xy = (label.x, label.y) if index == own else geometry.to_pixels(stack.affines[index], point)[:2]
-            place = _box(xy, stack.shapes[index], stack.affines[index], config)
-            if place:
-                number = numbers[label.condition, label.level, label.severity]
-                found.append((index, label.row_id, number, label.severity, *place, index != own, off[index]))
-        if len(found) == before:
-            skipped.append((label.row_id, "outside the strip"))
-    names = ["slice", "row_id", "class_id", "severity", "x", "y", "width", "height", "clipped", "copied", "off"]
-    table = pd.DataFrame(found, columns=names)
+            if place := _box(xy, stack.shapes[index], stack.affines[index], config):
+                boxes.append((index, label.row_id, number, label.severity, *place, index != own, off[index]))
+    table = pd.DataFrame(boxes, columns=BOXES)
     if pairs:
-        # A slice between two levels shows one lesion a side: the nearer label speaks for it.
+        # A slice between two levels shows one lesion per side: the nearer label speaks for it.
         side = table["row_id"].str.extract(f"({'|'.join(SIDES)})", expand=False)
         order = table.assign(side=side).sort_values(["slice", "off"], kind="stable")
         table = order.drop_duplicates(["slice", "side"]).drop(columns="side")
-    return table, pd.DataFrame(skipped, columns=["row_id", "reason"])
+    return table
 
 
 def slice_offsets(stack: Stack, label: Any, own: int) -> np.ndarray:
@@ -83,21 +64,10 @@ def slice_offsets(stack: Stack, label: Any, own: int) -> np.ndarray:
     return np.where(stack.blocks == stack.blocks[own], off, np.inf)
 
 
-def _unusable(label: Any, slices: int) -> str:
-    """Why a label gives no box, or ''."""
-    if label.severity < 0:
-        return "no severity"
-    if slices != 1:
-        return "its slice is not in the series"
-    if not np.isfinite([label.X, label.Y, label.Z, label.x, label.y]).all():
-        return "no position"
-    return ""
-
-
 def _box(xy: Sequence[float], shape: Sequence[int], affine: np.ndarray, config: DetectorConfig) -> tuple | None:
     """Box round pixel `xy` as x, y, width, height in fractions of the strip, clipped to it, and whether it was clipped.
 
-    None where the point itself is outside: ultralytics drops a whole image for one box that leaves it.
+    None if the point itself is outside: ultralytics drops a whole image for one box that leaves it.
     """
     left, top, width, height = strip_window(shape, config)
     centre = np.array([(xy[0] + 0.5 - left) / width, (xy[1] + 0.5 - top) / height])  # pixel 0 ends at 0.5
@@ -120,84 +90,96 @@ def write_dataset(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Write images, labels and data.yaml of one detector in YOLO's format; return its images, boxes, skipped labels.
 
-    `stacks` may hold any series: those of the condition's type are used. A slice without a box is left out where
-    a label lies up to `margin_mm` beyond its copies: what it shows is not known. `background` slices beyond that are
-    added from each series that has boxes. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without
+    `stacks` may hold any series: those of the condition's type are used. A slice without a box is left out if a label
+    lies up to `margin_mm` beyond its copies: what it shows is not known. `background` slices beyond that are added
+    from each series that has boxes. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without
     a box), weight (mean over the boxes of a normal curve of their distance from the click, 1 at the click).
     The tables are also written, as images.csv, boxes.csv and skipped.csv.
     """
-    folder = Path(folder)
+    folder, group = Path(folder), GROUPS[config.condition]
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
-    mine = labels[labels["condition"].map({c.name: c.group for c in CONDITIONS.values()}) == config.condition]
+    (folder / "images").mkdir(parents=True)
+    own = labels[labels["condition"].map({c.name: c.group for c in CONDITIONS.values()}) == group.key]
     canal = study_canal(_label_points(labels, "scs"), _label_points(labels, "nfn"))
-    images, found, skipped = [], [], []
+    images, boxes, numbers = [], [], {}
     for stack in stacks:
-        here = mine[mine["series_id"] == stack.series_id]
-        if stack.series_type != GROUPS[config.condition].series_type or here.empty:
+        here = own[own["series_id"] == stack.series_id]
+        if stack.series_type != group.series_type or here.empty:
             continue
-        table, left_out = label_boxes(stack, here, config, copy_mm)
-        unknown = in_margin(stack, here, copy_mm + margin_mm)
+        numbers[stack.series_id] = stack.instance_numbers
+        table = label_boxes(stack, here, config, copy_mm)
         table = table.assign(weight=np.exp(-0.5 * (table["off"] / max(copy_mm * COPY_FALL, 1e-6)) ** 2))
+        unknown = in_margin(stack, here, copy_mm + margin_mm)
         free = _background(stack, table["slice"].to_numpy(dtype=int), unknown, background if len(table) else 0)
-        shown = network_inputs(stack, config, canal[canal["study_id"] == stack.study_id])
-        images += _write_images(stack, table, shown, free, folder)
-        found.append(table.assign(study_id=stack.study_id, series_id=stack.series_id))
-        skipped.append(left_out)
-    found, skipped = (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame() for tables in (found, skipped))
-    if found.empty:
-        raise DetectorError(f"no box for detector {config.condition}: no label lies on a series that could be read")
-    skipped = pd.concat([skipped, _never_met(mine, found, skipped)], ignore_index=True)
-    images = pd.DataFrame(images, columns=["file", "study_id", "series_id", "slice", "boxes", "worst", "weight"])
-    for name, table in (("images", images), ("boxes", found), ("skipped", skipped)):
+        inputs = network_inputs(stack, config, canal[canal["study_id"] == stack.study_id])
+        images += _write_images(stack, table, inputs, free, folder)
+        boxes += [table.assign(study_id=stack.study_id, series_id=stack.series_id)] if len(table) else []
+    if not boxes:
+        raise DetectorError(f"no box for detector {group.key}: no label lies on a series that could be read")
+    images, boxes = pd.DataFrame(images, columns=IMAGES), pd.concat(boxes, ignore_index=True)
+    skipped = _skipped(own[~own["row_id"].isin(boxes["row_id"])], numbers)
+    write_labels(folder, images, boxes, class_table(config)["name"])
+    skipped.to_csv(folder / "skipped.csv", index=False)
+    return images, boxes, skipped
+
+
+def write_labels(folder: Path, images: pd.DataFrame, boxes: pd.DataFrame, names: Iterable[str]) -> None:
+    """Write what belongs to the images of a data set: images.csv, boxes.csv, a file of labels each, and data.yaml."""
+    (folder / "labels").mkdir()
+    of_slice = dict(list(boxes.groupby(["study_id", "series_id", "slice"])))
+    for image in images.itertuples():
+        own = of_slice.get((image.study_id, image.series_id, image.slice), boxes.head(0))
+        text = [f"{b.class_id} {b.x:.6f} {b.y:.6f} {b.width:.6f} {b.height:.6f}\n" for b in own.itertuples()]
+        (folder / "labels" / Path(image.file).with_suffix(".txt").name).write_text("".join(text))
+    for name, table in (("images", images), ("boxes", boxes)):
         table.to_csv(folder / f"{name}.csv", index=False)
-    names = dict(enumerate(class_table(config)["name"]))
-    (folder / "data.yaml").write_text(yaml.safe_dump({"path": ".", "train": "images", "val": "images", "names": names}))
-    return images, found, skipped
+    data = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(names))}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
 
 
-def _never_met(labels: pd.DataFrame, found: pd.DataFrame, skipped: pd.DataFrame) -> pd.DataFrame:
-    """Labels whose series did not come by, with the reason."""
-    rest = labels[~labels["row_id"].isin(found["row_id"]) & ~labels["row_id"].isin(skipped.get("row_id", []))]
-    reason = np.select(
-        [rest["severity"] < 0, rest["series_id"].isna() | (rest["series_id"] <= 0)],
-        ["no severity", "no coordinate"],
-        "its series has another type or could not be read",
-    )
-    return pd.DataFrame({"row_id": rest["row_id"], "reason": reason})
+def _skipped(labels: pd.DataFrame, numbers: dict[int, np.ndarray]) -> pd.DataFrame:
+    """row_id and reason of labels without a box; numbers: the instance numbers of each series that was read."""
+    series, instances = labels["series_id"], labels["instance_number"]
+    counts = [(numbers.get(s, np.empty(0)) == i).sum() for s, i in zip(series, instances, strict=True)]
+    reasons = {
+        "no severity": labels["severity"] < 0,
+        "no coordinate": series.isna() | (series <= 0),
+        "its series has another type or could not be read": ~series.isin(list(numbers)),
+        "its slice is not in the series": np.array(counts, dtype=int) != 1,
+        "no position": ~np.isfinite(labels[POSITION].astype(float)).all(axis=1),
+    }
+    reason = np.select(list(reasons.values()), list(reasons), "outside the strip")
+    return pd.DataFrame({"row_id": labels["row_id"], "reason": reason})
 
 
 def _label_points(labels: pd.DataFrame, group: str) -> pd.DataFrame:
     """The readers' points of a condition group, in the columns of detected ones."""
     side = {c.name: c.side or "" for c in CONDITIONS.values() if c.group == group}
-    mine = labels[labels["condition"].isin(list(side))].dropna(subset=["X", "Y", "Z"])
-    mine = mine.assign(side=mine["condition"].map(side), confidence=1.0)
-    return mine[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
+    points = labels[labels["condition"].isin(list(side))].dropna(subset=["X", "Y", "Z"])
+    points = points.assign(side=points["condition"].map(side), confidence=1.0)
+    return points[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
 
 
 def in_margin(stack: Stack, labels: pd.DataFrame, reach: float) -> np.ndarray:
     """Slices (n,) bool from which some label's point lies up to `reach` mm along the normal."""
-    found = np.zeros(len(stack.pixels), dtype=bool)
+    near = np.zeros(len(stack.pixels), dtype=bool)
     for label in labels.itertuples():
-        here = np.flatnonzero(stack.instance_numbers == label.instance_number)
-        if len(here) == 1 and np.isfinite([label.X, label.Y, label.Z]).all():
-            found |= slice_offsets(stack, label, here[0]) <= reach
-    return found
+        index = np.flatnonzero(stack.instance_numbers == label.instance_number)
+        if len(index) == 1 and np.isfinite([label.X, label.Y, label.Z]).all():
+            near |= slice_offsets(stack, label, index[0]) <= reach
+    return near
 
 
-def _write_images(stack: Stack, table: pd.DataFrame, shown: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:
+def _write_images(stack: Stack, table: pd.DataFrame, inputs: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:
     """Write the slices of a series with boxes in `table`, and the `free` ones; return their lines of images.csv."""
     lines = []
     for index in np.union1d(table["slice"].to_numpy(dtype=int), free).astype(int):
-        mine = table[table["slice"] == index]
-        name = f"{stack.study_id}_{stack.series_id}_{index:03d}"
+        here = table[table["slice"] == index]
+        file = f"images/{stack.study_id}_{stack.series_id}_{index:03d}.png"
         # OpenCV writes and ultralytics turns the order of channels round: the file shows them as the network sees them.
-        cv2.imwrite(str(folder / "images" / f"{name}.png"), shown[index].transpose(1, 2, 0)[..., ::-1])
-        text = [f"{b.class_id} {b.x:.6f} {b.y:.6f} {b.width:.6f} {b.height:.6f}" for b in mine.itertuples(index=False)]
-        (folder / "labels" / f"{name}.txt").write_text("\n".join(text) + "\n" * bool(text))
-        worst, weight = (int(mine["severity"].max()), mine["weight"].mean()) if len(mine) else (-1, 1.0)
-        lines.append((f"images/{name}.png", stack.study_id, stack.series_id, index, len(mine), worst, weight))
+        cv2.imwrite(str(folder / file), inputs[index].transpose(1, 2, 0)[..., ::-1])
+        worst, weight = (int(here["severity"].max()), here["weight"].mean()) if len(here) else (-1, 1.0)
+        lines.append((file, stack.study_id, stack.series_id, index, len(here), worst, weight))
     return lines
 
 
@@ -211,6 +193,6 @@ def _background(stack: Stack, used: np.ndarray, unknown: np.ndarray, count: int)
 
 def training_images(images: pd.DataFrame, studies: Iterable[int], repeats: Sequence[int]) -> pd.DataFrame:
     """Images of these studies: file, and how often each is shown in an epoch, its weight times repeats[worst]."""
-    mine = images[images["study_id"].isin(set(studies))]
-    times = np.array(repeats, dtype=float)[mine["worst"].clip(lower=0).to_numpy()]
-    return pd.DataFrame({"file": mine["file"], "weight": mine["weight"] * times})
+    own = images[images["study_id"].isin(set(studies))]
+    times = np.array(repeats, dtype=float)[own["worst"].clip(lower=0).to_numpy()]
+    return pd.DataFrame({"file": own["file"], "weight": own["weight"] * times})

@@ -10,9 +10,7 @@ import pandas as pd
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.classes import (
-    DetectorConfig,
-)
+from lsdc_utils.detector.classes import DetectorConfig
 
 CANAL_REACH = 16.0  # mm to either side of the middle of a sagittal series in which the canal is looked for
 
@@ -41,12 +39,12 @@ def slice_channels(
 ) -> np.ndarray:
     """Network inputs (n, 3, rows, cols) from strips (n, rows, cols): neighbours by position, inside a block only.
 
-    lateral: mm of each slice off the midline. Where given, channels run from medial to lateral, so that both sides of
+    lateral: mm of each slice off the midline. If given, channels run from medial to lateral, so that both sides of
     the patient look alike.
     """
-    index = np.arange(len(images))
     if not config.neighbours:
         return np.repeat(images[:, None], 3, axis=1)
+    index = np.arange(len(images))
     before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(images) - 1)
     before = np.where(blocks[before] == blocks, before, index)
     behind = np.where(blocks[behind] == blocks, behind, index)
@@ -67,13 +65,12 @@ def off_midline(stack: Stack, canal: pd.DataFrame | None) -> np.ndarray:
 
 def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
     """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points, or none."""
-    sided = config.condition == "nfn" and config.scheme == "seen"
-    lateral = off_midline(stack, canal) if sided else None
+    lateral = off_midline(stack, canal) if config.condition == "nfn" else None
     return slice_channels(strips(stack, config), stack.blocks, config, lateral)
 
 
 def near_middle(stack: Stack) -> np.ndarray:
-    """Slices (n,) bool of a sagittal series within `CANAL_REACH` of its middle; all of any other series."""
+    """Slices (n,) bool of a sagittal series within `CANAL_REACH` of its middle; all slices of any other series."""
     x = stack.affines[:, 0, 3]
     sagittal = np.abs(geometry.normals(stack.affines)[:, 0]).min() > 0.7
     return np.abs(x - (x.min() + x.max()) / 2) <= CANAL_REACH if sagittal else np.ones(len(x), dtype=bool)

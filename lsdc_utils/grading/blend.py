@@ -23,18 +23,8 @@ import pandas as pd
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import softmax
 
-from lsdc_utils.metric import (
-    PARTS,
-    PROBABILITIES,
-    Scorer,
-    StudyLosses,
-    interval,
-    resampled_scores,
-    solution_of,
-    study_losses,
-    weight_rows,
-    weight_table,
-)
+from lsdc_utils import metric
+from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
 
 SMALLEST = 1e-7  # probabilities are raised to this before a logarithm: the published floor of a confidence
@@ -90,24 +80,26 @@ def fit_blend(
     `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only` keep the simple
     blend, groups without a single label equal weights.
     """
-    labelled = prior.merge(solution_of(labels), on="row_id")
+    labelled = prior.merge(metric.solution_of(labels), on="row_id")
     logs, groups, blend = _log_ratios(tables, labelled), _groups(labelled), equal_blend(list(tables))
     for key in GROUPS:
         of_group = groups == key
         if of_group.any():
             stacked = np.stack([logs[model][of_group] for model in tables])
-            scorer = Scorer(labelled[of_group])
+            scorer = metric.Scorer(labelled[of_group])
             blend[key] = _fit_group(list(tables), stacked, logs["prior"][of_group], scorer, key in only)
     return blend
 
 
-def _fit_group(models: list[str], stacked: np.ndarray, log_prior: np.ndarray, scorer: Scorer, freely: bool) -> Mixture:
+def _fit_group(
+    models: list[str], stacked: np.ndarray, log_prior: np.ndarray, scorer: metric.Scorer, freely: bool
+) -> Mixture:
     """Minimise the parts of the score that these rows touch (for the canal: spinal and any-severe): over the simple
     blends, and then, where `freely`, over all numbers round the best of them."""
 
     def loss(parameters: np.ndarray) -> float:
         """The score's parts."""
-        return _touched_parts(scorer.losses(weight_rows(_mix(parameters, stacked, log_prior))))
+        return _touched_parts(scorer.losses(metric.weight_rows(_mix(parameters, stacked, log_prior))))
 
     simple = [np.full(len(models), 1 / len(models)), *(np.eye(len(models)) if len(models) > 1 else ())]
     start = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
@@ -127,26 +119,26 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
-    solution = solution_of(labels[labels["row_id"].isin(prior["row_id"])])
+    solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     losses = {
-        name: study_losses(solution, weight_table(cross_fitted(tables, prior, labels, fit)))
+        name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, fit)))
         for name, fit in (("simple", simple_blend), ("fitted", fit_blend))
     }
-    drawn = resampled_scores(losses)
+    drawn = metric.resampled_scores(losses)
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     gains = {}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]
-        parts = [PARTS.index(part) for part in touched]
+        parts = [metric.PARTS.index(part) for part in touched]
         mean = (scores["simple"] - scores["fitted"])[parts].sum()
-        [(low, high)] = interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
+        [(low, high)] = metric.interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
         gains[key] = (float(mean), low, high) if np.isfinite([mean, low, high]).all() else ()
     sure = [key for key, gain in gains.items() if gain and gain[1] > 0]
     blend = fit_blend(tables, prior, labels, sure)
     return {key: replace(mixture, gain=gains[key]) for key, mixture in blend.items()}
 
 
-def _touched_parts(losses: StudyLosses) -> float:
+def _touched_parts(losses: metric.StudyLosses) -> float:
     """The sum of the parts of the score that have a value: those that the scored rows touch."""
     return float(np.nansum([value for part, value in losses.score().items() if part != "total"]))
 
@@ -225,17 +217,15 @@ def temper(temperatures: dict[str, float], tables: Tables, prior: pd.DataFrame) 
 
 def fit_temperatures(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, float]:
     """The temperatures of `temper` with the best official score on `labels`, pulled to 1 (kept without a label)."""
-    labelled, temperatures = prior.merge(solution_of(labels), on="row_id"), dict.fromkeys(GROUPS, 1.0)
-    groups = _groups(labelled)
-    for key in set(groups):
-        rows = labelled[groups == key]
-        scorer = Scorer(rows)
+    labelled, temperatures = prior.merge(metric.solution_of(labels), on="row_id"), dict.fromkeys(GROUPS, 1.0)
+    for key, rows in labelled.groupby(_groups(labelled)):
+        scorer = metric.Scorer(rows)
 
-        def objective(log_power: float, key: str = key, rows: pd.DataFrame = rows, scorer: Scorer = scorer) -> float:
+        def objective(log_power: float, key=key, rows=rows, scorer=scorer) -> float:
             """The score's parts that the group's rows touch, with the pull to 1."""
             natural = temper({key: np.exp(log_power)}, tables, rows)[PROBABILITIES].to_numpy()
             pull = SHRINKAGE / len(scorer.studies) * log_power**2
-            return _touched_parts(scorer.losses(weight_rows(natural))) + pull
+            return _touched_parts(scorer.losses(metric.weight_rows(natural))) + pull
 
         temperatures[key] = float(np.exp(minimize_scalar(objective, bounds=(-4, 2), method="bounded").x))
     return temperatures

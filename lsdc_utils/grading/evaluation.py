@@ -6,30 +6,14 @@ of several models stand row by row beside each other. Probabilities are natural;
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score, precision_recall_curve
 
-from lsdc_utils.files import write_json
-from lsdc_utils.metric import (
-    PARTS,
-    PROBABILITIES,
-    SMALLEST,
-    WEIGHTS,
-    auc,
-    calibration_error,
-    interval,
-    resampled_scores,
-    study_losses,
-    weight_rows,
-    weight_table,
-)
+from lsdc_utils import metric
+from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
 
 Judged = dict[str, pd.DataFrame]  # by model
@@ -50,9 +34,9 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
     rows["group"] = [CONDITIONS[condition].group for _, condition, _ in keys]
     rows["side"] = [CONDITIONS[condition].side or "" for _, condition, _ in keys]
     severity = rows["severity"].to_numpy(int)
-    of_label = _of_label(rows, weight_rows(rows[PROBABILITIES].to_numpy()))
-    rows["weight"] = WEIGHTS[severity]
-    rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, SMALLEST, 1))
+    of_label = _of_label(rows, metric.weight_rows(rows[PROBABILITIES].to_numpy()))
+    rows["weight"] = metric.WEIGHTS[severity]
+    rows["loss"] = -rows["weight"] * np.log(np.clip(of_label, metric.SMALLEST, 1))
     return rows
 
 
@@ -61,10 +45,10 @@ def difference(
 ) -> dict[str, tuple[float, float, float]]:
     """Score of `model` minus score of `other` in each part, with its paired 95 % interval: below 0, `model` is
     better."""
-    losses = {name: study_losses(solution, weight_table(tables[name])) for name in (model, other)}
+    losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
-    samples = resampled_scores(losses)
-    intervals = zip(PARTS, interval(samples[model] - samples[other]), strict=True)
+    samples = metric.resampled_scores(losses)
+    intervals = zip(metric.PARTS, metric.interval(samples[model] - samples[other]), strict=True)
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 
@@ -87,7 +71,7 @@ def by_trait(judged: Judged, trait: np.ndarray, model: str = "ensemble", draws: 
         if skilled:
             shown = (loss["prior"] - loss[model]) / (loss["prior"] - loss["oracle"])
             line["skill"] = shown[0]
-        [(low, high)] = interval(shown[1:, None])
+        [(low, high)] = metric.interval(shown[1:, None])
         lines[value] = line | {"low": low, "high": high}
     return pd.DataFrame.from_dict(lines, orient="index")
 
@@ -100,7 +84,7 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
         for event, mildest in EVENTS.items():
             truth = (of_group["severity"] >= mildest).to_numpy()
             chance = of_group[PROBABILITIES[mildest:]].sum(axis=1).to_numpy()
-            line = {"rows": len(of_group), "events": int(truth.sum()), "AUC": auc(truth, chance)}
+            line = {"rows": len(of_group), "events": int(truth.sum()), "AUC": metric.auc(truth, chance)}
             for point in POINTS if truth.any() and not truth.all() else ():
                 line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
                 line[f"specificity at {point}"] = (chance[~truth] < point).mean()
@@ -139,7 +123,7 @@ def calibration(judged: Judged) -> pd.DataFrame:
     for name, keys in groups.items():
         chosen = {model: rows[rows["group"].isin(keys)] for model, rows in judged.items()}
         errors[name] = {
-            model: calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
+            model: metric.calibration_error(rows[PROBABILITIES].to_numpy(), rows["severity"].to_numpy())
             for model, rows in chosen.items()
             if len(rows)
         }
@@ -187,38 +171,3 @@ def suspicion_curve(rows: pd.DataFrame, wrong: Collection[str]) -> pd.DataFrame:
 def _of_label(rows: pd.DataFrame, probabilities: np.ndarray | pd.DataFrame) -> np.ndarray:
     """The probability (n,) of each row's own label."""
     return np.asarray(probabilities)[np.arange(len(rows)), rows["severity"].to_numpy(int)]
-
-
-# ---- what 07 finds after the scores ----------------------------------------------------------------------------------
-
-
-def data_sheet(settings: pd.DataFrame) -> pd.DataFrame:
-    """The ensemble in each setting of the stress tests, as text: score, skill with its interval, and the skill lost."""
-    intervals = [f"{low:.2f} to {high:.2f}" for low, high in zip(settings["low"], settings["high"], strict=True)]
-    lost = settings[["lost", "lost_low", "lost_high"]].itertuples(index=False, name=None)
-    columns = {
-        "Score": [f"{score:.3f}" for score in settings["score"]],
-        "Skill": [f"{skill:.2f}" for skill in settings["skill"]],
-        "95 % interval": intervals,
-        "Skill lost": ["–", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*one) for one in list(lost)[1:])],
-    }
-    both = zip(settings["factor"], settings["setting"], strict=True)
-    names = [setting if setting == factor else f"{factor}: {setting}" for factor, setting in both]
-    return pd.DataFrame(columns, index=pd.Index(names, name=f"{settings['studies'].iloc[0]} fresh studies"))
-
-
-def keep_stress(run: Path, numbers: dict[str, float | None]) -> None:
-    """Write a run's numbers to stress/numbers.json, with the checksum of the blend that they are of."""
-    write_json(run / "stress/numbers.json", {"numbers": numbers, "blend": _checksum(run / "blend.json")})
-
-
-def kept_stress(run: Path) -> dict[str, Any]:
-    """What scores.json has of a run's stress tests: `stress` with its numbers; nothing where there are none of the
-    blend as it is now."""
-    file = run / "stress/numbers.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    return {"stress": known["numbers"]} if known.get("blend") == _checksum(run / "blend.json") else {}
-
-
-def _checksum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -19,7 +19,6 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
-from lsdc_utils.grading import evaluation
 from lsdc_utils.pipeline import costs
 from lsdc_utils.report.markdown import markdown, record_of, score_lines, titled
 from lsdc_utils.report.pictures import run_pictures
@@ -31,6 +30,7 @@ from lsdc_utils.report.run import (
     read_run,
     stress_sentences,
 )
+from lsdc_utils.stress import trials
 
 PLACE = re.compile(
     r"(<!-- (scores|localisation|stress|experiments|picture|costs) (\S+) ?(\S*) -->\n)(.*?)(<!-- end -->)", re.S
@@ -51,7 +51,7 @@ def fill(text: str, run: str, record: dict[str, Any]) -> str:
         elif place[2] == "stress":
             told = [
                 *stress_sentences(record["scores"]),
-                markdown(evaluation.data_sheet(pd.DataFrame(record["settings"]))),
+                markdown(trials.data_sheet(pd.DataFrame(record["settings"]))),
             ]
             content = "\n\n".join(told)
         elif place[2] == "costs":

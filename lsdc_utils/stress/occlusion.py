@@ -22,7 +22,6 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import Detector, class_numbers
 from lsdc_utils.detector.detections import forward, patient_points
 from lsdc_utils.detector.images import network_inputs
-from lsdc_utils.published.grid import grid_lattice
 from lsdc_utils.vit.crops import SLOTS, level_cuts
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import Vit3d, VitConfig
@@ -72,18 +71,14 @@ def look_vit(
     centres = lattice(place, np.eye(3), REACH["vit3d"])
     places = _pixel_places(stacks, canal, model.config)
     inputs = np.repeat(seen[None], 1 + len(centres), axis=0)
-    shown = inputs if inputs.dtype.names is None else inputs["images"]
-    for target, centre in zip(shown[1:], centres, strict=True):
+    for target, centre in zip(inputs["images"][1:], centres, strict=True):
         target[:] = hidden(target, places, centre)
     natural = probabilities([model], inputs, batch=16)
     return _changes(centres - place, _log_odds(natural[:, COLUMNS.index("_".join(row))]))
 
 
 def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -> np.ndarray:
-    """LPS mm of every pixel of what `study_input` gives: (5, slots * n, h, w, 3), NaN where there is no slice, or
-    (l, p, h, 3) of a grid."""
-    if config.input == "study_grid":
-        return grid_lattice(stacks, config.size).points()
+    """LPS mm of every pixel of what `study_input` gives: (5, slots * n, h, w, 3), NaN where there is no slice."""
     side = config.size + 2 * config.margin
     places = np.full((len(LEVELS), len(SLOTS), config.slices, side, side, 3), np.nan)
     for level, slots in enumerate(level_cuts(stacks, canal, side, config.spacing, config.slices)):

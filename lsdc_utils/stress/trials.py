@@ -419,3 +419,18 @@ def numbers(
         "moved": moves["moved"].max(),
     }
     return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}
+
+
+def data_sheet(settings: pd.DataFrame) -> pd.DataFrame:
+    """The ensemble in each setting of the stress tests, as text: score, skill with its interval, and the skill lost."""
+    intervals = [f"{low:.2f} to {high:.2f}" for low, high in zip(settings["low"], settings["high"], strict=True)]
+    lost = list(settings[["lost", "lost_low", "lost_high"]].itertuples(index=False, name=None))
+    columns = {
+        "Score": [f"{score:.3f}" for score in settings["score"]],
+        "Skill": [f"{skill:.2f}" for skill in settings["skill"]],
+        "95 % interval": intervals,
+        "Skill lost": ["–", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*values) for values in lost[1:])],
+    }
+    both = zip(settings["factor"], settings["setting"], strict=True)
+    names = [setting if setting == factor else f"{factor}: {setting}" for factor, setting in both]
+    return pd.DataFrame(columns, index=pd.Index(names, name=f"{settings['studies'].iloc[0]} fresh studies"))

@@ -13,10 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import geometry
-from lsdc_utils.data.stacks import (
-    Stack,
-    coarsen,
-)
+from lsdc_utils.data.stacks import Stack, coarsen
 from lsdc_utils.vocabulary import AXIAL, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 # Where the canal points of an average spine lie, mm to posterior and to the head of L3/L4: the competition's label
@@ -35,7 +32,7 @@ AXIAL_MIDDLE = (8.0, -1.0)  # mm outwards and to posterior
 
 
 class CropError(ValueError):
-    """Slices or points that cannot be brought into patient space; the message names the study and the series."""
+    """Slices or points that cannot be brought into patient space; the message names the study."""
 
 
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -46,20 +43,19 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     neighbours by the shape of an average spine. X is smoothed along the spine, because a point clicked on the
     neighbouring slice is 4 mm off the midline. CropError where there is no point at all.
     """
-    places = np.stack([points[axis].to_numpy(dtype=float) for axis in "XYZ"], axis=1)
+    places = points[["X", "Y", "Z"]].to_numpy(dtype=float)
     weight = np.maximum(points["confidence"].to_numpy(), 1e-6) if "confidence" in points else np.ones(len(points))
-    mine = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)  # (5, points)
-    if not mine.any():
+    of_level = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)
+    if not of_level.any():
         raise CropError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
-    share = mine * weight
+    share = of_level * weight  # (5, points)
     with np.errstate(invalid="ignore"):
         weighted = share @ np.nan_to_num(places) / share.sum(axis=1, keepdims=True)  # NaN where a level has no point
 
-    order = np.arange(len(LEVELS))
-    found = np.isfinite(weighted[:, 0])
+    order, known = np.arange(len(LEVELS)), np.isfinite(weighted[:, 0])
     average = np.stack([np.zeros(len(LEVELS)), SPINE_Y, SPINE_Z], axis=1)
     offset = weighted - average
-    offset = np.stack([np.interp(order, order[found], offset[found, axis]) for axis in range(3)], axis=1)
+    offset = np.stack([np.interp(order, order[known], offset[known, axis]) for axis in range(3)], axis=1)
     centres = average + offset
     z = centres[:, 2]
     centres[:, 0] = _smooth(z, centres[:, 0], 1)
@@ -92,9 +88,8 @@ class Cut:
 
     def sample(self, size: int) -> np.ndarray:
         """Its grey values uint8 (size, size), bilinear in the slice; 0 outside."""
-        corners = geometry.to_pixels(self.affine, self.origin + np.stack([0 * self.rows, self.columns, self.rows]))[
-            :, :2
-        ]
+        corners = self.origin + np.stack([0 * self.rows, self.columns, self.rows])
+        corners = geometry.to_pixels(self.affine, corners)[:, :2]
         matrix = np.column_stack([corners[1] - corners[0], corners[2] - corners[0], corners[0]])
         return cv2.warpAffine(self.image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
@@ -111,17 +106,24 @@ def level_cuts(
     slices = {kind: list(_slices(stacks, kind, spacing)) for kind in SERIES_TYPES}
     levels = []
     for centre, frame in zip(*level_frames(points), strict=True):
-        found = []
+        slots = []
         for kind, side in SLOTS:
             outward = LATERAL[SIDES.index(side)] if side else 1.0
-            aim = outward * FORAMEN if kind == T1 else 0.0
-            chosen = _nearest(slices[kind], centre, aim, count)
-            found.append([_cut(one, kind, centre, frame, outward, size, spacing) for one in chosen])
-        levels.append(found)
+            nearest = _nearest(slices[kind], centre, outward * FORAMEN if kind == T1 else 0.0, count)
+            slots.append([_cut(source, kind, centre, frame, outward, size, spacing) for source in nearest])
+        levels.append(slots)
     return levels
 
 
-_Slice = tuple[np.ndarray, np.ndarray, np.ndarray]  # image (rows, cols), affine (4, 4), normal (3,) to the left or head
+@dataclass(frozen=True)
+class _Slice:
+    image: np.ndarray  # (rows, cols)
+    affine: np.ndarray  # (4, 4)
+    normal: np.ndarray  # (3,) to the left or, if axial, to the head
+
+    def place(self, centre: np.ndarray) -> float:
+        """Where it lies, mm along its normal from a patient point."""
+        return float(self.normal @ (self.affine[:3, 3] - centre))
 
 
 def _slices(stacks: list[Stack], series_type: str, spacing: float) -> Iterator[_Slice]:
@@ -133,35 +135,26 @@ def _slices(stacks: list[Stack], series_type: str, spacing: float) -> Iterator[_
         for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
             normal = geometry.normals(affine)
             towards = normal[2] if series_type == AXIAL else normal[0]
-            yield image[:rows, :cols], affine, normal if towards > 0 else -normal
-
-
-def _place(one: _Slice, centre: np.ndarray) -> float:
-    """Where a slice lies, mm along its normal from a patient point."""
-    _, affine, normal = one
-    return float(normal @ (affine[:3, 3] - centre))
+            yield _Slice(image[:rows, :cols], affine, normal if towards > 0 else -normal)
 
 
 def _nearest(slices: list[_Slice], centre: np.ndarray, aim: float, count: int) -> list[_Slice]:
-    """The slices nearest to the place `aim` (mm), at most `SLICE_REACH` from it; of a repeated slice one alone."""
-    chosen, places = [], []
-    off = [abs(_place(one, centre) - aim) for one in slices]
-    for index in np.argsort(off, kind="stable"):
-        place = _place(slices[index], centre)
-        if len(chosen) == count or off[index] > SLICE_REACH:
+    """The slices nearest to the place `aim` (mm), at most `SLICE_REACH` from it; of a repeated slice only the first."""
+    chosen = []
+    for candidate in sorted(slices, key=lambda member: abs(member.place(centre) - aim)):
+        place = candidate.place(centre)
+        if len(chosen) == count or abs(place - aim) > SLICE_REACH:
             break
-        if all(abs(place - other) >= SAME_SLICE for other in places):
-            chosen.append(slices[index])
-            places.append(place)
+        if all(abs(place - other.place(centre)) >= SAME_SLICE for other in chosen):
+            chosen.append(candidate)
     return chosen
 
 
 def _cut(
-    one: _Slice, kind: str, centre: np.ndarray, frame: np.ndarray, outward: float, size: int, spacing: float
+    source: _Slice, kind: str, centre: np.ndarray, frame: np.ndarray, outward: float, size: int, spacing: float
 ) -> Cut:
     """The square of a slice whose middle lies `AXIAL_MIDDLE` or `SAGITTAL_MIDDLE` off a level's point."""
-    image, affine, normal = one
-    place = _place(one, centre)
+    place, normal = source.place(centre), source.normal
     across, down = (frame[0] * outward, frame[1]) if kind == AXIAL else (frame[1], frame[2])
     across = geometry.unit(across - normal * (normal @ across))
     down = down - normal * (normal @ down)
@@ -169,7 +162,8 @@ def _cut(
     offset = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE
     middle = centre + normal * place + across * offset[0] + down * offset[1]
     origin = middle - (across + down) * (size - 1) / 2 * spacing
-    return Cut(image, affine, origin, across * spacing, down * spacing, place if kind == AXIAL else place * outward)
+    place = place if kind == AXIAL else place * outward
+    return Cut(source.image, source.affine, origin, across * spacing, down * spacing, place)
 
 
 def level_slices(

@@ -6,29 +6,23 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lsdc_utils.vit.model import (
-    COLUMN_GROUP,
-)
-from lsdc_utils.vocabulary import (
-    GROUPS,
-    MISSING,
-    SEVERITY_WEIGHTS,
-)
+from lsdc_utils.vit.model import COLUMN_GROUP
+from lsdc_utils.vocabulary import GROUPS, MISSING, SEVERITY_WEIGHTS
 
 
 def row_weights(labels: np.ndarray) -> np.ndarray:
-    """Weight float32 (n, 25) of every row such that mean over studies of (weight * loss).sum(1) is the official score's
-    mean over its three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 where the label is missing.
+    """Weight float32 (n, 25) of every row such that the mean over studies of (weight * loss).sum(1) is the official
+    score's mean over its three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label.
     """
     weights = np.where(labels == MISSING, 0.0, np.array(SEVERITY_WEIGHTS)[labels])
     for group in GROUPS:
-        mine = [name == group for name in COLUMN_GROUP]
-        weights[:, mine] *= len(labels) / max(weights[:, mine].sum(), 1e-9) / len(GROUPS)
+        columns = [name == group for name in COLUMN_GROUP]
+        weights[:, columns] *= len(labels) / max(weights[:, columns].sum(), 1e-9) / len(GROUPS)
     return weights.astype(np.float32)
 
 
 def row_losses(log_natural: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (B, 25) of the weighted rows w_k p_k / sum that the score asks for; missing labels give a number
-    that their weight of 0 removes."""
+    """Cross entropy (B, 25) of the weighted rows w_k p_k / sum that the score asks for; a missing label gives a number
+    that its weight of 0 removes."""
     weighted = F.log_softmax(log_natural + torch.tensor(SEVERITY_WEIGHTS, device=log_natural.device).log(), dim=-1)
     return -weighted.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)

@@ -80,7 +80,7 @@ def predict(root: Path, count: int) -> float:
     comp, points = competition.read(root), pd.read_csv(root / "points.csv")
     detectors = {}
     for key in GROUPS:
-        config = DetectorConfig(key, "seen", (0.2, 0.8, 0.1, 0.9), (64, 64), True, 0.05)
+        config = DetectorConfig(key, (0.2, 0.8, 0.1, 0.9), (64, 64), True, 0.05)
         model = DetectionModel("yolov10n.yaml", nc=len(class_table(config)), verbose=False).eval()
         detectors[key] = [Detector(model, config, 0, {})]
     vits = [Vit3d(VitConfig()).eval()]

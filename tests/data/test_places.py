@@ -178,7 +178,7 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
         "scs": ((0.3, 0.8, 0.1, 0.92), (224, 160)),
         "ss": ((0.3, 0.8, 0.3, 0.7), (96, 96)),
     }
-    config = DetectorConfig(key, "seen", *settings[key], True, 14.0)
+    config = DetectorConfig(key, *settings[key], True, 14.0)
     stack = planted.stack(GROUPS[key].series_type)
     series = planted.series(GROUPS[key].series_type)
     index, x, y, _ = series.to_pixel(*planted.ball)
@@ -266,7 +266,7 @@ def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
 
 
 def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
-    config = DetectorConfig("ss", "seen", (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
+    config = DetectorConfig("ss", (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
     stack, canal = planted.stack(AXIAL), planted.canal
     wanted = _wanted(stack, config, canal)
     series = planted.series(AXIAL)
@@ -281,7 +281,7 @@ def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
 
 
 def test_the_canal_is_looked_for_where_it_is(planted):
-    config = DetectorConfig("scs", "seen", (0.3, 0.8, 0.1, 0.92), (224, 160), True, 14.0)
+    config = DetectorConfig("scs", (0.3, 0.8, 0.1, 0.92), (224, 160), True, 14.0)
     wanted = _wanted(planted.stack(T2), config, None)
     series = planted.series(T2)
     assert all(wanted[series.to_pixel(*point)[0]] for point in planted.body.points()[:5])

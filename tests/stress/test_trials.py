@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsdc_utils.grading import evaluation
 from lsdc_utils.phantom import labels
 from lsdc_utils.stress import trials
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES
@@ -100,22 +99,12 @@ def test_scores_by_setting_are_of_many_readers_and_tell_what_is_lost():
     assert worse["lost_low"] == pytest.approx(1) and (found["studies"] == 6).all()
 
 
-def test_the_numbers_are_kept_with_the_blend_that_they_are_of(tmp_path: Path):
-    for name in ("blend.json", "scores.json"):
-        (tmp_path / name).write_text('{"oof": 1}')
-    assert evaluation.kept_stress(tmp_path) == {}
-    evaluation.keep_stress(tmp_path, {"slope": 1.0, "looked": None})
-    assert json.loads((tmp_path / "scores.json").read_text()) == {"oof": 1, "stress": {"slope": 1.0, "looked": None}}
-    (tmp_path / "blend.json").write_text('{"oof": 2}')
-    assert evaluation.kept_stress(tmp_path) == {}  # of another blend
-
-
 # ---- in a finished run -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_with_the_four_numbers(smoke_project: Path):
     run = smoke_project / "outputs/demo"
-    numbers = json.loads((run / "scores.json").read_text())["stress"]
+    numbers = json.loads((run / "stress/numbers.json").read_text())
     assert list(numbers) == ["slope", "leak", "looked", "moved"]
     moves, leaks = pd.read_csv(run / "stress/moves.csv"), pd.read_csv(run / "stress/leaks.csv")
     assert numbers["moved"] == pytest.approx(moves["moved"].max(), abs=1e-6) and numbers["moved"] < 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from spines import mirror_study, noisy_study, spine
 from vit_inputs import SMALL, draw_inputs, draw_studies, records
 
 from lsdc_utils import metric
+from lsdc_utils.published.vit import MIRROR
+from lsdc_utils.vit import model as vit_model
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import (
     AXES,
@@ -24,7 +27,7 @@ from lsdc_utils.vit.inputs import (
     prediction_views,
 )
 from lsdc_utils.vit.loss import row_losses, row_weights
-from lsdc_utils.vit.model import HEADS, MIRROR, Vit3d, VitConfig, load_vit, save_vit
+from lsdc_utils.vit.model import HEADS, OrdinalHead, Vit3d, VitConfig, load_vit, save_vit
 from lsdc_utils.vit.predict import predict_studies, prediction_rows, probabilities
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
@@ -46,18 +49,28 @@ def test_cumulative_link_gives_probabilities_in_order():
     torch.manual_seed(0)
     model = Vit3d(SMALL)
     labels = np.repeat([[0] * 25, [1] * 25, [2] * 25], [70, 20, 10], axis=0).astype(np.int8)
-    model.start_at_prior(labels)
+    model.head.start_at_prior(labels)
     volumes = seen(draw_inputs(2, np.random.default_rng(0)))
     start = model(*volumes).exp()
     expected = (np.array([140, 40, 20]) + 0.5) / 201.5  # both sides pooled
     np.testing.assert_allclose(start[0, -1].detach(), expected, atol=1e-5)
-    torch.nn.init.normal_(model.head.weight, std=2)
-    torch.nn.init.normal_(model.head.bias, std=2)
+    torch.nn.init.normal_(model.head.linear.weight, std=2)
+    torch.nn.init.normal_(model.head.linear.bias, std=2)
     found = model(*volumes).exp()
     assert torch.allclose(found.sum(-1), torch.ones(2, 25), atol=1e-5)
-    latents = model.latents(*volumes).squeeze(-1)
-    order = latents[:, 5].argsort()  # same thresholds: a higher latent is never less severe
-    assert (found[order, 5, 2].diff() >= 0).all() and (found[order, 5, 0].diff() <= 0).all()
+    halves = torch.randn(20, 5, 2, SMALL.width)
+    order = model.head.latents(halves)[:, 5, 0].argsort()  # same thresholds: a higher latent is never less severe
+    graded = model.head(halves)[order, 5]
+    assert (graded[:, 2].diff() >= 0).all() and (graded[:, 0].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_cut_offs_are_the_log_odds_at_the_prior(head):
+    labels = np.repeat([[0] * 25, [1] * 25, [2] * 25], [70, 20, 10], axis=0).astype(np.int8)
+    part = HEADS[head](SMALL)
+    part.start_at_prior(labels)
+    np.testing.assert_allclose(part.cut_offs()[20], np.log([140.5 / 61.0, 181.0 / 20.5]), atol=1e-5)  # both sides
+    assert part.cut_offs().shape == (25, 2)
 
 
 def test_loss_is_the_score_of_the_three_groups():
@@ -87,7 +100,7 @@ def test_exchanged_sides_exchange_left_and_right_columns(head):
     """A mirrored study gives the same squares with the sides exchanged: mirror symmetry by construction."""
     torch.manual_seed(0)
     model = Vit3d(dataclasses.replace(SMALL, head=head))
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.linear.weight)
     inputs = draw_inputs(2, np.random.default_rng(0))
     inputs["places"][0, 3, 2:5] = np.nan
     found, turned = model(*seen(inputs)), model(*seen(exchanged(inputs)))
@@ -98,7 +111,7 @@ def test_exchanged_sides_exchange_left_and_right_columns(head):
 def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
     torch.manual_seed(0)
     model = Vit3d(SMALL)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.linear.weight)
     inputs = draw_inputs(2, np.random.default_rng(0))
     inputs["places"][:, :, 3] = np.nan
     expected = model(*seen(inputs))
@@ -140,7 +153,7 @@ def test_spread_of_detected_centres_is_measured_along_the_canal():
 
 def test_weights_come_back_and_strangers_are_refused(tmp_path):
     model = Vit3d(SMALL)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.linear.weight)
     path = tmp_path / "vit3d_fold0.safetensors"
     save_vit(model, path, 0, {"epochs": 3})
     volumes, _ = draw_studies(2, seed=0)
@@ -150,6 +163,35 @@ def test_weights_come_back_and_strangers_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
     with pytest.raises(ValueError, match="sha256"):
         load_vit(path)
+
+
+class SteepHead(OrdinalHead):
+    """A part of one's own."""
+
+    def latents(self, halves: torch.Tensor) -> torch.Tensor:
+        return 3 * super().latents(halves)
+
+
+def test_a_part_of_ones_own_is_saved_and_loaded_once_the_package_has_it(tmp_path, monkeypatch):
+    model = Vit3d(SMALL, head=SteepHead(SMALL))
+    torch.nn.init.normal_(model.head.linear.weight)
+    path = tmp_path / "vit3d_fold0.safetensors"
+    save_vit(model, path, 0, {})
+    with pytest.raises(ValueError, match=r"head SteepHead.*lsdc_utils/vit/model\.py"):
+        load_vit(path)
+    monkeypatch.setitem(vit_model.PARTS, "SteepHead", SteepHead)
+    volumes, _ = draw_studies(2, seed=0)
+    np.testing.assert_array_equal(probabilities([load_vit(path)], volumes), probabilities([model], volumes))
+
+
+def test_weights_of_earlier_versions_and_other_methods_are_refused(tmp_path):
+    path = tmp_path / "vit3d_fold0.safetensors"
+    save_vit(Vit3d(SMALL), path, 0, {})
+    about = json.loads(path.with_suffix(".json").read_text())
+    for network in ("StudyVit", None):
+        path.with_suffix(".json").write_text(json.dumps(about | {"network": network}))
+        with pytest.raises(ValueError, match="not a Vit3d"):
+            load_vit(path)
 
 
 def test_detected_points_take_the_place_of_clicked_ones():
@@ -171,7 +213,7 @@ def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cann
     stacks = noisy_study()
     torch.manual_seed(0)
     model = Vit3d(SMALL)
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.linear.weight)
     points = pd.concat([spine(x=3.9).assign(study_id=study) for study in (7, 9)])
     rows = predict_studies([model], [(7, stacks), (8, stacks), (9, [])], points, views_count=3)
     mirrored = predict_studies([model], [(7, [mirror_study(s) for s in stacks])], points.assign(X=-points["X"]), 3)

@@ -1,107 +1,68 @@
-"""Training of the 3D vision transformer: that it learns, repeats, goes on after a stop, and can be shared."""
+"""The training loop of notebook 04: that it learns, repeats, resumes, and starts anew where something changed."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
-from safetensors.torch import save_file
-from vit_inputs import GRID, SMALL, draw_inputs, draw_studies
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+from safetensors.torch import load_file, save_file
+from spines import noisy_study, spine
+from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, train
 
 from lsdc_utils.checkpoint import Checkpoint
-from lsdc_utils.vit import training as vit_training
-from lsdc_utils.vit.inputs import prediction_views
+from lsdc_utils.data.stacks import save_stack
+from lsdc_utils.downloads import WeightsNotFound
+from lsdc_utils.vit.augment import Augmentation, augment
+from lsdc_utils.vit.inputs import prediction_views, shown_slices
 from lsdc_utils.vit.loss import row_losses, row_weights
-from lsdc_utils.vit.model import MIRROR, load_vit, save_vit
+from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import probabilities
-from lsdc_utils.vocabulary import COLUMNS
+from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
+
+SCALER = 'torch.amp.GradScaler(device.type, enabled=device.type == "cuda")'
+IN_16_BITS = (SCALER, "torch.amp.GradScaler(device.type, init_scale=2.0**40)")  # so high that gradients overflow
+LOSS = "    return (losses * torch.from_numpy(weight).to(device)).sum()"
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_a_model_of_timm_encodes_slices_and_begins_with_weights_in_a_file(tmp_path, name):
-    path = tmp_path / "encoder.safetensors"
-    pretrained = timm.create_model(name, num_classes=7)
-    save_file(pretrained.state_dict(), path)
-    config = dataclasses.replace(SMALL, size=32, encoder=name)
-    training = vit_training.Training(epochs=1, batch=2, encoder_weights=str(path), encoder_rate=0.1)
-    inputs = draw_inputs(2, np.random.default_rng(0), config)
-    model, _ = vit_training.fit(
-        inputs, np.zeros((2, 25), np.int8), config, dataclasses.replace(training, lr=0.0), tmp_path
-    )
-    found = model.features.encoder.state_dict()
-    same = [key for key, value in pretrained.state_dict().items() if key in found and found[key].shape == value.shape]
-    assert len(same) > 5 and all(torch.allclose(found[key], pretrained.state_dict()[key]) for key in same)
-    save_vit(model, tmp_path / "vit3d_fold0.safetensors", 0, dataclasses.asdict(training))
-    path.unlink()
-    again = load_vit(tmp_path / "vit3d_fold0.safetensors")
-    np.testing.assert_array_equal(probabilities([again], inputs), probabilities([model], inputs))
-    with pytest.raises(FileNotFoundError, match=r"vit_encoder_weights.*encoder\.safetensors"):
-        vit_training.fit(inputs, np.zeros((2, 25), np.int8), config, training, tmp_path)
-
-
-def test_mirrored_grids_carry_exchanged_labels():
-    rng = np.random.default_rng(0)
-    rngs = [np.random.default_rng([0, study]) for study in range(16)]
-    volumes = rng.integers(0, 255, (16, 3, 16, 16, 16)).astype(np.uint8)
-    labels = np.tile(np.arange(25), (16, 1))
-    plain = dataclasses.replace(vit_training.Training(), intensity=0.0, drop_series=0.0)
-    (values,), truth, order = vit_training.augment(volumes, labels, GRID, plain, rngs)
-    turned = truth[:, 5] != 5
-    assert 0 < turned.sum() < 16 and (truth == order).all()
-    assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [
-        "spinal_canal_stenosis_l1_l2",
-        "right_neural_foraminal_narrowing_l1_l2",
-        "left_subarticular_stenosis_l5_s1",
-    ]
-    for study in range(16):
-        expected = volumes[study, :, ::-1] if turned[study] else volumes[study]
-        np.testing.assert_allclose(values[study].numpy(), expected, rtol=1e-5, atol=1e-3)
-    (_, same), (_, mirrored) = prediction_views(volumes, GRID, 2)
-    assert same == list(range(25)) and mirrored == list(MIRROR)
+def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
 
 
 def test_training_learns_and_is_reproducible(tmp_path):
-    training = vit_training.Training(epochs=10, batch=4, lr=2e-3, ema=0.9, weight_decay=0.5)
-    train, test = draw_studies(48, seed=1), draw_studies(24, seed=2)
-    train[1][::7, 3:9] = -1
-    model, curves = vit_training.fit(*train, SMALL, training, tmp_path / "one", held_out=test)
-    counts = np.stack([(train[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
+    options = {"vit_epochs": 10, "vit_lr": 2e-3, "vit_ema": 0.9, "vit_weight_decay": 0.5}
+    studies, held_out = draw_studies(48, seed=1), draw_studies(24, seed=2)
+    studies[1][::7, 3:9] = -1
+    trained = train(tmp_path / "one", studies, held_out=held_out, **options)
+    counts = np.stack([(studies[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
     prior = torch.from_numpy(counts / counts.sum(1, keepdims=True)).log().expand(24, 25, 3)
-    losses = row_losses(prior, torch.from_numpy(test[1])).numpy()
-    prior_loss = (losses * row_weights(test[1])).sum(1).mean()
-    assert curves["held_out_loss"].iloc[-1] < 0.6 * prior_loss
-    again, _ = vit_training.fit(*train, SMALL, training, tmp_path / "other")
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
+    losses = row_losses(prior, torch.from_numpy(held_out[1])).numpy()
+    assert trained["curves"]["held_out_loss"].iloc[-1] < 0.6 * (losses * row_weights(held_out[1])).sum(1).mean()
+    assert np.abs(trained["model"].head.cut_offs() - trained["prior_cut_offs"]).max() > 0.05
+    assert_same(trained["model"], train(tmp_path / "other", studies, held_out=held_out, **options)["model"])
 
 
-def test_grid_network_fits_a_step(tmp_path):
-    rng = np.random.default_rng(0)
-    volumes = rng.integers(0, 255, (4, 3, 16, 16, 16)).astype(np.uint8)
-    labels = rng.choice(3, (4, 25)).astype(np.int8)
-    model, _ = vit_training.fit(volumes, labels, GRID, vit_training.Training(epochs=1, batch=2), tmp_path)
-    found = probabilities([model], volumes, views_count=2)
-    mirrored = probabilities([model], volumes[:, :, ::-1], views_count=2)
-    np.testing.assert_allclose(found, mirrored[:, list(MIRROR)], atol=1e-6)
-
-
-def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float) -> None:
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(value, other.state_dict()[name], **{"rtol": 0, "atol": 0, **tolerance})
+def test_the_first_epoch_tells_the_time_left(tmp_path, capsys):
+    train(tmp_path, draw_studies(4, seed=1), vit_epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["left" in line for line in lines] == [True, False, False] and lines[0].startswith("epoch 1/3 loss")
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3])
 def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, capsys, stopped_after):
-    training = vit_training.Training(epochs=3, batch=4)
-    studies = draw_studies(10, seed=1)
-    whole, curves = vit_training.fit(*studies, SMALL, training, tmp_path / "whole")
-    save = Checkpoint.save
+    studies, save = draw_studies(10, seed=1), Checkpoint.save
+    whole = train(tmp_path / "whole", studies, vit_epochs=3)
 
     def save_and_stop(self, state):
         save(self, state)
@@ -110,72 +71,160 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoint, "save", save_and_stop)
-        vit_training.fit(*studies, SMALL, training, tmp_path / "stopped")
+        train(tmp_path / "stopped", studies, vit_epochs=3)
     capsys.readouterr()
-    resumed, again = vit_training.fit(*studies, SMALL, training, tmp_path / "stopped")
+    resumed = train(tmp_path / "stopped", studies, vit_epochs=3)
     assert capsys.readouterr().out.count("/3 loss") == 3 - stopped_after  # no epoch is trained twice
-    assert_same(whole, resumed)
-    assert curves["loss"].tolist() == again["loss"].tolist()
-    other, _ = vit_training.fit(*studies, SMALL, dataclasses.replace(training, seed=1), tmp_path / "stopped")
-    assert capsys.readouterr().out.count("/3 loss") == 3  # another training takes nothing of this one
-    assert any(not a.equal(b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
+    assert_same(whole["model"], resumed["model"])
+    assert whole["curves"]["loss"].tolist() == resumed["curves"]["loss"].tolist()
 
 
-@pytest.mark.parametrize(("studies", "batch"), [(16, 4), (5, 1)])  # of one study a process has no share
-def test_two_processes_train_as_one_does(tmp_path, monkeypatch, studies, batch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on CPUs, also where there is a GPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    training = vit_training.Training(epochs=3, batch=batch)
-    data, held_out = draw_studies(studies, seed=1), draw_studies(4, seed=2)
-    data[1][::3, 2:7] = -1  # the weights that a process sees differ
-    alone, curves = vit_training.fit(*data, SMALL, training, tmp_path / "alone", held_out)
-    shared, both = vit_training.fit(*data, SMALL, training, tmp_path / "shared", held_out, processes=2)
-    np.testing.assert_allclose(both["loss"], curves["loss"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(both["held_out_loss"], curves["held_out_loss"], rtol=0, atol=1e-4)
-    assert_same(alone, shared, atol=1e-4)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"vit_lr": 0.002},
+        {"change": (LOSS, LOSS + " * 2")},
+        {"change": ("max_norm=1.0", "max_norm=2.0")},
+        {"change": ("betas=(0.9, 0.98)", "betas=(0.9, 0.99)")},
+        {"change": ("seconds = curves", "# a comment is a change as well\n        seconds = curves")},
+        {
+            "change": (
+                "slice_blocks=vit.SliceBlocks(config)",
+                "slice_blocks=type('Own', (vit.SliceBlocks,), {})(config)",
+            )
+        },
+        {"config": dataclasses.replace(SMALL, spacing=1.5)},
+        {"studies": draw_studies(6, seed=3)},
+    ],
+    ids=["seed", "parameter", "loss", "step", "optimizer", "comment", "part", "config", "data"],
+)
+def test_a_checkpoint_of_another_training_is_discarded(tmp_path, capsys, other):
+    same = {"studies": draw_studies(6, seed=1), "vit_epochs": 2}
+    train(tmp_path, **same)
+    capsys.readouterr()
+    train(tmp_path, **same)
+    assert "resumes after epoch 2" in capsys.readouterr().out
+    train(tmp_path, **same | other)
+    assert capsys.readouterr().out.count("/2 loss") == 2
 
 
-def test_a_process_that_fails_fails_the_training(tmp_path):
-    training = vit_training.Training(epochs=1, batch=4, encoder_weights="nowhere.safetensors")
-    config = dataclasses.replace(SMALL, size=32, encoder="test_vit")
-    with pytest.raises(RuntimeError, match="2 processes"):
-        vit_training.fit(*draw_studies(4, seed=1), config, training, tmp_path, processes=2)
+def test_gradients_that_overflow_in_16_bits_cost_a_step_and_no_more(tmp_path):
+    options = {"vit_epochs": 12, "vit_lr": 2e-3, "vit_ema": 0.9}
+    trained = train(tmp_path, draw_studies(16, seed=1), change=IN_16_BITS, **options)
+    loss = trained["curves"]["loss"]
+    assert all(value.isfinite().all() for value in trained["model"].state_dict().values())
+    assert loss.iloc[:3].std() < 0.1 * loss.iloc[0]  # nothing moved yet but the augmentation
+    assert loss.iloc[-1] < 0.9 * loss.iloc[0]
 
 
-def in_16_bits() -> Fabric:
-    """What a GPU trains with, on the CPU: its scaler begins so high that gradients overflow."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
-    fabric.launch()
-    return fabric
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"epoch 1: the loss is nan; lower the learning rate \(vit_lr\)"):
+        train(tmp_path, draw_studies(4, seed=1), change=(LOSS, LOSS + " * math.nan"))
 
 
-def test_gradients_that_overflow_in_16_bits_cost_a_step_and_no_more(tmp_path, monkeypatch):
-    training, studies = vit_training.Training(epochs=12, batch=4, lr=2e-3, ema=0.9), draw_studies(16, seed=1)
-    monkeypatch.setattr(vit_training, "_fabric", in_16_bits)
-    model, curves = vit_training.fit(*studies, SMALL, training, tmp_path)
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert curves["loss"].iloc[:3].std() < 0.1 * curves["loss"].iloc[0]  # nothing moved yet but the augmentation
-    assert curves["loss"].iloc[-1] < 0.9 * curves["loss"].iloc[0]
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_timm_model_encodes_slices_and_starts_from_the_weights_in_a_file(tmp_path, name):
+    path = tmp_path / "encoder.safetensors"
+    pretrained = timm.create_model(name, num_classes=7).state_dict()
+    save_file(pretrained, path)
+    config = dataclasses.replace(SMALL, size=32, encoder=name)
+    studies = draw_inputs(2, np.random.default_rng(0), config), np.zeros((2, 25), np.int8)
+    options = {"vit_encoder_weights": str(path), "vit_encoder_rate": 0.1, "vit_epochs": 1, "vit_lr": 0.0}
+    model = train(tmp_path, studies, config, **options)["model"]
+    encoder = model.encoder.model.state_dict()
+    same = [key for key, value in pretrained.items() if key in encoder and encoder[key].shape == value.shape]
+    assert len(same) > 5 and all(torch.allclose(encoder[key], pretrained[key]) for key in same)
+    path.unlink()
+    again = load_vit(tmp_path / "weights/vit3d_fold0.safetensors")
+    np.testing.assert_array_equal(probabilities([again], studies[0]), probabilities([model], studies[0]))
+    with pytest.raises(WeightsNotFound, match=r"encoder\.safetensors"):
+        train(tmp_path, studies, config, **options)
 
 
-def test_a_loss_that_is_no_number_stops_a_training(tmp_path, monkeypatch):
-    losses = vit_training.row_losses
-    monkeypatch.setattr(vit_training, "row_losses", lambda *args: losses(*args) * math.nan)
-    monkeypatch.setattr(vit_training, "_fabric", in_16_bits)
-    with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
-        vit_training.fit(*draw_studies(4, seed=1), SMALL, vit_training.Training(epochs=2), tmp_path)
+def test_augmented_squares_move_and_a_left_out_series_is_black():
+    inputs, labels = draw_studies(2, seed=0)
+    rngs = [np.random.default_rng(k) for k in range(2)]
+    seen, same, order = augment(inputs, labels, SMALL, Augmentation(drop_series=1.0), rngs)
+    assert seen[1].isnan().all() and (same == labels).all() and (order == np.arange(25)).all()
+    assert all(not image.any() for _, image, _, _ in shown_slices(seen, 0, 2, SMALL))
+    still = Augmentation(jitter=(0, 0, 0), rotation=0, scale=0, intensity=0, drop_series=0)
+    seen, _, _ = augment(inputs, labels, SMALL, still, rngs)
+    for part, other in zip(seen, next(prediction_views(inputs, SMALL, 1))[0], strict=True):
+        torch.testing.assert_close(part, other, atol=1e-3, rtol=1e-4)
+    assert [kind for kind, *_ in shown_slices(seen, 0, 2, SMALL)] == list(SERIES_TYPES)
 
 
-def test_a_training_alone_does_not_ask_the_slurm_job_around_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "8")  # e.g. of `sbatch --ntasks=8 --wrap ./run_all.sh`
-    monkeypatch.setenv("SLURM_JOB_NAME", "run")
-    _, curves = vit_training.fit(*draw_studies(2, seed=1), SMALL, vit_training.Training(epochs=1), tmp_path)
-    assert len(curves) == 1
+# ---- the notebook in a kernel ----------------------------------------------------------------------------------------
 
 
-def test_more_processes_than_gpus_are_told_before_any_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"2 processes .* need a GPU each; there are 1"):
-        vit_training.fit(*draw_studies(4, seed=1), SMALL, vit_training.Training(), tmp_path, processes=2)
+@pytest.fixture
+def small_run(tmp_path: Path) -> Path:
+    """What 02 and 03 leave of eight studies: labels, slices and detected points."""
+    run = tmp_path / "run"
+    rng, labels, points = np.random.default_rng(0), [], []
+    for study in range(1, 9):
+        for series, stack in enumerate(noisy_study()):
+            save_stack(replace(stack, study_id=study, series_id=series), run / f"slices/{study}/{series}.npz")
+        canal = spine().assign(study_id=study, fold=study % 2, side="", confidence=0.5)
+        points.append(canal)
+        for condition in CONDITIONS:
+            rows = canal.assign(condition=condition, severity=rng.choice(3, len(LEVELS)))
+            rows[["X", "Y", "Z"]] += 0.5 if condition == SPINAL_CANAL else np.nan
+            rows["row_id"] = [f"{study}_{condition}_{level}" for level in rows["level"]]
+            labels.append(rows)
+    (run / "tables").mkdir()
+    (run / "predictions").mkdir()
+    pd.concat(labels, ignore_index=True).to_parquet(run / "tables/labels.parquet")
+    for fold, rows in pd.concat(points).groupby("fold"):
+        table = rows.drop(columns="fold")
+        table.to_parquet(run / f"predictions/points_scs_fold{fold}_oof.parquet")
+        table.iloc[:0].to_parquet(run / f"predictions/points_nfn_fold{fold}_oof.parquet")
+    return run
+
+
+def execute(
+    run: Path, change: tuple[str, str] = ("", ""), last: str = "fit", before_fit: str = "", again: str = ""
+) -> str:
+    """Execute notebook 04 in a kernel as far as the cell `last`; what its cells print.
+
+    change: a text in its cells and what it becomes. before_fit: a cell to execute before the cell fit. again: a cell to
+    execute behind it, after which fit is executed once more.
+    """
+    code = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"}
+    parameters = {"run_dir": str(run), "vit_size": 8, "vit_width": 32, "vit_epochs": 3, "vit_batch": 2, "vit_margin": 1}
+    code["parameters"] += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    sources = []
+    for name, source in code.items():
+        sources += [before_fit, source] if name == "fit" else [source.replace(*change) if change[0] else source]
+        if name == last:
+            break
+    cells = [nbformat.v4.new_code_cell(source) for source in [*sources, *([again, code["fit"]] if again else [])]]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in outputs)
+
+
+KILL = """
+import os
+save = checkpoint.Checkpoint.save
+checkpoint.Checkpoint.save = lambda self, state: (save(self, state), os._exit(9))"""
+
+
+def test_the_notebook_resumes_after_a_kill_and_not_with_another_loss(small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{NOTEBOOK.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(DeadKernelError):
+        execute(small_run, before_fit=KILL)
+    assert not list(small_run.glob("weights/*"))
+    changed, resumed = shutil.copytree(small_run, tmp_path / "changed"), small_run / "resumed.safetensors"
+    keep = f"vit.save_vit(model, {str(resumed)!r}, 0, {{}})\ncheckpoint.forget(saved.folder)"
+    shown = execute(small_run, again=keep)
+    assert shown.count("resumes after epoch 1") == 1 and shown.count("epoch 1/3") == 1
+    undisturbed = load_file(small_run / "weights/vit3d_fold0.safetensors")
+    assert all(torch.equal(value, undisturbed[name]) for name, value in load_file(resumed).items())
+    shown = execute(changed, change=(LOSS, LOSS + " * 2"), last="shows")
+    assert "epoch 1/3" in shown and "resumes" not in shown
+    assert "the label-frequency baseline scores" in shown and not (changed / "work/vit3d_fold0").exists()
+    other = load_file(changed / "weights/vit3d_fold0.safetensors")
+    assert not all(torch.equal(value, undisturbed[name]) for name, value in other.items())

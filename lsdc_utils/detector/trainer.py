@@ -1,0 +1,198 @@
+"""ultralytics' trainer, made repeatable: weighted images, and an exact resume after the last completed epoch.
+
+Importing this module imports ultralytics, so `training.quiet_ultralytics` must have run before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics.data.build import seed_worker
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
+from lsdc_utils.detector.classes import DetectorError
+
+
+class WeightedSampler(torch.utils.data.Sampler):
+    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance.
+
+    The order depends on seed and `epoch` alone; the trainer sets `epoch`.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.weights = np.asarray(weights, dtype=float)
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        return max(int(np.floor(self.weights.sum() + 1e-6)), 1)
+
+    def __iter__(self) -> Iterable[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.weights))
+        ends = np.cumsum(self.weights[order])
+        drawn = np.searchsorted(ends, (np.arange(len(self)) + rng.random()) * ends[-1] / len(self), side="right")
+        return iter(rng.permutation(order[np.minimum(drawn, len(order) - 1)]).tolist())
+
+
+class Finished(Exception):
+    """The checkpoint holds the last epoch: there is nothing left to train."""
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A loader with new workers each epoch, so that what they draw depends on the epoch's seed alone."""
+
+    def reset(self) -> None:
+        """ultralytics calls this when it switches mosaics off; new workers need no reset."""
+
+
+class DetectorTrainer(DetectionTrainer):
+    """Trains on images drawn by weight, keeps a checkpoint after each epoch, and returns the last epoch's weights.
+
+    weights: of each image, by its file's name. tricks: see `training.TRICKS`. box: usual width and height in input
+    pixels. ultralytics' own checkpoint halves the precision of weights and optimiser and keeps no random state, so a
+    training that resumes from it ends with other weights.
+    """
+
+    def __init__(
+        self, overrides: dict[str, Any], weights: dict[str, float], tricks: dict[str, bool], box: np.ndarray,
+        threads: int, checkpoint: Checkpoint,
+    ) -> None:  # fmt: skip
+        super().__init__(overrides=overrides)
+        self.image_weights, self.tricks, self.box, self.threads = weights, tricks, box, threads
+        self.sampler = WeightedSampler(list(weights.values()), self.args.seed)
+        self.checkpoint, self.full_batch = checkpoint, self.args.batch
+        self.history: list[dict[str, float]] = []
+        self.add_callback("on_train_epoch_start", DetectorTrainer.begin_epoch)
+        self.add_callback("on_fit_epoch_end", DetectorTrainer.end_epoch)
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """ultralytics' loader, for training with our sampler; DetectorError if ultralytics dropped images."""
+        if mode != "train":
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        dataset = self.build_dataset(dataset_path, mode, batch_size)
+        if len(dataset) != len(self.image_weights):  # it drops what it calls corrupt with a warning only
+            raise DetectorError(f"ultralytics took {len(dataset)} of {len(self.image_weights)} training images")
+        # ultralytics has the images in an order of its own.
+        self.sampler.weights = np.array([self.image_weights[Path(file).name] for file in dataset.im_files])
+        return Loader(
+            dataset, batch_size, sampler=self.sampler, collate_fn=dataset.collate_fn, num_workers=self.args.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=seed_worker, generator=torch.Generator(),
+        )  # fmt: skip
+
+    def resume_training(self, ckpt: Any) -> None:
+        """What has to be set once ultralytics has set itself up; then resume from the last completed epoch, if any."""
+        torch.set_num_threads(self.threads)  # which ultralytics changes, and their number changes the weights
+        if self.tricks["box_start"]:
+            start_boxes((self.model, self.ema.ema), self.box)
+        if self.tricks["quick_norms"]:
+            quicken_norms(self.model)
+        # Both are faster on CPUs too, where ultralytics does neither. The averaged weights need the same layout.
+        for model in (self.model, self.ema.ema):
+            model.to(memory_format=torch.channels_last)
+        for group in self.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+        if self.device.type == "cuda":  # the setting amp=True would run a check that needs the network
+            self.amp, self.scaler = True, torch.amp.GradScaler("cuda")
+        if state := self.checkpoint.load():
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.ema.load_state_dict(state["ema"])
+        self.ema.updates = state["ema_updates"]
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = state["history"]
+        self.start_epoch = len(self.history)
+        self.model.criterion = self.model.init_criterion()
+        for _ in range(self.start_epoch):  # the weights of its two heads change with the epochs
+            self.model.criterion.update()
+        print(f"resumes after epoch {self.start_epoch}/{self.epochs}", flush=True)
+        if self.start_epoch >= self.epochs:
+            raise Finished
+
+    def begin_epoch(self) -> None:
+        """Seed an epoch by its number, so that it is the same after a stop.
+
+        DetectorError if ultralytics has halved the batch because it did not fit into the GPU's memory.
+        """
+        if self.batch_size < self.full_batch:
+            raise DetectorError(
+                f"a batch of {self.full_batch} images is too large for this GPU; try yolo_batch={self.batch_size}"
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, self.epoch]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        self.train_loader.generator.manual_seed(seed)
+        self.sampler.epoch = self.epoch
+
+    def end_epoch(self) -> None:
+        """Print and keep an epoch's figures, and save the state; DetectorError if a loss or weight is not finite."""
+        metrics = self.metrics.items() if self.args.val else ()
+        line = {
+            "epoch": self.epoch + 1,
+            "seconds": self.epoch_time,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: float(value) for name, value in self.tloss.items()},
+            **{name: float(value) for name, value in metrics if "mAP" in name},
+        }
+        parts = " ".join(f"{name.removesuffix('_loss')} {line[name]:.3f}" for name in self.tloss)
+        left = self.epochs - line["epoch"] if self.epoch == self.start_epoch else 0
+        time_left = f", about {np.ceil(left * self.epoch_time / 60):.0f} min left" if left else ""
+        print(f"epoch {line['epoch']}/{self.epochs} loss {parts} ({self.epoch_time:.1f} s{time_left})", flush=True)
+        models = {"model": self.model.state_dict(), "ema": self.ema.ema.state_dict()}
+        bad = [name for name in self.tloss if not np.isfinite(line[name])]
+        if bad or not all(value.isfinite().all() for model in models.values() for value in model.values()):
+            what = " and ".join(bad) or "a weight"
+            raise DetectorError(f"epoch {line['epoch']}: {what} is not finite; try a lower learning rate (yolo_rate)")
+        self.history.append(line)
+        others = {"ema_updates": self.ema.updates, "history": self.history}
+        states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        self.checkpoint.save({**models, **states, **others})
+
+    def validate(self) -> tuple[dict[str, float], float]:
+        """ultralytics' validation if it was asked for; it would also validate after the last epoch."""
+        return super().validate() if self.args.val else ({}, 0.0)
+
+    def save_model(self) -> bool:
+        """Nothing: `end_epoch` keeps the state."""
+        return False
+
+    def final_eval(self) -> None:
+        """Nothing: the last epoch's weights are returned, and nothing is chosen on held-out images."""
+
+
+def start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:
+    """Let untrained networks begin with boxes of the known size, `box`: width and height in pixels.
+
+    A new YOLO head predicts boxes of 15 strides. Against a box of 10 pixels its overlap is under .01, and the assigner
+    takes that to the sixth power: nothing is assigned, nothing learnt, for many epochs. So the distance bins start out
+    at half a box: the two bins around it share the weight such that their mean is right.
+    """
+    half = 0.5 * np.tile(box, 2)  # left, top, right, bottom
+    for head in (model.model[-1] for model in models):
+        for heads in (head.cv2, head.one2one_cv2):
+            for layer, stride in zip(heads, head.stride.tolist(), strict=True):
+                bins = np.full((4, head.reg_max), 1e-3)
+                for side, distance in enumerate(half / stride):
+                    low = min(int(distance), head.reg_max - 2)
+                    bins[side, low : low + 2] += [1 - (distance - low), distance - low]
+                layer[-1].bias.data.copy_(torch.from_numpy(np.log(bins).ravel()))
+
+
+def quicken_norms(model: torch.nn.Module) -> None:
+    """Batch norms follow with torch's momentum of 0.1, not ultralytics' 0.03.
+
+    After a hundred steps the slower averages are still those of an untrained network, and prediction, which uses them,
+    finds nothing that training has learnt.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1

@@ -1,0 +1,96 @@
+"""The published detectors: a class for each condition, side, level and severity (30, 15 and 30 classes).
+
+They are trained on the clicked slices of complete studies and look at every slice. Their flipped views change columns
+without changing sides, and a row is the highest confidence of each class over all slices and views.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.classes import Detector, DetectorConfig, Scheme
+from lsdc_utils.detector.dataset import write_labels
+from lsdc_utils.detector.detections import Detections, forward, join_detections, patient_points
+from lsdc_utils.detector.images import network_inputs
+from lsdc_utils.detector.levels import LevelEvidence
+from lsdc_utils.detector.training import load_detector
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, parse_row_id, row_id
+
+
+def class_table(config: DetectorConfig) -> pd.DataFrame:
+    """The classes in their order: name, condition, level, severity 0 to 2."""
+    conditions = [condition.name for condition in CONDITIONS.values() if condition.group == config.condition]
+    rows = [
+        (f"{condition}_{level}_{name}", condition, level, severity)
+        for condition in conditions
+        for level in LEVELS
+        for severity, name in enumerate(SEVERITIES)
+    ]
+    return pd.DataFrame(rows, columns=["name", "condition", "level", "severity"])
+
+
+def prepare(data: Path, folder: Path, config: DetectorConfig, labels: pd.DataFrame) -> tuple[Path, Scheme]:
+    """Write 02's data set with the published classes into `folder`; return the folder and the scheme of its detectors.
+
+    data: the data set in YOLO's format that 02 wrote. Kept are boxes on the slices that the readers clicked, in studies
+    that have all 25 labels, and images with such a box. labels: the label table, for which studies those are.
+    """
+    complete = labels.groupby("study_id")["severity"].min() >= 0
+    table = class_table(config).reset_index().set_index(["condition", "level", "severity"])["index"]
+    boxes = pd.read_csv(data / "boxes.csv")
+    boxes = boxes[~boxes["copied"] & boxes["study_id"].map(complete)]
+    places = [parse_row_id(row)[1:] for row in boxes["row_id"]]
+    numbers = [table[(*place, severity)] for place, severity in zip(places, boxes["severity"], strict=True)]
+    boxes = boxes.assign(class_id=numbers)
+    slices = ["study_id", "series_id", "slice"]
+    counts = boxes.groupby(slices).agg(boxes=("severity", "size"), worst=("severity", "max")).reset_index()
+    images = pd.read_csv(data / "images.csv").drop(columns=["boxes", "worst"]).merge(counts, on=slices)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "images").symlink_to((data / "images").resolve(), target_is_directory=True)
+    write_labels(folder, images.assign(weight=1.0), boxes, class_table(config)["name"])
+    return folder, SCHEME
+
+
+def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
+    """Detections of one study on all slices of its series; `canal` is not used."""
+    config, parts = detector.config, []
+    for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
+        images, every = network_inputs(stack, config, None), np.arange(len(stack.pixels))
+        for scale, flip in config.views:
+            shown = np.ascontiguousarray(images[..., ::-1]) if flip else images
+            centres, scores = forward(detector, shown, scale, False)
+            if flip:
+                centres[..., 0] = 1 - centres[..., 0]
+            parts.append((patient_points(stack, every, centres, config), scores, np.full(len(every), -1)))
+    return join_detections(parts, len(class_table(config)))
+
+
+def level_evidence(
+    detections: Detections, study_id: int, config: DetectorConfig, canal: pd.DataFrame | None = None
+) -> list[LevelEvidence]:
+    """A study's evidence by level and side: the highest confidence of each class; `canal` is not used."""
+    if not len(detections.scores):
+        return []
+    best, result = detections.scores.max(axis=0), []
+    for (condition, level), numbers in class_table(config).groupby(["condition", "level"], sort=False).groups.items():
+        place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
+        row, side, scores = row_id(study_id, condition, level), CONDITIONS[condition].side or "", best[numbers][None]
+        result.append(LevelEvidence(row, study_id, level, side, place, float(scores.max()), scores.sum(axis=1), scores))
+    return result
+
+
+SCHEME = Scheme(class_table, detect, level_evidence)
+
+
+def load_detectors(weights: str | Path, folds: Iterable[int]) -> dict[str, list[Detector]]:
+    """The published detectors of these folds in a folder of weights, by condition group, for `levels.grade_study`."""
+    folds = list(folds)
+    names = {key: [f"yolo_{key}_fold{fold}.pt" for fold in folds] for key in GROUPS}
+    return {key: [load_detector(Path(weights) / file, SCHEME) for file in files] for key, files in names.items()}

@@ -1,0 +1,130 @@
+"""Toy studies for the tests of the detectors: a spine of bright balls, its labels, and what a perfect detector sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils import geometry
+from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.classes import DetectorConfig, class_table
+from lsdc_utils.detector.detections import Detections
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, T1, T2, row_id
+
+SIZES = {"nfn": (64, 32), "scs": (64, 32), "ss": (32, 32)}
+STRIPS = {"nfn": (0.2, 0.8, 0.0, 1.0), "scs": (0.2, 0.8, 0.0, 1.0), "ss": (0.25, 0.75, 0.25, 0.75)}
+LATERAL = {"nfn": 18.0, "scs": 0.0, "ss": 12.0}  # mm off the midline
+
+
+def config(condition: str, **values) -> DetectorConfig:
+    settings = dict(strip=STRIPS[condition], size=SIZES[condition], neighbours=True, box_mm=14.0)
+    return DetectorConfig(condition, **(settings | values))
+
+
+def level_centre(level: str, shift: float = 0.0) -> np.ndarray:
+    """Where the toy spine has its canal at a level, LPS mm."""
+    number = LEVELS.index(level)
+    return np.array([shift, 20 + 3 * number, 70 - 35.0 * number])
+
+
+def toy_points(condition: str, shift: float = 0.0) -> dict[tuple[str, str], np.ndarray]:
+    """(condition, level) -> true point."""
+    names = [c for c in CONDITIONS.values() if c.group == condition]
+    sign = {"left": 1, "right": -1, None: 0}
+    return {
+        (c.name, level): level_centre(level, shift) + np.array([sign[c.side] * LATERAL[condition], 0, 0])
+        for c in names
+        for level in LEVELS
+    }
+
+
+def toy_stack(condition: str, severities: dict, study_id: int = 1, seed: int = 0) -> Stack:
+    """A series with a bright ball at each point whose radius grows with severity, on noise."""
+    rng = np.random.default_rng(seed)
+    axial = condition == "ss"
+    size, spacing = 96, 2.0 if axial else 2.7
+    places = np.arange(84, -84, -6.0) if axial else np.arange(-30, 31, 5.0)
+    affines = np.zeros((len(places), 4, 4))
+    affines[:, 3, 3] = 1
+    affines[:, :3, 0] = [spacing, 0, 0] if axial else [0, spacing, 0]
+    affines[:, :3, 1] = [0, spacing, 0] if axial else [0, 0, -spacing]
+    half = spacing * (size - 1) / 2
+    affines[:, :3, 3] = [(-half, 30 - half, z) for z in places] if axial else [(x, 30 - half, half) for x in places]
+    index = np.stack(np.meshgrid(np.arange(size), np.arange(size), [0], [1]), -1).reshape(-1, 4)
+    pixels = np.empty((len(places), size, size), dtype=np.uint8)
+    for target, affine in zip(pixels, affines, strict=True):
+        grid = (index @ affine.T)[:, :3].reshape(size, size, 3)
+        image = rng.normal(60, 10, (size, size))
+        for key, point in toy_points(condition).items():
+            off = np.linalg.norm(grid - point, axis=2)
+            image += 150 * np.exp(-0.5 * (off / (3 + 2 * severities[key])) ** 2)
+        target[:] = image.clip(0, 255)
+    n = len(places)
+    kind = {"nfn": T1, "scs": T2, "ss": AXIAL}[condition]
+    shapes = np.full((n, 2), size, dtype=np.int32)
+    series_id = study_id * 10 + list(GROUPS).index(condition)
+    numbers = np.arange(7, 7 + n, dtype=np.int32)
+    return Stack(study_id, series_id, kind, pixels, shapes, affines, numbers, np.zeros(n, dtype=np.int32))
+
+
+def toy_labels(stack: Stack, condition: str, severities: dict) -> pd.DataFrame:
+    """The label table's rows of one toy series: each point clicked on the nearest slice."""
+    lines = []
+    for (name, level), point in toy_points(condition).items():
+        index = int(np.abs(geometry.plane_distances(stack.affines, point[None])[:, 0]).argmin())
+        x, y, _ = geometry.to_pixels(stack.affines[index], point)
+        clicked = stack.affines[index] @ [x, y, 0, 1]
+        number = stack.instance_numbers[index]
+        row = row_id(stack.study_id, name, level)
+        lines.append(
+            (row, stack.study_id, name, level, severities[name, level], stack.series_id, number, x, y, *clicked[:3])
+        )
+    names = ["row_id", "study_id", "condition", "level", "severity", "series_id", "instance_number"]
+    return pd.DataFrame(lines, columns=[*names, "x", "y", "X", "Y", "Z"])
+
+
+def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
+    rng = np.random.default_rng(study_id)
+    severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
+    stack = toy_stack(condition, severities, study_id, seed=study_id)
+    return stack, toy_labels(stack, condition, severities)
+
+
+def ideal(condition: str, severities: dict, table: pd.DataFrame | None = None) -> tuple[Detections, DetectorConfig]:
+    """What a perfect detector would say of a toy study: each true point twice, half a millimetre off, and clutter.
+
+    table: the classes; those of the detector's own scheme if None.
+    """
+    settings = config(condition)
+    table = class_table(settings) if table is None else table
+    rng = np.random.default_rng(0)
+    points, scores, levels = [], [], []
+    for (name, level), point in toy_points(condition).items():
+        for _ in range(2):
+            score = np.full(len(table), 0.01)
+            fits = table["level"].isin([None, level]) & (table["severity"] == severities[name, level])
+            score[fits & (table["condition"] == name if "condition" in table else True)] = 0.8
+            points.append(point + rng.normal(0, 0.5, 3))
+            scores.append(score)
+            levels.append(LEVELS.index(level))
+    for _ in range(30):  # clutter in front of the spine
+        points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
+        scores.append(np.full(len(table), 0.02))
+        levels.append(int(rng.integers(5)))
+    return Detections(np.array(points), np.array(scores), np.array(levels)), settings
+
+
+def no_detections(settings: DetectorConfig) -> Detections:
+    return Detections(np.empty((0, 3)), np.empty((0, len(class_table(settings)))), np.empty(0, int))
+
+
+def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
+    lines = [(study_id, level, "", *level_centre(level, shift), 0.9) for level in LEVELS]
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
+
+
+def foramen_points(study_id: int = 1) -> pd.DataFrame:
+    lines = [
+        (study_id, level, CONDITIONS[name].side, *point, 0.8) for (name, level), point in toy_points("nfn").items()
+    ]
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])

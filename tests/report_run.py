@@ -1,4 +1,4 @@
-"""A made-up run's folder, as the steps before the report leave it: small, with texts that try to break a page."""
+"""The folder of a made-up run, as the steps before the report leave it: small, with texts that try to break a page."""
 
 import base64
 import io
@@ -31,26 +31,34 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
         scores["test"] = scores["oof"]
     for name in ("tables", "predictions", "logs", "notebooks"):
         (folder / name).mkdir(parents=True)
-    scores["stress"] = {"slope": 0.71, "leak": 0.234, "looked": None, "moved": 1.2e-5}
     (folder / "scores.json").write_text(json.dumps(scores))
+    kappa = {"linear": {"ensemble": 0.61, "two readers": 0.66}, "quadratic": {"ensemble": 0.7}}
+    evaluation = {"kappa": {"oof": {"spinal": kappa}}, "calibration": {"oof": {"all rows": {"ensemble": 0.0123}}}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "data.json").write_text(json.dumps({"data_dir": "../data/phantom-0a1b", "kind": "phantom"}))
     (folder / "parameters.yml").write_text(yaml.safe_dump({"seed": 52, "folds": [0], "note": HOSTILE}))
     labels.to_parquet(folder / "tables/labels.parquet")
     for model in ("yolo", "vit3d", "ensemble"):
         tables[model].to_parquet(folder / f"predictions/{model}_oof.parquet")
     sources = labels[["row_id"]].assign(source="yolo+vit3d", own_series=True)
-    sources.loc[sources.index % 25 == 7, "source"] = "expectation"
+    sources.loc[sources.index % 25 == 7, "source"] = "vit3d"
     sources.loc[sources.index % 25 == 8, ["source", "own_series"]] = "prior", False
     sources.to_parquet(folder / "predictions/sources_oof.parquet")
-    found = {"study": 1, "series": 11, "rule": f"bad {HOSTILE}", "value": "", "action": "left out"}
-    pd.DataFrame([found, found]).to_csv(folder / "tables/findings.csv", index=False)
+    finding = {"study": 1, "series": 11, "rule": f"bad {HOSTILE}", "value": "", "action": "left out"}
+    pd.DataFrame([finding, finding]).to_csv(folder / "tables/findings.csv", index=False)
     lines = ["oof,all,spinal_canal_stenosis,0.9625,0.975,1.0,2,", "oof,ordinary,spinal_canal_stenosis,1,1,1,0,"]
     names = "split,spines,condition,within_5_mm,in_plane_within_5_mm,within_10_mm,sides_exchanged,level_right"
     (folder / "localisation.csv").write_text("\n".join([names, *lines, "oof,all,axial slices,,,,,0.9"]) + "\n")
     write_experiments(folder)
     write_stress(folder)
     write_images(folder, labels)
-    for step, seconds in {"00_get_data": 12.3, "03_train_yolo_scs_fold0": 187, "03_train_yolo_scs_fold4": 9}.items():
+    for step, seconds in {
+        "00_get_data": 12.3,
+        "phantom": 5,
+        "01_eda": 3,
+        "03_train_yolo_scs_fold0": 187,
+        "03_train_yolo_scs_fold4": 9,
+    }.items():
         (folder / f"logs/{step}.tsv").write_text(f"s\th:m:s\tmax_rss\tmean_load\n{seconds}\t0:00\t812.5\t97\n")
         nbformat.write(make_notebook(step), folder / f"notebooks/{step}.ipynb")
     return folder
@@ -59,6 +67,8 @@ def write_run(folder: Path, labelled_test: bool = True, n_studies: int = 24) -> 
 def write_stress(folder: Path) -> None:
     """The tables of the stress tests that a report shows."""
     (folder / "stress").mkdir()
+    numbers = {"slope": 0.71, "slope_by_group": {"scs": 0.8}, "leak": 0.234, "looked": None, "moved": 6.21e-4}
+    (folder / "stress/numbers.json").write_text(json.dumps(numbers))
     cuts = {"moderate_from": 0.5, "severe_from": 0.7}
     doses = [
         {"case": 0, "body": 0, "condition": c, "level": "l4_l5", "dose": d, "model": m, "moderate": d, "severe": d / 2}
@@ -76,17 +86,18 @@ def write_stress(folder: Path) -> None:
 
 
 def write_experiments(folder: Path) -> None:
-    """The tables that experiments leave beside a run; the last is not there."""
+    """The tables of a run's ablations and learning curve."""
+    (folder / "experiments").mkdir()
     parts = dict.fromkeys(metric.PARTS, 0.5)
     change = {"worse_by": 0.0213, "low": -0.004, "high": 0.05}
     lines = [{"name": "made-up", "without": ""} | parts, {"name": "x", "without": HOSTILE} | parts | change]
-    pd.DataFrame(lines).to_csv(folder / "ablation.csv", index=False)
+    pd.DataFrame(lines).to_csv(folder / "experiments/ablation.csv", index=False)
     curve = [
         {"n_train": n, "block": block, "total": total, "skill": 1 - total, "low": total - 0.1, "high": total + 0.1}
         for n, total in ((40, 0.9), (320, 0.4))
         for block in ("oof", "test")
     ]
-    pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
+    pd.DataFrame(curve).to_csv(folder / "experiments/curve.csv", index=False)
 
 
 def make_rows(rng: np.random.Generator, n_studies: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
@@ -116,16 +127,16 @@ def write_images(folder: Path, labels: pd.DataFrame) -> None:
             shapes, numbers = np.full((7, 2), 64, np.int32), np.arange(1, 8, dtype=np.int32)
             stack = Stack(study, 10 * study + k, series_type, pixels, shapes, moved, numbers, np.zeros(7, np.int32))
             save_stack(stack, folder / f"slices/{study}/{10 * study + k}.npz")
-    found = []
+    points = []
     for key in GROUPS:
         sides = [None] if key == "scs" else list(SIDES)
         places = [(s, level, side) for s in labels["study_id"].unique() for level in LEVELS for side in sides]
-        points = pd.DataFrame(places, columns=["study_id", "level", "side"])
-        points["X"] = points["side"].map({"left": 10.0, "right": -10.0}).fillna(0.0).astype(float)
-        points["Y"], points["Z"] = 5.0, [40.0 - 20 * LEVELS.index(level) for level in points["level"]]
-        points["confidence"] = 0.5
-        found.append(points.assign(condition=key))
-    pd.concat(found).to_parquet(folder / "predictions/points_oof.parquet")
+        table = pd.DataFrame(places, columns=["study_id", "level", "side"])
+        table["X"] = table["side"].map({"left": 10.0, "right": -10.0}).fillna(0.0).astype(float)
+        table["Y"], table["Z"] = 5.0, [40.0 - 20 * LEVELS.index(level) for level in table["level"]]
+        table["confidence"] = 0.5
+        points.append(table.assign(condition=key))
+    pd.concat(points).to_parquet(folder / "predictions/points_oof.parquet")
     (folder / "weights").mkdir(exist_ok=True)
     (folder / "weights/yolo_scs_fold0.json").write_text(
         json.dumps({"config": {"box_mm": 14.6}, "sha256": "1f", "git_commit": "c0"})

@@ -1,1 +1,1 @@
-"""Grades for other systems: CSV and DICOM structured reports."""
+"""Grades for other systems: CSV tables and DICOM structured reports."""

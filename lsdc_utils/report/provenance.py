@@ -17,36 +17,39 @@ import yaml
 
 from lsdc_utils.files import git_commit, write_json
 from lsdc_utils.parallel import usable_cores
+from lsdc_utils.report.run import Run
+
+PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "numpy", "pandas", "pydicom", "snakemake", "papermill")
+SEEDS = ("phantom_seed", "seed", "n_splits", "folds")
 
 
 def write_provenance(run: str | Path) -> dict[str, Any]:
     """Write and return the provenance of the run in folder `run`, which has its data, tables and weights.
 
-    made: UTC; commit: of this code, with a word where files differ from it; parameters; versions: of every installed
-    distribution; data: kind, folder's name, and a fingerprint of its tables; weights: sha256 and commit of each file;
-    machine: processor, cores, memory, GPUs, system and Python. But for paths among the parameters, nothing names the
-    machine or its user.
+    Time (UTC), commit ('with changes' if the working tree is dirty), parameters, versions of all installed
+    distributions, fingerprint of the data, sha256 and commit of each weights file, and the machine. Except for paths
+    among the parameters, nothing names the machine or its user.
     """
     run = Path(run)
     parameters, data = run / "parameters.yml", run / "data.json"
     weights = {file.stem: json.loads(file.read_text()) for file in sorted((run / "weights").glob("*.json"))}
-    found = {
+    content = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git_commit(),
         "parameters": yaml.safe_load(parameters.read_text()) if parameters.is_file() else {},
         "data": fingerprint_of(run, json.loads(data.read_text())) if data.is_file() else {},
-        "weights": {name: {key: one[key] for key in ("sha256", "git_commit")} for name, one in weights.items()},
+        "weights": {name: {key: each[key] for key in ("sha256", "git_commit")} for name, each in weights.items()},
         "machine": machine(),
-        "versions": dict(sorted((one.name, one.version) for one in metadata.distributions())),
+        "versions": dict(sorted((package.name, package.version) for package in metadata.distributions())),
     }
-    write_json(run / "provenance.json", found)
-    return found
+    write_json(run / "provenance.json", content)
+    return content
 
 
 def fingerprint_of(run: Path, data: dict[str, str]) -> dict[str, str]:
-    """Kind and name of a run's data folder, and a hash of its tables and of what was read of its headers.
+    """Kind and name of a run's data folder, and a hash of its tables and of the headers that were read.
 
-    Pixels are not read for it: a phantom's follow from its name, those of real data are Kaggle's.
+    Pixels are left out: a phantom's follow from its name, those of the real data are the competition's.
     """
     folder = (run / data["data_dir"]).resolve()
     digest = hashlib.sha256()
@@ -57,8 +60,9 @@ def fingerprint_of(run: Path, data: dict[str, str]) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory (GiB), GPUs, system and Python of this machine."""
-    names = re.findall(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    """Processor, usable cores, memory (GiB), GPUs, system and Python of this machine."""
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpu.read_text() if cpu.is_file() else "", re.MULTILINE)
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": usable_cores(),
@@ -69,7 +73,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _text(path: str) -> str:
-    """What a file holds; nothing where it is not there."""
-    file = Path(path)
-    return file.read_text() if file.is_file() else ""
+def provenance(run: Run) -> dict[str, str]:
+    """The origin of a run as label -> text, from its provenance.json; FileNotFoundError where it has no report yet."""
+    content = json.loads((run.folder / "provenance.json").read_text())
+    seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
+    head, *changes = content["commit"].split(" ", 1)
+    machine, data = content["machine"], content["data"]
+    gpus = "".join(f", {name}" for name in machine["gpus"])
+    return {
+        "Made": content["made"],
+        "Commit": " ".join([head[:12], *changes]),
+        "Data": f"{data['kind']} ({data['folder']}), tables {data['fingerprint'][:12]}" if data else "unknown",
+        "Seeds and folds": ", ".join(seeds) or "not recorded",
+        "Versions": ", ".join(f"{name} {content['versions'].get(name, '?')}" for name in PACKAGES),
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}; "
+        f"{machine['system']}, Python {machine['python']}",
+    }

@@ -1,4 +1,4 @@
-"""Exports of a phantom's grades: right places and numbers, legal UIDs, nothing private; what other tools say."""
+"""Exports of a phantom's grades: points and numbers, legal UIDs, privacy, and validation by other tools."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from highdicom import sr
 from lsdc_utils import phantom
 from lsdc_utils.data import competition
 from lsdc_utils.dicom import read_series
-from lsdc_utils.export import studies
+from lsdc_utils.export import images, studies
 from lsdc_utils.grading.marks import REACH
+from lsdc_utils.grading.run_tables import RunError
 from lsdc_utils.vocabulary import GROUPS, SEVERITIES, parse_row_id
 
 SECRETS = {
@@ -31,12 +32,14 @@ SECRETS = {
 
 
 def write_graded(folder: Path, rng: np.random.Generator) -> Path:
-    """A run of a phantom's one test study, graded by lot at the true points; some rows have no point."""
+    """A run of a phantom's one test study, graded at random at the true points; some rows have no point."""
     root = phantom.write_phantom(folder / "data/phantom", 1, 1, seed=4)
     run = folder / "run"
     (run / "predictions").mkdir(parents=True)
     (run / "data.json").write_text(json.dumps({"data_dir": "../data/phantom", "kind": "phantom"}))
     (run / "scores.json").write_text("{}")
+    recipe = {"format": 2, "kind": "fitted", "folds": [], "vit_views": 1, "threads": 1, "prior": {}}
+    (run / "blend.json").write_text(json.dumps(recipe))
     truth = pd.read_csv(root / "anatomy.csv")
     solution = pd.read_csv(root / "solution.csv")
     names = [parse_row_id(row) for row in solution["row_id"]]
@@ -132,7 +135,7 @@ def test_written_images_hold_the_sources_values(run, study):
         image = pydicom.dcmread(study / line.image)
         source = competition.data_dir(run) / "test_images" / line.file
         assert np.array_equal(image.pixel_array, pydicom.dcmread(source).pixel_array)
-        assert studies.LEGAL_UID.fullmatch(image.SOPInstanceUID) and len(image.SOPInstanceUID) <= 64
+        assert images.LEGAL_UID.fullmatch(image.SOPInstanceUID) and len(image.SOPInstanceUID) <= 64
         assert image.SOPInstanceUID == line.SOPInstanceUID and line.SOPInstanceUID_before != line.SOPInstanceUID
         assert (
             image.PatientID == study.name
@@ -160,7 +163,7 @@ def relabel(run: Path, folder: Path, **tags: str) -> Path:
     return folder / "run"
 
 
-LEGAL = {"StudyInstanceUID": "1.2.3.4", "SeriesInstanceUID": "1.2.3.4.{series}", "SOPClassUID": studies.MRImageStorage}
+LEGAL = {"StudyInstanceUID": "1.2.3.4", "SeriesInstanceUID": "1.2.3.4.{series}", "SOPClassUID": images.MRImageStorage}
 
 
 def test_legal_and_unique_uids_are_referred_to_as_they_are(run, study, tmp_path):
@@ -210,8 +213,19 @@ def test_an_unreadable_series_costs_its_images_alone(run, study, tmp_path):
 def test_what_cannot_be_exported_is_named(run, tmp_path):
     with pytest.raises(studies.ExportError, match="did not grade 99"):
         studies.export_studies(run, [99])
-    with pytest.raises(studies.ExportError, match="has no grades"):
+    (tmp_path / "blend.json").write_text((run / "blend.json").read_text())
+    with pytest.raises(studies.ExportError, match="has no grades: run it to 05_ensemble_inference"):
         studies.export_studies(tmp_path)
+
+
+def test_unfinished_and_older_runs_are_refused(run, tmp_path):
+    with pytest.raises(RunError, match=r"is not finished: it lacks blend\.json"):
+        studies.export_studies(tmp_path)
+    recipe = json.loads((run / "blend.json").read_text())
+    (tmp_path / "blend.json").write_text(json.dumps(recipe | {"format": 1}))
+    with pytest.raises(RunError, match="was made by an older version of the code: run it again"):
+        studies.export_studies(tmp_path)
+    assert not (tmp_path / "exports").exists()
 
 
 def tool(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The report in a browser with the network off: everything loads, sliders move, filters filter."""
+"""The report in a browser without a network: everything loads, sliders, filters and sorting work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from report_run import write_run
 
-from lsdc_utils import figures, report
+from lsdc_utils import figures
+from lsdc_utils.report import pages, pictures
+from lsdc_utils.report.run import read_run
 
 SAMPLE = Path(__file__).resolve().parents[2] / "outputs" / "sample"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -26,18 +28,18 @@ LOAD_ALL = """() => Promise.all([...document.images].map(async (image) => {
 def folder(tmp_path_factory) -> Path:
     """The report of a made-up run."""
     figures.use_style()
-    run = report.read_run(write_run(tmp_path_factory.mktemp("outputs") / "made-up", n_studies=12))
-    return report.write_report(run, report.run_pictures(run), whole_studies=3).parent
+    run = read_run(write_run(tmp_path_factory.mktemp("outputs") / "made-up", n_studies=12))
+    return pages.write_report(run, pictures.run_pictures(run), whole_studies=3).parent
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
         pytest.skip(f"no browser to open the report with: none of {', '.join(BROWSERS)} is on PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=found)
+        launched = started.chromium.launch(executable_path=path)
         yield launched
         launched.close()
 

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts the table of studies by the heading that is pressed, and filters it.
+// Sort the table of studies by a heading, and filter it.
 const body = document.querySelector("#studies tbody"), heads = [...document.querySelectorAll("#studies thead th")];
 const form = document.getElementById("filters"), lines = [...body.rows];
 const at = (id) => document.getElementById(id).value;

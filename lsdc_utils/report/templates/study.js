@@ -1,12 +1,12 @@
 "use strict";
-// Scrolls the series of a study and takes marks off; without it one slice of each series is shown.
+// Scroll the series of a study and hide its marks; without this script one slice of each series is shown.
 for (const viewer of document.querySelectorAll(".viewer")) {
   const films = [...viewer.querySelectorAll(".film")];
-  const slider = viewer.querySelector("input"), told = viewer.querySelector("output");
+  const slider = viewer.querySelector("input"), output = viewer.querySelector("output");
   viewer.show = (n) => {
     films.forEach((film, k) => { film.hidden = k !== n; });
     slider.value = n + 1;
-    told.textContent = `${n + 1} of ${films.length}`;
+    output.textContent = `${n + 1} of ${films.length}`;
   };
   slider.addEventListener("input", () => viewer.show(Number(slider.value) - 1));
 }

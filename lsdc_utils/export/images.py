@@ -1,0 +1,183 @@
+"""Key images of an export: which image shows a row, and how a structured report can refer to it.
+
+A report refers to the sources if their UIDs are legal (PS3.5, 9.1) and no other file of the data has the same. The
+competition's are bare numbers and collide: study, series and instance then get UIDs derived from study, series and the
+file's bytes (2.25 and a UUID, PS3.5 B.2), and key images are written with them. Only geometry and contrast are taken
+from the sources' headers; the patient is named by the study's number in the data set.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+
+from lsdc_utils import geometry
+from lsdc_utils.data.competition import Competition
+from lsdc_utils.dicom import DicomError, Series, Slice, read_series
+from lsdc_utils.grading.marks import REACH
+from lsdc_utils.grading.run_tables import BLOCKS
+from lsdc_utils.vocabulary import GROUPS
+
+LEGAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){2,}")
+CONTRAST = ("ScanningSequence", "SequenceVariant", "EchoTime", "RepetitionTime", "FlipAngle", "MagneticFieldStrength",
+            "SliceThickness", "SpacingBetweenSlices")  # fmt: skip
+EMPTY = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID",
+         "ReferringPhysicianName")  # fmt: skip
+
+UidCount = Callable[[str], int]  # number of files of the data with a SOP Instance UID
+
+
+@dataclass(frozen=True)
+class Key:
+    """An image that a row refers to, and the point's column and row on it."""
+
+    image: Slice
+    pixels: np.ndarray | None  # (rows, cols) if the image has to be written
+    header: Dataset  # UIDs, class, the study's number as the patient; the rest of what is required is empty
+    before: dict[str, str]  # the source's own UIDs
+    point: tuple[float, float]
+
+
+def uid_counter(comp: Competition) -> UidCount:
+    """A function that counts the files of the data with a SOP Instance UID; its first call reads their headers."""
+
+    @functools.cache
+    def counts() -> Counter:
+        uids = Counter()
+        for row in comp.series.itertuples():
+            source = comp.source(row.split, row.study_id, row.series_id)
+            files = source.glob("*") if isinstance(source, Path) else source
+            uids.update(_uid(file) for file in files if file.is_file())
+        return uids
+
+    return lambda uid: counts()[uid]
+
+
+def _uid(file: Path) -> str:
+    """The SOP Instance UID of a file; empty if it cannot be read."""
+    try:
+        return str(pydicom.dcmread(file, specific_tags=["SOPInstanceUID"], stop_before_pixels=True).SOPInstanceUID)
+    except (OSError, AttributeError, pydicom.errors.InvalidDicomError):
+        return ""
+
+
+def find_keys(comp: Competition, count_of: UidCount, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
+    """The image nearest to the point of each row that has one, by row id, and what could not be read."""
+    study = int(rows["study_id"].iloc[0])
+    split = BLOCKS[rows["block"].iloc[0]]
+    series_table = comp.series[(comp.series["study_id"] == study) & (comp.series["split"] == split)]
+    keys, problems = {}, []
+    for series_type, described in series_table.groupby("series_type", sort=True):
+        wanted = [r for r in rows.itertuples() if GROUPS[r.group].series_type == series_type and r.X == r.X]
+        read = []
+        for series_id in described["series_id"] if wanted else ():
+            try:
+                read.append((int(series_id), read_series(comp.source(split, study, series_id))))
+            except DicomError as error:
+                problems.append(str(error))
+        for row in wanted if read else ():
+            places = [(series.to_pixel(row.X, row.Y, row.Z), series_id, series) for series_id, series in read]
+            (n, x, y, off), series_id, series = min(places, key=lambda place: place[0][3])
+            if off <= REACH:
+                keys[row.row_id] = _key(count_of, study, series_id, series, n, (x, y))
+    return keys, problems
+
+
+def _key(count_of: UidCount, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
+    """One image and how to refer to it: by its own UIDs if they are legal and unique, else by new ones."""
+    image, pixels = series.slices[n], series.pixels[n]
+    source = pydicom.dcmread(image.file, stop_before_pixels=True)
+    header = Dataset()
+    for name in EMPTY:
+        setattr(header, name, "")
+    header.PatientID, header.PatientName, header.Modality = str(study), f"Study^{study}", "MR"
+    names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+    own = before = {name: str(source.get(name, "")) for name in names}
+    legal = all(LEGAL_UID.fullmatch(uid) and len(uid) <= 64 for uid in own.values())
+    if legal and count_of(own["SOPInstanceUID"]) == 1:
+        pixels = None
+    else:
+        place = f"{study}/{series_id}"
+        bytes_of = f"{place}/{image.frame}/".encode() + image.file.read_bytes()
+        own = dict(zip(names, (new_uid(str(study)), new_uid(place), new_uid(bytes_of), MRImageStorage), strict=True))
+        for name in CONTRAST:
+            if source.get(name) not in (None, ""):
+                setattr(header, name, source.get(name))
+        header.SeriesNumber = series_id % 2**31
+    for name, uid in own.items():
+        setattr(header, name, uid)
+    header.Rows, header.Columns = image.shape
+    return Key(image, pixels, header, before, point)
+
+
+def new_uid(content: str | bytes) -> str:
+    """The UID 2.25.<UUID as a number> derived from a content (PS3.5, B.2)."""
+    digest = bytearray(hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()[:16])
+    digest[6], digest[8] = digest[6] & 0x0F | 0x80, digest[8] & 0x3F | 0x80  # version 8 and variant of RFC 9562
+    return f"2.25.{int.from_bytes(digest, 'big')}"
+
+
+def write_images(keys: dict[str, Key], folder: Path, when: datetime) -> None:
+    """Write the images with new UIDs to images/, and the table of their sources."""
+    (folder / "images").mkdir()
+    lines = []
+    for number, key in enumerate(keys.values(), 1):
+        name = f"images/{number}.dcm"
+        make_image(key, number, when).save_as(folder / name, enforce_file_format=True)
+        line = {"image": name, "file": "/".join(key.image.file.parts[-3:]), "frame": key.image.frame + 1}
+        for word in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            line |= {f"{word}_before": key.before[word], word: key.header[word].value}
+        lines.append(line)
+    pd.DataFrame(lines).to_csv(folder / "uids.csv", index=False)
+
+
+def make_image(key: Key, number: int, when: datetime) -> Dataset:
+    """A key image as an MR image (PS3.3, A.4) with its source's geometry, contrast and values only."""
+    header, image = Dataset(), key.image
+    header.update(key.header)
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.Manufacturer = ""
+    header.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    header.BodyPartExamined, header.PatientPosition = "LSPINE", "HFS"
+    for name in ("PositionReferenceIndicator", "ScanOptions", "MRAcquisitionType"):
+        setattr(header, name, "")
+    for name in ("EchoTime", "RepetitionTime", "EchoTrainLength", "SliceThickness"):
+        if name not in header:
+            setattr(header, name, None)
+    header.ScanningSequence = header.get("ScanningSequence") or "RM"
+    header.SequenceVariant = header.get("SequenceVariant") or "NONE"
+    header.ContentDate, header.ContentTime = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
+    header.InstanceNumber = number
+    header.FrameOfReferenceUID = new_uid(f"{header.StudyInstanceUID}/frame")
+    header.ImagePositionPatient = [f"{value:.6f}"[:16] for value in image.affine[:3, 3]]
+    directions = geometry.unit(image.affine[:3, :2].T)
+    header.ImageOrientationPatient = [f"{value:.6f}"[:16] for value in directions.ravel()]
+    header.PixelSpacing = [f"{value:.6f}"[:16] for value in image.spacing[::-1]]
+    _set_pixels(header, key.pixels)
+    return header
+
+
+def _set_pixels(header: Dataset, pixels: np.ndarray) -> None:
+    """Values as 16 bits: unchanged if they fit, else scaled to 12 bits; MR signal has no unit."""
+    whole = np.round(np.nan_to_num(pixels.astype(np.float64)))
+    if whole.min() < -(2**15) or whole.max() >= 2**15 or not np.array_equal(whole, pixels):
+        low, high = float(pixels.min()), float(pixels.max())
+        whole = np.round((pixels - low) / max(high - low, 1e-12) * 4095)
+    low, high = np.percentile(whole, (1, 99))
+    header.WindowCenter, header.WindowWidth = int((low + high) / 2), max(1, int(high - low))
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
+    header.PixelData = whole.astype("<i2").tobytes()

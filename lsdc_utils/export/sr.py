@@ -1,0 +1,103 @@
+"""Grades of one study as a DICOM structured report: template TID 1500 (PS3.16) with codes of SNOMED CT."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import numpy as np
+import pandas as pd
+from highdicom import sr
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+from lsdc_utils.export.images import Key, new_uid
+from lsdc_utils.files import git_commit
+from lsdc_utils.grading.marks import SHORT_NAMES
+from lsdc_utils.grading.run_tables import SOURCE_NAMES
+from lsdc_utils.vocabulary import LEVEL_NAMES, LEVELS, SEVERITIES, SEVERITY_NAMES
+
+NAME = "lsdc_utils: grading of lumbar-spine MRI"
+NOTICE = "Research software, not for clinical use"
+SCHEME = "99LSDC"  # private codes, for what has no known code in SNOMED CT
+FINDINGS = {
+    "scs": codes.SCT.Stenosis,
+    "nfn": Code("NFN", SCHEME, "Neural foraminal narrowing"),
+    "ss": Code("SAS", SCHEME, "Subarticular stenosis"),
+}
+SITES = {"scs": codes.SCT.SpinalCanalStructure, "nfn": codes.SCT.LumbarSpine, "ss": codes.SCT.LumbarSpine}
+LEVEL_CODES = {
+    level: getattr(codes.SCT, f"LevelOf{name.replace('/', '')}IntervertebralDisc")
+    for level, name in zip(LEVELS, LEVEL_NAMES, strict=True)
+}
+SIDE_CODES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "": None}
+GRADES = (Code("NORMALMILD", SCHEME, "Normal or mild"), codes.SCT.Moderate, codes.SCT.Severe)
+CHANCES = tuple(Code(f"P{k}", SCHEME, f"Probability of {name.lower()}") for k, name in enumerate(SEVERITY_NAMES))
+SOURCES = {name: Code(f"FROM{k}", SCHEME, words) for k, (name, words) in enumerate(SOURCE_NAMES.items())}
+
+
+def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.ComprehensiveSR:
+    """The 25 rows of a study as an unverified structured report by TID 1500, observed by a device."""
+    study_uid, version = next(iter(keys.values())).header.StudyInstanceUID, git_commit()
+    names = {"name": NAME, "manufacturer_name": "lsdc_utils", "model_name": NOTICE}
+    device = sr.DeviceObserverIdentifyingAttributes(uid=new_uid(NAME), **names)
+    observer = sr.ObserverContext(codes.DCM.Device, device)
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=observer),
+        procedure_reported=Code("113091000", "SCT", "Magnetic resonance imaging"),
+        imaging_measurements=[_finding(row, keys.get(row.row_id), study_uid, version) for row in rows.itertuples()],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    report = sr.ComprehensiveSR(
+        evidence=list({key.header.SOPInstanceUID: key.header for key in keys.values()}.values()),
+        content=content[0],
+        series_instance_uid=new_uid(f"{study_uid}/report"),
+        series_number=1,
+        sop_instance_uid=new_uid(f"{study_uid}/report/{rows.to_csv(index=False)}"),
+        instance_number=1,
+        manufacturer="lsdc_utils",
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+    )
+    report.SeriesDescription = NOTICE
+    report.SoftwareVersions, report.ManufacturerModelName = version, NAME
+    scheme = Dataset()
+    scheme.CodingSchemeDesignator, scheme.CodingSchemeName = SCHEME, f"Private codes of {NAME}"
+    scheme.CodingSchemeResponsibleOrganization = "lsdc_utils"
+    report.CodingSchemeIdentificationSequence = [scheme]
+    # The time of the scores, not of the export: the same grades give the same file.
+    for dataset in (report, *report.ContributingEquipmentSequence):
+        for element in dataset:
+            if element.value and element.VR in ("DA", "TM", "DT"):
+                element.value = when.strftime({"DA": "%Y%m%d", "TM": "%H%M%S", "DT": "%Y%m%d%H%M%S"}[element.VR])
+    return report
+
+
+def _finding(row, key: Key | None, study_uid: str, version: str) -> sr.MeasurementsAndQualitativeEvaluations:
+    """One row: site, level and side, grade, three probabilities, source, and its point."""
+    name = f"{LEVEL_NAMES[LEVELS.index(row.level)]} {SHORT_NAMES[row.condition]}"
+    chances = (getattr(row, severity) for severity in SEVERITIES)
+    common = {
+        "tracking_identifier": sr.TrackingIdentifier(new_uid(f"{study_uid}/{row.condition}/{row.level}"), name),
+        "finding_type": FINDINGS[row.group],
+        "finding_sites": [
+            sr.FindingSite(SITES[row.group], SIDE_CODES[row.side], topographical_modifier=LEVEL_CODES[row.level])
+        ],
+        "algorithm_id": sr.AlgorithmIdentification(NAME, version=version),
+        "measurements": [
+            sr.Measurement(name=code, value=round(float(chance), 6), unit=codes.UCUM.NoUnits)
+            for code, chance in zip(CHANCES, chances, strict=True)
+        ],
+        "qualitative_evaluations": [
+            sr.QualitativeEvaluation(codes.SCT.Severity, GRADES[row.grade]),
+            sr.QualitativeEvaluation(Code("SOURCE", SCHEME, "Source of the row"), SOURCES[row.source]),
+        ],
+    }
+    if key is None:
+        return sr.MeasurementsAndQualitativeEvaluations(**common)
+    frames = [key.image.frame + 1] if key.pixels is None and key.image.frame else None
+    uids = (str(key.header.SOPClassUID), str(key.header.SOPInstanceUID))
+    place = np.array([key.point]) + 0.5  # SCOORD counts from the corner of the first pixel (PS3.3, C.18.6)
+    region = sr.ImageRegion(sr.GraphicTypeValues.POINT, place, sr.SourceImageForRegion(*uids, frames))
+    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=region, **common)

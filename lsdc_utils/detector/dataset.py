@@ -33,15 +33,11 @@ def label_boxes(stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy
     either of them has one on. Returns slice, row_id, class_id, severity, x, y, width, height as fractions of the strip,
     clipped to it, copied, off: mm from the clicked slice.
     """
-    clicked, boxes = [], []
-    for label in labels.itertuples():
-        index = np.flatnonzero(stack.instance_numbers == label.instance_number)
-        if label.severity >= 0 and len(index) == 1 and np.isfinite([getattr(label, name) for name in POSITION]).all():
-            clicked.append((label, index[0], slice_offsets(stack, label, index[0])))
-    numbers, pairs = class_numbers(config), config.condition == "ss"
-    for label, own, off in clicked:
+    numbers, pairs, boxes = class_numbers(config), config.condition == "ss", []
+    clicks = [click for click in _clicks(stack, labels) if click[0].severity >= 0]
+    for label, own, off in clicks:
         near = off <= copy_mm
-        for other, _, others_off in clicked if pairs else ():
+        for other, _, others_off in clicks if pairs else ():
             near |= (other.level == label.level) & (others_off <= copy_mm) & np.isfinite(off)
         number, point = numbers[label.condition, label.level, label.severity], np.array([label.X, label.Y, label.Z])
         for index in np.flatnonzero(near):
@@ -57,11 +53,17 @@ def label_boxes(stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy
     return table
 
 
-def slice_offsets(stack: Stack, label: Any, own: int) -> np.ndarray:
-    """Distance (n,) in mm along the normal of every slice from a label's point on slice `own`; inf in other blocks."""
-    off = np.abs(geometry.plane_distances(stack.affines, np.array([[label.X, label.Y, label.Z]]))[:, 0])
-    off[own] = 0
-    return np.where(stack.blocks == stack.blocks[own], off, np.inf)
+def _clicks(stack: Stack, labels: pd.DataFrame) -> list[tuple[Any, int, np.ndarray]]:
+    """Each label with a position on one slice of the series: the label, that slice's index, and the distance (n,) in mm
+    along the normal of every slice from its point; inf in other blocks."""
+    clicks = []
+    for label in labels.itertuples():
+        index = np.flatnonzero(stack.instance_numbers == label.instance_number)
+        if len(index) == 1 and np.isfinite([getattr(label, name) for name in POSITION]).all():
+            off = np.abs(geometry.plane_distances(stack.affines, np.array([[label.X, label.Y, label.Z]]))[:, 0])
+            off[index] = 0
+            clicks.append((label, index[0], np.where(stack.blocks == stack.blocks[index[0]], off, np.inf)))
+    return clicks
 
 
 def _box(xy: Sequence[float], shape: Sequence[int], affine: np.ndarray, config: DetectorConfig) -> tuple | None:
@@ -109,8 +111,13 @@ def write_dataset(
         numbers[stack.series_id] = stack.instance_numbers
         table = label_boxes(stack, here, config, copy_mm)
         table = table.assign(weight=np.exp(-0.5 * (table["off"] / max(copy_mm * COPY_FALL, 1e-6)) ** 2))
-        unknown = in_margin(stack, here, copy_mm + margin_mm)
-        free = _background(stack, table["slice"].to_numpy(dtype=int), unknown, background if len(table) else 0)
+        free = near_middle(stack)  # the slices that prediction looks at, without those near a label
+        for _, _, off in _clicks(stack, here):
+            free &= off > copy_mm + margin_mm
+        free[table["slice"].to_numpy(dtype=int)] = False
+        free = np.flatnonzero(free)
+        count = min(background, len(free)) if len(table) else 0
+        free = free[np.linspace(0, len(free) - 1, count).round().astype(int)]  # spread evenly
         inputs = network_inputs(stack, config, canal[canal["study_id"] == stack.study_id])
         images += _write_images(stack, table, inputs, free, folder)
         boxes += [table.assign(study_id=stack.study_id, series_id=stack.series_id)] if len(table) else []
@@ -160,16 +167,6 @@ def _label_points(labels: pd.DataFrame, group: str) -> pd.DataFrame:
     return points[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
 
 
-def in_margin(stack: Stack, labels: pd.DataFrame, reach: float) -> np.ndarray:
-    """Slices (n,) bool from which some label's point lies up to `reach` mm along the normal."""
-    near = np.zeros(len(stack.pixels), dtype=bool)
-    for label in labels.itertuples():
-        index = np.flatnonzero(stack.instance_numbers == label.instance_number)
-        if len(index) == 1 and np.isfinite([label.X, label.Y, label.Z]).all():
-            near |= slice_offsets(stack, label, index[0]) <= reach
-    return near
-
-
 def _write_images(stack: Stack, table: pd.DataFrame, inputs: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:
     """Write the slices of a series with boxes in `table`, and the `free` ones; return their lines of images.csv."""
     lines = []
@@ -181,14 +178,6 @@ def _write_images(stack: Stack, table: pd.DataFrame, inputs: np.ndarray, free: n
         worst, weight = (int(here["severity"].max()), here["weight"].mean()) if len(here) else (-1, 1.0)
         lines.append((file, stack.study_id, stack.series_id, index, len(here), worst, weight))
     return lines
-
-
-def _background(stack: Stack, used: np.ndarray, unknown: np.ndarray, count: int) -> np.ndarray:
-    """`count` slices without a box or a label in their margin, spread evenly over those that prediction looks at."""
-    free = near_middle(stack) & ~unknown
-    free[used] = False
-    index = np.flatnonzero(free)
-    return index[np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)]
 
 
 def training_images(images: pd.DataFrame, studies: Iterable[int], repeats: Sequence[int]) -> pd.DataFrame:

@@ -93,13 +93,11 @@ def fit_power(levels: Sequence[LevelEvidence], labels: pd.DataFrame) -> float:
     weight = WEIGHTS[truth] / WEIGHTS[truth].sum()
 
     def loss(temperature: float, logs: np.ndarray) -> float:
-        """Weighted log loss of the weighted rows."""
         logits = temperature * logs + np.log(WEIGHTS)
         logits -= logits.max(axis=1, keepdims=True)
         return -weight @ (logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1)))
 
     def lowest_loss(power: float) -> float:
-        """The loss at the best temperature."""
         logs = np.log(np.maximum(read_severities(levels, power), FLOOR))
         return minimize_scalar(loss, bounds=(0.05, 5), args=(logs,), method="bounded").fun
 
@@ -113,7 +111,7 @@ def cross_read(levels: Sequence[LevelEvidence], labels: pd.DataFrame, seed: int,
     part = np.array([part_of[level.study_id] for level in levels])
     rows = np.empty((len(levels), len(SEVERITIES)))
     for number in np.unique(part):
-        power = fit_power([level for level, p in zip(levels, part, strict=True) if p != number], labels)
+        power = fit_power([levels[i] for i in np.flatnonzero(part != number)], labels)
         rows[part == number] = read_severities([levels[i] for i in np.flatnonzero(part == number)], power)
     return rows
 

@@ -1,82 +1,106 @@
-"""Speed of the detectors' trainer, as a share of what its network alone needs: forward, loss, backward and step."""
+"""Cost of a training step of each network: operations, images or studies per second, and memory.
+
+Sizes are those of a profile (`bench_training.py PROFILE`, demo by default). Inputs are noise. On a GPU a step has the
+profile's batch and runs in 16 bits; on a CPU it has one image or study and runs on one thread.
+"""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import cv2
-import numpy as np
 import pandas as pd
 import studies  # noqa: F401 - puts the repository on the path and sets one thread
 import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
-from lsdc_utils.detector.classes import DetectorConfig
-from lsdc_utils.detector.training import DetectorTraining, train_detector
+from lsdc_utils.detector.classes import DetectorConfig, class_table
+from lsdc_utils.detector.training import quiet_ultralytics
+from lsdc_utils.vit.crops import SLOTS
+from lsdc_utils.vit.model import Vit3d, VitConfig
+from lsdc_utils.vocabulary import GROUPS, LEVELS
 
-SIZE = (160, 96)  # rows and columns, as the canal's detector has them in profile demo
-IMAGES, BATCH, EPOCHS = 96, 16, 4
-CONFIG = DetectorConfig("scs", "seen", (0.3, 0.8, 0.1, 0.92), SIZE, True, 14.6)
-OPTIONS = {"mosaic": 0.0, "fliplr": 0.0, "bgr": 0.5, "translate": 0.05, "scale": 0.1, "hsv_v": 0.3, "cls": 2.0}
-
-
-def write_images(folder: Path) -> pd.DataFrame:
-    """A data set of noise with five boxes an image; returns file and weight of each."""
-    rng = np.random.default_rng(0)
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
-    for number in range(IMAGES):
-        cv2.imwrite(str(folder / f"images/{number}.png"), rng.integers(0, 255, (*SIZE, 3)).astype(np.uint8))
-        lines = [f"{3 * level + rng.integers(3)} .5 {0.15 + 0.17 * level:.3f} .12 .07" for level in range(5)]
-        (folder / f"labels/{number}.txt").write_text("\n".join(lines) + "\n")
-    pd.DataFrame({"width": [0.12], "height": [0.07]}).to_csv(folder / "boxes.csv", index=False)
-    return pd.DataFrame({"file": [f"images/{number}.png" for number in range(IMAGES)], "weight": 1.0})
+PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "profiles"
+STEPS = 8  # of which the fastest counts
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def trainer_speed(folder: Path, shown: pd.DataFrame) -> float:
-    """Images a second of the trainer's epochs but the first."""
-    training = DetectorTraining("yolov10n.yaml", EPOCHS, BATCH, 0.002, seed=1, threads=1, options=OPTIONS)
-    _, history = train_detector(folder, shown, CONFIG, training, folder / "work")
-    return IMAGES / history["seconds"][1:].min()
-
-
-def bare_speed() -> float:
-    """Images a second of forward, loss, backward and step of the same network on batches of the same kind."""
-    from ultralytics.cfg import DEFAULT_CFG_DICT
+def detector_step(parameters: dict[str, Any], key: str, count: int) -> tuple[torch.nn.Module, Callable]:
+    """A detector, and its loss on a batch of `count` images with five boxes each."""
+    quiet_ultralytics(Path(tempfile.gettempdir()) / "lsdc_bench")
+    from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
-    torch.set_num_threads(1)
-    model = DetectionModel("yolov10n.yaml", nc=15, verbose=False).train().to(memory_format=torch.channels_last)
-    model.args = SimpleNamespace(**DEFAULT_CFG_DICT)
+    size = tuple(parameters["yolo_size"][key])
+    classes = len(class_table(DetectorConfig(key, (0, 1, 0, 1), size, True, 14.0)))
+    kind = Path(parameters["yolo_model"]).with_suffix(".yaml").name
+    model = DetectionModel(kind, nc=classes, verbose=False).to(DEVICE, memory_format=torch.channels_last).train()
+    model.args = get_cfg(overrides=parameters["yolo_gains"])
+    images = torch.rand(count, 3, *size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    boxes = torch.tensor([[0.5, 0.15 + 0.17 * level, 0.12, 0.07] for level in range(len(LEVELS))])
+    batch = {"img": images, "cls": torch.zeros(count * len(LEVELS), 1), "bboxes": boxes.repeat(count, 1)}
+    batch["batch_idx"] = torch.arange(count).repeat_interleave(len(LEVELS))
+    return model, lambda: model.loss(batch)[0].sum()
+
+
+def vit_step(parameters: dict[str, Any], count: int) -> tuple[torch.nn.Module, Callable]:
+    """The 3D vision transformer, and the sum of its outputs for `count` studies."""
+    named = {name: parameters.get(f"vit_{name}") for name in VitConfig.__dataclass_fields__}
+    config = VitConfig(**{name: value for name, value in named.items() if value is not None})
+    model = Vit3d(config).to(DEVICE).train()
+    slices = len(SLOTS) * config.slices
+    images = torch.rand(count, len(LEVELS), slices, config.size, config.size, device=DEVICE) * 255
+    places = torch.zeros(count, len(LEVELS), slices, device=DEVICE)
+    return model, lambda: model(images, places).sum()
+
+
+def measure(model: torch.nn.Module, loss: Callable[[], torch.Tensor], count: int) -> dict[str, float]:
+    """GFLOP per image or study (forward and backward), their number per second, and GiB of GPU memory."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    boxes = torch.tensor([[0.5, 0.15 + 0.17 * level, 0.12, 0.07] for level in range(5)])
-    batch = {
-        "img": torch.rand(BATCH, 3, *SIZE),
-        "batch_idx": torch.arange(BATCH).repeat_interleave(5).float(),
-        "cls": torch.arange(0, 15, 3).repeat(BATCH).float()[:, None],
-        "bboxes": boxes.repeat(BATCH, 1),
-    }
-    best = np.inf
-    for _ in range(4 * IMAGES // BATCH):
-        start = time.perf_counter()
-        loss, _ = model(batch)
-        loss.sum().backward()
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, enabled=DEVICE.type == "cuda"):
+            value = loss()
+        value.backward()
         optimizer.step()
-        optimizer.zero_grad()
-        best = min(best, time.perf_counter() - start)
-    return BATCH / best
+        optimizer.zero_grad(set_to_none=True)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else float("nan")
+    return {"GFLOP": counter.get_total_flops() / count / 1e9, "per second": count / min(seconds), "GiB": memory}
+
+
+def rows(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The measurements of each network."""
+    on_gpu = DEVICE.type == "cuda"
+    for key in GROUPS:
+        count = parameters["yolo_batch"] if on_gpu else 1
+        yield {"network": f"detector {key}", "unit": "image", **measure(*detector_step(parameters, key, count), count)}
+    count = parameters["vit_batch"] if on_gpu else 1
+    yield {"network": "3D ViT", "unit": "study", **measure(*vit_step(parameters, count), count)}
 
 
 def main() -> None:
-    """Print the ratio, both measured in this run."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        trained = trainer_speed(data, write_images(data))
-    bare = bare_speed()
-    print(f"one thread, {SIZE[0]} x {SIZE[1]} pixels: trainer {trained:.0f} images/s, bare steps {bare:.0f} images/s")
-    print(f"ratio {trained / bare:.2f}")
+    """Print the table."""
+    profile = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    parameters = yaml.safe_load((PROFILES / "demo.yml").read_text())
+    parameters |= yaml.safe_load((PROFILES / f"{profile}.yml").read_text())
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
+    print(f"Training steps of profile {profile} on {device}:")
+    print(pd.DataFrame(rows(parameters)).dropna(axis=1).to_string(index=False, float_format="%.2f"))
 
 
 if __name__ == "__main__":

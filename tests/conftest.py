@@ -92,8 +92,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
     ),
     "03_train_yolo": (
-        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\n'
-        'yolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}',
+        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\nyolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
         "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
         "for epoch in range(yolo_epochs[condition]):\n    print(f'epoch {epoch + 1}/{yolo_epochs[condition]}')",

@@ -48,11 +48,12 @@ def test_a_run_prints_each_step_and_ends_with_scores_and_report(finished_tiny_pr
 def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
     done = re.findall(r"\] (\w+) done", (finished_tiny_project / "first_run.txt").read_text())
     began = re.findall(r"\] (\w+)$", (finished_tiny_project / "first_run.txt").read_text(), re.MULTILINE)
-    assert done[0] == "00_get_data"
-    assert set(done[1:4]) == {"phantom", "01_eda", "02_convert_labels"}
-    assert set(began[4:6]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
-    assert set(done[-4:-1]) == {"05_ensemble_inference", "06_evaluation", "07_stress_tests"}
-    assert done[-1] == "08_report"
+    assert done[0] == "00_get_data" and done[-1] == "08_report"
+    trainings = [step for step in began if step.startswith("03")]
+    assert set(trainings[:2]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
+    last = max(done.index(step) for step in done if step[:2] in ("03", "04"))
+    assert done.index("02_convert_labels") < began.index(trainings[0])
+    assert last < done.index("05_ensemble_inference") < min(map(done.index, ("06_evaluation", "07_stress_tests")))
 
 
 def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path) -> None:

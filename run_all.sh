@@ -1,57 +1,67 @@
 #!/usr/bin/env bash
-# The only entry point: finds or makes the Python environment, then hands over to lsdc_utils/pipeline/runner.py (see --help).
+# The only entry point: finds or creates the Python environment, then hands over to lsdc_utils/pipeline (see --help).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-headless=opencv-python-headless # the same cv2, for machines without the libraries of a desktop (libGL)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-# Does this Python have every pinned package at its pinned version?
-satisfies_pins() {
-    [ -n "$1" ] && "$1" - "$root/requirements.txt" <<'PYTHON' 2>/dev/null
-import sys
-from importlib.metadata import PackageNotFoundError, version
-
-for line in open(sys.argv[1]):
-    name, _, pinned = line.strip().partition("==")
-    if pinned and not name.startswith("#"):
-        try:
-            installed = version(name).split("+")[0]  # torch says e.g. 2.14.1+cpu
-        except PackageNotFoundError:
-            sys.exit(1)
-        if installed != pinned:
-            sys.exit(1)
-PYTHON
-}
-
-find_python() { # a Python >= 3.11 to make an environment with
-    for candidate in python3 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+find_python() { # the first Python on PATH that is 3.$1 or later
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        "$candidate" -c "import sys; sys.exit(sys.version_info < (3, $1))" 2>/dev/null && echo "$candidate" && return
     done
-    echo "run_all.sh: Python 3.11 or later is needed and was not found on PATH" >&2
     return 1
 }
 
-make_environment() {
-    local base
-    base=$(find_python)
-    echo "Setting up .venv from requirements.txt with $("$base" --version); once, and it takes some minutes ..." >&2
-    "$base" -m venv "$root/.venv" >&2 || {
-        echo "run_all.sh: could not make .venv; on Debian: apt install python3-venv" >&2
+satisfies_pins() { # does this Python have every pinned package in its version?
+    [ -n "$1" ] && "$1" - "$root/requirements.txt" <<'PYTHON' 2>/dev/null
+import re, sys
+from importlib.metadata import version  # of torch it is e.g. 2.14.1+cpu; a missing package raises
+
+pins = re.findall(r"^([\w.-]+)==(\S+)$", open(sys.argv[1]).read(), re.M)
+sys.exit(any(version(name).split("+")[0] != pin for name, pin in pins))
+PYTHON
+}
+
+pip_install() { # shows a line per package, and how many there are; all that pip says is in the log
+    local line number=0 log=$root/.venv/setup.log
+    "$root/.venv/bin/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
+        case $line in
+        Collecting\ *) echo "  [$((++number)) of about $pins] ${line%% (*}" ;;
+        *Downloading\ *MB\)*) echo "          ${line#"${line%%[! ]*}"}" ;;
+        Installing\ *) echo "  Installing $pins packages; this can take half of the time" ;;
+        esac
+    done >&2 || {
+        echo "run_all.sh: pip could not install the packages; last lines of $log:" >&2
+        grep -v 'is ignored' "$log" | tail -n 15 | sed 's/^/      /' >&2
         return 1
-    }
-    "$root/.venv/bin/python" -m pip install --quiet --requirement "$root/requirements.txt" >&2
-    "$root/.venv/bin/python" -c 'import cv2' 2>/dev/null || {
-        "$root/.venv/bin/python" -m pip install --quiet --force-reinstall --no-deps \
-            "$headless==$(sed -n 's/^opencv-python==//p' "$root/requirements.txt")" >&2
     }
 }
 
-python=$(command -v python || command -v python3 || true) # of the environment that is active, conda or venv
+make_environment() {
+    local base pins
+    base=$(find_python 11) || { echo "run_all.sh: Python 3.11 or later is needed, and is not on PATH" >&2 && return 1; }
+    pins=$(grep -c == "$root/requirements.txt")
+    echo "Creating .venv: downloading and installing about $pins packages (2 to 10 minutes, 7 GB on disk)" >&2
+    "$base" -m venv "$root/.venv" >&2 || {
+        echo "run_all.sh: could not create .venv; on Debian and Ubuntu: apt install python3-venv" >&2
+        return 1
+    }
+    pip_install --requirement "$root/requirements.txt"
+    "$root/.venv/bin/python" -c 'import cv2' 2>/dev/null || # on machines without libGL: the same cv2, without windows
+        pip_install --force-reinstall --no-deps "$(sed -n 's/^opencv-python==/opencv-python-headless==/p' "$root/requirements.txt")"
+    echo "Environment ready after $((SECONDS / 60)) min $((SECONDS % 60)) s" >&2
+}
+
+if any=$(find_python 8); then # --help and usage errors come before any set-up
+    status=0
+    "$any" -S -m lsdc_utils.pipeline.arguments "$@" || status=$?
+    case $status in 0 | 2) exit "$status" ;; esac
+elif [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    echo "usage: ./run_all.sh [COMMAND] [--profile P] [--data DIR] [--run NAME] [KEY=VALUE ...]   (see README.md)"
+    exit
+fi
+python=$(command -v python || command -v python3 || true) # of the active environment, conda or venv
 if ! satisfies_pins "$python"; then
     python="$root/.venv/bin/python"
     satisfies_pins "$python" || make_environment
 fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m lsdc_utils.pipeline.runner "$@"
+exec "$python" -m lsdc_utils.pipeline.commands "$@"

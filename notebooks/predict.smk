@@ -1,9 +1,9 @@
-# Grading a folder with a finished run: 05 alone, one job a shard of studies. Started by ./run_all.sh predict with the
-# folder of results as working directory; lsdc_utils/pipeline/predict.py listed the studies and joins the shards' answers.
-# A shard is graded again when its files, the weights, blend.json, a parameter or the code of 05 changed.
+# Grading a folder with a finished run: 05 alone, one job per shard of studies. ./run_all.sh predict starts it with the
+# folder of results as working directory; lsdc_utils/pipeline/predict.py lists the studies and joins the shards' answers.
+# A shard is graded again if its files, the weights, blend.json, a parameter or the code of 05 changed.
 import sys
 
-from lsdc_utils.pipeline import steps
+from lsdc_utils.pipeline import graph
 from lsdc_utils.vocabulary import GROUPS
 
 PYTHON = sys.executable
@@ -13,7 +13,7 @@ TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
 rule all:
     input:
-        [f"notebooks/{step.name}.ipynb" for step in steps.all_steps(config)],
+        [f"notebooks/{step.name}.ipynb" for step in graph.all_steps(config)],
 
 
 rule grade:
@@ -29,14 +29,14 @@ rule grade:
         notebook="notebooks/05_ensemble_inference_{shard}.ipynb",
     params:
         step="05_ensemble_inference_{shard}",
-        parameters=lambda wildcards: steps.tracked_parameters(steps.shard_step(wildcards.shard, config), config),
-        source=steps.source_hash("05_ensemble_inference"),
+        parameters=lambda wildcards: graph.tracked_parameters(graph.shard_step(wildcards.shard, config), config),
+        source=graph.source_hash("05_ensemble_inference"),
     log:
         "logs/05_ensemble_inference_{shard}.log",
     benchmark:
         "logs/05_ensemble_inference_{shard}.tsv"
     threads: config["threads"]
     resources:
-        gpu=1,  # none where --resources has none
+        gpu=1,  # none if --resources has none
     shell:
-        "{PYTHON:q} -m lsdc_utils.pipeline.steps . {params.step:q}"
+        "{PYTHON:q} -m lsdc_utils.pipeline.graph . {params.step:q}"

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny project with stand-in notebooks, and the pipeline run once at the smallest size."""
+"""Shared by several tests: a tiny project with stand-in notebooks, and the pipeline run once at the smallest size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lsdc_utils import phantom
-from lsdc_utils.pipeline import steps
+from lsdc_utils.pipeline import graph
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +25,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     if os.environ.get("CI") == "true" and skipped and exitstatus == pytest.ExitCode.OK:
-        reporter.write_line(f"{len(skipped)} tests were skipped, which CI=true takes for failures")
+        reporter.write_line(f"{len(skipped)} tests were skipped, which is a failure with CI=true")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -34,7 +34,8 @@ def run_all(
 ) -> subprocess.CompletedProcess:
     """`./run_all.sh` of a project, with the Python of these tests as the active environment.
 
-    offline: looks beyond this machine are refused and told by `looks_of`; it has a network of its own where it may.
+    offline: connections beyond this machine are refused and listed by `looks_of`; it has a network of its own if
+    the machine allows that.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "PYTHONPATH": "", **environment}
@@ -48,7 +49,7 @@ def run_all(
 
 
 def looks_of(project: Path) -> list[str]:
-    """What looked beyond this machine in an offline run of a project."""
+    """Attempted connections beyond this machine in an offline run of a project."""
     looks = project / "looks.txt"
     return looks.read_text().splitlines() if looks.is_file() else []
 
@@ -64,7 +65,7 @@ def copy_project(target: Path) -> Path:
 
 # ---- a tiny project: the real command line and graph, notebooks that write their files and little else ---------------
 
-RUNNER_MODULES = ("__init__.py", "files.py", "processes.py", "vocabulary.py", "steps.py", "runner.py")
+PIPELINE_NEEDS = ("__init__.py", "files.py", "parallel.py", "vocabulary.py")  # of lsdc_utils, besides pipeline/
 TINY_PROFILE = """\
 data_dir: ""
 phantom: true
@@ -115,7 +116,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "(run / 'scores.json').write_text(json.dumps({'oof': {'n_studies': 3, 'scores': {'ensemble': parts},\n"
         "    'skill': None, 'interval': {'ensemble': {'total': [.4, .6]}}}, 'test': None}))",
         [
-            *(f"predictions/{t}_{p}.parquet" for t in steps.GRADED_TABLES for p in ("oof", "test")),
+            *(f"predictions/{t}_{p}.parquet" for t in graph.GRADED_TABLES for p in ("oof", "test")),
             "predictions/findings_test.parquet",
             "predictions/slices_test.parquet",
             "blend.json",
@@ -124,7 +125,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     ),
     "06_evaluation": ("tta: bool = True", "", ["evaluation.json", "localisation.csv", "suspect_labels.csv"]),
     "phantom": ('data_dir: str = ""', "", []),
-    "07_stress_tests": ("stress_bodies: int = 1", "", [f"stress/{name}" for name in steps.STRESS_TABLES]),
+    "07_stress_tests": ("stress_bodies: int = 1", "", [f"stress/{name}" for name in graph.STRESS_TABLES]),
     "08_report": ("tta: bool = True", "from lsdc_utils import report", ["report/index.html", "provenance.json"]),
 }
 
@@ -149,8 +150,10 @@ def make_tiny_project(project: Path) -> Path:
     """The real command line and Snakefile, with notebooks that take a second each."""
     for folder in ("lsdc_utils", "notebooks/profiles"):
         (project / folder).mkdir(parents=True)
-    for module in RUNNER_MODULES:
+    for module in PIPELINE_NEEDS:
         shutil.copy(ROOT / "lsdc_utils" / module, project / "lsdc_utils")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lsdc_utils" / "pipeline", project / "lsdc_utils" / "pipeline", ignore=ignored)
     for module in ("used", "report"):
         (project / "lsdc_utils" / f"{module}.py").write_text('"""A module that one notebook uses."""\n')
     for name in ("run_all.sh", "requirements.txt"):

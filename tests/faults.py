@@ -1,4 +1,4 @@
-"""Runs of the pipeline that are killed at a chosen moment, for tests of what is left of them."""
+"""Runs of the pipeline that are killed at a chosen moment, for tests of what they leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from lsdc_utils.pipeline import runner
+from lsdc_utils.pipeline import run as runs
 
 KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its process group, only a notebook's kernel
 
@@ -29,41 +29,43 @@ class Moment:
 
 
 def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind: str) -> str:
-    """Start a run, kill it at a moment by SIGKILL, wait for the end of what was killed, and return what was said.
+    """Start a run, kill it at a moment by SIGKILL, wait for the end of what was killed, and return what it printed.
 
-    AssertionError where the run ended before that moment came.
+    AssertionError if the run ends before that moment.
     """
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
-    said = project / "said.txt"
-    with said.open("w") as out:
+    output = project / "output.txt"
+    with output.open("w") as out:
         command = ["bash", "run_all.sh", *arguments]
         running = subprocess.Popen(
             command, cwd=project, env=environment, stdout=out, stderr=out, start_new_session=True
         )
     begins = re.compile(rf"\] {re.escape(moment.step)}$", re.MULTILINE)
-    _wait(lambda: begins.search(said.read_text()), running, said)
+    _wait(lambda: begins.search(output.read_text()), running, output)
     folder = project / "outputs" / run
     if moment.in_checkpoint:
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
         first = work / "checkpoint.safetensors"
-        _wait(lambda: (first.exists() and [*work.glob(".writing-*")]) or ends.search(said.read_text()), running, said)
+        _wait(
+            lambda: (first.exists() and [*work.glob(".writing-*")]) or ends.search(output.read_text()), running, output
+        )
     else:
         time.sleep(moment.delay)
     if kind == "kernel":
         _kill_kernel(folder, running)
-        running.wait(timeout=300)  # the runner tells of it, when the other steps have ended
+        running.wait(timeout=300)  # the runner reports it when the other steps have ended
     else:
         os.killpg(running.pid, signal.SIGKILL) if kind == "group" else running.kill()
         running.wait(timeout=60)
-    return said.read_text()
+    return output.read_text()
 
 
-def _wait(condition, running: subprocess.Popen, said: Path) -> None:
-    """Wait until something is true; AssertionError where the run ends before."""
+def _wait(condition, running: subprocess.Popen, output: Path) -> None:
+    """Wait until something is true; AssertionError if the run ends before."""
     while not condition():
-        assert running.poll() is None, f"the run ended before it could be killed:\n{said.read_text()}"
+        assert running.poll() is None, f"the run ended before it could be killed:\n{output.read_text()}"
         time.sleep(0.002)
 
 
@@ -71,7 +73,7 @@ def _kill_kernel(folder: Path, running: subprocess.Popen) -> None:
     """Kill the kernels of a run's notebooks, as soon as there is one."""
     while running.poll() is None:
         kernels = []
-        for process in runner.processes_of(folder):
+        for process in runs.processes_of(folder):
             with contextlib.suppress(psutil.Error):
                 kernels += [process] if "ipykernel_launcher" in " ".join(process.cmdline()) else []
         for kernel in kernels:

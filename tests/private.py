@@ -101,9 +101,9 @@ def _values(dataset: Dataset) -> Iterator[str]:
 
 def leaks(folder: Path, words: list[str]) -> list[str]:
     """'file: word' for each word found in names and files under `folder`."""
-    found = []
+    lines = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
         name = str(file.relative_to(folder))
-        found += [f"{name}: {word} in its name" for word in words if word in name.lower()]
-        found += sorted(set(found_in(name, file.read_bytes(), words)))
-    return found
+        lines += [f"{name}: {word} in its name" for word in words if word in name.lower()]
+        lines += sorted(set(found_in(name, file.read_bytes(), words)))
+    return lines

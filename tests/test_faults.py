@@ -1,4 +1,4 @@
-"""Runs that are killed, run out of disk or of memory, and go on to the same end as an undisturbed one."""
+"""Runs that are killed, run out of disk or of memory, resume and end as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LONGER = ["--profile", "smoke", "--run", "demo", "vit_epochs=4", "yolo_epochs={n
 def results(project: Path) -> dict[str, str | bytes]:
     """The submission, and the checksums of all weights."""
     run = project / "outputs" / "demo"
-    found = {file.name: json.loads(file.read_text())["sha256"] for file in sorted((run / "weights").glob("*.json"))}
-    return {"submission.csv": (run / "submission.csv").read_bytes(), **found}
+    sums = {file.name: json.loads(file.read_text())["sha256"] for file in sorted((run / "weights").glob("*.json"))}
+    return {"submission.csv": (run / "submission.csv").read_bytes(), **sums}
 
 
 def assert_ends_as(undisturbed: Path, project: Path, arguments: list[str]) -> None:
-    """The run goes on to its end, which is that of an undisturbed one; nothing half-written is left."""
+    """The run resumes and ends as an undisturbed one; no half-written file is left."""
     done = run_all(project, *arguments, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(project) == results(undisturbed)
@@ -38,7 +38,7 @@ def log_of(project: Path, step: str) -> str:
     return (project / "outputs/demo/logs" / f"{step}.log").read_text()
 
 
-def test_killed_trainings_go_on_to_the_same_weights(smoke_project: Path, smoke_copy: Path) -> None:
+def test_killed_trainings_resume_to_the_same_weights(smoke_project: Path, smoke_copy: Path) -> None:
     again = ["--profile", "smoke", "--run", "demo", "--until", "04_train_vit3d_fold0"]
     weights = smoke_copy / "outputs/demo/weights"
     (weights / "vit3d_fold0.safetensors").unlink()
@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(
     undisturbed: Path, tmp_path: Path, kind: str, count: int
 ) -> None:
     project, run = copy_project(tmp_path / "project"), tmp_path / "project/outputs/demo"
-    rng, went_on = np.random.default_rng([20, KINDS.index(kind)]), 0
+    rng, resumed = np.random.default_rng([20, KINDS.index(kind)]), 0
     costs = sorted((undisturbed / "outputs/demo/logs").glob("*.tsv"), key=lambda file: file.stat().st_mtime)
     for number, index in enumerate(np.sort(rng.choice(len(costs), count, replace=False))):
         waiting = [cost for cost in costs if not (run / "notebooks" / f"{cost.stem}.ipynb").exists()]
@@ -75,10 +75,10 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(
         moment = Moment(cost.stem, seconds, in_checkpoint=cost.stem[:2] in ("03", "04") and number % 2 == 0)
         print(f"{kind}: {moment}", flush=True)
         kill_run(project, LONGER, "demo", moment, kind)
-        went_on += sum(" after epoch " in log.read_text() for log in run.glob("logs/0*.log"))
+        resumed += sum("after epoch" in log.read_text() for log in run.glob("logs/0*.log"))
     assert_ends_as(undisturbed, project, LONGER)
     assert "nothing to do" in run_all(project, *LONGER).stdout
-    assert went_on + sum(" after epoch " in log.read_text() for log in run.glob("logs/0*.log")) > 0
+    assert resumed + sum("after epoch" in log.read_text() for log in run.glob("logs/0*.log")) > 0
 
 
 def in_namespace(project: Path, script: str) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def in_namespace(project: Path, script: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.75, 0.95])
-def test_a_full_disk_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: Path, share: float) -> None:
+def test_a_full_disk_stops_a_run_that_then_resumes(undisturbed: Path, tmp_path: Path, share: float) -> None:
     project = copy_project(tmp_path / "project")
     need = sum(file.stat().st_blocks * 512 for file in (undisturbed / "outputs").rglob("*") if file.is_file())
     (project / "outputs").mkdir()
@@ -105,7 +105,7 @@ def test_a_full_disk_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: 
     done = in_namespace(project, script)
     assert done.returncode == 0, (project / "first.txt").read_text() + done.stdout + done.stderr
     first = (project / "first.txt").read_text()
-    assert "No space left on device" in first and "Go on with" in first
+    assert "No space left on device" in first and "Resume with" in first
     (project / "outputs").rmdir()
     shutil.move(project / "kept", project / "outputs")
     assert_ends_as(undisturbed, project, LONGER)
@@ -119,7 +119,7 @@ def test_one_step_at_a_time_gives_the_same_bytes(undisturbed: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1.2, 2.5])
-def test_short_memory_stops_a_run_that_then_goes_on(undisturbed: Path, tmp_path: Path, limit: float) -> None:
+def test_short_memory_stops_a_run_that_then_resumes(undisturbed: Path, tmp_path: Path, limit: float) -> None:
     project = copy_project(tmp_path / "project")
     run = f"ulimit -v {int(limit * 2**20)}; exec bash run_all.sh {' '.join(repr(word) for word in LONGER)}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

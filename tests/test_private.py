@@ -1,4 +1,4 @@
-"""No value of a header that is not geometry or contrast leaves it; no process looks beyond this machine."""
+"""No header value but geometry and contrast leaves the files; no process connects beyond this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(smoke_project: Path) -> Path:
 def test_the_planted_files_hold_what_is_looked_for(run: Path) -> None:
     data = run / json.loads((run / "data.json").read_text())["data_dir"]
     file = next(data.rglob("*.dcm"))
-    assert {told.split(": ")[1] for told in found_in(file.name, file.read_bytes(), [*WORDS, UID_ROOT])} == {
+    assert {line.split(": ")[1] for line in found_in(file.name, file.read_bytes(), [*WORDS, UID_ROOT])} == {
         *WORDS,
         UID_ROOT,
     }
@@ -43,18 +43,18 @@ def test_nothing_private_leaves_the_headers(run: Path) -> None:
 
 
 def test_uids_appear_in_exports_alone(run: Path) -> None:
-    told = leaks(run, [UID_ROOT])
-    assert any(line.startswith("exports/") for line in told)
-    assert [line for line in told if not line.startswith("exports/")] == []
+    lines = leaks(run, [UID_ROOT])
+    assert any(line.startswith("exports/") for line in lines)
+    assert [line for line in lines if not line.startswith("exports/")] == []
 
 
-def test_validate_tells_nothing_private(smoke_project: Path, run: Path, tmp_path: Path) -> None:
+def test_validate_prints_nothing_private(smoke_project: Path, run: Path, tmp_path: Path) -> None:
     data = (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
     for folder in (data, data / "test_images"):  # with tables, and any folder of DICOM files
         done = run_all(smoke_project, "validate", str(folder), "--out", str(tmp_path / "findings.csv"))
         assert "Traceback" not in done.stderr and (tmp_path / "findings.csv").stat().st_size
-        said = (done.stdout + done.stderr).encode()
-        assert list(found_in("said", said, [*WORDS, UID_ROOT])) == []
+        output = (done.stdout + done.stderr).encode()
+        assert list(found_in("output", output, [*WORDS, UID_ROOT])) == []
         assert leaks(tmp_path, [*WORDS, UID_ROOT]) == []
 
 
@@ -62,9 +62,9 @@ def test_validate_tells_nothing_private(smoke_project: Path, run: Path, tmp_path
 
 
 def png(word: str) -> bytes:
-    told, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    told.add_text("Comment", word * 9, zip=True)
-    Image.new("L", (8, 8)).save(file, "png", pnginfo=told)
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("Comment", word * 9, zip=True)
+    Image.new("L", (8, 8)).save(file, "png", pnginfo=info)
     return file.getvalue()
 
 
@@ -127,7 +127,7 @@ def test_a_word_is_found_wherever_it_hides(tmp_path: Path, name: str, make) -> N
 # ---- the network ---------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_looks_at_no_network(smoke_project: Path) -> None:
+def test_a_whole_run_works_offline(smoke_project: Path) -> None:
     assert looks_of(smoke_project) == []
     for log in (smoke_project / "outputs/demo/logs").glob("*.log"):
         text = log.read_text().lower()
@@ -143,7 +143,7 @@ def test_a_whole_run_looks_at_no_network(smoke_project: Path) -> None:
         "import socket; socket.gethostbyname('example.org')",
     ],
 )
-def test_a_look_is_refused_and_told(tmp_path: Path, code: str) -> None:
+def test_a_connection_is_refused_and_listed(tmp_path: Path, code: str) -> None:
     watch = {"PYTHONPATH": str(Path(__file__).with_name("watch")), "LSDC_LOOKS": str(tmp_path / "looks.txt")}
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **watch}, capture_output=True, text=True)
     assert done.returncode == 1 and "no network in this test" in done.stderr

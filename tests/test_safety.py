@@ -1,4 +1,4 @@
-"""Nothing that is loaded may run: no pickles but detectors' weights through an allow-list, no eval, no shell."""
+"""Loading weights or data never executes code: pickles (detectors) by an allow-list, no eval, no shell."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def sources() -> Iterator[tuple[str, str]]:
 
 
 def test_no_code_runs_what_it_loads() -> None:
-    found = {name: list(unsafe(source)) for name, source in sources()}
-    assert len(found) > 50
-    assert {name: told for name, told in found.items() if told} == {}
+    calls = {name: list(unsafe(source)) for name, source in sources()}
+    assert len(calls) > 50
+    assert {name: lines for name, lines in calls.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
     if forged:
         about["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     weights.with_suffix(".json").write_text(json.dumps(about))
-    with pytest.raises((DetectorError, pickle.UnpicklingError, TypeError)) as told:
+    with pytest.raises((DetectorError, pickle.UnpicklingError, TypeError)) as error:
         load_detector(weights)
-    assert "yolo_scs_fold0.pt" in str(told.value)
+    assert "yolo_scs_fold0.pt" in str(error.value)
     assert not ran.exists()
     torch.load(weights, weights_only=False)
     assert ran.exists()  # it would have

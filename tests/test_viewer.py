@@ -14,7 +14,7 @@ from report_run import make_rows, write_images
 from lsdc_utils import figures, viewer
 from lsdc_utils.data.stacks import load_study
 from lsdc_utils.grading import marks, run_tables
-from lsdc_utils.pipeline import runner
+from lsdc_utils.pipeline import run
 from lsdc_utils.vocabulary import SERIES_TYPES
 
 
@@ -119,7 +119,7 @@ def test_a_point_outside_an_image_is_not_on_it(read, rows):
 
 
 def test_a_run_is_marked_as_the_runner_marks_it():
-    assert viewer.RUN_MARK == runner.RUN_MARK
+    assert viewer.RUN_MARK == run.RUN_MARK
 
 
 def test_no_study_is_no_viewer(read, rows, capsys):

@@ -1,51 +1,37 @@
-"""Experiments round a finished run: what each ingredient, more studies, and labels kept out of training are worth.
+"""Experiments around a finished run: ablations and the learning curve.
 
-`notebooks/ablations.yml` names the ingredients; each is taken away alone, by changing parameters, in a run of its own,
-`outputs/<run>-<name>/`. That run begins as a copy of the finished one, so that Snakemake repeats no step but those that
-the change touches: an ingredient of the transformer leaves the detectors as they are. The learning curve repeats the
-run with other numbers of training studies; its test studies stay the same. Label noise is planted in the phantom's
-training labels; the labels that the models of that run call improbable are then kept out of a second training.
-
-Each ends in a table beside the run, which its report shows: `ablation.csv`, `curve.csv`, `noise.csv`.
+Each experiment is a run of its own, `outputs/<run>-<name>/`. An ablation of `notebooks/ablations.yml` starts as a copy
+of the finished run, so that only the steps that its change affects run again. The learning curve repeats the run with
+other numbers of training studies; all sizes share the same test studies. The tables are `experiments/ablation.csv` and
+`experiments/curve.csv` below the run; its report shows them.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from lsdc_utils.data.competition import data_dir
+from lsdc_utils.files import atomic, git_commit
 from lsdc_utils.grading.evaluation import difference
 from lsdc_utils.metric import PARTS, solution_of
-from lsdc_utils.pipeline.steps import EXPERIMENT_TABLES, NOTEBOOKS, read_parameters
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
+from lsdc_utils.pipeline.parameters import changed
+from lsdc_utils.pipeline.progress import shown
+from lsdc_utils.pipeline.run import Run, locked, work
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
-NOT_COPIED = ("report", "predict", "work", ".lock", *EXPERIMENT_TABLES)
+NOT_COPIED = ("report", "predict", "work", "experiments", ".lock")
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """One ingredient and the parameters that take it away."""
-
-    name: str  # plain, since a folder is named by it
-    without: str  # what is taken away, for people
-    change: dict[str, Any]
-
-
-def read_ablations(file: Path = ABLATIONS) -> list[Ablation]:
-    """The ingredients of a table such as notebooks/ablations.yml, in its order."""
-    return [Ablation(name, **entry) for name, entry in yaml.safe_load(file.read_text()).items()]
-
-
-def begin(base: Path, folder: Path) -> None:
-    """Make `folder` a copy of the finished run `base`, unless it is there; files keep their times, by which Snakemake
-    knows them."""
+def copy_run(base: Path, folder: Path) -> None:
+    """Make `folder` a copy of the finished run `base`, unless it exists; files keep the times that Snakemake knows."""
     if folder.exists():
         return
     unfinished = folder.with_name(f".{folder.name}")
@@ -54,17 +40,61 @@ def begin(base: Path, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def ablation_table(base: Path, tried: list[tuple[Ablation, Path]]) -> pd.DataFrame:
-    """A row for the run and for each ablation of it: name, without, and the ensemble's score out of fold.
+def run_ablations(base: Path, names: list[str], cores: int) -> int:
+    """Run the ablations `names` (none: all) of the run `base`, write and print their table; the exit status."""
+    ablations = yaml.safe_load(ABLATIONS.read_text())
+    if unknown := set(names) - set(ablations):
+        raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {', '.join(ablations)}")
+    folders = {name: base.with_name(f"{base.name}-{name}") for name in ablations if not names or name in names}
+    for name, folder in folders.items():
+        copy_run(base, folder)
+        parameters = changed(read_parameters(base), ablations[name]["change"])
+        if status := _run_to_scores(folder, parameters, ["ablate", *names, "--run", base.name], cores):
+            return status
+    removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
+    return _write_table(base, "ablation", ablation_table(base, removed), cores)
 
-    Scores are those of `PARTS`, skill is the total's (absent without an oracle); worse_by, low and high are how much
-    the total rose against the run, with a 95 % interval of a bootstrap over studies that both runs share.
+
+def run_curve(base: Path, sizes: list[int], cores: int) -> int:
+    """Repeat the run `base` on a phantom with other numbers of training studies; the exit status."""
+    parameters = read_parameters(base)
+    runs = [(n, base if n == parameters["n_train"] else base.with_name(f"{base.name}-n{n}")) for n in sizes]
+    for n_train, folder in runs:
+        command = ["curve", *map(str, sizes), "--run", base.name]
+        change = changed(parameters, {"n_train": n_train})
+        if folder != base and (status := _run_to_scores(folder, change, command, cores)):
+            return status
+    return _write_table(base, "curve", curve_table(runs), cores)
+
+
+def _run_to_scores(folder: Path, parameters: dict[str, Any], command: list[str], cores: int) -> int:
+    with locked(folder):
+        return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, "05_ensemble_inference"))
+
+
+def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
+    """Write a table of experiments, renew the run's report, which shows it, and print it; the exit status."""
+    file = base / "experiments" / f"{name}.csv"
+    with atomic(file) as temporary:
+        table.assign(commit=git_commit()).to_csv(temporary, index=False)
+    with locked(base):
+        if status := work(Run(base, read_parameters(base), f"./run_all.sh --run {base.name}", cores)):
+            return status
+    print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
+    return 0
+
+
+def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
+    """A row for the run and for each ablation (folder -> what is removed): name, without, the ensemble's scores.
+
+    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low, high
+    are the increase of the total and its paired 95 % interval (bootstrap over studies).
     """
-    rows = [{"name": base.name, "without": "", **_scores(base)}]
-    for ablation, folder in tried:
-        worse_by, low, high = _apart(folder, base, "oof")
-        row = {"name": ablation.name, "without": ablation.without, **_scores(folder)}
-        rows.append(row | {"worse_by": worse_by, "low": low, "high": high})
+    rows = [{"name": base.name, "without": "", **_scores(base, "oof")}]
+    for folder, without in removed.items():
+        name, increase = folder.name.removeprefix(f"{base.name}-"), _increase(folder, base)
+        increase = dict(zip(("worse_by", "low", "high"), increase, strict=True))
+        rows.append({"name": name, "without": without, **_scores(folder, "oof"), **increase})
     return pd.DataFrame(rows)
 
 
@@ -79,45 +109,21 @@ def curve_table(runs: list[tuple[int, Path]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def noise_table(base: Path, wrong: Path, left_out: Path) -> pd.DataFrame:
-    """A row for a run, for the same run with wrong labels planted, and for that run with its suspects kept out.
-
-    Scores and skill are the ensemble's on test studies, whose labels are as their readers meant them. better_by, low
-    and high: how much the total fell against the run with wrong labels, with its paired 95 % interval. planted, listed,
-    precision, recall and precision_at_half tell how well a run's suspects find what was planted, as
-    `evaluation.suspicion` says.
-    """
-    rows = []
-    labels = {base: "as read", wrong: "with wrong labels", left_out: "with wrong labels, suspects kept out"}
-    for folder, name in labels.items():
-        row = {"labels": name, **_scores(folder, "test")}
-        if folder != wrong:
-            worse_by, low, high = _apart(folder, wrong, "test")
-            row |= {"better_by": -worse_by, "low": -high, "high": -low}
-        rows.append(row | json.loads((folder / "scores.json").read_text())["oof"].get("suspects", {}))
-    return pd.DataFrame(rows)
-
-
-def _scores(folder: Path, block: str = "oof") -> dict[str, float]:
-    """The ensemble's scores in one block of a run's scores.json, and the total's skill where it is known."""
+def _scores(folder: Path, block: str) -> dict[str, float]:
+    """The ensemble's scores in one block of a run's scores.json, and the total's skill if known."""
     scores = json.loads((folder / "scores.json").read_text())[block]
     skill = {"skill": scores["skill"]["ensemble"]["total"]} if scores["skill"] else {}
     return {part: scores["scores"]["ensemble"][part] for part in PARTS} | skill
 
 
-def _apart(folder: Path, base: Path, block: str) -> tuple[float, float, float]:
-    """Total score of a run's ensemble minus that of `base`, on the same studies, with its paired 95 % interval."""
-    solution = _solution(base, block)
-    if set(_solution(folder, block)["row_id"]) != set(solution["row_id"]):
-        raise ValueError(f"{folder} graded other studies than {base}: such runs cannot be compared")
-    file = f"predictions/ensemble_{block}.parquet"
-    tables = {"one": pd.read_parquet(folder / file), "other": pd.read_parquet(base / file)}
-    return difference(solution, tables, "one", "other")["total"]
-
-
-def _solution(folder: Path, block: str) -> pd.DataFrame:
-    """The labels, row_id and severity, that a run is scored by out of fold (oof) or on test studies (test)."""
-    if block == "test":
-        return pd.read_csv(data_dir(folder) / "solution.csv")
-    labels = pd.read_parquet(folder / "tables/labels.parquet")
-    return solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
+def _increase(folder: Path, base: Path) -> tuple[float, float, float]:
+    """Total out-of-fold score of a run's ensemble minus that of `base`, with its paired 95 % interval."""
+    solutions = []
+    for run in (folder, base):
+        labels = pd.read_parquet(run / "tables/labels.parquet")
+        solutions.append(solution_of(labels[labels["fold"].isin(read_parameters(run)["folds"])]))
+    if set(solutions[0]["row_id"]) != set(solutions[1]["row_id"]):
+        raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
+    runs = {"ablation": folder, "run": base}
+    tables = {name: pd.read_parquet(run / "predictions/ensemble_oof.parquet") for name, run in runs.items()}
+    return difference(solutions[1], tables, "ablation", "run")["total"]

@@ -9,20 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kaggle_image
 import pandas as pd
 import pytest
 from conftest import ROOT, run_all
 
 from lsdc_utils import downloads
-from lsdc_utils.pipeline import kaggle, steps
+from lsdc_utils.pipeline import graph, kaggle
 
-RECIPE = {"folds": [0, 3], "kind": "published", "vit_views": 2, "threads": 4}
+RECIPE = {"folds": [0, 3], "kind": "fitted", "vit_views": 2, "threads": 4}
 
 
 def placed(folder: Path, wheels: dict[str, str]) -> list[str]:
     """Stand-in wheels in a folder; their names."""
     folder.mkdir(parents=True)
-    names = [f"{name.replace('-', '_')}-{found}-py3-none-any.whl" for name, found in wheels.items()]
+    names = [f"{name.replace('-', '_')}-{version}-py3-none-any.whl" for name, version in wheels.items()]
     for name in names:
         (folder / name).write_bytes(b"stand-in")
     return sorted(names)
@@ -30,14 +31,14 @@ def placed(folder: Path, wheels: dict[str, str]) -> list[str]:
 
 @pytest.fixture
 def image() -> dict[str, str]:
-    return kaggle.read_image()
+    return kaggle_image.read_image()
 
 
 # ---- the bundle ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_what_kaggles_own_takes(smoke_project: Path, tmp_path: Path, image: dict[str, str]) -> None:
-    wheels = placed(tmp_path / "out/dataset/wheels", kaggle.lacking(image, image["python"], kaggle.roots()))
+def test_the_command_writes_what_kaggles_own_takes(smoke_project: Path, tmp_path: Path) -> None:
+    wheels = placed(tmp_path / "out/dataset/wheels", kaggle.read_wheels())
     (tmp_path / "out/dataset/wheels/timm-0.1-py3-none-any.whl").write_bytes(b"of an earlier bundle")
     asked = ["kaggle-bundle", "--run", "demo", "--out", str(tmp_path / "out")]
     for _ in range(2):
@@ -77,13 +78,13 @@ def test_names_are_as_kaggle_wants_them(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_notebook_is_05_with_its_parameters_set() -> None:
     notebook = kaggle.inference_notebook(RECIPE)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    own = [source for source, _ in steps._code_cells("05_ensemble_inference")]
+    own = [source for source, _ in graph.code_cells("05_ensemble_inference")]
     assert [cell.source for cell in cells[2:]] == own[1:]
     assert "--no-index" in cells[0].source and "shell" not in cells[0].source
     assert cells[1].metadata.tags == ["parameters"]
     values = {node.target.id: node.value for node in ast.parse(cells[1].source).body}
-    assert list(values) == list(steps.declared("05_ensemble_inference"))
-    given = {"fit_blend": False, "folds": [0, 3], "blend_kind": "published", "vit_views": 2, "threads": 4}
+    assert list(values) == list(graph.declared("05_ensemble_inference"))
+    given = {"fit_blend": False, "folds": [0, 3], "vit_views": 2, "threads": 4}
     assert {name: ast.literal_eval(values[name]) for name in given} == given
     assert {name: ast.unparse(values[name]) for name in kaggle.PLACES} == {
         name: value.replace('"', "'") for name, value in kaggle.PLACES.items()
@@ -108,7 +109,7 @@ def test_its_first_cell_finds_bundle_and_data(tmp_path: Path, dataset: str, comp
     assert "--no-deps" in done.stdout and f"{bundle}/wheels/stand_in-1-py3-none-any.whl" in done.stdout
     (bundle / "lsdc_utils").unlink()
     done = subprocess.run([sys.executable, "-c", first], env=environment, capture_output=True, text=True)
-    assert "attach one dataset" in done.stderr
+    assert "attach one data set" in done.stderr
 
 
 # ---- wheels --------------------------------------------------------------------------------------------------------
@@ -126,23 +127,30 @@ class Asked(dict):
         return super().get(name, default)
 
 
+def test_the_bundle_brings_what_the_image_lacks() -> None:
+    assert kaggle.read_wheels() == kaggle_image.wheels(), (
+        "renew it: python tests/kaggle_image.py > .../kaggle_wheels.txt"
+    )
+    assert kaggle_image.read_image()["python"] == kaggle.PYTHON
+
+
 def test_the_list_of_the_image_holds_what_matters_and_no_more(image: dict[str, str]) -> None:
     remembered = Asked(image)
-    found = kaggle.lacking(remembered, image["python"], kaggle.roots())
-    assert {"ultralytics", "timm", "pydicom", "pylibjpeg-libjpeg", "opencv-python"} <= set(found)
-    assert not set(found) & kaggle.NEVER
+    missing = kaggle_image.lacking(remembered, image["python"], kaggle_image.roots())
+    assert {"ultralytics", "timm", "pydicom", "pylibjpeg-libjpeg", "opencv-python"} <= set(missing)
+    assert not set(missing) & kaggle_image.NEVER
     assert set(image) - remembered.asked <= {"python", "opencv-contrib-python", "opencv-python-headless"}
-    assert not remembered.asked - set(image) - set(found)
-    header = [line for line in kaggle.IMAGE.read_text().splitlines() if line.startswith("#")]
+    assert not remembered.asked - set(image) - set(missing)
+    header = [line for line in kaggle_image.IMAGE.read_text().splitlines() if line.startswith("#")]
     assert re.search(r"20\d\d", header[0])
 
 
 def test_what_the_image_has_in_a_version_that_will_not_do_is_brought(image: dict[str, str]) -> None:
     python, wanted = image["python"], ["ultralytics"]
-    assert "psutil" not in kaggle.lacking(image, python, wanted)
-    assert "psutil" in kaggle.lacking(image | {"psutil": "5.0.0"}, python, wanted)
-    with pytest.raises(kaggle.BundleError, match=r"torch.*1\.0\.0"):
-        kaggle.lacking(image | {"torch": "1.0.0"}, python, wanted)
+    assert "psutil" not in kaggle_image.lacking(image, python, wanted)
+    assert "psutil" in kaggle_image.lacking(image | {"psutil": "5.0.0"}, python, wanted)
+    with pytest.raises(kaggle_image.MissingError, match=r"torch.*1\.0\.0"):
+        kaggle_image.lacking(image | {"torch": "1.0.0"}, python, wanted)
 
 
 def test_a_wheel_that_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +158,7 @@ def test_a_wheel_that_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (kept,) = placed(tmp_path / "wheels", {"kept": "1.0"})
     (tmp_path / "wheels/kept-0.9-py3-none-any.whl").write_bytes(b"old")
-    with pytest.raises(kaggle.BundleError, match=r"no-such-one 2\.0 for Python 3\.12\.13 .* network"):
+    with pytest.raises(kaggle.UsageError, match=r"no-such-one 2\.0 for Python 3\.12\.13.* network"):
         kaggle.fetch({"kept": "1.0", "no-such-one": "2.0"}, tmp_path / "wheels", "3.12.13")
     assert [file.name for file in (tmp_path / "wheels").iterdir()] == [kept]
 

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from conftest import copy_project, run_all
 
-from lsdc_utils.pipeline.pack import MANIFEST, PackError, pack_run, unpack, without_places
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.pack import MANIFEST, pack_run, unpack, without_places
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def test_it_grades_elsewhere_as_the_run_does(smoke_project: Path, tmp_path: Path
         elsewhere, "predict", str(data), "--run", str(tmp_path / "models.zip"), "--out", str(tmp_path / "graded")
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found, expected = (pd.read_csv(file) for file in (tmp_path / "graded/submission.csv",
+    graded, expected = (pd.read_csv(file) for file in (tmp_path / "graded/submission.csv",
                                                       smoke_project / "outputs/demo/submission.csv"))  # fmt: skip
-    pd.testing.assert_frame_equal(found, expected[found.columns].set_index("row_id").loc[found.row_id].reset_index())
+    pd.testing.assert_frame_equal(graded, expected[graded.columns].set_index("row_id").loc[graded.row_id].reset_index())
 
 
 def test_the_same_run_gives_the_same_bytes_and_names_no_study_or_place(
@@ -49,15 +50,15 @@ def test_the_same_run_gives_the_same_bytes_and_names_no_study_or_place(
     with zipfile.ZipFile(archive) as opened:
         text = {name: opened.read(name).decode() for name in opened.namelist() if not name.endswith((".pt", "tensors"))}
         manifest = json.loads(text[MANIFEST])
-        for name, one in manifest["files"].items():
-            assert hashlib.sha256(opened.read(name)).hexdigest() == one["sha256"]
+        for name, entry in manifest["files"].items():
+            assert hashlib.sha256(opened.read(name)).hexdigest() == entry["sha256"]
     for study in labels["study_id"].unique():
         assert not [name for name, content in text.items() if str(study) in content]
     assert not [name for name, content in text.items() if str(smoke_project) in content]
     assert len(manifest["columns"]) == 25 and manifest["severities"] == ["normal_mild", "moderate", "severe"]
 
 
-def test_its_card_tells_data_scores_limits_and_licence(archive: Path, smoke_project: Path) -> None:
+def test_its_card_states_data_scores_limits_and_licence(archive: Path, smoke_project: Path) -> None:
     scores = json.loads((smoke_project / "outputs/demo/scores.json").read_text())
     with zipfile.ZipFile(archive) as opened:
         card = opened.read("MODEL_CARD.md").decode()
@@ -96,7 +97,7 @@ def listed(contents: dict[str, bytes], name: str, content: bytes) -> None:
     contents |= {name: content, MANIFEST: json.dumps(manifest).encode()}
 
 
-def told(contents: dict[str, bytes], **change: object) -> None:
+def changed(contents: dict[str, bytes], **change: object) -> None:
     """Change the manifest."""
     contents[MANIFEST] = json.dumps(json.loads(contents[MANIFEST]) | change).encode()
 
@@ -108,30 +109,33 @@ def told(contents: dict[str, bytes], **change: object) -> None:
         (lambda c: c.update({"weights/vit3d_fold0.safetensors": b""}), "vit3d_fold0.safetensors is not the file"),
         (lambda c: c.pop("blend.json"), "differ in 'blend.json'"),
         (lambda c: c.update({"stranger.py": b"1"}), "differ in 'stranger.py'"),
-        (lambda c: listed(c, "../../evil.json", b"1"), "'../../evil.json' is no name"),
-        (lambda c: listed(c, "/tmp/evil.json", b"1"), "'/tmp/evil.json' is no name"),
-        (lambda c: listed(c, "weights/..json", b"1"), "is no name"),
+        (lambda c: listed(c, "../../evil.json", b"1"), "'../../evil.json' is not a file name"),
+        (lambda c: listed(c, "/tmp/evil.json", b"1"), "'/tmp/evil.json' is not a file name"),
+        (lambda c: listed(c, "weights/..json", b"1"), "is not a file name"),
         (lambda c: c.pop(MANIFEST), "has no manifest.json"),
         (lambda c: c.update({MANIFEST: b"{"}), "cannot be read"),
-        (lambda c: told(c, files=[]), "cannot be read"),
-        (lambda c: told(c, files={"blend.json": {"size": "x", "sha256": ""}}), "cannot be read"),
-        (lambda c: told(c, files={name: {"size": -5, "sha256": ""} for name in c if name != MANIFEST}), "no archive"),
-        (lambda c: told(c, columns=["other"]), "another version"),
-        (lambda c: [listed(c, f"weights/x{k}.pt", b"1") for k in range(501)], "no archive of models"),
+        (lambda c: changed(c, files=[]), "cannot be read"),
+        (lambda c: changed(c, files={"blend.json": {"size": "x", "sha256": ""}}), "cannot be read"),
+        (
+            lambda c: changed(c, files={name: {"size": -5, "sha256": ""} for name in c if name != MANIFEST}),
+            "not an archive",
+        ),
+        (lambda c: changed(c, columns=["other"]), "another version"),
+        (lambda c: [listed(c, f"weights/x{k}.pt", b"1") for k in range(501)], "not an archive of models"),
     ],
 )
 def test_a_changed_archive_is_refused(archive: Path, tmp_path: Path, change: Callable, words: str) -> None:
     other = rewrite(archive, tmp_path / "other.zip", change)
-    with pytest.raises(PackError, match=r"other\.zip") as told:
+    with pytest.raises(UsageError, match=r"other\.zip") as error:
         unpack(other, tmp_path / "models")
-    assert words in str(told.value)
+    assert words in str(error.value)
     assert not list((tmp_path / "models").glob("**/*.json"))
 
 
 @pytest.mark.parametrize("size", [0, 100, -200])
 def test_a_truncated_archive_is_refused(archive: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "short.zip").write_bytes(archive.read_bytes()[:size])
-    with pytest.raises(PackError, match=r"short\.zip"):
+    with pytest.raises(UsageError, match=r"short\.zip"):
         unpack(tmp_path / "short.zip", tmp_path / "models")
 
 
@@ -141,7 +145,7 @@ def test_no_byte_can_change(archive: Path, tmp_path: Path) -> None:
         (tmp_path / "other.zip").write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         try:
             ready = unpack(tmp_path / "other.zip", tmp_path / "models")
-        except PackError:
+        except UsageError:
             refused += 1
         else:  # a byte that means nothing, as in a date
             same = unpack(archive, tmp_path / "models")

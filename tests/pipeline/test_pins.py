@@ -1,16 +1,15 @@
-"""The pins: they cover what is imported, and are renewed part by part."""
+"""The pins cover what is imported, and conda, pip and the build machine use the same."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 
-import pytest
+import kaggle_image
 import yaml
 from conftest import ROOT
-
-from lsdc_utils.pipeline import pins
 
 TOOLS = {  # asked for by name and imported nowhere
     "torchvision": "ultralytics and timm want the one that goes with torch",
@@ -28,19 +27,17 @@ TOOLS = {  # asked for by name and imported nowhere
     "pytest-xdist": "lets ./run_all.sh test use several processes",
     "snakemake-executor-plugin-slurm": "loaded by snakemake for --slurm",
 }
-TEXT = """\
-# What is asked for.
-torch==2.0.0
-Some_Thing==1.2
 
-# What these need,
-# in turn.
-another==3.0
-gone==1.0
-"""
-FOUND = {"torch": "3.1.0+cpu", "some-thing": "1.2", "Another": "3.1", "new": "0.1"}
-FOUND |= {"nvidia-cublas": "13", "triton": "3", "nvidia-ml-py": "13.1"}
-REPORT = {"install": [{"metadata": {"name": name, "version": version}} for name, version in FOUND.items()]}
+
+def normalised(name: str) -> str:
+    """A distribution's name in the spelling that all others share."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def asked_for() -> set[str]:
+    """The pins that the project asks for by name, those above the second comment of requirements.txt."""
+    part = (ROOT / "requirements.txt").read_text().split("\n\n")[0]
+    return {normalised(name) for name in re.findall(r"^([\w.-]+)==", part, re.MULTILINE)}
 
 
 def imported() -> Iterator[tuple[str, str]]:
@@ -51,17 +48,16 @@ def imported() -> Iterator[tuple[str, str]]:
         cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
         texts[file] = "\n".join("".join(cell["source"]) for cell in cells)
     for file, text in texts.items():
-        for name in pins.imported(text) - ours:
+        for name in kaggle_image.imported(text) - ours:
             yield name, str(file.relative_to(ROOT))
 
 
 def test_what_is_imported_is_asked_for_and_what_is_asked_for_is_used() -> None:
-    asked = {pins.normalised(name) for name in pins.read_pins(pins.REQUIREMENTS.read_text()).asked}
-    provides, used = packages_distributions(), set()
+    asked, provides, used = asked_for(), packages_distributions(), set()
     for name, file in imported():
-        mine = {pins.normalised(one) for one in provides.get(name, [])}
-        assert mine & asked, f"{file} imports {name}, which no pin of the first part provides"
-        used |= mine
+        distributions = {normalised(distribution) for distribution in provides.get(name, [])}
+        assert distributions & asked, f"{file} imports {name}, which no pin of the first part provides"
+        used |= distributions
     assert asked - used == set(TOOLS)
 
 
@@ -76,32 +72,3 @@ def test_a_build_machine_calls_the_commands_of_the_readme() -> None:
     assert "./run_all.sh" in steps and ".ci/run" in steps
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("./run_all.sh test")
     assert workflow["permissions"] == {"contents": "read"}
-
-
-def test_the_pins_are_read_and_written_back_as_they_are() -> None:
-    for text in (TEXT, pins.REQUIREMENTS.read_text()):
-        assert pins.rewritten(text, pins.read_pins(text)) == text
-
-
-def test_renewed_pins_keep_parts_and_spellings_and_leave_a_platform_out() -> None:
-    old = pins.read_pins(TEXT)
-    new = pins.renewed(old, pins.versions(REPORT))
-    assert new == pins.Pins(
-        {"torch": "3.1.0", "Some_Thing": "1.2"}, {"another": "3.1", "new": "0.1", "nvidia-ml-py": "13.1"}
-    )
-    told = [line.split() for line in pins.changes(old, new)]
-    assert told == [
-        ["another", "3.0", "->", "3.1"],
-        ["gone", "1.0", "goes"],
-        ["new", "->", "0.1", "comes"],
-        ["nvidia-ml-py", "->", "13.1", "comes"],
-        ["torch", "2.0.0", "->", "3.1.0", "another", "major", "version"],
-    ]
-
-
-def test_pips_own_words_are_told(monkeypatch, tmp_path) -> None:
-    (tmp_path / "requirements.txt").write_text("# a\nno-such-distribution-anywhere==1\n\n# b\nx==1\n")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(pins.PinError, match="no-such-distribution-anywhere"):
-        pins.renew(True, tmp_path / "requirements.txt")
-    assert "no-such-distribution-anywhere==1" in (tmp_path / "requirements.txt").read_text()

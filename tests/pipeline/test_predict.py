@@ -21,7 +21,8 @@ from private import UID_ROOT, WORDS, leaks
 
 from lsdc_utils.data import competition, listing
 from lsdc_utils.data.stacks import read_study
-from lsdc_utils.pipeline import predict, runner, steps
+from lsdc_utils.grading import run_tables
+from lsdc_utils.pipeline import commands, graph, predict, run
 from lsdc_utils.vocabulary import (
     AXIAL,
     CONDITIONS,
@@ -44,18 +45,18 @@ def project(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The project with no more of its run than weights and blend.json, as if these had travelled; shards are small."""
     project = tmp_path_factory.mktemp("predict") / "project"
     shutil.copytree(smoke_project, project, ignore=shutil.ignore_patterns("outputs"))
-    run = project / "outputs" / "demo"
-    shutil.copytree(smoke_project / "outputs/demo/weights", run / "weights")
-    shutil.copy(smoke_project / "outputs/demo/blend.json", run)
-    module = project / "lsdc_utils" / "predict.py"
+    folder = project / "outputs" / "demo"
+    shutil.copytree(smoke_project / "outputs/demo/weights", folder / "weights")
+    shutil.copy(smoke_project / "outputs/demo/blend.json", folder)
+    module = project / "lsdc_utils" / "pipeline" / "predict.py"
     module.write_text(re.sub(r"SMALLEST_SHARD = \d+", "SMALLEST_SHARD = 3", module.read_text()))
     return project
 
 
 @pytest.fixture(scope="module")
 def data(smoke_project: Path) -> Path:
-    run = smoke_project / "outputs" / "demo"
-    return (run / json.loads((run / "data.json").read_text())["data_dir"]).resolve()
+    folder = smoke_project / "outputs" / "demo"
+    return (folder / json.loads((folder / "data.json").read_text())["data_dir"]).resolve()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def killed(project: Path, doctored: tuple[Path, dict[str, int]]) -> dict[str, li
     command = [
         sys.executable,
         "-m",
-        "lsdc_utils.pipeline.runner",
+        "lsdc_utils.pipeline.commands",
         "predict",
         str(doctored[0]),
         "--run",
@@ -112,7 +113,7 @@ def killed(project: Path, doctored: tuple[Path, dict[str, int]]) -> dict[str, li
         time.sleep(0.2)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    runner.end_processes(out)
+    run.end_processes(out)
     return {"results": sorted(file.name for file in out.glob("*.csv")), "done": sorted(out.glob("notebooks/*.ipynb"))}
 
 
@@ -135,8 +136,8 @@ def test_a_killed_prediction_leaves_no_result_and_goes_on(killed: dict, out: Pat
     assert killed == {"results": [], "done": []}
     assert f"{SHARDS} steps run" in (out / "said.txt").read_text()
     for number in range(SHARDS):
-        notebook = out / "notebooks" / f"05_ensemble_inference_{steps.shard_name(number)}.ipynb"
-        assert steps.all_ran(nbformat.read(notebook, as_version=4))
+        notebook = out / "notebooks" / f"05_ensemble_inference_{graph.shard_name(number)}.ipynb"
+        assert graph.all_ran(nbformat.read(notebook, as_version=4))
 
 
 def test_every_study_has_25_weighted_rows(out: Path, doctored: tuple[Path, dict[str, int]], grades) -> None:
@@ -168,15 +169,15 @@ def test_a_study_is_graded_from_the_series_that_it_has(
     prior = pd.DataFrame(recipe["prior"]).set_index(["condition", "level"])[list(SEVERITIES)]
     lost = {"t1": {T1}, "t2": {T2}, "axial": {AXIAL}, "few": set(), "only axial": {T1, T2}}
     for what, study in doctored[1].items():
-        mine, gone = grades[grades.study_id == study], lost.get(what, set(SERIES_TYPES))
-        assert (mine.own_series == ~read_on[mine.index].isin(gone)).all(), what
-        assert not mine.source[~mine.own_series].str.contains("yolo").any(), what
+        rows, gone = grades[grades.study_id == study], lost.get(what, set(SERIES_TYPES))
+        assert (rows.own_series == ~read_on[rows.index].isin(gone)).all(), what
+        assert not rows.source[~rows.own_series].str.contains("yolo").any(), what
         if len(gone) < 2:
-            assert mine.source.str.contains("vit3d").all(), what
+            assert rows.source.str.contains("vit3d").all(), what
         else:  # nothing tells where the levels are
-            assert set(mine.source) == {"prior"}, what
-            expected = prior.loc[list(zip(mine.condition, mine.level, strict=True))]
-            np.testing.assert_allclose(mine[list(SEVERITIES)], expected, atol=1e-9)
+            assert set(rows.source) == {"prior"}, what
+            expected = prior.loc[list(zip(rows.condition, rows.level, strict=True))]
+            np.testing.assert_allclose(rows[list(SEVERITIES)], expected, atol=1e-9)
 
 
 def test_findings_say_what_was_missing(out: Path, doctored: tuple[Path, dict[str, int]]) -> None:
@@ -231,23 +232,23 @@ def test_the_same_files_in_one_pile_give_the_same_rows(
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has all that prediction needs, as far as one can see without opening it."""
-    monkeypatch.setattr(runner, "OUTPUTS", tmp_path / "outputs")
-    run = tmp_path / "outputs" / "demo"
-    (run / "weights").mkdir(parents=True)
-    for name in (*(f"yolo_{key}_fold0.pt" for key in GROUPS), "vit3d_fold0.safetensors"):
-        (run / "weights" / name).write_text("")
-        (run / "weights" / name).with_suffix(".json").write_text("")
-    (run / "blend.json").write_text(json.dumps({"kind": "fitted", "folds": [0], "vit_views": 7, "threads": 1}))
-    return run
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path / "outputs")
+    folder = tmp_path / "outputs" / "demo"
+    (folder / "weights").mkdir(parents=True)
+    for name in run_tables.weight_files([0]):
+        (folder / name).write_text("")
+        (folder / name).with_suffix(".json").write_text("")
+    recipe = dict.fromkeys(run_tables.RECIPE_KEYS, "") | {"format": run_tables.FORMAT, "folds": [0]}
+    (folder / "blend.json").write_text(json.dumps(recipe | {"vit_views": 7, "threads": 1}))
+    (folder / "scores.json").write_text("{}")
+    return folder
 
 
 def asked(*arguments: object) -> int:
-    return runner.main(["predict", *map(str, arguments)])
+    return commands.main(["predict", *map(str, arguments)])
 
 
-def test_mistakes_are_told(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert asked(tmp_path / "nowhere", "--run", "demo") == 2
-    assert "nowhere: no such folder" in capsys.readouterr().err
+def test_mistakes_are_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert asked(tmp_path, "--run", "nope") == 2
     assert "finished runs: demo" in capsys.readouterr().err
     assert asked(tmp_path, "--run", "demo") == 2
@@ -255,12 +256,10 @@ def test_mistakes_are_told(finished: Path, tmp_path: Path, capsys: pytest.Captur
     garbage = tmp_path / "garbage"
     garbage.mkdir()
     assert asked(garbage, "--run", "demo", "--out", finished) == 2
-    assert "over those of the run" in capsys.readouterr().err
+    assert "a run's own folder" in capsys.readouterr().err
     (tmp_path / "taken").write_text("a file")
     assert asked(garbage, "--run", "demo", "--out", tmp_path / "taken") == 2
     assert "is a file" in capsys.readouterr().err
-    assert asked(garbage, "--run", "demo", "--cores", 0) == 2
-    assert "expected 1 or more" in capsys.readouterr().err
     (finished / "weights/vit3d_fold0.json").unlink()
     assert asked(garbage, "--run", "demo") == 1
     assert "vit3d_fold0.json" in capsys.readouterr().err
@@ -270,6 +269,18 @@ def test_mistakes_are_told(finished: Path, tmp_path: Path, capsys: pytest.Captur
     (finished / "blend.json").unlink()
     assert asked(garbage, "--run", "demo") == 1
     assert "blend.json" in capsys.readouterr().err
+
+
+def test_a_run_made_by_older_code_is_refused_in_one_sentence(finished: Path, tmp_path: Path, capsys) -> None:
+    recipe = json.loads((finished / "blend.json").read_text())
+    (finished / "blend.json").write_text(json.dumps({key: value for key, value in recipe.items() if key != "format"}))
+    (finished / "provenance.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    for words in (["predict", str(tmp_path / "data"), "--out", str(tmp_path / "out")], ["pack"], ["kaggle-bundle"]):
+        assert commands.main([*words, "--run", "demo"]) in (1, 2)
+        error = capsys.readouterr().err
+        assert error.startswith("run_all.sh: the run in ") and error.count("\n") == 1
+        assert "older version of the code" in error
 
 
 def test_a_folder_of_garbage_is_said_to_hold_nothing(finished: Path, tmp_path: Path, capsys) -> None:
@@ -309,14 +320,14 @@ def test_studies_are_cut_into_shards_and_listed_once(finished: Path, tmp_path: P
     capsys.readouterr()
     parameters = predict.prepare(root, finished, out, cores=64)  # other cores cut no other shards
     assert parameters["n_shards"] == 3
-    assert "looking for" not in capsys.readouterr().out
-    assert {step.given["studies_table"] for step in steps.all_steps(parameters)} == set(map(str, shards))
+    assert "listing studies" not in capsys.readouterr().out
+    assert {step.given["studies_table"] for step in graph.all_steps(parameters)} == set(map(str, shards))
     (root / "test_images/250/2501/1.dcm").write_text("other pixels")
     predict.prepare(root, finished, out, cores=2)
     assert [shard.read_bytes() for shard in shards[:2]] == before[:2]  # Snakemake compares contents
     assert shards[2].read_bytes() != before[2]
     (out / "grades.csv").write_text("")
-    with pytest.raises(predict.PredictError, match="--out"):
+    with pytest.raises(predict.UsageError, match="--out"):
         predict.prepare(tmp_path, finished, out, cores=2)
     assert (out / "grades.csv").is_file()
     predict.prepare(root, finished, out, cores=2)

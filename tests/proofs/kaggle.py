@@ -1,8 +1,8 @@
 """Rehearse a submission to Kaggle with a finished run: `python tests/proofs/kaggle.py outputs/RUN [STUDIES]`.
 
-The bundle's notebook grades a phantom's test studies in an environment that holds what Kaggle's image has and no more,
-without a network, where nothing can be written but its working folder, that environment, home and temporary files. The
-submission must have every row of the sample and be what `predict` gives. Making the environment needs a network.
+The bundle's notebook grades a phantom's test studies offline, in an environment of only what Kaggle's image has;
+only its working folder, that environment, home and temporary files can be written. The submission must have all rows of
+the sample and agree with `predict`. Making the environment needs the network.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import kaggle_image  # noqa: E402
 from conftest import run_all  # noqa: E402
 
 from lsdc_utils import phantom  # noqa: E402
@@ -58,19 +59,19 @@ def make_image(folder: Path) -> Path:
     """An environment with what Kaggle's image has of what the notebook needs, and Jupyter's kernel; its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    image = {name: found for name, found in kaggle.read_image().items() if name not in ("python", *LINKED)}
+    image = {name: found for name, found in kaggle_image.read_image().items() if name not in ("python", *LINKED)}
     install = [python, "-m", "pip", "install", "--quiet", "--only-binary=:all:"]
     timm = f"timm=={image.pop('timm')}"  # which would bring a torch
     subprocess.run([*install, *JUPYTER, *(f"{name}=={found}" for name, found in image.items())], check=True)
     subprocess.run([*install, "--no-deps", timm], check=True)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True).stdout
-    there = {canonicalize_name(one["name"]): one["version"] for one in json.loads(listed)}
+    there = {canonicalize_name(entry["name"]): entry["version"] for entry in json.loads(listed)}
     (packages,) = folder.glob("lib/python*/site-packages")
-    for name in kaggle.lacking(there, sys.version.split()[0], LINKED):
-        found = distribution(name)
-        for top in {Path(file).parts[0] for file in found.files or () if ".." not in Path(file).parts}:
+    for name in kaggle_image.lacking(there, sys.version.split()[0], LINKED):
+        package = distribution(name)
+        for top in {Path(file).parts[0] for file in package.files or () if ".." not in Path(file).parts}:
             if not (packages / top).exists():
-                (packages / top).symlink_to(found.locate_file(top))
+                (packages / top).symlink_to(package.locate_file(top))
     return python
 
 
@@ -118,7 +119,7 @@ def seconds(notebook: dict) -> dict[str, float]:
 
 
 def check(submission: pd.DataFrame, data: Path, predicted: Path) -> float:
-    """The largest difference of a submission from what `predict` gave; AssertionError where it is none."""
+    """The largest difference of a submission from that of `predict`; AssertionError if it is not a submission."""
     sample = pd.read_csv(data / "sample_submission.csv")
     assert list(submission["row_id"]) == list(sample["row_id"]), "other rows than the sample's"
     values = submission.set_index("row_id")[list(SEVERITIES)]
@@ -129,7 +130,7 @@ def check(submission: pd.DataFrame, data: Path, predicted: Path) -> float:
 
 
 def main(run: Path, studies: int) -> None:
-    """Rehearse, and print what was found."""
+    """Rehearse, and print the result and its assumptions."""
     with tempfile.TemporaryDirectory() as temporary:
         root, bundle = Path(temporary) / "kaggle", Path(temporary) / "bundle"
         wheels = kaggle.write_bundle(run, bundle, "someone", sys.version.split()[0])
@@ -146,7 +147,7 @@ def main(run: Path, studies: int) -> None:
         )
     each = times[GRADING] / studies
     around = sum(times.values()) - times[GRADING]
-    image = kaggle.read_image()
+    image = kaggle_image.read_image()
     other = [f"{name} {version(name)} (the image: {image[name]})" for name in LINKED]
     print(f"{len(submission)} rows, {len(COLUMNS)} a study; largest difference from predict: {difference:.1e}")
     print(f"wheels: {', '.join(wheels)}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a SLURM cluster ends with the same bytes as one without, every step of it was a job, and a stopped one leaves no job:
+# A run on a SLURM cluster gives the same bytes as one without, each step is a job, and a stopped run leaves no job:
 #   sudo tests/proofs/slurm.sh
 # Needs root, the Python environment of the project as the active one (or .venv), and Debian's slurm-wlm and munge. The cluster
 # is this machine, with two pretended GPUs. Its daemons live in namespaces of their own and end with this script.
@@ -9,7 +9,7 @@ if [ "${1:-}" != alone ]; then
     exec unshare --mount --pid --fork --mount-proc --kill-child "${BASH_SOURCE[0]}" alone
 fi
 folder=$(mktemp -d)
-echo "in $folder, which stays where something fails"
+echo "in $folder, which is kept if something fails"
 [ -d "$root/.venv" ] && PATH="$root/.venv/bin:$PATH"
 
 start_slurm() { # slurmctld, slurmd and munged of a cluster of this machine alone
@@ -72,7 +72,7 @@ cd "$folder/project"
 login --run stopped --slurm &
 runner=$!
 until squeue --noheader --states=running | grep -q . || ! kill -0 $runner; do sleep 1; done
-pkill -TERM --full lsdc_utils.pipeline.runner # there is no other among this script's processes
+pkill -TERM --full lsdc_utils.pipeline.commands # there is no other among this script's processes
 wait $runner && exit 1
 [ "$(states stopped CANCELLED)" = 1 ]
 echo "stopped: its job was cancelled"

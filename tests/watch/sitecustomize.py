@@ -1,5 +1,5 @@
-"""Python imports this at its start, in every process with this folder on PYTHONPATH: looks beyond this machine are
-written to the file that LSDC_LOOKS names, and refused."""
+"""Python imports this at its start if this folder is on PYTHONPATH: connections beyond this machine are refused, and
+listed in the file LSDC_LOOKS."""
 
 import os
 import socket

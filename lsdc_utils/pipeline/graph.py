@@ -1,9 +1,7 @@
-"""Steps of a run: which notebook, with which parameters and from which source.
+"""Steps of a run: their notebook, parameters and source. `python -m lsdc_utils.pipeline.graph RUN_DIR STEP` runs one.
 
-`python -m lsdc_utils.pipeline.steps RUN_DIR STEP` runs one.
-
-A step is one notebook executed once; the two training notebooks give a step for each fold (and condition). The
-Snakefile asks here what a step depends on besides files: its parameters and a hash of the code that it uses.
+A step is one execution of one notebook; the training notebooks have a step per fold (and condition). The Snakefile asks
+here what a step depends on besides files: its parameters and a hash of the code that it uses.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +41,7 @@ NOTEBOOK_ORDER = (  # in which they run: the report is of all others
     "07_stress_tests",
     "08_report",
 )
-ERROR_TAG = "papermill-error-cell-tag"  # of the remarks that papermill adds to a notebook that failed
-EXPERIMENT_TABLES = ("ablation.csv", "curve.csv", "noise.csv")  # beside a run, once experiments were made round it
+PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # of cells that papermill adds
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
@@ -70,7 +68,7 @@ def vit_step(fold: int | str) -> Step:
 
 
 def shard_name(number: int) -> str:
-    """Name of one shard of the studies that are graded by a finished run, e.g. shard007."""
+    """Name of one shard of a prediction, e.g. shard007."""
     return f"shard{number:03d}"
 
 
@@ -82,10 +80,9 @@ def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
 
 
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
-    """Every step of a run, in the order of the notebooks, or of a prediction, where there are `n_shards`.
+    """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
 
-    `folds` says which folds are trained; without `stress_bodies` there are no stress tests, without a phantom there is no
-    chapter on it.
+    Only the `folds` are trained. Stress tests need `stress_bodies`; the phantom's chapter needs a phantom.
     """
     if "n_shards" in parameters:
         return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
@@ -94,11 +91,20 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
         "04_train_vit3d": [vit_step(fold) for fold in folds],
     }
-    drawn = parameters["phantom"] and not parameters["data_dir"]
-    left_out = {"07_stress_tests"} if not parameters["stress_bodies"] else set()
-    left_out |= set() if drawn else {"phantom"}
-    asked = [name for name in NOTEBOOK_ORDER if name not in left_out]
-    return [step for name in asked for step in trainings.get(name, [Step(name, name)])]
+    needed = {
+        "phantom": parameters["phantom"] and not parameters["data_dir"],
+        "07_stress_tests": parameters["stress_bodies"],
+    }
+    notebooks = [name for name in NOTEBOOK_ORDER if needed.get(name, True)]
+    return [step for name in notebooks for step in trainings.get(name, [Step(name, name)])]
+
+
+def select_steps(steps: list[Step], name: str) -> list[Step]:
+    """Steps by the name of a step, or of a notebook, or its number; UsageError if there is none."""
+    selected = [step for step in steps if name in (step.name, step.notebook, step.notebook[:2])]
+    if not selected:
+        raise UsageError(f"no step {name!r}; steps are: {', '.join(step.name for step in steps)}")
+    return selected
 
 
 def read_parameters(run_dir: str | Path) -> dict[str, Any]:
@@ -110,47 +116,42 @@ def read_parameters(run_dir: str | Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Source and tags of each code cell, without what papermill injected when it was executed."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    found = []
-    for cell in cells:
-        tags = tuple(cell["metadata"].get("tags", ()))
-        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
-            found.append(("".join(cell["source"]), tags))
-    return tuple(found)
+    tagged = [
+        ("".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    return tuple((source, tags) for source, tags in tagged if "injected-parameters" not in tags)
 
 
 @functools.cache
 def declared(notebook: str) -> dict[str, Any]:
-    """Names and defaults in the notebook's parameters cell; ValueError where a default is not a plain literal."""
+    """Names and defaults in the notebook's parameters cell; ValueError if a line is not NAME: TYPE = LITERAL."""
     names = {}
-    for source, tags in _code_cells(notebook):
+    for source, tags in code_cells(notebook):
         if "parameters" not in tags:
             continue
         for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            for target in targets:
-                if not isinstance(target, ast.Name) or node.value is None:
-                    raise ValueError(f"{notebook}.ipynb: line {node.lineno} of the parameters cell is no NAME = VALUE")
-                names[target.id] = ast.literal_eval(node.value)
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
+                raise ValueError(f"{notebook}.ipynb: parameters cell, line {node.lineno}: not NAME: TYPE = VALUE")
+            names[node.target.id] = ast.literal_eval(node.value)
     return names
 
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
-    """What papermill injects into the step's notebook: every parameter that it declares, and no other."""
+    """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
     values = {"run_dir": f"../outputs/{run_name}", **parameters, **step.given}  # a prediction names its run
-    missing = [name for name in declared(step.notebook) if name not in values]
-    if missing:
-        raise ValueError(f"{step.notebook}.ipynb declares parameters that no profile sets: {', '.join(missing)}")
     return {name: values[name] for name in declared(step.notebook)}
 
 
 def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     """The parameters whose change re-runs the step, as JSON.
 
-    Of a value by condition, such as the epochs of the three detectors, only the step's own entry counts; the folder of
-    the run does not, so that a run may be renamed. A table that is given as a file counts by what is in it.
+    Of a value by condition only the step's own entry counts. The run's folder does not, so that a run may be renamed.
+    A file (`*_csv`) counts by its content.
     """
     values = step_parameters(step, parameters, "")
     del values["run_dir"]
@@ -165,35 +166,35 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
 
 @functools.cache
 def _normalised(source: str) -> str:
-    """Source without comments and layout, which change nothing; as it is where it is not plain Python (magics)."""
+    """Source without comments and layout; unchanged if it is not plain Python (magics)."""
     try:
         return ast.dump(ast.parse(source))
     except SyntaxError:
         return source
 
 
-def _imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """Names in lsdc_utils that `source`, code of the package `package`, imports anywhere, e.g. ("phantom", "body")."""
+def imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Names in lsdc_utils that `source`, code of the package `package`, imports, e.g. ("phantom", "body")."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
         lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
         tree = ast.parse("\n".join(lines))
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {tuple(alias.name.split(".")) for alias in node.names}
+            names |= {tuple(alias.name.split(".")) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
             module = (*base, *(node.module.split(".") if node.module else ()))
-            found |= {(*module, alias.name) for alias in node.names}
-    return {name[1:] for name in found if name[0] == "lsdc_utils"}
+            names |= {(*module, alias.name) for alias in node.names}
+    return {name[1:] for name in names if name[0] == "lsdc_utils"}
 
 
 def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
-    """Files of lsdc_utils that running `source` may use: modules imported transitively, and data files beside them."""
+    """Files of lsdc_utils that `source` may use: modules imported transitively, and data files beside them."""
     files: set[Path] = set()
-    waiting = _imported(source, package)
+    waiting = imported(source, package)
     while waiting:
         name = waiting.pop()
         for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
@@ -203,16 +204,16 @@ def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
                 continue
             files.add(file)
             inside = name[:depth] if folder.is_dir() else name[: depth - 1]
-            if folder.is_dir() and inside:  # a package may read what lies beside it, such as facts and page templates
+            if folder.is_dir() and inside:  # e.g. page templates
                 files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-            waiting |= _imported(file.read_text(), inside)
+            waiting |= imported(file.read_text(), inside)
     return files
 
 
 @functools.cache
 def source_hash(notebook: str) -> str:
     """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
-    cells = [source for source, tags in _code_cells(notebook) if "parameters" not in tags]
+    cells = [source for source, tags in code_cells(notebook) if "parameters" not in tags]
     digest = hashlib.sha256("\0".join(_normalised(source) for source in cells).encode())
     for file in sorted(set().union(*(module_files(source) for source in cells))):
         content = _normalised(file.read_text()).encode() if file.suffix == ".py" else file.read_bytes()
@@ -224,34 +225,27 @@ def source_hash(notebook: str) -> str:
 
 
 @contextlib.contextmanager
-def own_gpus(count: int) -> Iterator[None]:
-    """Hold `count` of the visible GPUs for this process, as CUDA_VISIBLE_DEVICES, whichever run of this user asks.
-
-    There is nothing to do where it may use all.
-    """
+def own_gpu() -> Iterator[None]:
+    """Hold one of several visible GPUs for this process, across all runs of this user; waits until one is free."""
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if len(devices) <= count:
-        yield
-        return
     locks = Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}"
     locks.mkdir(exist_ok=True)
-    while True:
-        with contextlib.ExitStack() as held:
-            mine = []
-            for device in devices:
-                lock = held.enter_context((locks / f"gpu-{device}").open("w"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-                    mine.append(device)
-                if len(mine) == count:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-                    yield
-                    return
+    while len(devices) > 1:
+        for device in devices:
+            with (locks / f"gpu-{device}").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                except BlockingIOError:
+                    continue
+                os.environ["CUDA_VISIBLE_DEVICES"] = device
+                yield
+                return
         time.sleep(1)
+    yield
 
 
 def set_environment(parameters: dict[str, Any]) -> None:
-    """Prepare this process for a kernel of this very environment, with threads fixed by the parameters alone."""
+    """Prepare this process for a kernel of this environment, with threads set by the parameters alone."""
     os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -270,51 +264,39 @@ def _has_error(cell: Any) -> bool:
 
 
 def all_ran(notebook: Any) -> bool:
-    """Whether every code cell ran to its end. A cell's own metadata says so even where its kernel was killed."""
+    """Whether every code cell ran to its end. papermill's metadata claim this even if the kernel was killed."""
     return all(cell.execution_count is not None and not _has_error(cell) for cell in _code(notebook))
 
 
 def stopped_at(notebook: Any) -> tuple[int, Any] | None:
-    """The cell in which an execution ended, and its number as counted from 1 in the notebook that was executed.
-
-    It is the cell with the error, else the last that was begun; None where none was begun.
-    """
-    own = [
-        cell for cell in notebook.cells if not {"injected-parameters", ERROR_TAG} & set(cell.metadata.get("tags", ()))
-    ]
-    begun = [cell for cell in _code(notebook) if cell.metadata.get("papermill", {}).get("start_time")]
-    cell = next((cell for cell in begun if _has_error(cell)), begun[-1] if begun else None)
+    """Number (from 1, in the notebook's source) and cell where an execution ended: the cell with the error, else the
+    last that started; None if none started."""
+    own = [cell for cell in notebook.cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
+    started = [cell for cell in _code(notebook) if cell.metadata.get("papermill", {}).get("start_time")]
+    cell = next((cell for cell in started if _has_error(cell)), started[-1] if started else None)
     return (own.index(cell) + 1, cell) if cell in own else None
 
 
 def execute(run_dir: Path, step: Step) -> None:
-    """Execute the step's notebook, its output going live to logs/<step>.log.
+    """Execute the step's notebook; its output goes live to logs/<step>.log.
 
-    The notebook lies beside the log while it runs, and there it stays where it fails; only when every cell ran it
-    moves to notebooks/. RuntimeError where a cell did not run; papermill's and the kernel's errors as they are.
+    The notebook lies beside the log while it runs, and stays there if it fails; it moves to notebooks/ only when every
+    cell ran. RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
     """
-    import papermill  # takes a second, which the Snakefile and the command line need not wait
+    import papermill  # takes a second, which the Snakefile and the command line do not need
 
     parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
-    gpus = parameters.get("vit_processes", 1)
     set_environment(parameters)
     executed = run_dir / "logs" / f"{step.name}.ipynb"
     done = run_dir / "notebooks" / executed.name
     for file in (executed, done):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-    with (run_dir / "logs" / f"{step.name}.log").open("w") as log, own_gpus(gpus):
+    with executed.with_suffix(".log").open("w") as log, own_gpu():
+        settings = {"kernel_name": "python3", "cwd": NOTEBOOKS, "stdout_file": log, "stderr_file": log}
+        source = NOTEBOOKS / f"{step.notebook}.ipynb"
         try:
-            notebook = papermill.execute_notebook(
-                NOTEBOOKS / f"{step.notebook}.ipynb",
-                executed,
-                parameters,
-                kernel_name="python3",
-                cwd=NOTEBOOKS,
-                progress_bar=False,
-                stdout_file=log,
-                stderr_file=log,
-            )
+            notebook = papermill.execute_notebook(source, executed, parameters, progress_bar=False, **settings)
             if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
                 raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")
         except Exception:
@@ -324,7 +306,7 @@ def execute(run_dir: Path, step: Step) -> None:
 
 
 def main() -> int:
-    """Run one step: `python -m lsdc_utils.pipeline.steps RUN_DIR STEP`."""
+    """Run one step: `python -m lsdc_utils.pipeline.graph RUN_DIR STEP`."""
     run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
     step = next(step for step in all_steps(read_parameters(run_dir)) if step.name == name)
     try:

@@ -1,0 +1,143 @@
+"""Arguments of ./run_all.sh; standard library only, since --help and wrong options are answered before any set-up.
+
+`python -m lsdc_utils.pipeline.arguments WORD ...` exits with 0 after --help, 2 after an error, 3 if all is well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+
+class UsageError(ValueError):
+    """The command cannot be carried out as asked; the message says why and what is possible."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence and the way to the help."""
+
+    def error(self, message: str) -> None:
+        """Print the error and exit with status 2."""
+        self.exit(2, f"run_all.sh: {message}\nhelp: {self.prog} --help\n")
+
+
+def folder(text: str) -> Path:
+    """An existing folder."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def run_name(text: str) -> str:
+    """A name for outputs/NAME."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in ("data", "sample", "pretrained"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not data, sample or pretrained")
+    return text
+
+
+COMMANDS = {  # name: arguments as shown in --help, what it does
+    "run": ("[KEY=VALUE ...]", "run the pipeline, only steps that are not up to date; the default command"),
+    "validate": ("DIR", "check a data folder; print findings; exit 1 if it cannot be used"),
+    "predict": ("DIR --run NAME", "grade every study in a folder with a finished run or a packed archive"),
+    "export": ("[STUDY ...]", "export grades of a finished run as CSV and DICOM SR, one folder per study"),
+    "pack": ("", "pack the models of a finished run into one archive, for predict on another machine"),
+    "kaggle-bundle": ("", "write a data set and a notebook that grade the hidden studies on Kaggle"),
+    "ablate": ("[NAME ...]", "run the ablations of a finished run: remove one part at a time, compare scores"),
+    "curve": ("[N ...]", "learning curve: repeat a finished run on a phantom with N training studies each"),
+    "bench": ("[NAME]", "measure the speed of reading, conversion, resampling and training"),
+    "test": ("[--all]", "run the tests"),
+    "lab": ("[OPTION ...]", "open JupyterLab at the start page; options are passed on to JupyterLab"),
+}
+NOTES = {  # at the end of a command's --help
+    "run": "a step is named by notebook (03_train_yolo), number (03) or in full (03_train_yolo_scs_fold0)",
+    "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
+}
+
+
+def _option(flag: str, metavar: str | None, text: str, **settings: object) -> tuple:
+    return flag, {"metavar": metavar, "help": text, **settings}
+
+
+def _switch(flag: str, text: str) -> tuple:
+    return flag, {"action": "store_true", "help": text}
+
+
+RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo")
+CORES = _option("--cores", "N", "processor cores to use (default: all)", type=at_least_one)
+STUDIES = _option("folder", "DIR", "in the competition's layout, or any folder of DICOM files", type=folder)
+OPTIONS = {
+    "run": (
+        _option("overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", nargs="*"),
+        _option("--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", default="demo"),
+        _option("--data", "DIR", "a folder in the competition's layout (default: write a phantom)", type=folder),
+        _option("--run", "NAME", "results go to outputs/NAME (default: the profile's name)", type=run_name),
+        CORES,
+        _option("--until", "STEP", "stop after this step"),
+        _option("--force", "STEP", "re-run this step and what depends on it", action="append", default=[]),
+        _switch("--slurm", "submit each step as a job to SLURM, see notebooks/profiles/slurm/"),
+        _switch("--dry-run", "list the steps that would run, and why"),
+    ),
+    "validate": (STUDIES, _option("--out", "FILE", "also write the findings to this csv", type=Path)),
+    "predict": (
+        STUDIES,
+        _option("--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", required=True),
+        _option("--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", type=Path),
+        CORES,
+    ),
+    "export": (
+        _option("studies", "STUDY", "study ids (default: the test studies)", type=int, nargs="*"),
+        RUN,
+        _option("--out", "DIR", "where they go (default: outputs/NAME/exports)", type=Path),
+    ),
+    "pack": (RUN, _option("--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", type=Path)),
+    "kaggle-bundle": (
+        RUN,
+        _option("--out", "DIR", "where they go (default: outputs/NAME/kaggle)", type=Path),
+        _option("--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)"),
+    ),
+    "ablate": (_option("names", "NAME", "only these of notebooks/ablations.yml", nargs="*"), RUN, CORES),
+    "curve": (
+        _option("sizes", "N", "training studies (default: 40 80 160 320)", type=at_least_one, nargs="*"),
+        RUN,
+        CORES,
+    ),
+    "bench": (_option("name", "NAME", "only benchmarks with this in their name", nargs="?", default=""),),
+    "test": (_switch("--all", "the slow proofs too"),),
+}
+
+
+def parser_of(name: str, named: bool = True) -> Parser:
+    """The parser of a command; if `run` was not named, its --help lists all commands."""
+    note, does = NOTES.get(name, ""), COMMANDS[name][1]
+    if not named:
+        lines = [f"  {f'{word} {given}':24} {what}" for word, (given, what) in COMMANDS.items()]
+        note = "\n".join(["commands, each with its own --help:", *lines, "", note])
+    form = argparse.RawDescriptionHelpFormatter
+    command = f"./run_all.sh {name}" if named else "./run_all.sh"
+    parser = Parser(command, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
+    for flag, settings in OPTIONS.get(name, ()):
+        parser.add_argument(flag, **settings)
+    return parser
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments, with `command` and, for lab, `rest`; prints and exits on --help (status 0) and on errors (2)."""
+    named = bool(words) and words[0] in COMMANDS
+    name, words = (words[0], words[1:]) if named else ("run", words)
+    parser = parser_of(name, named)
+    asked, rest = parser.parse_known_args(words) if name == "lab" else (parser.parse_intermixed_args(words), [])
+    return argparse.Namespace(**vars(asked), command=name, rest=rest)
+
+
+if __name__ == "__main__":
+    parse(sys.argv[1:])
+    sys.exit(3)

@@ -1,0 +1,214 @@
+"""The commands of ./run_all.sh, one function each: `python -m lsdc_utils.pipeline.commands WORD ...`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from lsdc_utils.parallel import usable_cores
+from lsdc_utils.pipeline import arguments
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, read_parameters, select_steps
+from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.pipeline.progress import shown
+from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, start, work
+
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
+NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+
+def finished_run(name: str) -> Path:
+    """Folder of the run of this name; UsageError if it has no scores."""
+    base = OUTPUTS / name
+    if not (base / "scores.json").is_file():
+        raise UsageError(f"--run {name}: no such finished run; create it with ./run_all.sh --run {name}")
+    return base
+
+
+def run_of(asked: Namespace) -> Run:
+    """The run that the arguments describe; UsageError if they are wrong."""
+    parameters = load_parameters(asked.profile, asked.overrides)
+    name, cores = asked.run or asked.profile, asked.cores or usable_cores()
+    resume = ["./run_all.sh", "--profile", asked.profile, "--run", name, "--cores", str(cores), *asked.overrides]
+    if asked.data:
+        parameters["data_dir"] = str(asked.data.resolve())
+        resume += ["--data", parameters["data_dir"]]
+    resume += ["--until", asked.until] if asked.until else []
+    resume += ["--slurm"] if asked.slurm else []
+    force = tuple(asked.force)
+    run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, force, slurm=asked.slurm)
+    for step in (*force, *([asked.until] if asked.until else [])):
+        select_steps(run.steps, step)
+    return run
+
+
+def run(asked: Namespace) -> int:
+    """Run the pipeline, or list what would run."""
+    return dry_run(run_of(asked)) if asked.dry_run else start(run_of(asked))
+
+
+def validate(asked: Namespace) -> int:
+    """Check a data folder; 0 if it can be used, else 1."""
+    from lsdc_utils.data import checks
+
+    return checks.main(asked.folder.resolve(), asked.out)
+
+
+def predict(asked: Namespace) -> int:
+    """Grade every study in a folder with a finished run or a packed archive."""
+    archive = Path(asked.run) if asked.run.endswith(".zip") else None
+    folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
+    out = (asked.out or trained / "predict" / folder.name).resolve()
+    if archive and not archive.is_file():
+        raise UsageError(f"--run {asked.run}: no such file")
+    if not archive and not trained.is_dir():
+        runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
+        raise UsageError(f"--run {asked.run}: no such run; finished runs: {runs}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {asked.out}: is a file, expected a folder")
+    if out.is_relative_to(folder) or (out / "weights").is_dir():
+        place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
+        raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
+    from lsdc_utils.grading.run_tables import RunError
+    from lsdc_utils.pipeline import pack as packing
+    from lsdc_utils.pipeline import predict as prediction
+
+    cores = asked.cores or usable_cores()
+    resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
+    with locked(out):
+        try:
+            trained = packing.unpack(archive, out / "models") if archive else trained
+            parameters = prediction.prepare(folder, trained.resolve(), out, cores)
+        except (RunError, UsageError) as error:
+            print(f"run_all.sh: {error}", file=sys.stderr)
+            return 1
+        status = work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk"))
+        if status == 0:
+            print(f"\n{prediction.collect(out, parameters['n_shards'])}\n\ngrades: {out}/grades.csv")
+    return status
+
+
+def export(asked: Namespace) -> int:
+    """Export the grades of a finished run for other systems."""
+    base = finished_run(asked.run)
+    from lsdc_utils.export import studies
+
+    out = (asked.out or base / "exports").resolve()
+    written = studies.export_studies(base, asked.studies or None, out)
+    for line in written[written["problem"] != ""].itertuples():
+        print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
+    count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
+    print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
+    return 0
+
+
+def pack(asked: Namespace) -> int:
+    """Pack the models of a finished run into one archive."""
+    base = finished_run(asked.run)
+    from lsdc_utils.pipeline.pack import pack_run
+
+    out = (asked.out or base / f"{asked.run}.zip").resolve()
+    if out.suffix != ".zip":
+        raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")
+    names = pack_run(base, out)
+    print(f"{shown(out)}: {len(names)} files, {out.stat().st_size / 2**20:.0f} MiB")
+    return 0
+
+
+def kaggle_bundle(asked: Namespace) -> int:
+    """Write a data set and a notebook that grade Kaggle's hidden studies."""
+    base = finished_run(asked.run)
+    from lsdc_utils.pipeline import kaggle
+
+    out, user = (asked.out or base / "kaggle").resolve(), asked.user or kaggle.user_here()
+    wheels = kaggle.write_bundle(base, out, user)
+    print(f"{shown(out)}: models, package and {len(wheels)} wheels. Upload them with\n")
+    print(f"  kaggle datasets create -p {shown(out / 'dataset')} --dir-mode zip")
+    print(f"  kaggle kernels push -p {shown(out / 'notebook')}")
+    if user == kaggle.USER:
+        print(f"\nReplace {user} by your name on Kaggle in the metadata of both folders, or give it with --user.")
+    return 0
+
+
+def ablate(asked: Namespace) -> int:
+    """Run the ablations of a finished run."""
+    base = finished_run(asked.run)
+    from lsdc_utils.pipeline import experiments
+
+    return experiments.run_ablations(base, asked.names, asked.cores or usable_cores())
+
+
+def curve(asked: Namespace) -> int:
+    """Repeat a finished run with other numbers of training studies."""
+    base = finished_run(asked.run)
+    parameters = read_parameters(base)
+    if parameters["data_dir"] or not parameters["phantom"]:
+        raise UsageError(f"--run {asked.run}: its data is real; a learning curve needs a phantom")
+    from lsdc_utils.pipeline import experiments
+
+    return experiments.run_curve(base, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
+
+
+def bench(asked: Namespace) -> int:
+    """Run the benchmarks whose names contain NAME, one after the other."""
+    benchmarks = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
+    scripts = [path for path in benchmarks if asked.name in path.stem]
+    if not scripts:
+        raise UsageError(f"no benchmark {asked.name!r}; there are: {', '.join(path.stem for path in benchmarks)}")
+    failed = []
+    for script in scripts:
+        print(f"\n{script.stem}", flush=True)
+        failed += [script.stem] if subprocess.run([sys.executable, script], cwd=ROOT).returncode else []
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def test(asked: Namespace) -> int:
+    """Run the tests; without --all not those that take minutes each."""
+    processes = min(usable_cores(), 4)  # each takes some GiB; the tests of a file share one
+    command = [sys.executable, "-m", "pytest", "-n", str(processes), "--dist", "loadfile"]
+    return subprocess.run(command + ([] if asked.all else ["-m", "not slow"]), cwd=ROOT).returncode
+
+
+def lab(asked: Namespace) -> int:
+    """Open JupyterLab in notebooks/, after installing the filter that keeps notebooks' outputs out of git."""
+    clean = shlex.join([sys.executable, "-m", "nbstripout", "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS])
+    for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
+        done = subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], capture_output=True)
+        if done.returncode:
+            print("not a git clone: the filter for notebooks is not installed", file=sys.stderr)
+            break
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}  # the kernel of this environment
+    environment.pop("JUPYTER_PATH", None)
+    options = [f"--notebook-dir={NOTEBOOKS}", "--LabApp.default_url=/lab/tree/start.ipynb", *asked.rest]
+    return subprocess.run([sys.executable, "-m", "jupyterlab", *options], env=environment).returncode
+
+
+HANDLERS = {
+    function.__name__.replace("_", "-"): function
+    for function in (run, validate, predict, export, pack, kaggle_bundle, ablate, curve, bench, test, lab)
+}
+
+
+def main(words: list[str]) -> int:
+    """Parse the arguments and carry out the command; the exit status."""
+    asked = arguments.parse(words)
+    try:
+        return HANDLERS[asked.command](asked)
+    except ValueError as error:
+        if type(error).__name__ not in EXPLAINED:
+            raise
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
+    sys.exit(main(sys.argv[1:]))

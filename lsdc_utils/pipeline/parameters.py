@@ -1,0 +1,91 @@
+"""Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared
+
+PROFILES = NOTEBOOKS / "profiles"
+
+
+def converted(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of `default`, else UsageError. A single value becomes a list of one if a list is expected."""
+    if isinstance(default, list) and not isinstance(value, list):
+        value = [value]
+    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
+            value = float(value)
+    if type(value) is not type(default):
+        expected = f"expected {type(default).__name__} like {default!r}"
+        raise UsageError(f"{key}: {value!r} is {type(value).__name__}, {expected}")
+    if isinstance(default, list) and len({type(item) for item in default}) == 1:
+        return [converted(key, item, default[0]) for item in value]
+    if isinstance(default, dict):
+        if set(value) != set(default):
+            raise UsageError(f"{key}: has the keys {sorted(value)}, expected {sorted(default)}")
+        return {name: converted(f"{key}.{name}", value[name], default[name]) for name in default}
+    return value
+
+
+def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
+    """`KEY=VALUE` to key and value in the type of the default; UsageError if key or type is wrong.
+
+    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. Relative paths become
+    absolute, since notebooks run elsewhere; names of pretrained models that are not files stay as they are.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or key not in defaults:
+        raise UsageError(f"{text!r}: not KEY=VALUE, or an unknown key; keys are: {', '.join(sorted(defaults))}")
+    if isinstance(defaults[key], str):
+        path = Path(raw).expanduser()
+        is_path = bool(raw) and (key == "data_dir" or key.endswith("_csv"))
+        is_path |= key in ("yolo_model", "vit_encoder_weights") and path.is_file()
+        return key, str(path.resolve()) if is_path else raw
+    if isinstance(defaults[key], list) and not raw.startswith("["):
+        raw = f"[{raw}]"
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{key}: cannot read {raw!r}: {error}") from error
+    return key, converted(key, value, defaults[key])
+
+
+def _read_profile(name: str) -> dict[str, Any]:
+    file = PROFILES / f"{name}.yml"
+    if not file.is_file():
+        raise UsageError(f"no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yml')))}")
+    return yaml.safe_load(file.read_text()) or {}
+
+
+def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
+    """Every parameter of a run: profile demo, changed by `profile`, then by KEY=VALUE; UsageError if one is wrong."""
+    parameters = _read_profile("demo")
+    for key, value in (_read_profile(profile) if profile != "demo" else {}).items():
+        if key not in parameters:
+            raise UsageError(f"profile {profile}: unknown key {key!r}")
+        parameters[key] = converted(key, value, parameters[key])
+    parameters.update(parse_override(text, parameters) for text in overrides)
+    names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
+    if names != set(parameters):
+        differing = ", ".join(sorted(names ^ set(parameters)))
+        raise UsageError(f"profile demo and the parameters cells of the notebooks differ in: {differing}")
+    if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
+        raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
+    return parameters
+
+
+def changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with some changed; of a value by condition, `change` may name only some conditions."""
+    result = dict(parameters)
+    for key, value in change.items():
+        if key not in parameters:
+            raise UsageError(f"unknown parameter {key!r}")
+        old = parameters[key]
+        result[key] = converted(key, {**old, **value} if isinstance(old, dict) else value, old)
+    return result

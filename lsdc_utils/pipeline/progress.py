@@ -1,0 +1,151 @@
+"""What a person sees of a run: steps as Snakemake reports them, the cell and log of a failure, the scores."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lsdc_utils.pipeline.graph import Step, stopped_at
+
+PARTS = {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular", "any_severe": "any severe",
+         "total": "total"}  # fmt: skip
+TITLES = {"test": "test studies", "oof": "training studies, out of fold"}  # blocks of scores.json
+
+
+@dataclass
+class Progress:
+    """State of a run, read from Snakemake's messages line by line."""
+
+    total: int = 0
+    finished: int = 0
+    running: dict[str, float] = field(default_factory=dict)  # step -> its start, seconds since the epoch
+    reasons: dict[str, str] = field(default_factory=dict)  # step -> why it runs
+    failed: list[str] = field(default_factory=list)
+    jobs: dict[str, str] = field(default_factory=dict)  # Snakemake's job id -> step
+    block: dict[str, str] = field(default_factory=dict)  # the paragraph being read
+
+    def read(self, line: str) -> str | None:
+        """Read one line; return what a person should see of it, if anything."""
+        if match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
+            return self._read_field(match[1], match[2])
+        if match := re.match(r"total +(\d+)$", line):
+            self.total = int(match[1])
+        elif match := re.match(r"(?:local)?(rule) \w+:$|(Error) in rule \w+", line):
+            self.block = {"kind": match[1] or match[2]}
+        elif match := re.match(r"Finished jobid: (\d+)", line):
+            step = self.jobs[match[1]]
+            self.finished += 1
+            return f"[{self.finished}/{self.total}] {step} done in {clock(time.time() - self.running.pop(step))}"
+        return None
+
+    def _read_field(self, name: str, value: str) -> str | None:
+        """One field of the paragraph on a job, which is reported once its log and job id are known."""
+        reported = {"log", "jobid"} <= set(self.block)
+        self.block[name] = value
+        if not {"log", "jobid"} <= set(self.block):
+            return None
+        step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
+        if self.block["kind"] == "Error":
+            self.running.pop(step, None)
+            self.failed.append(step)
+            reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
+            return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
+        self.jobs[self.block["jobid"]] = step
+        self.reasons[step] = self.block.get("reason", "")
+        if reported:
+            return None
+        self.running[step] = time.time()
+        return f"[{self.finished + len(self.running)}/{self.total}] {step}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def shown(path: Path) -> str:
+    """A path as a person at the prompt would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
+def last_lines(log: Path, n: int = 1) -> list[str]:
+    """The last `n` lines of a log that are not empty; of a line that a progress bar overwrote, its last state."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        text = file.read().decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # colours
+    lines = [[part for part in line.split("\r") if part.strip()] for line in text.split("\n")]
+    return [parts[-1].rstrip() for parts in lines if parts][-n:]
+
+
+def follow(logs: Path, process: subprocess.Popen, output: Path) -> Progress:
+    """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line.
+
+    On a terminal that line is redrawn every second; elsewhere it is printed every 30 seconds.
+    """
+    progress, began, printed, rest = Progress(), time.time(), time.time(), ""
+    terminal, running = sys.stdout.isatty(), True
+    with output.open(errors="replace") as messages:
+        while running:
+            running = process.poll() is None  # before reading, so that the last lines are read too
+            *lines, rest = (rest + messages.read()).split("\n")  # the last line may be incomplete
+            for message in filter(None, map(progress.read, lines)):
+                print(f"{chr(13) + chr(27) + '[K' if terminal else ''}{clock(time.time() - began):>8}  {message}")
+            steps = [f"{step}: {' '.join(last_lines(logs / f'{step}.log'))}" for step in progress.running]
+            status = f"{clock(time.time() - began)}  {' | '.join(steps)}"
+            if terminal:
+                print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="")
+            elif time.time() - printed > 30 and steps:
+                printed = time.time()
+                print(f"  {status}")
+            sys.stdout.flush()
+            if running:
+                time.sleep(1.0 if terminal else 0.3)
+    print("\r\033[K" if terminal else "", end="")
+    return progress
+
+
+def failure(logs: Path, step: Step) -> str:
+    """What is needed to repair a failed step: notebook, cell, log, the log's last lines."""
+    executed, log = logs / f"{step.name}.ipynb", logs / f"{step.name}.log"
+    lines = [f"\n{step.name} failed", f"  notebook: notebooks/{step.notebook}.ipynb"]
+    if executed.is_file():
+        import nbformat
+
+        lines += [f"  as executed: {shown(executed)}"]
+        number, cell = stopped_at(nbformat.read(executed, as_version=4)) or (0, None)
+        if cell:
+            lines += [f"  failing cell: number {number}"]
+            lines += [f"      {line}" for line in cell.source.splitlines()]
+    lines += [f"  last lines of {shown(log)}:"]
+    return "\n".join(lines + [f"      {line}" for line in last_lines(log, 15)])
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """The blocks of scores.json as text: test first; only out of fold if test has no labels."""
+    lines = []
+    for name in ("test", "oof"):
+        if not (block := scores.get(name)):
+            continue
+        lines += ["", f"Weighted log loss, {block['n_studies']} {TITLES[name]}; lower is better"]
+        skills = block.get("skill") or {}
+        titles = [*PARTS.values(), *(["skill"] if skills else [])]
+        lines += [f"  {'':22}" + "".join(f"{title:>14}" for title in titles)]
+        for model, parts in block["scores"].items():
+            values = [parts[part] for part in PARTS] + ([skills[model]["total"]] if model in skills else [])
+            lines += [f"  {model:22}" + "".join(f"{'-' if v is None else f'{v:.3f}':>14}" for v in values)]
+        if interval := block.get("interval", {}).get("ensemble", {}).get("total"):
+            lines += [f"  ensemble, total: 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"]
+    return "\n".join(lines)

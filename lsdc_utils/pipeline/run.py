@@ -1,0 +1,228 @@
+"""A run: its folder and lock, its processes, and the one call of Snakemake."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from lsdc_utils.files import atomic
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
+from lsdc_utils.pipeline.parameters import PROFILES
+from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, score_table, shown
+
+OUTPUTS = ROOT / "outputs"
+RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asks for."""
+
+    folder: Path  # outputs/<run>
+    parameters: dict[str, Any]
+    resume: str  # the command that resumes this run
+    cores: int
+    until: str | None = None
+    force: tuple[str, ...] = ()
+    snakefile: str = "Snakefile"  # in notebooks/
+    slurm: bool = False  # each step a job of the cluster
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps of the run, in the order of the notebooks."""
+        return all_steps(self.parameters)
+
+
+def visible_gpus() -> list[str]:
+    """Indices or UUIDs of the GPUs that jobs may use; none without an NVIDIA driver."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+# ---- processes and the lock ----------------------------------------------------------------------------------------
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Living processes of the run in `folder`, including kernels in sessions of their own."""
+    processes = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RUN_MARK) == str(folder):
+                processes.append(process)
+    return processes
+
+
+def end_processes(folder: Path) -> None:
+    """End what is left of the run in `folder`, e.g. after its runner was killed: a step would continue to write."""
+    while left := processes_of(folder):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+
+
+def cancel_jobs(folder: Path) -> None:
+    """Cancel the SLURM jobs that the run in `folder` last had, and wait up to a minute for their end: a job would
+    continue to write."""
+    log = folder / "logs" / "snakemake.log"
+    submitted = re.search(r"^SLURM run ID: (\S+)$", log.read_text(), re.MULTILINE) if log.is_file() else None
+    if submitted is None or shutil.which("scancel") is None:  # e.g. copied from a cluster
+        return
+    subprocess.run(["scancel", "--name", submitted[1]])
+    for _ in range(60):
+        listed = subprocess.run(["squeue", "--noheader", "--name", submitted[1]], capture_output=True)
+        if not listed.stdout:
+            return
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the run's folder; UsageError if another runner has it. The lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{shown(folder)} is locked by another run_all.sh") from error
+        end_processes(folder)
+        cancel_jobs(folder)
+        for left in (*folder.glob(".writing-*"), *folder.glob("*/.writing-*")):  # by a process that was killed
+            if left.is_file():
+                left.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM, so that cleaning up is not cut short."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- Snakemake -----------------------------------------------------------------------------------------------------
+
+
+def forced_steps(run: Run) -> list[Step]:
+    """Steps to run whatever their files say: those of --force, and 00 if the data that it recorded are gone."""
+    forced = [step for name in run.force for step in select_steps(run.steps, name)]
+    record = run.folder / "data.json"
+    if record.is_file() and not (run.folder / json.loads(record.read_text())["data_dir"]).is_dir():
+        forced.append(run.steps[0])
+    return forced
+
+
+def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
+    """The one call of Snakemake; targets are executed notebooks, so that its counts are counts of steps."""
+    targets = select_steps(run.steps, run.until) if run.until else run.steps
+    command = [sys.executable, "-m", "snakemake", "--snakefile", NOTEBOOKS / run.snakefile, "--directory", run.folder]
+    command += ["--configfile", config, "--cores", run.cores, "--scheduler", "greedy"]
+    if run.slurm:  # the cluster decides what runs side by side
+        command += ["--workflow-profile", PROFILES / "slurm", "--slurm-logdir", run.folder / "logs" / "slurm"]
+    else:
+        command += ["--resources", f"gpu={gpus}"]
+    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
+    command += ["--max-checksum-file-size", 2**30]  # a file rewritten with the same bytes re-runs nothing
+    if run.snakefile == "predict.smk":
+        command += ["--keep-going"]  # other shards do not wait for one that fails
+    if forced := forced_steps(run):
+        command += ["--forcerun", *(f"notebooks/{step.name}.ipynb" for step in forced)]
+    return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
+
+
+def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
+    """Environment of Snakemake and of all that it starts."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder)}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if run.slurm:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # SLURM sets it for each job
+    return environment
+
+
+def dry_run(run: Run) -> int:
+    """Print which steps would run and why, and change nothing."""
+    with tempfile.TemporaryDirectory() as temporary:
+        config = Path(temporary) / "parameters.yml"
+        config.write_text(yaml.safe_dump(run.parameters))
+        planned = replace(run, folder=run.folder if run.folder.is_dir() else Path(temporary))
+        command = snakemake_command(planned, config, 0)
+        command.insert(command.index("--directory"), "--dry-run")
+        done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        return done.returncode
+    progress = Progress()
+    for line in (done.stdout + done.stderr).splitlines():
+        progress.read(line)
+    for step in run.steps:
+        if step.name in progress.reasons:
+            print(f"would run {step.name}: {progress.reasons[step.name]}")
+    print(f"{len(progress.reasons)} of {len(run.steps)} steps would run")
+    return 0
+
+
+def work(run: Run) -> int:
+    """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status."""
+    gpus = [] if run.slurm else visible_gpus()
+    config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
+    output.parent.mkdir(exist_ok=True)
+    with atomic(config) as temporary:
+        temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
+    place = "jobs on SLURM" if run.slurm else f"{run.cores} cores, {len(gpus)} GPUs"
+    print(f"{shown(run.folder)}: {place}; logs: {shown(output.parent)}/<step>.log")
+    try:
+        with output.open("w") as log:
+            command = snakemake_command(run, config, len(gpus))
+            process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
+        progress = follow(output.parent, process, output)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished steps are kept. Resume with:\n  {run.resume}", file=sys.stderr)
+        return 130
+    finally:
+        with _undisturbed():
+            end_processes(run.folder)
+            cancel_jobs(run.folder)
+    if process.returncode == 0:
+        print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
+        return 0
+    lines = [failure(output.parent, step) for step in run.steps if step.name in progress.failed]
+    lines = lines or [f"\nSnakemake stopped; last lines of {shown(output)}:", *last_lines(output, 15)]
+    print(*lines, f"\nResume with:\n  {run.resume}", sep="\n", file=sys.stderr)
+    return process.returncode if process.returncode > 0 else 1
+
+
+def start(run: Run) -> int:
+    """Run what is not up to date; print the score table and the report's path, as far as they exist."""
+    with locked(run.folder):
+        status = work(run)
+    scores, report = run.folder / "scores.json", run.folder / "report" / "index.html"
+    if status == 0 and scores.is_file():
+        print(score_table(json.loads(scores.read_text())))
+    if status == 0 and report.is_file():
+        print(f"\nreport: {report}")
+    return status

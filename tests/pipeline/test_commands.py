@@ -1,0 +1,116 @@
+"""The commands: help, mistakes, and what each hands over."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT, run_all
+
+from lsdc_utils.pipeline import arguments, commands
+
+
+def test_help_lists_every_command_once(capsys) -> None:
+    with pytest.raises(SystemExit):
+        commands.main(["--help"])
+    table = capsys.readouterr().out
+    for name in arguments.COMMANDS:
+        assert len(re.findall(rf"^  {name}\b", table, re.MULTILINE)) == 1, name
+        with pytest.raises(SystemExit) as ended:
+            commands.main([name, "--help"])
+        assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: ./run_all.sh {name}")
+    for line in table.splitlines():
+        assert len(line) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["n_trian=3"], "n_train"),
+        (["n_train=3.5"], "int"),
+        (["run_dir=elsewhere"], "unknown key"),
+        (["--profile", "nope"], "other"),
+        (["--until", "09"], "08_report"),
+        (["--force", "03_train_yolo_scs_fold7"], "fold0"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--run", "../escape"], "plain name"),
+        (["--run", "data"], "plain name"),
+        (["--cores", "0"], "1 or more"),
+        (["--nonsense"], "unrecognized"),
+        (["predict", "nowhere", "--run", "demo"], "no such folder"),
+        (["predict"], "required"),
+        (["curve", "0"], "1 or more"),
+        (["folds=2"], "n_splits"),
+        (["folds=[]"], "n_splits"),
+    ],
+)
+def test_mistakes_are_errors_before_anything_runs(
+    finished_tiny_project: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(finished_tiny_project.rglob("*"))
+    done = run_all(finished_tiny_project, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("run_all.sh: ")
+    assert message in done.stderr
+    assert [path for path in sorted(finished_tiny_project.rglob("*")) if "__pycache__" not in path.parts] == [
+        path for path in before if "__pycache__" not in path.parts
+    ]
+
+
+def test_benchmarks_run_one_after_the_other_and_helpers_do_not(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(commands, "BENCHMARKS", tmp_path)
+    (tmp_path / "shared.py").write_text("1 / 0\n")
+    for name, end in (("read", 0), ("write", 3)):
+        (tmp_path / f"{name}.py").write_text(f'if __name__ == "__main__":\n    print("ratio 1.1")\n    exit({end})\n')
+    assert commands.main(["bench", "rea"]) == 0
+    assert capfd.readouterr().out.split() == ["read", "ratio", "1.1"]
+    assert commands.main(["bench"]) == 1
+    printed = capfd.readouterr()
+    assert printed.out.split() == ["read", "ratio", "1.1", "write", "ratio", "1.1"]
+    assert "failed: write" in printed.err
+    assert commands.main(["bench", "nothing"]) == 2
+    assert "there are: read, write" in capfd.readouterr().err
+
+
+def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        "lsdc_utils.data.checks.main", lambda folder, out: 1 if (folder, out) == (tmp_path, None) else 0
+    )
+    assert commands.main(["validate", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["validate", str(tmp_path / "nowhere")])
+    assert ended.value.code == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, monkeypatch) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    called, run = [], subprocess.run
+    monkeypatch.setattr(commands, "NOTEBOOKS", tmp_path / "notebooks")
+
+    def started(command: list, **options) -> subprocess.CompletedProcess:
+        called.append(command)
+        return subprocess.CompletedProcess(command, 0) if "jupyterlab" in command else run(command, **options)
+
+    monkeypatch.setattr(commands.subprocess, "run", started)
+    assert commands.main(["lab", "--port", "8899", "--no-browser"]) == 0
+    monkeypatch.undo()
+    assert called[-1][-4:] == ["--LabApp.default_url=/lab/tree/start.ipynb", "--port", "8899", "--no-browser"]
+    assert (ROOT / "notebooks/start.ipynb").is_file()
+    cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="out")], execution_count=1)
+    cell.metadata["papermill"] = {"duration": 1}
+    file = tmp_path / "notebooks" / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}}), file)
+    git = ["git", "-C", tmp_path]
+    subprocess.run([*git, "add", "notebooks"], check=True)
+    stored = json.loads(subprocess.run([*git, "show", ":notebooks/a.ipynb"], check=True, capture_output=True).stdout)
+    assert stored["cells"][0]["outputs"] == []
+    assert stored["cells"][0]["id"] == cell.id
+    assert "papermill" not in json.dumps(stored)
+    assert json.loads(file.read_text())["cells"][0]["outputs"]

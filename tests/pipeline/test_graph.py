@@ -1,0 +1,59 @@
+"""What a step depends on besides its input files, and what it holds while it runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lsdc_utils.pipeline import graph
+from lsdc_utils.pipeline.parameters import load_parameters
+
+
+@pytest.mark.parametrize("key", ["exclude_csv", "points_csv", "folds_csv"])
+def test_another_content_of_a_given_table_re_runs_the_steps_that_read_it(tmp_path: Path, key: str) -> None:
+    file, parameters = tmp_path / "given.csv", load_parameters("demo")
+
+    def tracked(notebook: str, value: Path | str) -> str:
+        return graph.tracked_parameters(graph.Step(notebook, notebook), parameters | {key: str(value)})
+
+    file.write_text("study_id\n1\n")
+    nothing, first = tracked("02_convert_labels", ""), tracked("02_convert_labels", file)
+    moved = file.rename(tmp_path / "moved.csv")
+    assert tracked("02_convert_labels", moved) == first != nothing
+    moved.write_text("study_id\n2\n")
+    assert tracked("02_convert_labels", moved) != first
+    assert tracked("00_get_data", moved) == tracked("00_get_data", "")  # reads none of them
+
+
+def test_modules_are_followed_through_packages_and_relative_imports(monkeypatch, tmp_path: Path) -> None:
+    package = tmp_path / "lsdc_utils"
+    (package / "deep" / "templates").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "a.py": "def late():\n    from .deep import inner",
+        "b.py": "",
+        "deep/__init__.py": "",
+        "deep/inner.py": "from ..b import thing\nfrom . import other",
+        "deep/other.py": "",
+        "deep/templates/page.html": "<p>",
+        "deep/unused.py": "",
+    }.items():
+        (package / name).write_text(text)
+    monkeypatch.setattr(graph, "ROOT", tmp_path)
+    files = {str(path.relative_to(package)) for path in graph.module_files("%matplotlib inline\nimport lsdc_utils.a")}
+    assert files == {
+        "__init__.py", "a.py", "b.py", "deep/__init__.py", "deep/inner.py", "deep/other.py", "deep/templates/page.html"
+    }  # fmt: skip
+
+
+def test_two_gpus_are_held_by_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
+    with graph.own_gpu():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
+        with graph.own_gpu():
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"

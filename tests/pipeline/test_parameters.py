@@ -1,0 +1,69 @@
+"""KEY=VALUE and profiles: every value in the type of its default, everything else an error."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.parameters import changed, parse_override
+
+DEFAULTS = yaml.safe_load(
+    "{name: '007', n: 3, rate: 0.1, tta: true, folds: [0, 1], epochs: {nfn: 1, scs: 2}, views: [[1.0, 0]]}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("name=042", "042"),
+        ("name=no", "no"),
+        ("name=", ""),
+        ("name=a=b", "a=b"),
+        ("n=5", 5),
+        ("rate=1e-3", 0.001),
+        ("rate=2", 2.0),
+        ("tta=false", False),
+        ("folds=0", [0]),
+        ("folds=1,0", [1, 0]),
+        ("folds=[1]", [1]),
+        ("epochs={nfn: 3, scs: 4}", {"nfn": 3, "scs": 4}),
+        ("views=[[0.8, 1], [1.0, 0]]", [[0.8, 1], [1.0, 0]]),
+    ],
+)
+def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> None:
+    key, parsed = parse_override(text, DEFAULTS)
+    assert key == text.split("=")[0]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_a_file_or_folder_is_looked_for_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    defaults = {"data_dir": "", "folds_csv": "", "name": "", "yolo_model": ""}
+    assert parse_override("folds_csv=tables/folds.csv", defaults)[1] == str(tmp_path / "tables/folds.csv")
+    assert parse_override("data_dir=/elsewhere", defaults)[1] == "/elsewhere"
+    assert parse_override("data_dir=", defaults)[1] == ""
+    assert parse_override("name=a/b", defaults)[1] == "a/b"
+    (tmp_path / "own.pt").touch()
+    assert parse_override("yolo_model=own.pt", defaults)[1] == str(tmp_path / "own.pt")
+    assert parse_override("yolo_model=yolov10x.pt", defaults)[1] == "yolov10x.pt"  # the notebooks know where it may be
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["n", "m=1", "n=1.5", "n=true", "n=many", "rate=fast", "rate=true", "tta=1", "folds=a", "folds=0.5",
+     "epochs={nfn: 3}", "epochs=3", "epochs={nfn: 3, scs: x}", "n=[1", "nn=3"],
+)  # fmt: skip
+def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text.split("=")[0])):
+        parse_override(text, DEFAULTS)
+
+
+def test_a_change_may_name_some_conditions_only() -> None:
+    parameters = {"epochs": {"nfn": 1, "scs": 2, "ss": 3}, "rate": 0.5}
+    assert changed(parameters, {"epochs": {"scs": 9}})["epochs"] == {"nfn": 1, "scs": 9, "ss": 3}
+    with pytest.raises(UsageError, match="unknown parameter 'speed'"):
+        changed(parameters, {"speed": 1})

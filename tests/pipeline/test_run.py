@@ -1,0 +1,242 @@
+"""Runs of a tiny project: real Snakefile and run_all.sh, stand-in notebooks. First run, what runs again, failures."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from conftest import TINY_NOTEBOOKS, run_all, write_tiny_notebook
+
+from lsdc_utils.pipeline import graph, run
+from lsdc_utils.pipeline.progress import last_lines
+
+GRADING = ["05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report"]
+
+
+def would_run(project: Path, *arguments: str) -> list[str]:
+    """Steps that a dry run names."""
+    done = run_all(project, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"^would run (\w+):", done.stdout, re.MULTILINE)
+
+
+def code_of(name: str) -> str:
+    return TINY_NOTEBOOKS[name][1]
+
+
+# ---- the first run --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_each_step_and_ends_with_scores_and_report(finished_tiny_project: Path) -> None:
+    said = (finished_tiny_project / "first_run.txt").read_text()
+    assert said.count(" done in ") == 16
+    assert "[1/16] 00_get_data" in said
+    assert "[16/16] 08_report done in" in said
+    assert re.search(r"ensemble +0\.400 +0\.600 +0\.700 +- +0\.500", said)
+    assert said.rstrip().endswith("outputs/demo/report/index.html")
+
+
+def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
+    done = re.findall(r"\] (\w+) done", (finished_tiny_project / "first_run.txt").read_text())
+    began = re.findall(r"\] (\w+)$", (finished_tiny_project / "first_run.txt").read_text(), re.MULTILINE)
+    assert done[0] == "00_get_data" and done[-1] == "08_report"
+    trainings = [step for step in began if step.startswith("03")]
+    assert set(trainings[:2]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
+    last = max(done.index(step) for step in done if step[:2] in ("03", "04"))
+    assert done.index("02_convert_labels") < began.index(trainings[0])
+    assert last < done.index("05_ensemble_inference") < min(map(done.index, ("06_evaluation", "07_stress_tests")))
+
+
+def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path) -> None:
+    folder = finished_tiny_project / "outputs" / "demo"
+    parameters = yaml.safe_load((folder / "parameters.yml").read_text())
+    names = [step.name for step in graph.all_steps(parameters)]
+    assert len(names) == 16
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(names)
+    assert not list((folder / "logs").glob("*.ipynb"))
+    for name in names:
+        assert (folder / "logs" / f"{name}.log").is_file()
+        assert "max_rss" in (folder / "logs" / f"{name}.tsv").read_text()
+    assert "epoch 3/3" in (folder / "logs" / "03_train_yolo_scs_fold1.log").read_text()
+
+
+def test_two_trainings_side_by_side_take_a_gpu_each(finished_tiny_project: Path) -> None:
+    logs = [finished_tiny_project / f"outputs/demo/logs/03_train_yolo_scs_fold{fold}.log" for fold in (0, 1)]
+    assert {re.search("device (.*)", log.read_text())[1] for log in logs} == {"4", "5"}
+
+
+def test_threads_come_from_the_profile_whatever_the_cores(tiny_project: Path) -> None:
+    done = run_all(tiny_project, "--cores", "1", "--until", "03_train_yolo_scs_fold0", "threads=2")
+    assert done.returncode == 0, done.stderr
+    assert "threads 2" in (tiny_project / "outputs/demo/logs/03_train_yolo_scs_fold0.log").read_text()
+
+
+# ---- what runs again ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_does_nothing(tiny_project: Path) -> None:
+    done = run_all(tiny_project)
+    assert done.returncode == 0
+    assert "nothing to do" in done.stdout
+    assert "0.500" in done.stdout
+
+
+def test_a_saved_notebook_a_comment_and_a_new_place_run_nothing(tiny_project: Path) -> None:
+    executed = nbformat.read(tiny_project / "outputs/demo/notebooks/01_eda.ipynb", as_version=4)
+    executed.cells.append(nbformat.v4.new_markdown_cell("a remark"))
+    nbformat.write(executed, tiny_project / "notebooks/01_eda.ipynb")
+    write_tiny_notebook(tiny_project, "03_train_yolo", "# the loop\n" + code_of("03_train_yolo"))
+    with (tiny_project / "lsdc_utils/used.py").open("a") as module:
+        module.write("# a comment\n")
+    assert would_run(tiny_project) == []
+
+
+def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path) -> None:
+    with (tiny_project / "lsdc_utils/report.py").open("a") as module:
+        module.write("TITLE = 'new'\n")
+    assert would_run(tiny_project) == ["08_report"]
+    with (tiny_project / "lsdc_utils/used.py").open("a") as module:
+        module.write("from . import helper\n")
+    (tiny_project / "lsdc_utils/helper.py").write_text("")
+    assert len(would_run(tiny_project)) == 13  # all but 00, the phantom and 01
+    assert would_run(tiny_project, "--until", "02") == ["02_convert_labels"]
+
+
+def test_a_changed_code_cell_runs_the_step_and_what_follows(tiny_project: Path) -> None:
+    write_tiny_notebook(tiny_project, "04_train_vit3d", code_of("04_train_vit3d") + "\nprint('new')")
+    assert would_run(tiny_project) == ["04_train_vit3d_fold0", "04_train_vit3d_fold1", *GRADING]
+
+
+def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) -> None:
+    assert would_run(tiny_project, "vit_lr=1e-4", "--until", "04") == ["04_train_vit3d_fold0", "04_train_vit3d_fold1"]
+    # Of the epochs by condition only the recesses' changed: the other two detectors stay, and what reads their points.
+    assert would_run(tiny_project, "yolo_epochs={nfn: 2, scs: 3, ss: 5}") == [
+        "03_train_yolo_ss_fold0",
+        "03_train_yolo_ss_fold1",
+        *GRADING,
+    ]
+
+
+def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path) -> None:
+    labels = tiny_project / "outputs/demo/tables/labels.parquet"
+    labels.write_text("whole")
+    assert would_run(tiny_project) == []
+    labels.write_text("other")
+    assert "03_train_yolo_scs_fold0" in would_run(tiny_project)
+
+
+def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
+    write_tiny_notebook(tiny_project, "01_eda", "print('another figure')")
+    assert would_run(tiny_project) == ["01_eda", "08_report"]
+
+
+def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
+    assert would_run(tiny_project, "--force", "05") == GRADING
+    assert would_run(tiny_project, "stress_bodies=0") == ["08_report"]  # is of the others
+    (tiny_project / "outputs/data").rmdir()
+    assert would_run(tiny_project)[:3] == ["00_get_data", "phantom", "01_eda"]
+
+
+def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path) -> None:
+    steps_of_other = would_run(tiny_project, "--profile", "other")
+    assert len(steps_of_other) == 12
+    assert not [name for name in steps_of_other if "fold1" in name]
+    assert not (tiny_project / "outputs/other").exists()
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_step_is_explained_and_the_run_can_resume(tiny_project: Path) -> None:
+    write_tiny_notebook(tiny_project, "05_ensemble_inference", "print('blending')\nraise ValueError('no study 42')")
+    done = run_all(tiny_project, "--cores", "2", "tta=false")
+    assert done.returncode != 0
+    for part in (
+        "05_ensemble_inference failed",
+        "notebooks/05_ensemble_inference.ipynb",
+        "outputs/demo/logs/05_ensemble_inference.ipynb",
+        "failing cell: number 3",  # without what papermill adds
+        "      raise ValueError('no study 42')",
+        "blending",
+        "ValueError: no study 42",
+        "./run_all.sh --profile demo --run demo --cores 2 tta=false",
+    ):
+        assert part in done.stderr
+    assert not (tiny_project / "outputs/demo/submission.csv").exists()  # the old one is not taken for the new one
+    write_tiny_notebook(tiny_project, "05_ensemble_inference")
+    done = run_all(tiny_project, "tta=false")
+    assert done.returncode == 0
+    assert "4 steps run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "code", ["import sys\nsys.exit(0)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"], ids=["exit", "kill"]
+)
+def test_a_notebook_that_ends_early_is_a_failed_step(tiny_project: Path, code: str) -> None:
+    write_tiny_notebook(tiny_project, "08_report", code)
+    done = run_all(tiny_project)
+    assert done.returncode != 0
+    assert "08_report failed" in done.stderr
+    assert code.splitlines()[-1] in done.stderr
+    assert not (tiny_project / "outputs/demo/notebooks/08_report.ipynb").exists()
+
+
+def start_sleeping_run(project: Path) -> subprocess.Popen:
+    """A run whose last step sleeps; returns once it does."""
+    write_tiny_notebook(project, "08_report", "import time\nprint('asleep')\ntime.sleep(300)")
+    command = [sys.executable, "-m", "lsdc_utils.pipeline.commands"]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, cwd=project, env=environment, **pipes)
+    deadline = time.time() + 60
+    while last_lines(project / "outputs/demo/logs/08_report.log") != ["asleep"]:
+        assert time.time() < deadline, "the step did not start"
+        time.sleep(0.2)
+    return running
+
+
+def processes_in(project: Path) -> list[psutil.Process]:
+    return run.processes_of(project / "outputs" / "demo")
+
+
+def test_after_a_kill_the_next_run_ends_what_is_left_and_resumes(tiny_project: Path) -> None:
+    running = start_sleeping_run(tiny_project)
+    second = run_all(tiny_project)
+    assert second.returncode == 2
+    assert "is locked by another run_all.sh" in second.stderr
+    running.kill()
+    running.communicate()
+    assert len(processes_in(tiny_project)) >= 3  # Snakemake, the step and its kernel live on
+    write_tiny_notebook(tiny_project, "08_report")
+    done = run_all(tiny_project)
+    assert done.returncode == 0, done.stderr
+    assert "1 steps run" in done.stdout
+    assert processes_in(tiny_project) == []
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_stopped_run_leaves_no_process_and_says_how_to_resume(tiny_project: Path, times: int) -> None:
+    running = start_sleeping_run(tiny_project)
+    for _ in range(times):
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    _, message = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "./run_all.sh --profile demo" in message
+    assert processes_in(tiny_project) == []
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert run.visible_gpus() == ["1", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run.visible_gpus() == []

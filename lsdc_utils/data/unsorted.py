@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data.series_types import (
-    SHORT,
-    UNKNOWN_CONTRAST,
-    contrast_of,
-    named_contrast,
-    plane_of,
-    skip_reason,
-)
+from lsdc_utils.data.series_types import SHORT, UNKNOWN_CONTRAST, contrast_of, named_contrast, plane_of, skip_reason
 from lsdc_utils.dicom import DicomError, NotDicomError, Tags, read_tags
 from lsdc_utils.files import readable
 from lsdc_utils.parallel import each

@@ -137,9 +137,7 @@ def suspects(rows: pd.DataFrame, chance: float = SUSPECT) -> pd.DataFrame:
     """
     natural = rows[PROBABILITIES].to_numpy()
     table = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
-        probability=_of_label(rows, natural),
-        grade=natural.argmax(axis=1),
-        grade_probability=natural.max(axis=1),
+        probability=_of_label(rows, natural), grade=natural.argmax(axis=1), grade_probability=natural.max(axis=1)
     )
     return table[table["probability"] < chance].sort_values(["probability", "row_id"]).reset_index(drop=True)
 

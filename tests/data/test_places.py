@@ -253,10 +253,7 @@ def detected(planted: Planted, columns: slice, series_type: str) -> Detections:
 def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
     canal = planted.canal.set_index("level")[["X", "Y", "Z"]]
     truth = planted.body.points()
-    for find, columns, series_type in (
-        (_find_foramina, slice(5, 15), T1),
-        (_find_recesses, slice(15, 25), AXIAL),
-    ):
+    for find, columns, series_type in ((_find_foramina, slice(5, 15), T1), (_find_recesses, slice(15, 25), AXIAL)):
         found = find(detected(planted, columns, series_type), canal)
         named = {(side, level): place for side, level, place, _, _ in found}
         assert len(named) == len(truth[columns])

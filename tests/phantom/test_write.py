@@ -18,24 +18,11 @@ from lsdc_utils import dicom, geometry, metric, vocabulary
 from lsdc_utils.phantom import fingerprint, labels, study, write, write_phantom
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.scanner import plan_series
-from lsdc_utils.vocabulary import (
-    AXIAL,
-    COLUMNS,
-    LEVEL_NAMES,
-    LEVELS,
-    MISSING,
-    SERIES_TYPES,
-    SEVERITIES,
-    T1,
-    T2,
-)
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES, T1, T2
 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
 ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
-ANSWERS = (
-    *("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "wrong_labels.csv"),
-    *ANATOMY,
-)
+ANSWERS = (*("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "wrong_labels.csv"), *ANATOMY)
 
 
 @pytest.fixture(scope="module")

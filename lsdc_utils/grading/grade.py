@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.detector.canal import axial_slices
@@ -24,10 +23,9 @@ from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, parse_row_id, study_row_ids
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, study_row_ids
 
 BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # blended table -> models in it
-READ_ON = {name: GROUPS[condition.group].series_type for name, condition in CONDITIONS.items()}
 COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
     "yolo": ["row_id", *SEVERITIES],
     "vit3d": ["row_id", *SEVERITIES],
@@ -90,10 +88,8 @@ def grade_studies(models: Models, comp: competition.Competition, split: str, stu
 
 
 def rows_of(studies: Iterable[int]) -> pd.DataFrame:
-    """Every row of these studies: row_id, study_id, condition, level, all as text."""
-    rows = pd.DataFrame({"row_id": [row for study in studies for row in study_row_ids(study)]}, dtype=str)
-    rows[["study_id", "condition", "level"]] = [parse_row_id(row) for row in rows["row_id"]] or np.empty((0, 3), str)
-    return rows
+    """Every row of these studies, with the columns of `metric.row_keys`."""
+    return metric.row_keys(row for study in studies for row in study_row_ids(study))
 
 
 def prior_of(recipe: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +100,8 @@ def prior_of(recipe: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
 def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
     """Ids of rows whose study lacks the series that readers grade them on; series: study_id, series_type."""
     existing = set(zip(series["study_id"].astype(str), series["series_type"], strict=True))
-    needed = zip(rows["study_id"], rows["condition"].map(READ_ON), strict=True)
+    read_on = rows["condition"].map(lambda name: GROUPS[CONDITIONS[name].group].series_type)
+    needed = zip(rows["study_id"], read_on, strict=True)
     return set(rows["row_id"][[key not in existing for key in needed]])
 
 
@@ -113,11 +110,8 @@ def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
 
 def fit_blends(given: blend.Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
     """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
-    fits = {
-        name: blend.choose_blend({model: given[model] for model in models}, prior, labels)
-        for name, models in BLENDS.items()
-    }
-    return {"kind": "fitted", **{name: blend.to_json(fit) for name, fit in fits.items()}}
+    inputs = {name: {model: given[model] for model in models} for name, models in BLENDS.items()}
+    return {"kind": "fitted", **{name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}}
 
 
 def blend_rows(
@@ -134,12 +128,12 @@ def blend_rows(
     """
     tables = {}
     for name, models in BLENDS.items():
-        mixtures, inputs = blend.from_json(recipe[name]), {model: given[model] for model in models}
-        fit = partial(blend.fit_blend, only=[key for key, mixture in mixtures.items() if mixture.kept == "fitted"])
+        inputs, fitted = {model: given[model] for model in models}, recipe[name]
         if labels is None:
-            tables[name] = blend.apply_blend(mixtures, inputs, prior)
+            tables[name] = blend.apply_blend(fitted, inputs, prior)
         else:
-            tables[name] = blend.cross_fitted(inputs, prior, labels, fit)
+            freely = [key for key, mixture in fitted.items() if mixture["kept"] == "fitted"]
+            tables[name] = blend.cross_fitted(inputs, prior, labels, freely)
     return blend.finish(tables, given, prior, unseen)
 
 

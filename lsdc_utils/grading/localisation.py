@@ -6,6 +6,7 @@ condition is graded: a reader may click on a neighbouring slice, 4 mm and more a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,15 +53,12 @@ def localisation(errors: pd.DataFrame) -> pd.DataFrame:
 
     errors: as `point_errors` returns them.
     """
-    names = ["condition", "points", "found", "median_mm", *(f"{w}_{mm}_mm" for w in WITHIN for mm in (5, 10))]
-    lines = []
-    for condition, rows in errors.groupby("condition"):
-        line = {"condition": condition, "points": len(rows), "found": rows["distance"].notna().mean()}
-        line["median_mm"] = rows["distance"].median()
-        for name, column in WITHIN.items():
-            line |= {f"{name}_{mm}_mm": (rows[column] <= mm).mean() for mm in (5, 10)}
-        lines.append(line | {"sides_exchanged": int(rows["exchanged"].sum())})
-    return pd.DataFrame(lines, columns=[*names, "sides_exchanged"])
+    counted = errors.assign(points=1, found=errors["distance"].notna(), median_mm=errors["distance"])
+    counted, kinds = counted.assign(sides_exchanged=errors["exchanged"]), {"points": "sum", "found": "mean"}
+    kinds["median_mm"] = "median"
+    for (name, column), mm in itertools.product(WITHIN.items(), (5, 10)):
+        counted[f"{name}_{mm}_mm"], kinds[f"{name}_{mm}_mm"] = errors[column] <= mm, "mean"
+    return counted.groupby("condition", as_index=False).agg(kinds | {"sides_exchanged": "sum"})
 
 
 def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +88,7 @@ def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_anatomy(
-    root: str | Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
+    root: Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
 ) -> pd.DataFrame | None:
     """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
 
@@ -99,7 +97,6 @@ def against_anatomy(
     and the others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found
     (share given any level) and level_right (share given the right one).
     """
-    root = Path(root)
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
         return None
     anatomy, spines = (pd.read_csv(root / name) for name in ("anatomy.csv", "spines.csv"))

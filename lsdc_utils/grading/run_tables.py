@@ -7,16 +7,17 @@ shown beside the grades.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, MISSING, SEVERITIES, SIDES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES
 
 FORMAT = 2  # of blend.json
 RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
@@ -27,7 +28,6 @@ SOURCE_NAMES = {  # values of the column `source`, in words
     "vit3d": "ViT alone",
     "prior": "prior: no model had evidence",
 }
-PREFIXES = {"yolo": "detector", "vit3d": "vit"}  # of the columns that hold one model's own probabilities
 
 
 class RunError(ValueError):
@@ -65,9 +65,8 @@ def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataF
     return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
 
 
-def read_models(run_dir: str | Path, folds: Iterable[int]) -> dict[str, pd.DataFrame]:
+def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.DataFrame]:
     """Each model's out-of-fold rows before they are blended: yolo (all conditions) and vit3d."""
-    folds = list(folds)
     yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in GROUPS], ignore_index=True)
     return {"yolo": yolo, "vit3d": read_folds(run_dir, "vit3d", folds)}
 
@@ -83,23 +82,17 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     vit_<severity>. Empty where the run graded no such study. Raises FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
-    rows = _read(run, f"ensemble_{block}")
-    keys = [(int(study), condition, level) for study, condition, level in map(parse_row_id, rows["row_id"])]
-    kinds = {"study_id": int, "condition": str, "level": str}  # of a table without rows too
-    keys = pd.DataFrame(keys, columns=list(kinds)).astype(kinds)
-    rows = pd.concat([rows[["row_id"]], keys, rows[list(SEVERITIES)]], axis=1)
+    natural = _read(run, f"ensemble_{block}")
+    rows = metric.row_keys(natural["row_id"]).astype({"study_id": int})
     rows.insert(2, "block", block)
-    rows.insert(5, "side", rows["condition"].map({name: c.side or "" for name, c in CONDITIONS.items()}).astype(str))
-    rows.insert(6, "group", rows["condition"].map({name: c.group for name, c in CONDITIONS.items()}).astype(str))
-    natural = rows[list(SEVERITIES)].to_numpy()
-    rows = rows.assign(grade=natural.argmax(axis=1), confidence=natural.max(axis=1, initial=0))
+    rows[list(SEVERITIES)] = chances = natural[list(SEVERITIES)].to_numpy()
+    rows = rows.assign(grade=chances.argmax(axis=1), confidence=chances.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
     rows = rows.join(points_of(rows, _read(run, f"points_{block}")), on="row_id")
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
-    for model, prefix in PREFIXES.items():
+    for model, prefix in (("yolo", "detector"), ("vit3d", "vit")):
         rows = rows.join(_read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{prefix}_"), on="row_id")
-    places = {column: k for k, column in enumerate(COLUMNS)}
-    order = (rows["condition"] + "_" + rows["level"]).map(places)
+    order = (rows["condition"] + "_" + rows["level"]).map(COLUMNS.index)
     return rows.iloc[np.lexsort((order, rows["study_id"]))].reset_index(drop=True)
 
 
@@ -123,13 +116,12 @@ def _read(run: Path, name: str) -> pd.DataFrame:
 
 def _labels(run: Path, block: str) -> dict[str, int]:
     """Label by row id, as far as labels are known: a phantom's test studies have theirs beside the tables."""
-    file = run / "tables/labels.parquet"
-    if block == "test":  # what `predict` wrote has no data.json
-        file = competition.data_dir(run) / "solution.csv" if (run / "data.json").is_file() else run / "solution.csv"
-    if not file.is_file():
-        return {}
-    table = pd.read_csv(file) if block == "test" else pd.read_parquet(file)
-    return dict(zip(table["row_id"], table["severity"].astype(int), strict=True))
+    if block == "oof":
+        file, read = run / "tables/labels.parquet", pd.read_parquet
+    else:  # what `predict` wrote has no data.json
+        folder = competition.data_dir(run) if (run / "data.json").is_file() else run
+        file, read = folder / "solution.csv", pd.read_csv
+    return dict(read(file)[["row_id", "severity"]].to_numpy()) if file.is_file() else {}
 
 
 def read_data(run_dir: str | Path) -> competition.Competition:

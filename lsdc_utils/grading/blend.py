@@ -1,16 +1,9 @@
-"""Joining the models' answers: a geometric mixture of every model and the prior, fitted on out-of-fold rows.
+"""A geometric mixture of the models and the prior, fitted on out-of-fold rows: natural probabilities of a row are
 
-For a row with prior pi and models p_m, in natural probabilities,
+    p  proportional to  exp( sum_m a_m log p_m  +  (1 - sum_m a_m) log prior  +  bias )
 
-    p  proportional to  exp( sum_m a_m log p_m  +  (1 - sum_m a_m) log pi  +  bias )
-
-Each condition group has its own numbers, shared over levels and sides: a weight a_m for each model and a bias for
-moderate and for severe. The prior takes what the models leave of the weight, so a model that knows nothing falls to
-the prior and not to a uniform guess, and the sum of the weights is an inverse temperature. Where one model has no
-evidence for a row, the prior takes its place in the formula. A row without evidence from any model is the prior.
-
-The numbers are pulled towards a simple blend: equal weights or one model alone, whichever scores best, without
-temperature and bias. Equal weights alone would drag a good model down to a poor one where the two differ much.
+with a weight a_m for each model and a bias for moderate and severe, by condition group. The prior takes the rest of the
+weight, so a model that knows nothing falls to the prior, and it takes the place of a model without evidence for a row.
 """
 
 from __future__ import annotations
@@ -55,10 +48,9 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     return as_table(prior["row_id"], natural)
 
 
-def fit_blend(
-    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = tuple(GROUPS)
-) -> Blend:
-    """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend.
+def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS) -> Blend:
+    """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend: equal
+    weights or one model alone, whichever scores best, without bias.
 
     `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only` keep the simple
     blend, groups without a single label equal weights.
@@ -69,8 +61,8 @@ def fit_blend(
 
 
 def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
-    """Minimise the parts of the score that these rows touch (for the canal: spinal and any-severe): over the simple
-    blends, and then, where `freely`, over all numbers round the best of them."""
+    """Minimise the parts of the score that these rows touch: over the simple blends, then, where `freely`, over all
+    numbers round the best of them."""
     scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
@@ -98,7 +90,7 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     losses = {
         name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, only)))
-        for name, only in (("simple", ()), ("fitted", tuple(GROUPS)))
+        for name, only in (("simple", ()), ("fitted", GROUPS))
     }
     drawn, gains = metric.resampled_scores(losses), {}
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
@@ -113,12 +105,10 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
 
 
 def cross_fitted(
-    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = tuple(GROUPS)
+    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS
 ) -> pd.DataFrame:
-    """The rows of `prior`, each blended by numbers (`fit_blend`) that were fitted on other studies.
-
-    `labels`: row_id, study_id, severity. Studies are dealt into `PARTS` at random.
-    """
+    """The rows of `prior`, each blended by numbers (`fit_blend`) that were fitted on other studies of `labels` (row_id,
+    study_id, severity)."""
     study_of = metric.row_keys(prior["row_id"])["study_id"].to_numpy()
     studies, blended = np.random.default_rng(0).permutation(np.unique(study_of)), []
     for held_out in np.array_split(studies, min(PARTS, len(studies))):
@@ -128,17 +118,14 @@ def cross_fitted(
     return prior[["row_id"]].merge(pd.concat(blended), on="row_id")
 
 
-def finish(
-    blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collection[str] = ()
-) -> tuple[Tables, pd.Series]:
+def finish(blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collection[str]) -> tuple[Tables, pd.Series]:
     """Blended tables (each model's own, and `ensemble`) with their last rows, and the sources of the ensemble's rows.
 
-    `given` are the models' tables before blending, `unseen` the ids of rows whose own series is missing. A row without
-    evidence is the prior. An unseen row that one model alone gave is blended as that model's own: the transformer still
-    grades from the other series. On 80 phantom studies with T1, T2 or axial series hidden, the affected part of the
-    score was .57, .42, .71 this way, .58, .45, .73 by the ensemble's formula, and .77, .79, .99 by the prior. Where the
-    series is there and a model found nothing on it, the ensemble's formula stays: it hedges, and the level may have
-    been sought at a wrong place.
+    `given`: the models' tables before blending; `unseen`: ids of rows whose own series is missing. A row without
+    evidence is the prior. An unseen row that one model alone gave is blended as that model's own: on 80 phantom studies
+    with T1, T2 or axial series hidden, the affected part of the score was .57, .42, .71 this way, .58, .45, .73 by the
+    ensemble's formula, and .77, .79, .99 by the prior. A model that found nothing on a series that is there may have
+    looked at a wrong place: the ensemble's formula stays.
     """
     sources, shares = row_sources(given, prior["row_id"]), prior[PROBABILITIES].to_numpy()
     natural = {name: aligned(table, prior) for name, table in blended.items()}

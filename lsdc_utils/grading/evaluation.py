@@ -1,7 +1,6 @@
-"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, and the rows that are worst.
+"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, suspect labels.
 
-Everything here takes judged rows, as `judge` makes them: labelled rows in the order of the solution, so that the tables
-of several models stand row by row beside each other. Probabilities are natural; only `loss` uses the weighted row.
+All functions but `difference` take judged rows (`judge`), in the same order for every model.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
 def difference(
     solution: pd.DataFrame, tables: dict[str, pd.DataFrame], model: str, other: str
 ) -> dict[str, tuple[float, float, float]]:
-    """Score of `model` minus score of `other` in each part, with its paired 95 % interval: below 0, `model` is
-    better."""
+    """Score of `model` minus that of `other` in each part, with its paired 95 % interval: below 0 `model` is better."""
     losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
     samples = metric.resampled_scores(losses)
@@ -78,7 +76,7 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
         truth = of_group["severity"] >= mildest
         chance = of_group[PROBABILITIES[mildest:]].sum(axis=1)
         line = lines[group.score, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
-        for point in POINTS:  # NaN where no row is the event, or each
+        for point in POINTS if truth.nunique() == 2 else ():
             line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
             line[f"specificity at {point}"] = (chance[~truth] < point).mean()
     return pd.DataFrame.from_dict(lines, orient="index")
@@ -87,8 +85,8 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
 def agreement(judged: Judged) -> pd.DataFrame:
     """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group.
 
-    `two readers`, where an oracle is known: the kappa expected of two independent readers who grade these very rows,
-    each by the oracle's probabilities. A row's grades are then together (a, b) with the probability q_a q_b.
+    `two readers`, if there is an oracle q: the kappa expected of two independent readers who grade each of these rows
+    (a, b) with the probability q_a q_b.
     """
     lines = {}
     for group, weights in itertools.product(GROUPS.values(), ("linear", "quadratic")):
@@ -122,18 +120,14 @@ def suspects(rows: pd.DataFrame) -> pd.DataFrame:
     Columns: row_id, study_id, condition, level, severity, probability (of that label), grade and its probability.
     """
     natural = rows[PROBABILITIES].to_numpy()
-    table = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(
-        probability=_of_label(rows, natural), grade=natural.argmax(axis=1), grade_probability=natural.max(axis=1)
-    )
+    table = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(probability=_of_label(rows, natural))
+    table = table.assign(grade=natural.argmax(axis=1), grade_probability=natural.max(axis=1))
     return table[table["probability"] < SUSPECT].sort_values(["probability", "row_id"]).reset_index(drop=True)
 
 
 def suspicion(rows: pd.DataFrame, wrong: Collection[str]) -> dict[str, float]:
-    """How well improbable labels find wrong ones, where the row ids of the wrong are known.
-
-    planted: how many rows are wrong; listed: how many `suspects` lists, with its precision and recall; and the
-    precision where, with the least probable labels first, half of the wrong ones are found (`suspicion_curve`).
-    """
+    """How well improbable labels find the labels of row ids `wrong`: how many are planted, how many `suspects` lists,
+    its precision and recall, and the precision where half of the wrong ones are found (`suspicion_curve`)."""
     planted, listed = set(rows["row_id"]) & set(wrong), set(suspects(rows)["row_id"])
     hits, curve = len(planted & listed), suspicion_curve(rows, wrong)
     return {

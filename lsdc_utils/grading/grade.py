@@ -1,7 +1,6 @@
 """Studies graded by the frozen models of a run: from stacks to each model's rows, and from these to the ensemble's.
 
-The test studies of a run (05), those of any folder (`predict`) and the studies of the stress tests (07) are all graded
-here. `published.grade` has the same functions for the published method.
+`published.grade` has the same functions for the published method.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import grade_study
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
+from lsdc_utils.grading.blend import Tables
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, study_row_ids
@@ -47,8 +47,7 @@ class Models:
     predict: Callable[..., pd.DataFrame] = predict_studies
 
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
-        """One study's tables: rows of both kinds of models, level points, `findings` of its files, the series types
-        that it has, and axial slices with their level. A study is graded from the series that it has."""
+        """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points, canal = grade_study(self.yolos, study_id, stacks)
         types = sorted({stack.series_type for stack in stacks})
         return {
@@ -105,26 +104,19 @@ def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
     return set(rows["row_id"][[key not in existing for key in needed]])
 
 
-# ---- blended rows ----------------------------------------------------------------------------------------------------
-
-
-def fit_blends(given: blend.Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
+def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
     """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
     inputs = {name: {model: given[model] for model in models} for name, models in BLENDS.items()}
     return {"kind": "fitted", **{name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}}
 
 
 def blend_rows(
-    recipe: dict[str, Any],
-    given: blend.Tables,
-    prior: pd.DataFrame,
-    unseen: Collection[str] = (),
-    labels: pd.DataFrame | None = None,
-) -> tuple[blend.Tables, pd.Series]:
+    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str], labels: Any = None
+) -> tuple[Tables, pd.Series]:
     """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows.
 
-    given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity); with them
-    each study is blended by numbers that were fitted on other studies, without them by those of the recipe.
+    given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity), or None; with
+    them each study is blended by numbers fitted on other studies, without them by those of the recipe.
     """
     tables = {}
     for name, models in BLENDS.items():
@@ -137,7 +129,7 @@ def blend_rows(
     return blend.finish(tables, given, prior, unseen)
 
 
-def blend_studies(recipe: dict[str, Any], graded: Graded, studies: Iterable[int]) -> tuple[blend.Tables, pd.Series]:
+def blend_studies(recipe: dict[str, Any], graded: Graded, studies: Iterable[int]) -> tuple[Tables, pd.Series]:
     """Every row of graded studies by each of `BLENDS`, and the sources of the ensemble's rows."""
     rows = rows_of(studies)
     given = {model: graded[model] for model in BLENDS["ensemble"]}

@@ -1,7 +1,7 @@
-"""How near the detected points are: to readers' points and, on a phantom, to the true anatomy.
+"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy.
 
-Distances are in patient space (LPS mm). `in_plane` leaves out the direction across the slices of the series on which a
-condition is graded: a reader may click on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
+`in_plane` leaves out the direction across the slices of the series on which a condition is graded: a reader may click
+on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """True points beside the detected ones; those of `truth` without a position are left out.
 
     points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (nfn, scs or
-    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`.
-    Returns truth's row_id, severity (where it has them) and keys with confidence, distance in mm in space, in_plane
-    (sagittal: y and z, axial: x and y), both NaN where nothing was detected, and exchanged: whether the detected point
-    lies nearer to the other side's true point of that level than to its own.
+    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`. Returns truth's row_id, severity
+    (if any) and keys, confidence, distance, in_plane (sagittal: y and z, axial: x and y), both NaN where nothing was
+    detected, and exchanged: whether the point lies nearer to the true point of the other side than to its own.
     """
     known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
     known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
@@ -49,34 +48,26 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def localisation(errors: pd.DataFrame) -> pd.DataFrame:
-    """By condition: true points, share found, their median distance, shares of all within 5 and 10 mm, sides exchanged.
-
-    errors: as `point_errors` returns them.
-    """
-    counted = errors.assign(points=1, found=errors["distance"].notna(), median_mm=errors["distance"])
-    counted, kinds = counted.assign(sides_exchanged=errors["exchanged"]), {"points": "sum", "found": "mean"}
-    kinds["median_mm"] = "median"
+    """By condition, of `point_errors`: true points, share found, their median distance, shares of all within 5 and 10
+    mm, sides exchanged."""
+    distance, kinds = errors["distance"], {"points": "sum", "found": "mean", "median_mm": "median"}
+    counted = errors.assign(points=1, found=distance.notna(), median_mm=distance, sides_exchanged=errors["exchanged"])
     for (name, column), mm in itertools.product(WITHIN.items(), (5, 10)):
         counted[f"{name}_{mm}_mm"], kinds[f"{name}_{mm}_mm"] = errors[column] <= mm, "mean"
     return counted.groupby("condition", as_index=False).agg(kinds | {"sides_exchanged": "sum"})
 
 
 def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
-    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded.
-
-    Where a study has two such series and both show the place, this is the mean: detected points come from both.
-    """
+    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded: the mean
+    if two such series show the place, since detected points come from both."""
     graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
     places = anatomy[anatomy["series_type"] == graded_on]
     return places.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
 
 
 def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
-    """The slices of `canal.axial_slices` that lie within `NEAR_DISC` of a true disc's plane, with true_level.
-
-    The distance is that of the canal's true point in the disc's plane, as the same series sees it: where a slice is
-    tilted against the disc, it is at the canal that it shows the one level or the other.
-    """
+    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc's plane, measured at the canal's true point
+    in the same series, with true_level."""
     if slices.empty:
         return slices.assign(level="", true_level="")
     canal = anatomy.loc[anatomy["condition"] == SPINAL_CANAL, ["study_id", "series_id", "level", *"XYZ"]]
@@ -92,10 +83,9 @@ def against_anatomy(
 ) -> pd.DataFrame | None:
     """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
 
-    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. A
-    place is missed where a series shows it and nothing was detected. Rows: for all studies, those with ordinary spines
-    and the others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found
-    (share given any level) and level_right (share given the right one).
+    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. Rows:
+    for spines all, ordinary and other, each condition as in `localisation`, and the axial slices near a disc: points
+    (their number), found (share given any level) and level_right (share given the right one).
     """
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
         return None

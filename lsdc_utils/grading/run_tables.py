@@ -1,8 +1,4 @@
-"""What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports.
-
-A study was graded either as a test study or out of fold, by models that had not seen it. Its labels are read only to be
-shown beside the grades.
-"""
+"""What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports."""
 
 from __future__ import annotations
 
@@ -41,10 +37,8 @@ def weight_files(folds: Iterable[int]) -> list[str]:
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run: how its models are used and blended.
-
-    RunError where the run is not finished (names the missing files) or was made by code with another format.
-    """
+    """blend.json of a finished run: how its models are used and blended. RunError where files are missing (names them)
+    or where it was made by code with another format."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
@@ -74,12 +68,11 @@ def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.Dat
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     """The graded rows of a run's `oof` or `test` studies, by study and in the order of `vocabulary.COLUMNS`.
 
-    Columns: row_id, study_id (int), block, condition, level, side ('' for the canal), group (nfn, scs, ss), the
-    ensemble's natural probabilities normal_mild, moderate, severe; grade (0, 1, 2: the most probable) and
-    confidence, its probability; source (the models that gave the row joined by +, or prior) and own_series (whether
-    the study has the series on which readers grade the row); X, Y, Z (LPS mm) of the detected point, NaN where there
-    is none; severity, the label (-1 where none is known); and the models' own probabilities as detector_<severity> and
-    vit_<severity>. Empty where the run graded no such study. Raises FileNotFoundError where 05 has not run.
+    Columns: those of `metric.row_keys` (study_id as int) and block; the ensemble's natural probabilities normal_mild,
+    moderate, severe; grade (0, 1, 2: the most probable) and confidence, its probability; source (a key of
+    `SOURCE_NAMES`) and own_series (whether the study has the series on which readers grade the row); X, Y, Z (LPS mm)
+    of the detected point, NaN where there is none; severity, the label (-1 where none is known); the models' own
+    probabilities as detector_<severity> and vit_<severity>. FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
     natural = _read(run, f"ensemble_{block}")
@@ -97,11 +90,8 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
 
 
 def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id.
-
-    rows: row_id, study_id, group, level, side ('' for the canal). points: study_id, level, side, X, Y, Z, condition (a
-    group's key), as predictions/points_*.parquet hold them.
-    """
+    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id. rows: row_id, study_id, group, level,
+    side; points: as predictions/points_*.parquet hold them, condition is a group's key."""
     sided = np.where(points["side"].isin(SIDES), points["side"], "")
     points = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
     keys = ["study_id", "group", "level", "side"]
@@ -110,7 +100,6 @@ def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(run: Path, name: str) -> pd.DataFrame:
-    """A table of predictions."""
     return pd.read_parquet(run / "predictions" / f"{name}.parquet")
 
 

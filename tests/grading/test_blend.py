@@ -154,5 +154,5 @@ def test_rows_without_evidence_are_the_prior_and_sources_are_named(world):
 def test_no_study_is_no_error():
     nothing = table([], np.empty((0, 3)))
     tables = {name: nothing for name in ("yolo", "vit3d", "ensemble")}
-    finished, sources = blend.finish(tables, {"yolo": nothing, "vit3d": nothing}, nothing)
+    finished, sources = blend.finish(tables, {"yolo": nothing, "vit3d": nothing}, nothing, ())
     assert finished["ensemble"].empty and sources.empty

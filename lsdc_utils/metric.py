@@ -1,12 +1,9 @@
 """The competition's score, and the baselines it is compared with.
 
-The score weighs a row by its label (1, 2, 4), so the best row to submit is proportional to w_k p_k, not to the natural
-probability p_k. Every prediction table of this repository holds natural probabilities; only `weight_rows` makes the
-weighted row, for `submission.csv` and for the score.
-
-The score is the mean of four weighted log losses (evaluation page of the competition "RSNA 2024 Lumbar Spine
-Degenerative Classification"): the spinal, the foraminal and the subarticular rows, sides pooled, and one row a study
-that asks for any severe spinal stenosis.
+The score is the mean of four weighted log losses (evaluation page of "RSNA 2024 Lumbar Spine Degenerative
+Classification"): spinal, foraminal and subarticular rows, and one row a study for any severe spinal stenosis. A row
+weighs w_k = 1, 2, 4 by its label, so the best row to submit is proportional to w_k p_k. All prediction tables hold the
+natural probabilities p_k; only `weight_rows` makes weighted rows.
 """
 
 from __future__ import annotations
@@ -63,15 +60,11 @@ def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class StudyLosses:
-    """What each study adds to each part of the score, so that any resample of studies is scored at once.
+    """What each study adds to each part of the score: a part is sum(losses) / sum(weights) over the studies drawn."""
 
-    `studies` (n,) are the ids; `losses` and `weights` (n, 4) are sums over a study's rows in the order of `PARTS`
-    without total: a part is sum(losses) / sum(weights) over whatever studies are drawn.
-    """
-
-    studies: np.ndarray
-    losses: np.ndarray
-    weights: np.ndarray
+    studies: np.ndarray  # (n,) ids
+    losses: np.ndarray  # (n, 4) sums over a study's rows in the order of `PARTS` without total
+    weights: np.ndarray  # (n, 4)
 
     def score(self) -> dict[str, float]:
         """The parts of the score and their mean."""
@@ -199,10 +192,7 @@ def bootstrap(n_studies: int) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> list[list[float]]:
-    """The [low, high] that hold 95 % of the draws (draws, k), for each of the k columns; NaN where there is none.
-
-    A draw may hold no severe canal, or no row of a group at all: such draws do not count.
-    """
+    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of the k columns; NaN if there is none."""
     finite = pd.DataFrame(np.where(np.isfinite(samples), samples, np.nan))
     return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 

@@ -135,18 +135,17 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
-    """Columns of a csv as text, those of `ids` as int64; None if there is no such file."""
-    if not file.is_file():
-        return None
+def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame:
+    """Columns of a csv as text, those of `ids` as int64; CompetitionError if it is not there or lacks a column."""
     try:
         table = pd.read_csv(file, dtype=str, skipinitialspace=True)
+    except FileNotFoundError:
+        raise CompetitionError(f"{file}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
-    columns = list(columns)
     if lacking := [column for column in columns if column not in table]:
         raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}")
-    table = table[columns].copy()
+    table = table[list(columns)].copy()
     for column in ids:
         numbers = pd.to_numeric(table[column].astype(object), errors="coerce")  # object: an empty column is not text
         if (bad := ~(numbers.abs() < 2.0**63) | (numbers % 1 != 0)).any():
@@ -157,12 +156,8 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
     return table
 
 
-def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str]) -> pd.DataFrame:
-    """Columns of a csv as text, those of `ids` as int64; CompetitionError if it is not there or lacks a column."""
-    table = _read_table(file, columns, ids)
-    if table is None:
-        raise CompetitionError(f"{file}: no such file")
-    return table
+def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
+    return read_required_table(file, columns, ids) if file.is_file() else None
 
 
 def _read_series_tables(
@@ -173,10 +168,9 @@ def _read_series_tables(
     A series that no table lists, or that is described in unknown words, is typed by its headers.
     """
     columns = ["study_id", "series_id", "series_type", "split"]
-    tables = {}
+    ids, tables = ["study_id", "series_id"], {}
     for split in SPLITS:
-        file = root / f"{split}_series_descriptions.csv"
-        table = _read_table(file, ["study_id", "series_id", "series_description"], ["study_id", "series_id"])
+        table = _read_table(root / f"{split}_series_descriptions.csv", [*ids, "series_description"], ids)
         if table is not None:
             tables[split] = table.rename(columns={"series_description": "series_type"}).assign(split=split)
     listed = pd.concat([pd.DataFrame(columns=columns), *tables.values()], ignore_index=True)
@@ -187,7 +181,7 @@ def _read_series_tables(
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
     places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
-    places = [place for place in places if place[1].is_dir()]
+    places = [(split, folder) for split, folder in places if folder.is_dir()]
     discovered = unsorted.find(root, places, workers) if places or not tables else unsorted.Discovered()
     if not tables and not discovered.series:
         reasons = "; ".join(value for *_, value, _ in discovered.findings[:3]) or "the folder holds no files"
@@ -195,15 +189,6 @@ def _read_series_tables(
             f"{root}: there is no train_series_descriptions.csv or test_series_descriptions.csv, and no sagittal T1, "
             f"sagittal T2 or axial T2 series among the files: {reasons}"
         )
-    _add_discovered(discovered, unknown, listed, findings)
-    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=columns)])
-    return series.astype({"study_id": "int64", "series_id": "int64"}).reset_index(drop=True), discovered.files
-
-
-def _add_discovered(
-    discovered: unsorted.Discovered, unknown: pd.DataFrame, listed: pd.DataFrame, findings: Findings
-) -> None:
-    """Add the findings about discovered series, and about lines of the tables whose description is unknown."""
     table = pd.DataFrame(discovered.findings, columns=FINDINGS)
     covered = table.rule.isin(("series_skipped", "study_without_series")) & table.study_id.isin(listed.study_id)
     findings.tables += [table[~covered]] if len(table) else []
@@ -212,6 +197,8 @@ def _add_discovered(
         series_type = types.get((row.split, row.study_id, row.series_id))
         action = f"used as {series_type}, by its headers" if series_type else "series left out"
         findings.add(unknown.loc[[row.Index]], "series_type_unknown", row.series_type, action)
+    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=columns)])
+    return series.astype({"study_id": "int64", "series_id": "int64"}).reset_index(drop=True), discovered.files
 
 
 def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:

@@ -85,14 +85,8 @@ def _percentiles(images: list[np.ndarray]) -> np.ndarray:
     Mirroring an image changes nothing. Over 60 phantom series, all pixels gave a lower percentile within one grey
     level, and an upper one within 1.4 on average and 9 at most.
     """
-    sample = np.concatenate([image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images])
-    if sample.dtype.kind != "u" or sample.itemsize > 2:
-        return np.percentile(sample, WINDOW)
-    # np.percentile by counting, in a third of the time
-    rank = np.array(WINDOW) / 100 * (len(sample) - 1)
-    at_most = np.bincount(sample).cumsum()
-    low, high = (np.searchsorted(at_most, np.floor(rank) + k, side="right") for k in (0, 1))
-    return low + (np.minimum(high, len(at_most) - 1) - low) * (rank % 1)
+    sample = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
+    return np.percentile(np.concatenate(sample), WINDOW)
 
 
 def _sparse(count: int) -> slice:
@@ -150,11 +144,9 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
-    stacks, findings = [], []
-    for stack, rows in _read_series(_described(comp, split, study_id)):
-        stacks += [stack] if stack else []
-        findings += rows
-    return stacks, pd.DataFrame(findings, columns=FINDINGS)
+    read = list(_read_series(_described(comp, split, study_id)))
+    findings = [row for _, rows in read for row in rows]
+    return [stack for stack, _ in read if stack], pd.DataFrame(findings, columns=FINDINGS)
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
@@ -166,10 +158,9 @@ def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
 
 def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
-    for described in series:
-        _, study_id, series_id, _ = described
+    for source, study_id, series_id, kind in series:
         try:
-            stack, skipped = read_stack(*described)
+            stack, skipped = read_stack(source, study_id, series_id, kind)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue

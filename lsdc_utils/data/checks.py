@@ -134,9 +134,6 @@ def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
     return check(comp, workers).labels
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------
-
-
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     """The series whose files exist; findings name the others, or their study if all of its series are missing."""
     series = comp.series
@@ -255,9 +252,6 @@ def _label_table(
     table.loc[seen & table.X.isna(), [*ids, "x", "y"]] = np.nan
     table[ids] = table[ids].fillna(NONE).astype("int64")
     return table[["row_id", *KEY, "severity", *ids, "x", "y", *"XYZ"]]
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:

@@ -120,9 +120,8 @@ def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -
 
 def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     """The data folder of a run: `data_dir` if given, otherwise the one that 00_get_data recorded in data.json."""
-    if data_dir:
-        folder = Path(data_dir)
-    else:
+    folder = Path(data_dir)
+    if not data_dir:
         record = Path(run_dir) / "data.json"
         if not record.is_file():
             raise CompetitionError(f"{record} does not exist: run 00_get_data first, or give data_dir")
@@ -130,9 +129,6 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     if not folder.is_dir():
         raise CompetitionError(f"the data folder {folder} does not exist")
     return folder
-
-
-# ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame:
@@ -204,19 +200,15 @@ def _read_series_tables(
 def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
     """The labels of train.csv in rows: study_id, condition, level, severity; no rows if there is no train.csv."""
     wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
-    keys = pd.DataFrame(
-        [(c, level) for c in words.CONDITIONS for level in words.LEVELS], columns=["condition", "level"]
-    )
     if wide is None:
-        return keys.iloc[:0].assign(study_id=np.int64(0), severity=np.int64(0))[[*KEY, "severity"]]
+        wide = pd.DataFrame(columns=["study_id", *words.COLUMNS], dtype=object).astype({"study_id": "int64"})
     repeated = wide.study_id.duplicated()
     findings.add(wide[repeated], "study_repeated", "in train.csv", "first line kept")
     wide = wide[~repeated]
-    grades = wide[list(words.COLUMNS)].stack(future_stack=True).str.strip()
+    keys = pd.MultiIndex.from_product([wide.study_id, words.CONDITIONS, words.LEVELS], names=KEY)
+    grades = pd.Series(wide[list(words.COLUMNS)].to_numpy().ravel(), keys, dtype=str).str.strip()
     codes = grades.map({name: k for k, name in enumerate(words.SEVERITY_NAMES)})
-    labels = keys.loc[np.tile(keys.index, len(wide))].reset_index(drop=True)
-    labels.insert(0, "study_id", np.repeat(wide.study_id.to_numpy(), len(keys)))
-    labels["severity"] = codes.fillna(words.MISSING).astype("int64").to_numpy()
+    labels = codes.fillna(words.MISSING).astype("int64").rename("severity").reset_index()
     unknown = (grades.notna() & codes.isna()).to_numpy()
     findings.add(labels[unknown], "grade_unknown", grades[unknown], "read as missing")
     missing = (labels.severity == words.MISSING).groupby(labels.study_id).sum().loc[lambda n: n > 0]
@@ -262,26 +254,21 @@ def _read_sample(root: Path, series: pd.DataFrame, findings: Findings) -> list[s
     return rows
 
 
-# ---- corrections by hand -------------------------------------------------------------------------------------------
-
-
 def _correct_points(
     points: pd.DataFrame, file: Path, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings
 ) -> pd.DataFrame:
     """Points with those of `file` replacing or added to the folder's own; CompetitionError names a wrong line."""
     raw = read_required_table(file, POINTS, ["study_id", "series_id"])
     given, usable = _tidy_points(raw)
-    training = set(series.loc[series.split == "train", ["study_id", "series_id"]].itertuples(index=False, name=None))
-    lines = given[["study_id", "series_id"]].itertuples(index=False, name=None)
+    ids = ["study_id", "series_id"]
+    training = pd.Series(
+        given.set_index(ids).index.isin(series[series.split == "train"].set_index(ids).index), given.index, dtype=bool
+    )
     faults = {
         "is not a point: condition, level or a number cannot be read": ~usable,
         "names a study that train.csv does not hold": ~raw.study_id.isin(labels.study_id),
-        "names a label that an earlier line has a point for": given.duplicated(KEY).reindex(
-            raw.index, fill_value=False
-        ),
-        "names a series that is not one of the training study's": ~pd.Series(
-            [line in training for line in lines], given.index
-        ),
+        "names a label that an earlier line has a point for": given.duplicated(KEY),
+        "names a series that is not one of the training study's": ~training,
     }
     for fault, wrong in faults.items():
         if wrong.any():
@@ -310,12 +297,11 @@ def _leave_out(
                     raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {', '.join(meaning)}")
                 label[key] = meaning[text]
         points = points[~_matches(points, place | label)]
+        action = f"points not used: {' '.join(label.values())}"
         if not label:
             series = series[~_matches(series, place)]
-        if not label and not row.series_id:
-            labels = labels[~_matches(labels, place)]
-        action = f"{'series' if row.series_id else 'study'} left out"
-        action = f"points not used: {' '.join(label.values())}" if label else action
+            labels = labels if row.series_id else labels[~_matches(labels, place)]
+            action = "series left out" if row.series_id else "study left out"
         findings.add(pd.DataFrame([place]), "excluded", row.reason, action)
     return labels, points, series
 
@@ -323,9 +309,6 @@ def _leave_out(
 def _matches(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.Series:
     """Which rows hold these values."""
     return (table[list(values)] == pd.Series(values)).all(axis=1)
-
-
-# ---- tables against each other -------------------------------------------------------------------------------------
 
 
 def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings) -> pd.DataFrame:

@@ -24,7 +24,6 @@ FIELD = (80.0, 600.0)  # longer sides of an image,
 STEP = (0.3, 40.0)  # and distances of neighbouring slices; a stack may have one slice per disc
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
 Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
-Skipped = tuple[tuple[Path, str], ...]  # files left out, with the reason
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, Skipped]:
+def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, tuple]:
     """A series windowed by its own percentiles, and the files left out, with the reason.
 
     source: its folder, or its files. Raises dicom.DicomError if nothing is usable or its sizes are implausible.
@@ -110,8 +109,7 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
             continue
         index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
         if table is None or table.dtype != image.dtype:
-            values = np.arange(256**image.itemsize, dtype=index)
-            table = values.view(image.dtype)
+            table = np.arange(256**image.itemsize, dtype=index).view(image.dtype)
             grey = _to_grey(table, low, high)
         cv2.LUT(image.view(index), grey, dst=place)
 
@@ -145,8 +143,8 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
     read = list(_read_series(_described(comp, split, study_id)))
-    findings = [row for _, rows in read for row in rows]
-    return [stack for stack, _ in read if stack], pd.DataFrame(findings, columns=FINDINGS)
+    findings = pd.DataFrame([row for _, rows in read for row in rows], columns=FINDINGS)
+    return [stack for stack, _ in read if stack], findings
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
@@ -176,9 +174,8 @@ def convert_studies(
     A process holds two series at most. The number of workers (`parallel.each`) does not change the files.
     """
     tasks = [_described(comp, split, study) for study in studies]
-    yield from each(
-        partial(_convert_study, Path(folder)), tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1)
-    )
+    convert = partial(_convert_study, Path(folder))
+    yield from each(convert, tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1))
 
 
 def _convert_study(folder: Path, series: list[Described]) -> pd.DataFrame:

@@ -90,9 +90,6 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     return result
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
 def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
     """Files at any depth in a fixed order, except hidden ones and DICOMDIRs. Links are followed, each folder once.
 
@@ -123,9 +120,6 @@ def _read_header(file: Path) -> Tags | str:
     if tags.study_uid or tags.series_uid or tags.rows:
         return tags
     return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
-
-
-# ---- which images belong together ----------------------------------------------------------------------------------
 
 
 def _group(root: Path, images: list[tuple[str, Tags]]) -> list[_Series]:
@@ -212,9 +206,6 @@ def _instance(tags: Tags) -> int | None:
     """The instance number that `dicom.read_series` gives an image: its own, otherwise the number in its file's name."""
     stem = tags.file.stem
     return tags.instance_number if tags.instance_number is not None else int(stem) if stem.isdecimal() else None
-
-
-# ---- types, ids and findings ---------------------------------------------------------------------------------------
 
 
 def _set_type(part: _Series) -> None:

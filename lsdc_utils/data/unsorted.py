@@ -283,8 +283,8 @@ def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: D
             action = TO_USE_IT.format(split=part.split) if part.reason == UNKNOWN_CONTRAST else "skipped"
             result.findings.append((*ids, "series_skipped", value, action))
             continue
-        line = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
-        result.series.append(line)
+        row = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
+        result.series.append(row)
         own = root / f"{part.split}_images" / str(ids[0]) / str(ids[1])
         if {file.parent for file in files} != {own} or counts[own] != len(files):
             result.files[ids] = files
@@ -298,11 +298,7 @@ def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: D
 
 
 def _report_files(
-    root: Path,
-    series: list[_Series],
-    others: dict[Path, list[tuple[Path, str]]],
-    counts: Counter[Path],
-    result: Discovered,
+    root: Path, series: list[_Series], others: dict[Path, list], counts: Counter, result: Discovered
 ) -> None:
     """Add the findings about files that are not DICOM or cannot be read."""
     owners = defaultdict(set)
@@ -313,12 +309,8 @@ def _report_files(
         ids = owners[folder]
         study_id = next(iter(ids))[0] if len({study_id for study_id, _ in ids}) == 1 else None
         series_id = next(iter(ids))[1] if len(ids) == 1 else None
-        skipped = [file for file, reason in files if not (reason and ids)]
-        if skipped:
-            name = _name(root, skipped[0])
-            value = f"{len(skipped)} of {counts[folder]} files are not DICOM images, e.g. {name}"
+        if skipped := [_name(root, file) for file, reason in files if not (reason and ids)]:
+            value = f"{len(skipped)} of {counts[folder]} files are not DICOM images, e.g. {skipped[0]}"
             result.findings.append((study_id, None, "files_skipped", value, "skipped"))
-        for file, reason in files if ids else ():
-            if reason:
-                value = f"{_name(root, file)}: {reason}"
-                result.findings.append((study_id, series_id, "file_unusable", value, "file left out"))
+        reasons = [f"{_name(root, file)}: {reason}" for file, reason in files if reason and ids]
+        result.findings += [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from spines import SAGITTAL, make_affines, make_stack, mirror_study, noisy_study, ramp, spine
 
-from lsdc_utils.vit.crops import SAGITTAL_MIDDLE, CropError, level_cuts, level_frames, level_slices
+from lsdc_utils.vit.crops import SAGITTAL_MIDDLE, CropError, level_cuts, level_frames
+from lsdc_utils.vit.inputs import study_input
+from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import T2
+
+
+def level_slices(stacks, points, size, spacing, slices):
+    """Images (5, slots * slices, size, size) and places (5, slots * slices) of a study."""
+    record = study_input(stacks, points, VitConfig(size=size, spacing=spacing, slices=slices, margin=0, patch=1))
+    return record["images"], record["places"]
 
 
 def test_frames_follow_the_canal_and_fill_missing_levels():

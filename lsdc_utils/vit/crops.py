@@ -5,7 +5,6 @@ Nothing is resampled between slices. Slice thickness and instance numbers are ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -26,25 +25,20 @@ LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of 
 SLOTS = ((T2, ""), (T1, SIDES[0]), (T1, SIDES[1]), (AXIAL, SIDES[0]), (AXIAL, SIDES[1]))
 FORAMEN = 16.0  # mm outwards of the canal: where its outer wall narrows the nerve
 AIMS = [FORAMEN if kind == T1 else 0.0 for kind, _ in SLOTS]  # mm outwards: where each slot looks
-OUTWARD = [LATERAL[SIDES.index(side)] if side else 1.0 for _, side in SLOTS]
-# Rows of a slot: columns, rows and normal of its squares in a level's frame (left, posterior, head).
+# For each slot the columns and rows of its squares and the way outwards (axial: up), in a level's frame.
 SLOT_AXES = np.array([np.eye(3)[[0, 1, 2] if kind == AXIAL else [1, 2, 0]] for kind, _ in SLOTS])
-SLOT_AXES[:, :, 0] *= np.array(OUTWARD)[:, None]
+SLOT_AXES[:, :, 0] *= np.array([[LATERAL[SIDES.index(side)] if side else 1.0] for _, side in SLOTS])
 SLICE_REACH = 14.0  # mm from there that a slice may lie: three steps
 SAME_SLICE = 1.0  # mm between slices that show the same
 SAGITTAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
 AXIAL_MIDDLE = (8.0, -1.0)  # mm outwards and to posterior
 
 
-class CropError(ValueError):
-    """Slices or points that cannot be brought into patient space; the message names the study."""
-
-
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Centres (5, 3) of a study's levels in the canal, and frames (5, 3, 3): unit vectors to the left, to posterior and
     to the head along the canal.
 
-    points: canal points of one study: level, X, Y, Z and, where they are detections, confidence; CropError if there are
+    points: canal points of one study: level, X, Y, Z and, where they are detections, confidence; ValueError for
     none. Missing levels follow the shape of an average spine. X is smoothed along the spine, because a point clicked on
     the neighbouring slice is 4 mm off the midline.
     """
@@ -52,7 +46,7 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     weight = np.maximum(points["confidence"].to_numpy(), 1e-6) if "confidence" in points else np.ones(len(points))
     of_level = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)
     if not of_level.any():
-        raise CropError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
+        raise ValueError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
     share = of_level * weight  # (5, points)
     with np.errstate(invalid="ignore"):
         weighted = share @ np.nan_to_num(places) / share.sum(axis=1, keepdims=True)  # NaN where a level has no point
@@ -100,44 +94,41 @@ class Cut:
 def level_cuts(
     stacks: list[Stack], points: pd.DataFrame, size: int, spacing: float, count: int
 ) -> list[list[list[Cut]]]:
-    """For each of five levels and each of `SLOTS` the squares of the `count` slices nearest to where a slot looks.
+    """For each of five levels and each of `SLOTS` the squares of the `count` slices nearest to where a slot looks, from
+    whichever series of the type holds them; there may be fewer, or none.
 
     points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
-    to the head; in axial slices columns lead outwards, so that a right half is mirrored onto a left one, and rows to
-    posterior. Slices are taken as they are, from whichever series of the type holds them; there may be fewer, or none.
+    to the head; in axial slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
     """
-    slices = {kind: list(_slices(stacks, kind, spacing)) for kind in SERIES_TYPES}
+    slices = {kind: [] for kind in SERIES_TYPES}
+    for stack in (coarsen(stack, spacing) for stack in stacks):
+        for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
+            slices[stack.series_type].append((image[:rows, :cols], affine, geometry.normals(affine)))
     levels = []
     for centre, frame in zip(*level_frames(points), strict=True):
         slots = []
-        for (kind, _), aim, outward, axes in zip(SLOTS, AIMS, OUTWARD, SLOT_AXES @ frame, strict=True):
-            cuts = []
-            for place, image, affine, normal in _nearest(slices[kind], centre, outward * aim, count):
-                across = geometry.unit(axes[0] - normal * (normal @ axes[0]))
-                down = axes[1] - normal * (normal @ axes[1])
-                down = geometry.unit(down - across * (across @ down))
-                offset = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE
-                middle = centre + normal * place + across * offset[0] + down * offset[1]
-                origin = middle - (across + down) * (size - 1) / 2 * spacing
-                place = place if kind == AXIAL else place * outward
-                cuts.append(Cut(image, affine, origin, across * spacing, down * spacing, place))
+        for (kind, _), aim, axes in zip(SLOTS, AIMS, SLOT_AXES, strict=True):
+            across, down, _ = axes @ frame
+            offset, cuts = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE, []
+            for place, image, affine, normal in _nearest(slices[kind], centre, axes[2], aim, count):
+                columns = geometry.unit(across - normal * (normal @ across))
+                rows = down - normal * (normal @ down)
+                rows = geometry.unit(rows - columns * (columns @ rows))
+                middle = centre + normal * place + columns * offset[0] + rows * offset[1]
+                origin = middle - (columns + rows) * (size - 1) / 2 * spacing
+                cuts.append(Cut(image, affine, origin, columns * spacing, rows * spacing, place))
             slots.append(cuts)
         levels.append(slots)
     return levels
 
 
-def _slices(stacks: list[Stack], kind: str, spacing: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Image, affine, and normal to the left (axial: to the head) of each slice, coarsened to `spacing` mm if finer."""
-    for stack in [coarsen(stack, spacing) for stack in stacks if stack.series_type == kind]:
-        for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
-            normal = geometry.normals(affine)
-            yield image[:rows, :cols], affine, normal if normal[2 if kind == AXIAL else 0] > 0 else -normal
-
-
-def _nearest(slices: list[tuple], centre: np.ndarray, aim: float, count: int) -> list[tuple]:
-    """The `_slices` nearest to the place `aim`, at most `SLICE_REACH` from it, each behind its place (mm along its
-    normal from `centre`); of a repeated slice only the first."""
-    placed = [(float(normal @ (affine[:3, 3] - centre)), image, affine, normal) for image, affine, normal in slices]
+def _nearest(slices: list[tuple], centre: np.ndarray, outwards: np.ndarray, aim: float, count: int) -> list[tuple]:
+    """Place (mm outwards of `centre`), image, affine and normal outwards of the slices nearest to the place `aim`, at
+    most `SLICE_REACH` from it; of a repeated slice only the first."""
+    placed = []
+    for image, affine, normal in slices:
+        normal = normal if normal @ outwards > 0 else -normal
+        placed.append((float(normal @ (affine[:3, 3] - centre)), image, affine, normal))
     chosen = []
     for candidate in sorted(placed, key=lambda member: abs(member[0] - aim)):
         if len(chosen) == count or abs(candidate[0] - aim) > SLICE_REACH:

@@ -12,16 +12,12 @@ from torch.nn import functional as F
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vit import crops
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, MISSING, SERIES_TYPES, SIDES, SPINAL_CANAL
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, MISSING, SERIES_TYPES, SPINAL_CANAL
 
 AXES = ("left", "posterior", "head")  # of a level's frame
 VIEW_STEP = 1.5  # mm that a view at prediction is shifted
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Seen = tuple[torch.Tensor, ...]  # what the network is called with
-
-
-def choose_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray | None:
@@ -84,11 +80,8 @@ def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
     """For each study and level in both tables: study_id, level, and mm to the left, to posterior and to the head along
     the canal, from the point that a crop is cut round (`detected`: canal points) to the readers' (label table)."""
     clicked, rows = crop_centres(labels), []
-    for study, points in clicked.groupby("study_id"):
-        of_study = detected[detected["study_id"] == study]
-        if of_study.empty:
-            continue
-        centres, frames = crops.level_frames(of_study)
+    for study, points in clicked[clicked["study_id"].isin(detected["study_id"])].groupby("study_id"):
+        centres, frames = crops.level_frames(detected[detected["study_id"] == study])
         level = points["level"].map(LEVELS.index).to_numpy()
         off = np.einsum("nij,nj->ni", frames[level], points[["X", "Y", "Z"]].to_numpy() - centres[level])
         rows += [(study, LEVELS[k], *mm) for k, mm in zip(level, off, strict=True)]
@@ -104,18 +97,17 @@ def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: 
     shape = (*inputs["places"].shape[:2], len(crops.SLOTS), config.slices)
     turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns
     across, down, through = np.einsum("sac,blc->abls", crops.SLOT_AXES, shifts)
-    device = choose_device()
-    images = torch.from_numpy(inputs["images"]).to(device).float()
+    images = torch.from_numpy(inputs["images"]).to(DEVICE).float()
     stored = images.shape[-1]
     angle, size = turns[..., 0], turns[..., 1] * config.size / stored
     cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * config.spacing)
     theta = np.stack([cosine, -sine, across * to_share, sine, cosine, down * to_share], axis=-1)
-    theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(device)
+    theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(DEVICE)
     grid = F.affine_grid(theta, (len(theta), 1, config.size, config.size), align_corners=False)
     squares = F.grid_sample(images.reshape(-1, 1, stored, stored), grid, align_corners=False)
     places = (inputs["places"].reshape(shape) - through[..., None]).reshape(inputs["places"].shape)
     squares = squares.reshape(*images.shape[:3], config.size, config.size)
-    return squares, torch.from_numpy(places).float().to(device)
+    return squares, torch.from_numpy(places).float().to(DEVICE)
 
 
 def prediction_views(inputs: np.ndarray, config: VitConfig, count: int) -> Iterator[tuple[Seen, list[int]]]:
@@ -135,7 +127,7 @@ def shown_slices(
     from the level's point. Sagittal images have the head at the top, axial ones anterior."""
     images, places = (part[study, level].cpu().numpy() for part in seen)
     for kind in SERIES_TYPES:
-        slot = next(k for k, (of_slot, side) in enumerate(crops.SLOTS) if of_slot == kind and side != SIDES[1])
+        slot = [of_slot for of_slot, _ in crops.SLOTS].index(kind)  # the left side's
         off = np.abs(places.reshape(-1, config.slices)[slot] - crops.AIMS[slot])
         nearest = slot * config.slices + int(np.argsort(off)[0])  # a missing slice is sorted last
         image = images[nearest] * np.isfinite(places[nearest])

@@ -7,14 +7,12 @@ that it replaces, and name it in notebook 04; `load_vit` finds the class by the 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -72,7 +70,7 @@ class SliceVit(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(1, config.stem, 3, stride=2, padding=1), nn.GELU())
         self.embed = nn.Sequential(nn.Linear(config.stem * config.patch**2, config.width), nn.LayerNorm(config.width))
         self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
-        self.blocks = nn.Sequential(*attention_blocks(config, config.depth))
+        self.blocks = attention_blocks(config, config.depth)
         # A square is aligned to the spine, so a patch's place says what it shows. Averaging would lose the place, and
         # a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
         self.readout = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.readout), nn.Flatten(1))
@@ -164,17 +162,14 @@ class StudyBlocks(nn.Module):
         self.blocks = attention_blocks(config, config.context)
 
     def forward(self, halves: torch.Tensor) -> torch.Tensor:
-        context = (halves + self.level).flatten(1, 2)
-        for block in self.blocks:
-            context = block(context)
+        context = self.blocks((halves + self.level).flatten(1, 2))
         return halves + context.reshape(halves.shape) if len(self.blocks) else halves
 
 
-def attention_blocks(config: VitConfig, depth: int) -> nn.ModuleList:
+def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
     """Transformer blocks of timm. Layer scale: a block begins as a small correction to what the head already sees."""
-    return nn.ModuleList(
-        Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth)
-    )
+    blocks = (Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth))
+    return nn.Sequential(*blocks)
 
 
 class OrdinalHead(nn.Module):
@@ -200,10 +195,8 @@ class OrdinalHead(nn.Module):
     def latents(self, halves: torch.Tensor) -> torch.Tensor:
         """Latent severities (B, 25, numbers)."""
         outputs = self.linear(halves).unflatten(-1, (len(HALF_OUTPUTS), -1))  # (B, levels, sides, outputs, numbers)
-        columns = []
-        for condition in CONDITIONS.values():
-            output = outputs[:, :, :, HALF_OUTPUTS.index(condition.group)]
-            columns.append(output.mean(2) if condition.side is None else output[:, :, SIDES.index(condition.side)])
+        of_side = {None: outputs.mean(2), SIDES[0]: outputs[:, :, 0], SIDES[1]: outputs[:, :, 1]}
+        columns = [of_side[c.side][:, :, HALF_OUTPUTS.index(c.group)] for c in CONDITIONS.values()]
         return torch.cat(columns, dim=1)
 
     def grade(self, latents: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -292,7 +285,7 @@ def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torc
     return (values - mean) * weight / (variance.sqrt() + 8)
 
 
-def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, Any]) -> None:
+def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> None:
     """Write <path>.safetensors and beside it a .json that says what they are and how they came to be (`training`)."""
     path = Path(path)
     with atomic(path) as temporary:
@@ -302,7 +295,7 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, 
         "network": type(model).__name__,
         "parts": {name: type(part).__name__ for name, part in model.named_children()},
         "fold": fold,
-        "config": dataclasses.asdict(model.config),
+        "config": asdict(model.config),
         "training": training,
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
@@ -313,14 +306,13 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, 
     write_json(path.with_suffix(".json"), about)
 
 
-def read_weights(path: str | Path, network: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The .json of a file of `save_vit`, and its tensors; ValueError where they do not belong together, or hold another
-    class of network."""
+def read_weights(path: str | Path, network: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The .json and the tensors of `save_vit`; ValueError if they do not belong together or hold another network."""
     path = Path(path)
     about = json.loads(path.with_suffix(".json").read_text())
     if hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
         raise ValueError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
-    if (about["columns"], about["severities"]) != (list(COLUMNS), list(SEVERITIES)):
+    if about["columns"] != list(COLUMNS) or about["severities"] != list(SEVERITIES):
         raise ValueError(f"{path} grades other columns or severities than this version of lsdc_utils")
     if (name := about.get("network")) != network:
         raise ValueError(f"{path} holds a {name}, not a {network}: train again, or set published_method as in training")
@@ -328,8 +320,7 @@ def read_weights(path: str | Path, network: str) -> tuple[dict[str, Any], dict[s
 
 
 def load_vit(path: str | Path) -> Vit3d:
-    """The network whose weights `save_vit` wrote. ValueError as in `read_weights`, or where this file lacks the class
-    of a part."""
+    """The network that `save_vit` wrote; ValueError as in `read_weights`, or where this module lacks a part's class."""
     about, tensors = read_weights(path, Vit3d.__name__)
     config, known = VitConfig(**about["config"]), globals()
     parts = {part: known.get(name) for part, name in about["parts"].items()}

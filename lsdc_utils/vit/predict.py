@@ -12,8 +12,7 @@ from torch import nn
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vit.augment import augment
-from lsdc_utils.vit.inputs import choose_device, prediction_views, seen_studies, shown_slices, study_input
-from lsdc_utils.vit.loss import row_losses, row_weights
+from lsdc_utils.vit.inputs import DEVICE, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
@@ -35,7 +34,7 @@ def probabilities(
 ) -> np.ndarray:
     """Natural probabilities float64 (n, 25, 3) of inputs (n, ...): the mean over models of one config and views."""
     total = np.zeros((len(inputs), len(COLUMNS), len(SEVERITIES)))
-    models = [model.to(choose_device()).eval() for model in models]
+    models = [model.to(DEVICE).eval() for model in models]
     for start in range(0, len(inputs), batch):
         seen, orders = zip(*views(inputs[start : start + batch], models[0].config, n_views), strict=True)
         stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
@@ -44,12 +43,6 @@ def probabilities(
             for order, of_view in zip(orders, natural, strict=True):
                 total[start : start + batch] += of_view[:, order]
     return total / total.sum(-1, keepdims=True)
-
-
-def loss_of(natural: np.ndarray, labels: np.ndarray) -> float:
-    """The score's mean over its three groups of rows, of probabilities (n, 25, 3); missing labels do not count."""
-    losses = row_losses(torch.from_numpy(natural).log(), torch.from_numpy(labels)).numpy()
-    return float((losses * row_weights(labels)).sum(1).mean())
 
 
 def prediction_rows(study_ids: Iterable[int], natural: np.ndarray) -> pd.DataFrame:
@@ -64,7 +57,6 @@ def predict_studies(
     studies: Iterable[tuple[int, list[Stack]]],
     points: pd.DataFrame,
     n_views: int = 1,
-    batch: int = 8,
     see: Callable = study_input,
     views: Callable = prediction_views,
 ) -> pd.DataFrame:
@@ -76,5 +68,5 @@ def predict_studies(
     ids, natural = [], [np.zeros((0, len(COLUMNS), len(SEVERITIES)))]
     for study_id, seen in seen_studies(studies, points, models[0].config, see):
         ids.append(study_id)
-        natural.append(probabilities(models, seen[None], n_views, batch, views))
+        natural.append(probabilities(models, seen[None], n_views, views=views))
     return prediction_rows(ids, np.concatenate(natural))

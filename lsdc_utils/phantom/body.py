@@ -91,9 +91,8 @@ class Body:
     def points(self) -> Array:
         """The true place of each of COLUMNS: (25, 3) LPS mm."""
         levels = self.discs[FIRST : FIRST + 5]
-        up = np.array([0.0] * 5 + [9.0] * 10 + [0.0] * 10)
-        side = np.array([0.0] * 5 + [1.0] * 5 + [-1.0] * 5 + [1.0] * 5 + [-1.0] * 5)
-        u = side * np.array([0.0] * 5 + [18.0] * 10 + [RECESS[0]] * 10)
+        up = np.repeat([0.0, 9.0, 9.0, 0.0, 0.0], 5)
+        u = np.repeat([0.0, 18.0, -18.0, RECESS[0], -RECESS[0]], 5)
         canal = np.interp(levels, AXIS, self.tables["sac_v"]) - 1.5
         v = np.concatenate([canal, [2.5] * 10, [RECESS[1]] * 10])
         return self.to_patient(u, v, np.tile(levels, 5) + up)

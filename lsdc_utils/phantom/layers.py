@@ -139,7 +139,17 @@ def _column(points: Points) -> Iterator[Layer]:
     in_disc = half - np.abs(t)
     yield p.layer(inside, "cortex")
     yield p.layer(least(inside - 0.9, -0.8 - in_disc), "marrow")
-    yield from _marrow_findings(p.pick(inside > 0.5))
+    marrow = p.pick(inside > 0.5)  # endplate change and haemangiomas affect no grade
+    for place, kind in p.body.traits["endplate"]:
+        off = np.abs(marrow.s - p.body.discs[place].item())
+        plate = marrow.table("disc_half") + 0.8
+        depth = plate + 9 + 0.25 * marrow.v - off
+        near = (depth > -1) & (off > plate)
+        yield marrow.pick(near).index, unit(depth[near] * 0.25) * 0.8, kind
+    for u0, v0, s0, size in p.body.traits["haemangioma"]:
+        q = marrow.pick(np.abs(marrow.s - s0) < size + 1)
+        distance = np.sqrt((q.u - u0) ** 2 + (q.v - v0) ** 2 + (q.s - s0) ** 2)
+        yield q.layer(least(size - distance, 12 - np.abs(q.table("vertebra_t"))), "haemangioma", 0.9)
     vein = p.pick((p.out < 6) & (p.v > -14))
     depth = 1.3 - np.abs(vein.table("vertebra_t")) + 0.09 * vein.v
     yield vein.layer(least(depth, 4 - vein.out), "fluid", 0.5)
@@ -150,21 +160,6 @@ def _column(points: Points) -> Iterator[Layer]:
     core = least((0.62 - radius) * 14, in_disc - 1.1)
     cleft = 1 - 0.35 * unit(1 - np.abs(t) / 0.9)
     yield d.index, unit(core * 0.4 + 0.5) * d.table("hydration") * cleft, "nucleus"
-
-
-def _marrow_findings(p: Points) -> Iterator[Layer]:
-    """Endplate change and haemangiomas: they affect no grade."""
-    for disc, kind in p.body.traits["endplate"]:
-        t = np.abs(p.s - p.body.discs[disc].item())
-        half = p.table("disc_half") + 0.8
-        depth = half + 9 + 0.25 * p.v - t
-        near = (depth > -1) & (t > half)
-        q = p.pick(near)
-        yield q.index, unit(depth[near] * 0.25) * 0.8, kind
-    for u0, v0, s0, size in p.body.traits["haemangioma"]:
-        q = p.pick(np.abs(p.s - s0) < size + 1)
-        distance = np.sqrt((q.u - u0) ** 2 + (q.v - v0) ** 2 + (q.s - s0) ** 2)
-        yield q.layer(least(size - distance, 12 - np.abs(q.table("vertebra_t"))), "haemangioma", 0.9)
 
 
 def _arch(points: Points) -> Iterator[Layer]:

@@ -136,9 +136,8 @@ def _plan_sagittal(rng: np.random.Generator, body: Body, shift: Array, wider: fl
     step = float(rng.choice([4.0, 4.3, 4.5]))
     n = round((14 if step == 4.0 else 13) / wider)
     step *= wider
-    middle = (
-        body.points()[:5].mean(0) + (shift + [rng.normal(0, 1.5), 0, 0]) + [0, rng.normal(0, 14), rng.normal(0, 14)]
-    )
+    aside, back, up = rng.normal(0, [1.5, 14, 14])
+    middle = body.points()[:5].mean(0) + (shift + np.array([aside, 0, 0])) + np.array([0, back, up])
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
     return step, [(middle, axes, (np.arange(n) - (n - 1) / 2) * step)]
@@ -194,40 +193,51 @@ def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Ar
 
 
 def expose(body: Body, acquisition: Acquisition) -> Array:
-    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue."""
-    image = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
-    for block in np.unique(acquisition.blocks):
-        chosen = np.flatnonzero(acquisition.blocks == block)
-        lattice = _Lattice.over(body, acquisition, acquisition.affines[chosen])
-        for i in chosen:
-            image[i] = _expose_slice(body, acquisition, lattice, i - chosen[0])
-    return image
+    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue; in the spine a
+    mean over the slice's thickness."""
+    sequence = SEQUENCES.index(acquisition.sequence)
+    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
+    n, soft = SUBSAMPLES[PLANES[acquisition.series_type]], acquisition.spacing
+    parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
+    images = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
+    for i, block in enumerate(acquisition.blocks):
+        k = i - int(np.argmax(acquisition.blocks == block))  # slice of the block
+        if k == 0:
+            lattice = _Lattice(body, acquisition, acquisition.affines[acquisition.blocks == block])
+        depth, plane = k * acquisition.step, lattice.affine.copy()
+        u, v, s, skin = lattice.at(depth)
+        plane[:3, 3] += depth * plane[:3, 2]
+        coarse, fine = texture(body, plane, *u.shape)
+        around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
+        image = np.full(u.size, signal["fat"])
+        _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
+        images[i] = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
+        spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
+        if spine.any():
+            box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
+            u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
+            value = np.tile(images[i][box].ravel(), n)
+            _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
+            images[i][box] = value.reshape(u.shape).mean(0)
+    return images
 
 
-@dataclass(frozen=True)
 class _Lattice:
     """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
 
     They are smooth: computing them at every pixel would be a waste.
     """
 
-    values: Array  # (4, a, b, c): u, v, s, skin depth at knots through the stack, down the rows, along the columns
-    through: CubicSpline  # depth in mm from the first slice -> (a,) weights
-    down: Array  # (rows, b) weights
-    along: Array  # (cols, c) weights
-    affine: Array  # (4, 4) of the first slice, to the body; its third column is the unit step to the next slice
-
-    @staticmethod
-    def over(body: Body, acquisition: Acquisition, affines: Array) -> _Lattice:
+    def __init__(self, body: Body, acquisition: Acquisition, affines: Array) -> None:
         """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""
-        affine = np.linalg.inv(acquisition.motion) @ affines[0]
+        self.affine = np.linalg.inv(acquisition.motion) @ affines[0]  # of the first slice; column 3: step to the next
         reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
         knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
-        (rows, down), (cols, along) = _spline(acquisition.rows), _spline(acquisition.cols)
+        (rows, self.down), (cols, self.along) = _spline(acquisition.rows), _spline(acquisition.cols)
         places = np.stack(np.broadcast_arrays(cols, rows[:, None], knots[:, None, None], 1.0), -1)
-        points = (places @ affine.T)[..., :3]
-        values = np.stack([*body.to_spine(points), body.skin_depth(points)])
-        return _Lattice(values, CubicSpline(knots, np.eye(len(knots))), down, along, affine)
+        points = (places @ self.affine.T)[..., :3]
+        self.values = np.stack([*body.to_spine(points), body.skin_depth(points)])  # (4, through, down, along)
+        self.through = CubicSpline(knots, np.eye(len(knots)))  # depth in mm from the first slice -> weights
 
     def at(self, depth: float, box: tuple[slice, slice] = (slice(None), slice(None))) -> Array:
         """u, v, s, skin depth (4, rows, cols) in the plane `depth` mm from the first slice, or a box of it; float32."""
@@ -239,31 +249,6 @@ def _spline(n: int) -> tuple[Array, Array]:
     """Knots along n pixels, and the matrix (n, knots) that interpolates between them by a cubic spline."""
     knots = np.linspace(0, n - 1, max(4, round(n / 9)))
     return knots, CubicSpline(knots, np.eye(len(knots)))(np.arange(n)).astype(np.float32)
-
-
-def _expose_slice(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> Array:
-    """Signal (rows, cols) of slice k of a block, before the coil: a mean over the slice's thickness in the spine."""
-    sequence = SEQUENCES.index(acquisition.sequence)
-    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
-    depth, soft = k * acquisition.step, acquisition.spacing
-    u, v, s, skin = lattice.at(depth)
-    plane = lattice.affine.copy()
-    plane[:3, 3] += depth * plane[:3, 2]
-    coarse, fine = texture(body, plane, *u.shape)
-    around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
-    image = np.full(u.size, signal["fat"])
-    _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
-    image = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
-    spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
-    if spine.any():
-        box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
-        n = SUBSAMPLES[PLANES[acquisition.series_type]]
-        parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
-        u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
-        value = np.tile(image[box].ravel(), n)
-        _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
-        image[box] = value.reshape(u.shape).mean(0)
-    return image
 
 
 def _compose(value: Array, layers: Iterator[Layer], signal: dict[str, np.float32]) -> None:

@@ -104,17 +104,18 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
     seen = np.any([part.columns for part in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
-    rows: dict[str, list[Row]] = defaultdict(list, spines=[_spine(plan, body, series)])
+    keys = {"study_id": plan.study_id, "split": plan.split}
+    rows: dict[str, list[Row]] = defaultdict(list, spines=[keys | _spine(body, series)])
     _add_labels(rows, plan, body, np.where(seen & kept, plan.labels, MISSING))
     lost = dirt_rng.random(len(LEVELS)) < plan.dirt.point_missing
     swapped = flaws[0]["sides_swapped"] & (dirt_rng.random(len(LEVELS)) < 0.8)
     points = {"train": "train_label_coordinates", "test": "solution_coordinates"}[plan.split]
     for number, part in enumerate(series, 1):
-        ids, kind = {"study_id": plan.study_id, "series_id": part.series_id}, part.acquisition.series_type
-        rows[f"{plan.split}_series_descriptions"].append(ids | {"series_description": kind})
+        own = keys | {"series_id": part.series_id, "series_type": part.acquisition.series_type}
+        rows[f"{plan.split}_series_descriptions"].append(own | {"series_description": own["series_type"]})
         for name, place in _places(part.acquisition, body):
-            rows[name].append(ids | {"split": plan.split, "series_type": kind} | place)
-        rows[points] += [ids | point for point in _points(plan.split, part, body, click_rng, lost, swapped)]
+            rows[name].append(own | place)
+        rows[points] += [own | point for point in _points(plan.split, part, body, click_rng, lost, swapped)]
         if root is not None:
             uids = (1 if flaws[0]["colliding_uids"] else number, number if flaws[0]["frames_differ"] else 1)
             folder = root / f"{plan.split}_images" / str(plan.study_id) / str(part.series_id)
@@ -176,12 +177,10 @@ def _add_labels(rows: dict[str, list[Row]], plan: StudyPlan, body: Body, given: 
         rows.pop(name, None)
 
 
-def _spine(plan: StudyPlan, body: Body, series: list[Series]) -> Row:
+def _spine(body: Body, series: list[Series]) -> Row:
     """What kind of spine and images a study has, to report results by."""
     traits, images = body.traits, [part.acquisition for part in series]
     return {
-        "study_id": plan.study_id,
-        "split": plan.split,
         "ordinary": not traits["transitional"] and not traits["slip"],
         "transitional": traits["transitional"],
         "slip_mm": traits["slip"],

@@ -44,14 +44,10 @@ TABLES = {  # name -> columns; those with a column `split` hold both splits
     "solution_coordinates": POINTS,  # true points of the test studies
     "latents": ("row_id", "split", "narrowing", "measure", "unit"),  # narrowing 0 to 1; measure on the body as built
     "oracle": ("row_id", "split", *SEVERITIES),  # natural probabilities given the narrowing
-    # Where each series sees the middle of each of the 25 places, and of each disc with the unit normal of its plane, in
-    # LPS mm, as far as its slices reach:
+    # Where each series sees the 25 places, and the discs' middles and unit normals: LPS mm, as far as its slices reach
     "anatomy": (*SEEN, "condition", "level", "side", *"XYZ"),
     "discs": (*SEEN, "level", *"XYZ", *NORMAL),
-    "spines": (  # ordinary: without transitional vertebra and slip
-        *("study_id", "split", "ordinary", "transitional", "slip_mm", "slip_level", "scoliosis_mm", "stir"),
-        "tilted_blocks",
-    ),
+    "spines": (*SEEN[:2], "ordinary", "transitional", "slip_mm", "slip_level", "scoliosis_mm", "stir", "tilted_blocks"),
     "wrong_labels": ("row_id", "severity", "meant"),  # training labels that differ from what their reader meant
 }
 

@@ -1,7 +1,4 @@
-"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as any study is, and removed.
-
-Nothing is fitted here.
-"""
+"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as any study is, and removed."""
 
 from __future__ import annotations
 
@@ -42,9 +39,8 @@ MOVES = ["case", "version", "moved"]
 class Answers:
     """The models' answers to all cases.
 
-    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: case,
-    condition, level, model, weights (trained or shuffled), share, hit, chance (`occlusion.attention`). moves: case,
-    version, moved (the largest change of a natural probability in any row of the ensemble).
+    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: `LOOKS`, see
+    `occlusion.attention`. moves: the largest change of a natural probability in any row of the ensemble.
     """
 
     rows: pd.DataFrame
@@ -124,7 +120,6 @@ class _Study:
         return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
 
     def canal(self) -> pd.DataFrame:
-        """The detected canal points, as the transformer takes them."""
         points = self.graded["points"]
         of = {key: points[points["condition"] == key].drop(columns="condition") for key in ("scs", "nfn")}
         return study_canal(of["scs"], of["nfn"])
@@ -152,14 +147,12 @@ class _Study:
             return
         place, canal = here[list("XYZ")].to_numpy(float).mean(axis=0), self.canal()
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
+        where = (self.stacks, canal, case.row, place)
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {
-                "yolo": occlusion.look_detector(detector, self.stacks, canal, case.row, place),
-                "vit3d": occlusion.look_vit(vit, self.stacks, canal, case.row, place),
-            }
+            maps = {"yolo": occlusion.look_detector(detector, *where), "vit3d": occlusion.look_vit(vit, *where)}
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

@@ -62,19 +62,16 @@ def slopes(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
-    """For every row of the ensemble that is not narrowed, the range of its probability of moderate or worse over all doses: narrowed
-    (condition and level), body, row (condition and level), leak."""
-    tables = []
+    """For every row of the ensemble that is not narrowed, the range of its probability of moderate or worse over all
+    doses: narrowed (condition and level), body, row (condition and level), leak."""
     rows = rows[(rows["factor"] == "dose") & (rows["model"] == "ensemble")]
     rows = rows.assign(
-        probability=rows["moderate"] + rows["severe"],
+        leak=rows["moderate"] + rows["severe"],
         narrowed=["_".join(cases[number].row) for number in rows["case"]],
         row=rows["condition"] + "_" + rows["level"],
     )
-    for (narrowed, body), part in rows.groupby(["narrowed", "body"], sort=False):
-        spans = part.groupby("row", sort=False)["probability"].agg(np.ptp).drop(narrowed)
-        tables.append(pd.DataFrame({"narrowed": narrowed, "body": body, "row": spans.index, "leak": spans.to_numpy()}))
-    return pd.concat(tables, ignore_index=True)
+    spans = rows.groupby(["narrowed", "body", "row"], sort=False)["leak"].agg(np.ptp).reset_index()
+    return spans[spans["row"] != spans["narrowed"]].reset_index(drop=True)
 
 
 def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, moves: pd.DataFrame) -> dict[str, Any]:

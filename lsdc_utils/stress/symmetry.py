@@ -63,7 +63,7 @@ def _write(source: Path, target: Path, version: str) -> None:
 
 
 def _mirror(dataset: pydicom.FileDataset) -> None:
-    """Patient x becomes -x. Axial images are flipped too: their columns still run to the patient's left; sagittal slices
+    """Patient x becomes -x. Axial images are flipped, so that columns still run to the patient's left; sagittal slices
     keep their pixels and change places."""
     column, row = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
     place = np.array(dataset.ImagePositionPatient, float)

@@ -64,11 +64,7 @@ NOTES = {  # at the end of a command's --help
 
 
 def _option(flag: str, metavar: str | None, text: str, **settings: object) -> tuple:
-    return flag, {"metavar": metavar, "help": text, **settings}
-
-
-def _switch(flag: str, text: str) -> tuple:
-    return flag, {"action": "store_true", "help": text}
+    return flag, {"help": text, **({"metavar": metavar} if metavar else {"action": "store_true"}), **settings}
 
 
 RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo")
@@ -83,8 +79,8 @@ OPTIONS = {
         CORES,
         _option("--until", "STEP", "stop after this step"),
         _option("--force", "STEP", "re-run this step and what depends on it", action="append", default=[]),
-        _switch("--slurm", "submit each step as a job to SLURM, see notebooks/profiles/slurm/"),
-        _switch("--dry-run", "list the steps that would run, and why"),
+        _option("--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/"),
+        _option("--dry-run", None, "list the steps that would run, and why"),
     ),
     "validate": (STUDIES, _option("--out", "FILE", "also write the findings to this csv", type=Path)),
     "predict": (
@@ -111,29 +107,23 @@ OPTIONS = {
         CORES,
     ),
     "bench": (_option("name", "NAME", "only benchmarks with this in their name", nargs="?", default=""),),
-    "test": (_switch("--all", "the slow proofs too"),),
+    "test": (_option("--all", None, "the slow proofs too"),),
 }
-
-
-def parser_of(name: str, named: bool = True) -> Parser:
-    """The parser of a command; if `run` was not named, its --help lists all commands."""
-    note, does = NOTES.get(name, ""), COMMANDS[name][1]
-    if not named:
-        lines = [f"  {f'{word} {given}':24} {what}" for word, (given, what) in COMMANDS.items()]
-        note = "\n".join(["commands, each with its own --help:", *lines, "", note])
-    form = argparse.RawDescriptionHelpFormatter
-    command = f"./run_all.sh {name}" if named else "./run_all.sh"
-    parser = Parser(command, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
-    for flag, settings in OPTIONS.get(name, ()):
-        parser.add_argument(flag, **settings)
-    return parser
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments, with `command` and, for lab, `rest`; prints and exits on --help (status 0) and on errors (2)."""
     named = bool(words) and words[0] in COMMANDS
     name, words = (words[0], words[1:]) if named else ("run", words)
-    parser = parser_of(name, named)
+    note, does = NOTES.get(name, ""), COMMANDS[name][1]
+    if not named:  # --help lists all commands
+        lines = [f"  {f'{word} {given}':24} {what}" for word, (given, what) in COMMANDS.items()]
+        note = "\n".join(["commands, each with its own --help:", *lines, "", note])
+    form = argparse.RawDescriptionHelpFormatter
+    program = f"./run_all.sh {name}" if named else "./run_all.sh"
+    parser = Parser(program, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
+    for flag, settings in OPTIONS.get(name, ()):
+        parser.add_argument(flag, **settings)
     asked, rest = parser.parse_known_args(words) if name == "lab" else (parser.parse_intermixed_args(words), [])
     return argparse.Namespace(**vars(asked), command=name, rest=rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -15,8 +16,8 @@ from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, read_parameters, select_steps
 from lsdc_utils.pipeline.parameters import load_parameters
-from lsdc_utils.pipeline.progress import shown
-from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, start, work
+from lsdc_utils.pipeline.progress import score_table, shown
+from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
@@ -41,16 +42,25 @@ def run_of(asked: Namespace) -> Run:
         resume += ["--data", parameters["data_dir"]]
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
-    force = tuple(asked.force)
-    run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, force, slurm=asked.slurm)
-    for step in (*force, *([asked.until] if asked.until else [])):
+    run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, asked.force, slurm=asked.slurm)
+    for step in filter(None, [*asked.force, asked.until]):
         select_steps(run.steps, step)
     return run
 
 
 def run(asked: Namespace) -> int:
-    """Run the pipeline, or list what would run."""
-    return dry_run(run_of(asked)) if asked.dry_run else start(run_of(asked))
+    """Run what is not up to date and print scores and the report's path, or list what would run."""
+    planned = run_of(asked)
+    if asked.dry_run:
+        return dry_run(planned)
+    with locked(planned.folder):
+        status = work(planned)
+    scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
+    if status == 0 and scores.is_file():
+        print(score_table(json.loads(scores.read_text())))
+    if status == 0 and report.is_file():
+        print(f"\nreport: {report}")
+    return status
 
 
 def validate(asked: Namespace) -> int:
@@ -161,13 +171,13 @@ def bench(asked: Namespace) -> int:
     scripts = [path for path in benchmarks if asked.name in path.stem]
     if not scripts:
         raise UsageError(f"no benchmark {asked.name!r}; there are: {', '.join(path.stem for path in benchmarks)}")
-    failed = []
+    status = 0
     for script in scripts:
         print(f"\n{script.stem}", flush=True)
-        failed += [script.stem] if subprocess.run([sys.executable, script], cwd=ROOT).returncode else []
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+        if subprocess.run([sys.executable, script], cwd=ROOT).returncode:
+            status = 1
+            print(f"failed: {script.stem}", file=sys.stderr)
+    return status
 
 
 def test(asked: Namespace) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lsdc_utils.pipeline.graph import Step, stopped_at
+from lsdc_utils.pipeline.graph import Step, has_error
 
-PARTS = {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular", "any_severe": "any severe",
-         "total": "total"}  # fmt: skip
+PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
+PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # of cells that papermill adds
 TITLES = {"test": "test studies", "oof": "training studies, out of fold"}  # blocks of scores.json
 
 
@@ -125,10 +125,12 @@ def failure(logs: Path, step: Step) -> str:
         import nbformat
 
         lines += [f"  as executed: {shown(executed)}"]
-        number, cell = stopped_at(nbformat.read(executed, as_version=4)) or (0, None)
-        if cell:
-            lines += [f"  failing cell: number {number}"]
-            lines += [f"      {line}" for line in cell.source.splitlines()]
+        cells = nbformat.read(executed, as_version=4).cells
+        own = [cell for cell in cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
+        code = [(number, cell) for number, cell in enumerate(own, start=1) if cell.cell_type == "code"]
+        started = [item for item in code if item[1].metadata.get("papermill", {}).get("start_time")]
+        for number, cell in ([item for item in started if has_error(item[1])] or started[-1:])[:1]:
+            lines += [f"  failing cell: number {number}", *(f"      {line}" for line in cell.source.splitlines())]
     lines += [f"  last lines of {shown(log)}:"]
     return "\n".join(lines + [f"      {line}" for line in last_lines(log, 15)])
 
@@ -141,7 +143,7 @@ def score_table(scores: dict[str, Any]) -> str:
             continue
         lines += ["", f"Weighted log loss, {block['n_studies']} {TITLES[name]}; lower is better"]
         skills = block.get("skill") or {}
-        titles = [*PARTS.values(), *(["skill"] if skills else [])]
+        titles = [part.replace("_", " ") for part in PARTS] + (["skill"] if skills else [])
         lines += [f"  {'':22}" + "".join(f"{title:>14}" for title in titles)]
         for model, parts in block["scores"].items():
             values = [parts[part] for part in PARTS] + ([skills[model]["total"]] if model in skills else [])

@@ -74,7 +74,7 @@ def test_runs_on_other_studies_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_curve_lists_runs_by_size_and_block(tmp_path: Path) -> None:
-    runs = [(80, write_run(tmp_path / "b", 2.0)), (40, write_run(tmp_path / "a", 1.0))]
+    runs = {80: write_run(tmp_path / "b", 2.0), 40: write_run(tmp_path / "a", 1.0)}
     table = curve_table(runs)
     assert table[["n_train", "block"]].to_numpy().tolist() == [[40, "oof"], [80, "oof"]]
     assert table["total"].is_monotonic_decreasing and (table["low"] < table["high"]).all()

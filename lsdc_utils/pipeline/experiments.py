@@ -2,7 +2,7 @@
 
 An ablation of `notebooks/ablations.yml` starts as a copy of the finished run, so that only the steps that its change
 affects run again. The learning curve repeats the run with other numbers of training studies; all sizes share the same
-test studies. The tables are `experiments/ablation.csv` and `experiments/curve.csv` below the run; its report shows them.
+test studies. The run's report shows the tables, `experiments/ablation.csv` and `experiments/curve.csv` below the run.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import modulefinder
 import os
 import re
 import sys
@@ -158,35 +159,13 @@ def _tree(source: str) -> ast.Module:
         return ast.parse(re.sub(r"^(\s*)([%!].*)$", lambda line: line[1] + repr(line[2]), source, flags=re.MULTILINE))
 
 
-def imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """Names in lsdc_utils that `source`, code of the package `package`, imports, e.g. ("phantom", "body")."""
-    names = set()
-    for node in ast.walk(_tree(source)):
-        if isinstance(node, ast.Import):
-            names |= {tuple(alias.name.split(".")) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
-            module = (*base, *(node.module.split(".") if node.module else ()))
-            names |= {(*module, alias.name) for alias in node.names}
-    return {name[1:] for name in names if name[0] == "lsdc_utils"}
-
-
-def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
+def module_files(source: str) -> set[Path]:
     """Files of lsdc_utils that `source` may use: modules imported transitively, and data files beside them."""
-    files: set[Path] = set()
-    waiting = imported(source, package)
-    while waiting:
-        name = waiting.pop()
-        for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
-            folder = ROOT / "lsdc_utils" / Path(*name[:depth])
-            file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-            if not file.is_file() or file in files:
-                continue
-            files.add(file)
-            inside = name[:depth] if folder.is_dir() else name[: depth - 1]
-            if folder.is_dir() and inside:  # e.g. page templates
-                files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-            waiting |= imported(file.read_text(), inside)
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.scan_code(compile(_tree(source), "source", "exec"), finder.add_module("__main__"))
+    files = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+    for folder in {file.parent for file in files} - {ROOT / "lsdc_utils"}:  # e.g. page templates
+        files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     return files
 
 

@@ -48,6 +48,14 @@ from lsdc_utils.downloads import find_data
 
 data, _ = find_data()
 """
+KERNEL = {  # Kaggle's settings of the notebook; without a machine it gets an older GPU, which the image's torch lacks
+    "language": "python",
+    "kernel_type": "notebook",
+    "is_private": True,
+    "enable_gpu": True,
+    "machine_shape": "NvidiaTeslaT4",
+    "enable_internet": False,
+}
 PLACES = {  # parameters whose values are known on Kaggle alone
     "run_dir": 'str(bundle / "models")',
     "data_dir": "str(data)",
@@ -80,28 +88,12 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     fetch(read_wheels(), dataset / "wheels", python)
     notebook.mkdir(exist_ok=True)
     nbformat.write(inference_notebook(read_recipe(run)), notebook / f"{name}.ipynb")
-    write_json(notebook / "kernel-metadata.json", kernel_metadata(user, name))
-    licence = {"licenses": [{"name": "other"}]}
-    write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", **licence})
+    names = {"id": f"{user}/{name}-inference", "title": f"{name}-inference", "code_file": f"{name}.ipynb"}
+    sources = {"dataset_sources": [f"{user}/{name}"], "competition_sources": [COMPETITION], "kernel_sources": []}
+    write_json(notebook / "kernel-metadata.json", KERNEL | names | sources)
+    licences = [{"name": "other"}]
+    write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", "licenses": licences})
     return sorted(file.name for file in (dataset / "wheels").iterdir())
-
-
-def kernel_metadata(user: str, name: str) -> dict[str, Any]:
-    """Kaggle's metadata of the notebook: private, on a GPU, without a network."""
-    return {
-        "id": f"{user}/{name}-inference",
-        "title": f"{name}-inference",
-        "code_file": f"{name}.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": True,
-        "machine_shape": "NvidiaTeslaT4",  # else an older GPU, for which the image's torch has no code
-        "enable_internet": False,
-        "dataset_sources": [f"{user}/{name}"],
-        "competition_sources": [COMPETITION],
-        "kernel_sources": [],
-    }
 
 
 def inference_notebook(recipe: dict[str, Any]) -> nbformat.NotebookNode:
@@ -124,19 +116,18 @@ def read_wheels() -> dict[str, str]:
 
 
 def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
-    """Let `folder` hold just these wheels; those already there are kept. UsageError if one cannot be downloaded; only
-    this step needs the network."""
-    there = {}
+    """Let `folder` hold just these wheels; those already there are kept. UsageError if one cannot be downloaded."""
+    there = set()
     for file in folder.glob("*.whl"):
         name, number, *_ = parse_wheel_filename(file.name)
         if wanted.get(name) == str(number):
-            there[name] = file
+            there.add(name)
         else:
             file.unlink()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--no-deps", "--dest", folder]
     command += ["--python-version", python, "--implementation", "cp"]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    for name in wanted.keys() - there.keys():
+    for name in wanted.keys() - there:
         done = subprocess.run([*command, f"{name}=={wanted[name]}"], capture_output=True, text=True)
         if done.returncode:
             tail = "\n".join(f"      {line}" for line in done.stderr.strip().splitlines()[-15:])

@@ -1,15 +1,8 @@
 """Grading the studies of any folder with a finished run: list them, cut them into shards, grade each by 05, join.
 
-The folder given by `--out` holds
-
-    tables/listed.json          what was listed, so that an unchanged folder is not listed again
-    tables/findings.parquet     findings of the folder's tables and headers
-    tables/shard<k>.parquet     the studies of a shard with every file
-    shards/<k>/                 what 05 wrote for the shard
-    notebooks/, logs/           05 as executed for each shard
-    submission.csv, grades.csv, findings.csv   the result; there only once all shards are done
-
-Of the run only its weights and blend.json are needed.
+The folder given by `--out` holds tables/ (the studies of each shard with every file, findings, what was listed),
+shards/<k>/ (what 05 wrote), and the result in RESULTS once all shards are done. Of the run only its weights and
+blend.json are needed.
 """
 
 from __future__ import annotations
@@ -130,11 +123,10 @@ def collect(out: Path, n_shards: int) -> str:
         pd.concat([pd.read_parquet(folder / f"{name}_test.parquet") for folder in folders], ignore_index=True)
         for name in ("ensemble", "sources", "findings")
     )
-    grades = natural.merge(sources, on="row_id")
-    keys = pd.DataFrame([parse_row_id(row) for row in grades["row_id"]], columns=["study_id", "condition", "level"])
-    for place, name in enumerate(keys, start=1):
-        grades.insert(place, name, keys[name])
-    grades.insert(7, "grade", grades[list(SEVERITIES)].idxmax(axis=1))
+    keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])
+    probabilities = natural[list(SEVERITIES)]
+    grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
+    grades = grades.merge(sources, on="row_id")
     findings = [pd.read_parquet(out / "tables" / "findings.parquet"), problems]
     findings = pd.concat(findings, ignore_index=True).drop_duplicates()
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):

@@ -30,7 +30,7 @@ rule grade:
         notebook="notebooks/05_ensemble_inference_{shard}.ipynb",
     params:
         step=STEP,
-        parameters=lambda wildcards: graph.tracked_parameters(graph.step_named(STEP.format(**wildcards), config), config),
+        parameters=lambda wildcards: graph.tracked_parameters(graph.select_steps(graph.all_steps(config), STEP.format(**wildcards))[0], config),
         source=graph.source_hash("05_ensemble_inference"),
     log:
         "logs/05_ensemble_inference_{shard}.log",

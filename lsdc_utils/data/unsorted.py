@@ -76,7 +76,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     """
     root = Path(root)
     unopened: list[OSError] = []
-    files = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, unopened)]
+    files = [(split, file) for split, place in places or [("test", root)] for file in walk(place, unopened)]
     read = _read_headers(files, workers)
     result = Discovered()
     for error in unopened:
@@ -95,7 +95,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
+def walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
     """Files at any depth in a fixed order, except hidden ones and DICOMDIRs. Links are followed, each folder once.
 
     Errors of folders that cannot be opened are added to `unopened`.

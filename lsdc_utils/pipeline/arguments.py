@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
+
 
 class UsageError(ValueError):
     """The command cannot be carried out as asked; the message says why and what is possible."""
@@ -44,6 +46,13 @@ def run_name(text: str) -> str:
     return text
 
 
+def finished_run(name: str) -> Path:
+    """The folder of a finished run, by its name in outputs/."""
+    if not (OUTPUTS / name / "scores.json").is_file():
+        raise argparse.ArgumentTypeError(f"{name}: no such finished run; create it with ./run_all.sh --run {name}")
+    return OUTPUTS / name
+
+
 COMMANDS = {  # name: arguments as shown in --help, what it does
     "run": ("[KEY=VALUE ...]", "run the pipeline, only steps that are not up to date; the default command"),
     "validate": ("DIR", "check a data folder; print findings; exit 1 if it cannot be used"),
@@ -67,7 +76,7 @@ def _option(flag: str, metavar: str | None, text: str, **settings: object) -> tu
     return flag, {"help": text, **({"metavar": metavar} if metavar else {"action": "store_true"}), **settings}
 
 
-RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo")
+RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo", type=finished_run)
 CORES = _option("--cores", "N", "processor cores to use (default: all)", type=at_least_one)
 STUDIES = _option("folder", "DIR", "in the competition's layout, or any folder of DICOM files", type=folder)
 OPTIONS = {

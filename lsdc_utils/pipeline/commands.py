@@ -13,23 +13,15 @@ from pathlib import Path
 
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
-from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, read_parameters, select_steps
 from lsdc_utils.pipeline.parameters import load_parameters
 from lsdc_utils.pipeline.progress import score_table, shown
-from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, work
+from lsdc_utils.pipeline.run import Run, dry_run, locked, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
 NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
-
-
-def finished_run(name: str) -> Path:
-    """Folder of the run of this name; UsageError if it has no scores."""
-    base = OUTPUTS / name
-    if not (base / "scores.json").is_file():
-        raise UsageError(f"--run {name}: no such finished run; create it with ./run_all.sh --run {name}")
-    return base
 
 
 def run_of(asked: Namespace) -> Run:
@@ -85,6 +77,7 @@ def predict(asked: Namespace) -> int:
     if out.is_relative_to(folder) or (out / "weights").is_dir():
         place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
+    from lsdc_utils.data.competition import CompetitionError
     from lsdc_utils.grading.run_tables import RunError
     from lsdc_utils.pipeline import pack as packing
     from lsdc_utils.pipeline import predict as prediction
@@ -95,7 +88,7 @@ def predict(asked: Namespace) -> int:
         try:
             trained = packing.unpack(archive, out / "models") if archive else trained
             parameters = prediction.prepare(folder, trained.resolve(), out, cores)
-        except (RunError, UsageError) as error:
+        except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
         status = work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk"))
@@ -106,11 +99,10 @@ def predict(asked: Namespace) -> int:
 
 def export(asked: Namespace) -> int:
     """Export the grades of a finished run for other systems."""
-    base = finished_run(asked.run)
     from lsdc_utils.export import studies
 
-    out = (asked.out or base / "exports").resolve()
-    written = studies.export_studies(base, asked.studies or None, out)
+    out = (asked.out or asked.run / "exports").resolve()
+    written = studies.export_studies(asked.run, asked.studies or None, out)
     for line in written[written["problem"] != ""].itertuples():
         print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
     count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
@@ -120,24 +112,22 @@ def export(asked: Namespace) -> int:
 
 def pack(asked: Namespace) -> int:
     """Pack the models of a finished run into one archive."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline.pack import pack_run
 
-    out = (asked.out or base / f"{asked.run}.zip").resolve()
+    out = (asked.out or asked.run / f"{asked.run.name}.zip").resolve()
     if out.suffix != ".zip":
         raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")
-    names = pack_run(base, out)
+    names = pack_run(asked.run, out)
     print(f"{shown(out)}: {len(names)} files, {out.stat().st_size / 2**20:.0f} MiB")
     return 0
 
 
 def kaggle_bundle(asked: Namespace) -> int:
     """Write a data set and a notebook that grade Kaggle's hidden studies."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline import kaggle
 
-    out, user = (asked.out or base / "kaggle").resolve(), asked.user or kaggle.user_here()
-    wheels = kaggle.write_bundle(base, out, user)
+    out, user = (asked.out or asked.run / "kaggle").resolve(), asked.user or kaggle.user_here()
+    wheels = kaggle.write_bundle(asked.run, out, user)
     print(f"{shown(out)}: models, package and {len(wheels)} wheels. Upload them with\n")
     print(f"  kaggle datasets create -p {shown(out / 'dataset')} --dir-mode zip")
     print(f"  kaggle kernels push -p {shown(out / 'notebook')}")
@@ -148,21 +138,19 @@ def kaggle_bundle(asked: Namespace) -> int:
 
 def ablate(asked: Namespace) -> int:
     """Run the ablations of a finished run."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline import experiments
 
-    return experiments.run_ablations(base, asked.names, asked.cores or usable_cores())
+    return experiments.run_ablations(asked.run, asked.names, asked.cores or usable_cores())
 
 
 def curve(asked: Namespace) -> int:
     """Repeat a finished run with other numbers of training studies."""
-    base = finished_run(asked.run)
-    parameters = read_parameters(base)
+    parameters = read_parameters(asked.run)
     if parameters["data_dir"] or not parameters["phantom"]:
-        raise UsageError(f"--run {asked.run}: its data is real; a learning curve needs a phantom")
+        raise UsageError(f"--run {asked.run.name}: its data is real; a learning curve needs a phantom")
     from lsdc_utils.pipeline import experiments
 
-    return experiments.run_curve(base, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
+    return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
 
 
 def bench(asked: Namespace) -> int:

@@ -90,17 +90,9 @@ def select_steps(steps: list[Step], name: str) -> list[Step]:
     return selected
 
 
-def step_named(name: str, parameters: dict[str, Any]) -> Step:
-    """The step of this name."""
-    return next(step for step in all_steps(parameters) if step.name == name)
-
-
 def read_parameters(run_dir: str | Path) -> dict[str, Any]:
     """Parameters of a run, as the command line resolved them: key -> value."""
     return yaml.safe_load((Path(run_dir) / "parameters.yml").read_text())
-
-
-# ---- what a notebook declares and uses -----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -180,9 +172,6 @@ def source_hash(notebook: str) -> str:
     return digest.hexdigest()
 
 
-# ---- executing a step ----------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def own_gpu() -> Iterator[None]:
     """Hold one of several visible GPUs for this process, across all runs of this user; waits until one is free."""
@@ -252,7 +241,7 @@ def main() -> int:
     """Run one step: `python -m lsdc_utils.pipeline.graph RUN_DIR STEP`."""
     run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
     try:
-        execute(run_dir, step_named(name, read_parameters(run_dir)))
+        execute(run_dir, select_steps(all_steps(read_parameters(run_dir)), name)[0])
     except Exception as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1

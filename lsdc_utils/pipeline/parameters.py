@@ -65,11 +65,7 @@ def _read_profile(name: str) -> dict[str, Any]:
 
 def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     """Every parameter of a run: profile demo, changed by `profile`, then by KEY=VALUE; UsageError if one is wrong."""
-    parameters = _read_profile("demo")
-    for key, value in (_read_profile(profile) if profile != "demo" else {}).items():
-        if key not in parameters:
-            raise UsageError(f"profile {profile}: unknown key {key!r}")
-        parameters[key] = converted(key, value, parameters[key])
+    parameters = changed(_read_profile("demo"), _read_profile(profile), f"profile {profile}: ")
     parameters.update(parse_override(text, parameters) for text in overrides)
     names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
     if names != set(parameters):
@@ -80,12 +76,12 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     return parameters
 
 
-def changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:
     """The parameters with some changed; of a value by condition, `change` may name only some conditions."""
     result = dict(parameters)
     for key, value in change.items():
         if key not in parameters:
-            raise UsageError(f"unknown parameter {key!r}")
+            raise UsageError(f"{place}unknown parameter {key!r}")
         old = parameters[key]
         result[key] = converted(key, {**old, **value} if isinstance(old, dict) else value, old)
     return result

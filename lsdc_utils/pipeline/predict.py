@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.listing import files_of
+from lsdc_utils.data.unsorted import walk
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
@@ -34,7 +34,8 @@ RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
-    RunError if the run cannot be used; UsageError if the folder holds no study or `out` is of another folder.
+    RunError if the run cannot be used, CompetitionError if the folder's tables cannot; UsageError if it holds no study
+    or `out` is of another folder.
     """
     recipe = read_recipe(run)
     record = out / "tables" / "listed.json"
@@ -65,17 +66,11 @@ def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(root: Path) -> str:
     """Hash of every file's path, size and time under `root`, and of the code that lists studies."""
-    digest, seen = hashlib.sha256(), set()
-    for folder, inner, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above
-            inner.clear()
-            continue
-        seen.add(real)
-        inner.sort()
-        for name in sorted(files):
-            with contextlib.suppress(OSError):  # a broken link
-                facts = os.stat(os.path.join(folder, name))
-                digest.update(f"{folder}/{name} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    digest = hashlib.sha256()
+    for file in walk(root, []):
+        with contextlib.suppress(OSError):  # a broken link
+            facts = file.stat()
+            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
     for file in [*sorted(module_files("from lsdc_utils.data import competition, listing")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -87,15 +82,13 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     Of a folder with tables only the test studies are graded, as by 05; without test studies or tables, every study.
     """
     print(f"listing studies in {root}", flush=True)
-    try:
-        comp = competition.read(root, workers=workers)
-    except competition.CompetitionError as error:
-        raise UsageError(str(error)) from error
+    comp = competition.read(root, workers=workers)
+    series, studies = comp.series, set()
     described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)
-    tested = described and (comp.series["split"] == "test").any()
-    series = comp.series[comp.series["split"] == "test"] if tested else comp.series
-    sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if tested else []
-    studies = sorted({*series["study_id"].tolist(), *sampled})
+    if described and (series["split"] == "test").any():
+        series = series[series["split"] == "test"]
+        studies = {int(parse_row_id(row)[0]) for row in comp.sample_rows}
+    studies = sorted({*studies, *series["study_id"].tolist()})
     if not studies:
         raise UsageError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
@@ -127,8 +120,7 @@ def collect(out: Path, n_shards: int) -> str:
     probabilities = natural[list(SEVERITIES)]
     grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
     grades = grades.merge(sources, on="row_id")
-    findings = [pd.read_parquet(out / "tables" / "findings.parquet"), problems]
-    findings = pd.concat(findings, ignore_index=True).drop_duplicates()
+    findings = pd.concat([pd.read_parquet(out / "tables" / "findings.parquet"), problems]).drop_duplicates()
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
         with atomic(out / name) as file:
             table.to_csv(file, index=False, float_format="%.9f")

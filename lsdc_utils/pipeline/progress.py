@@ -33,8 +33,6 @@ class Progress:
 
     def read(self, line: str) -> str | None:
         """Read one line; return what a person should see of it, if anything."""
-        if match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
-            return self._read_field(match[1], match[2])
         if match := re.match(r"total +(\d+)$", line):
             self.total = int(match[1])
         elif match := re.match(r"(?:local)?(rule) \w+:$|(Error) in rule \w+", line):
@@ -43,24 +41,22 @@ class Progress:
             step = self.jobs[match[1]]
             self.finished += 1
             return f"[{self.finished}/{self.total}] {step} done in {clock(time.time() - self.running.pop(step))}"
+        elif match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
+            self.block[match[1]] = match[2]
+            last = {"rule": "reason", "Error": "log"}  # the field that is printed after all that is needed
+            if match[1] == last.get(self.block.get("kind")):
+                return self._read_job(re.search(r"logs/(\S+)\.log", self.block["log"])[1])
         return None
 
-    def _read_field(self, name: str, value: str) -> str | None:
-        """One field of the paragraph on a job, which is reported once its log and job id are known."""
-        reported = {"log", "jobid"} <= set(self.block)
-        self.block[name] = value
-        if not {"log", "jobid"} <= set(self.block):
-            return None
-        step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
+    def _read_job(self, step: str) -> str:
+        """The paragraph on a job that starts or failed."""
         if self.block["kind"] == "Error":
             self.running.pop(step, None)
             self.failed.append(step)
             reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
             return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
         self.jobs[self.block["jobid"]] = step
-        self.reasons[step] = self.block.get("reason", "")
-        if reported:
-            return None
+        self.reasons[step] = self.block["reason"]
         self.running[step] = time.time()
         return f"[{self.finished + len(self.running)}/{self.total}] {step}"
 

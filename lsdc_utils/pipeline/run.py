@@ -27,7 +27,6 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_s
 from lsdc_utils.pipeline.parameters import PROFILES
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
-OUTPUTS = ROOT / "outputs"
 RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
 
 
@@ -58,9 +57,6 @@ def visible_gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
-
-
-# ---- processes and the lock ----------------------------------------------------------------------------------------
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -111,9 +107,6 @@ def locked(folder: Path) -> Iterator[None]:
             if left.is_file():
                 left.unlink()
         yield
-
-
-# ---- Snakemake -----------------------------------------------------------------------------------------------------
 
 
 def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:

@@ -91,5 +91,7 @@ def test_every_ablation_changes_parameters_that_there_are() -> None:
 
 @pytest.mark.parametrize("command", ["ablate", "curve"])
 def test_experiments_need_a_finished_run(command: str, capsys) -> None:
-    assert commands.main([command, "--run", "never"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, "--run", "never"])
+    assert ended.value.code == 2
     assert "no such finished run" in capsys.readouterr().err

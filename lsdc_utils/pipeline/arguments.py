@@ -72,52 +72,44 @@ NOTES = {  # at the end of a command's --help
 }
 
 
-def _option(flag: str, metavar: str | None, text: str, **settings: object) -> tuple:
-    return flag, {"help": text, **({"metavar": metavar} if metavar else {"action": "store_true"}), **settings}
-
-
-RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo", type=finished_run)
-CORES = _option("--cores", "N", "processor cores to use (default: all)", type=at_least_one)
-STUDIES = _option("folder", "DIR", "in the competition's layout, or any folder of DICOM files", type=folder)
-OPTIONS = {
-    "run": (
-        _option("overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", nargs="*"),
-        _option("--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", default="demo"),
-        _option("--data", "DIR", "a folder in the competition's layout (default: write a phantom)", type=folder),
-        _option("--run", "NAME", "results go to outputs/NAME (default: the profile's name)", type=run_name),
-        CORES,
-        _option("--until", "STEP", "stop after this step"),
-        _option("--force", "STEP", "re-run this step and what depends on it", action="append", default=[]),
-        _option("--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/"),
-        _option("--dry-run", None, "list the steps that would run, and why"),
+SWITCH, FINISHED = {"action": "store_true"}, {"default": "demo", "type": finished_run}
+OPTIONS = (  # commands, name, metavar, help, other settings of argparse
+    ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
+    (
+        "validate predict",
+        "folder",
+        "DIR",
+        "in the competition's layout, or any folder of DICOM files",
+        {"type": folder},
     ),
-    "validate": (STUDIES, _option("--out", "FILE", "also write the findings to this csv", type=Path)),
-    "predict": (
-        STUDIES,
-        _option("--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", required=True),
-        _option("--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", type=Path),
-        CORES,
+    ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
+    ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
+    ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", {"type": at_least_one, "nargs": "*"}),
+    ("bench", "name", "NAME", "only benchmarks with this in their name", {"nargs": "?", "default": ""}),
+    ("test", "--all", None, "the slow proofs too", SWITCH),
+    ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
+    ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
+    ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
+    ("predict", "--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", {"required": True}),
+    (
+        "export pack kaggle-bundle ablate curve",
+        "--run",
+        "NAME",
+        "a finished run, outputs/NAME (default: demo)",
+        FINISHED,
     ),
-    "export": (
-        _option("studies", "STUDY", "study ids (default: the test studies)", type=int, nargs="*"),
-        RUN,
-        _option("--out", "DIR", "where they go (default: outputs/NAME/exports)", type=Path),
-    ),
-    "pack": (RUN, _option("--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", type=Path)),
-    "kaggle-bundle": (
-        RUN,
-        _option("--out", "DIR", "where they go (default: outputs/NAME/kaggle)", type=Path),
-        _option("--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)"),
-    ),
-    "ablate": (_option("names", "NAME", "only these of notebooks/ablations.yml", nargs="*"), RUN, CORES),
-    "curve": (
-        _option("sizes", "N", "training studies (default: 40 80 160 320)", type=at_least_one, nargs="*"),
-        RUN,
-        CORES,
-    ),
-    "bench": (_option("name", "NAME", "only benchmarks with this in their name", nargs="?", default=""),),
-    "test": (_option("--all", None, "the slow proofs too"),),
-}
+    ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
+    ("predict", "--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", {"type": Path}),
+    ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
+    ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
+    ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
+    ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
+    ("run predict ablate curve", "--cores", "N", "processor cores to use (default: all)", {"type": at_least_one}),
+    ("run", "--until", "STEP", "stop after this step", {}),
+    ("run", "--force", "STEP", "re-run this step and what depends on it", {"action": "append", "default": []}),
+    ("run", "--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/", SWITCH),
+    ("run", "--dry-run", None, "list the steps that would run, and why", SWITCH),
+)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -131,8 +123,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     program = f"./run_all.sh {name}" if named else "./run_all.sh"
     parser = Parser(program, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
-    for flag, settings in OPTIONS.get(name, ()):
-        parser.add_argument(flag, **settings)
+    for takers, option, metavar, text, settings in OPTIONS:
+        if name in takers.split():
+            parser.add_argument(option, help=text, **({"metavar": metavar} if metavar else {}), **settings)
     asked, rest = parser.parse_known_args(words) if name == "lab" else (parser.parse_intermixed_args(words), [])
     return argparse.Namespace(**vars(asked), command=name, rest=rest)
 

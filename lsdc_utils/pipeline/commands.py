@@ -1,7 +1,5 @@
 """The commands of ./run_all.sh, one function each: `python -m lsdc_utils.pipeline.commands WORD ...`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -5,8 +5,6 @@ affects run again. The learning curve repeats the run with other numbers of trai
 test studies. The run's report shows the tables, `experiments/ablation.csv` and `experiments/curve.csv` below the run.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

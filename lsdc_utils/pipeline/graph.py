@@ -4,8 +4,6 @@ A step is one execution of one notebook; the training notebooks have a step per 
 here what a step depends on besides files: its parameters and a hash of the code that it uses.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import fcntl

@@ -3,8 +3,6 @@
 The notebook works offline on Kaggle's image, so the data set holds the wheels that the image lacks: kaggle_wheels.txt.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -48,14 +46,6 @@ from lsdc_utils.downloads import find_data
 
 data, _ = find_data()
 """
-KERNEL = {  # Kaggle's settings of the notebook; without a machine it gets an older GPU, which the image's torch lacks
-    "language": "python",
-    "kernel_type": "notebook",
-    "is_private": True,
-    "enable_gpu": True,
-    "machine_shape": "NvidiaTeslaT4",
-    "enable_internet": False,
-}
 PLACES = {  # parameters whose values are known on Kaggle alone
     "run_dir": 'str(bundle / "models")',
     "data_dir": "str(data)",
@@ -88,9 +78,12 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     fetch(read_wheels(), dataset / "wheels", python)
     notebook.mkdir(exist_ok=True)
     nbformat.write(inference_notebook(read_recipe(run)), notebook / f"{name}.ipynb")
+    settings = {"language": "python", "kernel_type": "notebook", "is_private": True}
+    # Without its name an older GPU is given, for which the image's torch has no code.
+    machine = {"machine_shape": "NvidiaTeslaT4", "enable_gpu": True, "enable_internet": False}
     names = {"id": f"{user}/{name}-inference", "title": f"{name}-inference", "code_file": f"{name}.ipynb"}
     sources = {"dataset_sources": [f"{user}/{name}"], "competition_sources": [COMPETITION], "kernel_sources": []}
-    write_json(notebook / "kernel-metadata.json", KERNEL | names | sources)
+    write_json(notebook / "kernel-metadata.json", names | settings | machine | sources)
     licences = [{"name": "other"}]
     write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", "licenses": licences})
     return sorted(file.name for file in (dataset / "wheels").iterdir())

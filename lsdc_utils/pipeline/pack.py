@@ -3,8 +3,6 @@
 It names no study and no folder of the machine that made it. The same run gives the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

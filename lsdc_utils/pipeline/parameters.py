@@ -1,7 +1,5 @@
 """Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ shards/<k>/ (what 05 wrote), and the result in RESULTS once all shards are done.
 blend.json are needed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

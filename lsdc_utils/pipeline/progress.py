@@ -1,7 +1,5 @@
 """What a person sees of a run: steps as Snakemake reports them, the cell and log of a failure, the scores."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A run: its folder and lock, its processes, and the one call of Snakemake."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -75,13 +75,7 @@ NOTES = {  # at the end of a command's --help
 SWITCH, FINISHED = {"action": "store_true"}, {"default": "demo", "type": finished_run}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
-    (
-        "validate predict",
-        "folder",
-        "DIR",
-        "in the competition's layout, or any folder of DICOM files",
-        {"type": folder},
-    ),
+    ("validate predict", "folder", "DIR", "the competition's layout, or any folder of DICOM files", {"type": folder}),
     ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
     ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
     ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", {"type": at_least_one, "nargs": "*"}),
@@ -91,13 +85,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
     ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
     ("predict", "--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", {"required": True}),
-    (
-        "export pack kaggle-bundle ablate curve",
-        "--run",
-        "NAME",
-        "a finished run, outputs/NAME (default: demo)",
-        FINISHED,
-    ),
+    ("export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
     ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
     ("predict", "--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", {"type": Path}),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),

@@ -101,8 +101,8 @@ def export(asked: Namespace) -> int:
 
     out = (asked.out or asked.run / "exports").resolve()
     written = studies.export_studies(asked.run, asked.studies or None, out)
-    for line in written[written["problem"] != ""].itertuples():
-        print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
+    for study, problem in written.loc[written["problem"] != "", ["study_id", "problem"]].to_numpy():
+        print(f"study {study}: {problem}", file=sys.stderr)
     count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
     print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
     return 0
@@ -187,17 +187,11 @@ def lab(asked: Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "jupyterlab", *options], env=environment).returncode
 
 
-HANDLERS = {
-    function.__name__.replace("_", "-"): function
-    for function in (run, validate, predict, export, pack, kaggle_bundle, ablate, curve, bench, test, lab)
-}
-
-
 def main(words: list[str]) -> int:
     """Parse the arguments and carry out the command; the exit status."""
     asked = arguments.parse(words)
     try:
-        return HANDLERS[asked.command](asked)
+        return globals()[asked.command.replace("-", "_")](asked)
     except ValueError as error:
         if type(error).__name__ not in EXPLAINED:
             raise

@@ -1,8 +1,7 @@
 """Experiments around a finished run: ablations and the learning curve; each is a run `outputs/<run>-<name>/`.
 
-An ablation of `notebooks/ablations.yml` starts as a copy of the finished run, so that only the steps that its change
-affects run again. The learning curve repeats the run with other numbers of training studies; all sizes share the same
-test studies. The run's report shows the tables, `experiments/ablation.csv` and `experiments/curve.csv` below the run.
+An ablation of `notebooks/ablations.yml` starts as a copy of the run, so that only the steps that its change affects run
+again. All sizes of the learning curve share the same test studies. The run's report shows both tables of experiments/.
 """
 
 import json
@@ -81,12 +80,9 @@ def _report_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int
 
 
 def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
-    """A row for the run and for each ablation (folder -> what is removed): name, without, the ensemble's scores.
-
-    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low, high
-    are the increase of the total and its paired 95 % interval (bootstrap over studies). ValueError if an ablation
-    graded other studies.
-    """
+    """A row for the run and each ablation (folder -> what is removed): name, without, the ensemble's out-of-fold
+    `PARTS`, the total's skill (absent without an oracle); worse_by, low, high: the total's increase and its paired 95 %
+    interval (bootstrap over studies). ValueError if an ablation graded other studies."""
     rows, solutions, natural = [], {}, {}
     for folder in (base, *removed):
         labels = pd.read_parquet(folder / "tables/labels.parquet")

@@ -57,22 +57,15 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
-        return [
-            Step(
-                f"{name}_{shard}",
-                name,
-                {"out_dir": f"{out}/shards/{shard}", "studies_table": f"{out}/tables/{shard}.parquet"},
-            )
-            for shard in map(shard_name, range(parameters["n_shards"]))
-        ]
+        shards = [shard_name(number) for number in range(parameters["n_shards"])]
+        places = [(f"{out}/shards/{shard}", f"{out}/tables/{shard}.parquet") for shard in shards]
+        given = [dict(zip(("out_dir", "studies_table"), files, strict=True)) for files in places]
+        return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
     steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
-    trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in parameters["folds"]]
-    steps["03_train_yolo"] = [
-        Step("03_train_yolo_{condition}_fold{fold}".format(**given), "03_train_yolo", given) for given in trainings
-    ]
-    steps["04_train_vit3d"] = [
-        Step(f"04_train_vit3d_fold{fold}", "04_train_vit3d", {"fold": fold}) for fold in parameters["folds"]
-    ]
+    yolo, vit, folds = "03_train_yolo", "04_train_vit3d", parameters["folds"]
+    steps[vit] = [Step(f"{vit}_fold{fold}", vit, {"fold": fold}) for fold in folds]
+    trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in folds]
+    steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
     if parameters["data_dir"] or not parameters["phantom"]:
         del steps["phantom"]
     if not parameters["stress_bodies"]:
@@ -97,12 +90,9 @@ def read_parameters(run_dir: str | Path) -> dict[str, Any]:
 def code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Source and tags of each code cell, without what papermill injected when it was executed."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    cells = [
-        ("".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
-        for cell in cells
-        if cell["cell_type"] == "code"
-    ]
-    return tuple((source, tags) for source, tags in cells if "injected-parameters" not in tags)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tagged = [("".join(cell["source"]), tuple(cell["metadata"].get("tags", ()))) for cell in code]
+    return tuple((source, tags) for source, tags in tagged if "injected-parameters" not in tags)
 
 
 @functools.cache
@@ -124,11 +114,8 @@ def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> di
 
 
 def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
-    """The parameters whose change re-runs the step, as JSON.
-
-    Of a value by condition only the step's own entry counts. The run's folder does not, so that a run may be renamed.
-    A file (`*_csv`) counts by its content.
-    """
+    """The parameters whose change re-runs the step, as JSON: of a value by condition the step's own entry, of a file
+    (`*_csv`) its content; not the run's folder, so that a run may be renamed."""
     values = step_parameters(step, parameters, "")
     del values["run_dir"]
     condition = step.given.get("condition")
@@ -202,10 +189,9 @@ def all_ran(notebook: Any) -> bool:
 
 
 def execute(run_dir: Path, step: Step) -> None:
-    """Execute the step's notebook; its output goes live to logs/<step>.log.
+    """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
 
-    The notebook lies beside the log while it runs, and stays there if it fails; it moves to notebooks/ only when every
-    cell ran. RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
+    RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
     """
     import papermill  # takes a second, which the Snakefile and the command line do not need
 
@@ -235,16 +221,6 @@ def execute(run_dir: Path, step: Step) -> None:
     os.replace(executed, done)
 
 
-def main() -> int:
-    """Run one step: `python -m lsdc_utils.pipeline.graph RUN_DIR STEP`."""
-    run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
-    try:
-        execute(run_dir, select_steps(all_steps(read_parameters(run_dir)), name)[0])
-    except Exception as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    base = Path(sys.argv[1]).resolve()
+    execute(base, select_steps(all_steps(read_parameters(base)), sys.argv[2])[0])

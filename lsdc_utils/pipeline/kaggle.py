@@ -62,8 +62,8 @@ def user_here() -> str:
 def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[str]:
     """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names.
 
-    python: version that wheels are for. RunError or UsageError if the run is not finished, UsageError if a wheel cannot
-    be downloaded. Metadata come last: Kaggle's command line refuses a folder without them.
+    python: version that wheels are for. RunError or UsageError if the run is not finished or a wheel cannot be had.
+    Metadata come last: Kaggle's command line refuses a folder without them.
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"

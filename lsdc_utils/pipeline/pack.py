@@ -70,10 +70,9 @@ def _json(content: Any) -> bytes:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which `predict` can use.
+    """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which appears whole.
 
-    It appears whole, after all checksums were compared with the manifest. UsageError if the archive is broken, was
-    changed, or holds names, sizes or numbers of files that no archive of ours has.
+    UsageError if the archive is broken, was changed, or holds names, sizes or numbers of files that none of ours has.
     """
     ready = folder / _sha256(archive)[:16]
     if ready.is_dir():

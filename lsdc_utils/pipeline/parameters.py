@@ -54,16 +54,13 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     return key, converted(key, value, defaults[key])
 
 
-def _read_profile(name: str) -> dict[str, Any]:
-    file = PROFILES / f"{name}.yml"
-    if not file.is_file():
-        raise UsageError(f"no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yml')))}")
-    return yaml.safe_load(file.read_text()) or {}
-
-
 def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     """Every parameter of a run: profile demo, changed by `profile`, then by KEY=VALUE; UsageError if one is wrong."""
-    parameters = changed(_read_profile("demo"), _read_profile(profile), f"profile {profile}: ")
+    files = {file.stem: file for file in PROFILES.glob("*.yml")}
+    if profile not in files:
+        raise UsageError(f"no profile {profile!r}; there are: {', '.join(sorted(files))}")
+    parameters, change = (yaml.safe_load(files[name].read_text()) for name in ("demo", profile))
+    parameters = changed(parameters, change, f"profile {profile}: ")
     parameters.update(parse_override(text, parameters) for text in overrides)
     names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
     if names != set(parameters):

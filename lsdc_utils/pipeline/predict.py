@@ -1,8 +1,7 @@
 """Grading the studies of any folder with a finished run: list them, cut them into shards, grade each by 05, join.
 
-The folder given by `--out` holds tables/ (the studies of each shard with every file, findings, what was listed),
-shards/<k>/ (what 05 wrote), and the result in RESULTS once all shards are done. Of the run only its weights and
-blend.json are needed.
+The folder given by `--out` holds tables/ (the files of each shard, findings), shards/<k>/ (what 05 wrote), and RESULTS
+once all shards are done. Of the run only its weights and blend.json are needed.
 """
 
 import contextlib
@@ -46,14 +45,10 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         record.unlink(missing_ok=True)
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
         write_json(record, listed)
-    return declared("05_ensemble_inference") | {
-        "run_dir": str(run),
-        "predict_dir": str(out),
-        "data_dir": str(root),
-        "weights_dir": str(run / "weights"),
-        "n_shards": listed["n_shards"],
-        **grading_parameters(recipe),
-    }
+    places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
+    places = {name: str(place) for name, place in places.items()}
+    known = places | {"n_shards": listed["n_shards"]} | grading_parameters(recipe)
+    return declared("05_ensemble_inference") | known
 
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -75,10 +70,8 @@ def _digest(root: Path) -> str:
 
 
 def _list_studies(root: Path, out: Path, workers: int) -> int:
-    """Write the tables of shards and findings; return the number of shards.
-
-    Of a folder with tables only the test studies are graded, as by 05; without test studies or tables, every study.
-    """
+    """Write the tables of shards and findings; return the number of shards. Graded are the test studies of a folder's
+    tables, as by 05; without test studies or tables, every study."""
     print(f"listing studies in {root}", flush=True)
     comp = competition.read(root, workers=workers)
     series, studies = comp.series, set()
@@ -103,11 +96,10 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
 
 
 def collect(out: Path, n_shards: int) -> str:
-    """Join the shards' answers to submission.csv, grades.csv and findings.csv; return a summary.
+    """Join the shards' answers to RESULTS; return a summary.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
-    (the models that graded the row, joined by +; or prior) and own_series (whether the study has the series on which
-    readers grade this condition).
+    (models joined by +, or prior), own_series (whether the study has the series on which this condition is read).
     """
     folders = [out / "shards" / shard_name(number) / "predictions" for number in range(n_shards)]
     natural, sources, problems = (

@@ -85,10 +85,8 @@ def last_lines(log: Path, n: int = 1) -> list[str]:
 
 
 def follow(logs: Path, process: subprocess.Popen, output: Path) -> Progress:
-    """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line.
-
-    On a terminal that line is redrawn every second; elsewhere it is printed every 30 seconds.
-    """
+    """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line:
+    redrawn every second on a terminal, else printed every 30 seconds."""
     progress, began, printed, rest = Progress(), time.time(), time.time(), ""
     terminal, running = sys.stdout.isatty(), True
     with output.open(errors="replace") as messages:
@@ -121,10 +119,11 @@ def failure(logs: Path, step: Step) -> str:
         lines += [f"  as executed: {shown(executed)}"]
         cells = nbformat.read(executed, as_version=4).cells
         own = [cell for cell in cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
-        code = [(number, cell) for number, cell in enumerate(own, start=1) if cell.cell_type == "code"]
-        started = [item for item in code if item[1].metadata.get("papermill", {}).get("start_time")]
-        for number, cell in ([item for item in started if has_error(item[1])] or started[-1:])[:1]:
-            lines += [f"  failing cell: number {number}", *(f"      {line}" for line in cell.source.splitlines())]
+        code = [cell for cell in own if cell.cell_type == "code"]
+        started = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
+        for cell in (list(filter(has_error, started)) or started[-1:])[:1]:
+            lines += [f"  failing cell: number {own.index(cell) + 1}"]
+            lines += [f"      {line}" for line in cell.source.splitlines()]
     lines += [f"  last lines of {shown(log)}:"]
     return "\n".join(lines + [f"      {line}" for line in last_lines(log, 15)])
 
@@ -132,10 +131,10 @@ def failure(logs: Path, step: Step) -> str:
 def score_table(scores: dict[str, Any]) -> str:
     """The blocks of scores.json as text: test first; only out of fold if test has no labels."""
     lines = []
-    for name in ("test", "oof"):
+    for name, studies in TITLES.items():
         if not (block := scores.get(name)):
             continue
-        lines += ["", f"Weighted log loss, {block['n_studies']} {TITLES[name]}; lower is better"]
+        lines += ["", f"Weighted log loss, {block['n_studies']} {studies}; lower is better"]
         skills = block.get("skill") or {}
         titles = [part.replace("_", " ") for part in PARTS] + (["skill"] if skills else [])
         lines += [f"  {'':22}" + "".join(f"{title:>14}" for title in titles)]

@@ -132,9 +132,8 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
 def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     """Environment of Snakemake and of all that it starts."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder)}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder), **devices}
     if run.slurm:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # SLURM sets it for each job
     return environment

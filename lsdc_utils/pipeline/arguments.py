@@ -26,28 +26,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder(text: str) -> Path:
-    """An existing folder."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such folder")
     return Path(text)
 
 
 def at_least_one(text: str) -> int:
-    """A whole number from 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
     return int(text)
 
 
 def run_name(text: str) -> str:
-    """A name for outputs/NAME."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in ("data", "sample", "pretrained"):
         raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not data, sample or pretrained")
     return text
 
 
 def finished_run(name: str) -> Path:
-    """The folder of a finished run, by its name in outputs/."""
     if not (OUTPUTS / name / "scores.json").is_file():
         raise argparse.ArgumentTypeError(f"{name}: no such finished run; create it with ./run_all.sh --run {name}")
     return OUTPUTS / name
@@ -70,8 +66,6 @@ NOTES = {  # at the end of a command's --help
     "run": "a step is named by notebook (03_train_yolo), number (03) or in full (03_train_yolo_scs_fold0)",
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
-
-
 SWITCH, FINISHED = {"action": "store_true"}, {"default": "demo", "type": finished_run}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),

@@ -1,4 +1,7 @@
-"""The commands of ./run_all.sh, one function each: `python -m lsdc_utils.pipeline.commands WORD ...`."""
+"""The commands of ./run_all.sh: `python -m lsdc_utils.pipeline.commands WORD ...`.
+
+A function each, which returns the exit status; arguments.COMMANDS says what they do.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from pathlib import Path
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, read_parameters, select_steps
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
 from lsdc_utils.pipeline.parameters import load_parameters
 from lsdc_utils.pipeline.progress import score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, work
@@ -61,7 +64,6 @@ def validate(asked: Namespace) -> int:
 
 
 def predict(asked: Namespace) -> int:
-    """Grade every study in a folder with a finished run or a packed archive."""
     archive = Path(asked.run) if asked.run.endswith(".zip") else None
     folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
     out = (asked.out or trained / "predict" / folder.name).resolve()
@@ -77,26 +79,25 @@ def predict(asked: Namespace) -> int:
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
     from lsdc_utils.data.competition import CompetitionError
     from lsdc_utils.grading.run_tables import RunError
-    from lsdc_utils.pipeline import pack as packing
-    from lsdc_utils.pipeline import predict as prediction
+    from lsdc_utils.pipeline import pack, predict
 
     cores = asked.cores or usable_cores()
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
     with locked(out):
         try:
-            trained = packing.unpack(archive, out / "models") if archive else trained
-            parameters = prediction.prepare(folder, trained.resolve(), out, cores)
+            trained = pack.unpack(archive, out / "models") if archive else trained
+            parameters = predict.prepare(folder, trained.resolve(), out, cores)
         except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
-        status = work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk"))
-        if status == 0:
-            print(f"\n{prediction.collect(out, parameters['n_shards'])}\n\ngrades: {out}/grades.csv")
+        planned = Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")
+        if (status := work(planned)) == 0:
+            summary = predict.collect(out, [Path(step.given["out_dir"]) for step in planned.steps])
+            print(f"\n{summary}\n\ngrades: {out}/grades.csv")
     return status
 
 
 def export(asked: Namespace) -> int:
-    """Export the grades of a finished run for other systems."""
     from lsdc_utils.export import studies
 
     out = (asked.out or asked.run / "exports").resolve()
@@ -109,7 +110,6 @@ def export(asked: Namespace) -> int:
 
 
 def pack(asked: Namespace) -> int:
-    """Pack the models of a finished run into one archive."""
     from lsdc_utils.pipeline.pack import pack_run
 
     out = (asked.out or asked.run / f"{asked.run.name}.zip").resolve()
@@ -121,7 +121,6 @@ def pack(asked: Namespace) -> int:
 
 
 def kaggle_bundle(asked: Namespace) -> int:
-    """Write a data set and a notebook that grade Kaggle's hidden studies."""
     from lsdc_utils.pipeline import kaggle
 
     out, user = (asked.out or asked.run / "kaggle").resolve(), asked.user or kaggle.user_here()
@@ -135,24 +134,18 @@ def kaggle_bundle(asked: Namespace) -> int:
 
 
 def ablate(asked: Namespace) -> int:
-    """Run the ablations of a finished run."""
     from lsdc_utils.pipeline import experiments
 
     return experiments.run_ablations(asked.run, asked.names, asked.cores or usable_cores())
 
 
 def curve(asked: Namespace) -> int:
-    """Repeat a finished run with other numbers of training studies."""
-    parameters = read_parameters(asked.run)
-    if parameters["data_dir"] or not parameters["phantom"]:
-        raise UsageError(f"--run {asked.run.name}: its data is real; a learning curve needs a phantom")
     from lsdc_utils.pipeline import experiments
 
     return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
 
 
 def bench(asked: Namespace) -> int:
-    """Run the benchmarks whose names contain NAME, one after the other."""
     benchmarks = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
     scripts = [path for path in benchmarks if asked.name in path.stem]
     if not scripts:

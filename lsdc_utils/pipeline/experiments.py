@@ -23,7 +23,6 @@ from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import Run, locked, work
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
-NOT_COPIED = ("report", "predict", "work", "experiments", ".lock")
 
 
 def copy_run(base: Path, folder: Path) -> None:
@@ -32,7 +31,8 @@ def copy_run(base: Path, folder: Path) -> None:
         return
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(base, unfinished, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    ignore = shutil.ignore_patterns("report", "predict", "work", "experiments", ".lock")
+    shutil.copytree(base, unfinished, symlinks=True, ignore=ignore)
     unfinished.rename(folder)
 
 
@@ -54,6 +54,8 @@ def run_ablations(base: Path, names: list[str], cores: int) -> int:
 def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     """Repeat the run `base` on a phantom with other numbers of training studies; the exit status."""
     parameters, runs = read_parameters(base), {}
+    if parameters["data_dir"] or not parameters["phantom"]:
+        raise UsageError(f"--run {base.name}: its data is real; a learning curve needs a phantom")
     for n_train in sizes:
         runs[n_train] = base if n_train == parameters["n_train"] else base.with_name(f"{base.name}-n{n_train}")
         command, change = ["curve", *map(str, sizes), "--run", base.name], changed(parameters, {"n_train": n_train})

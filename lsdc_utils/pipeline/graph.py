@@ -45,11 +45,6 @@ class Step:
     given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
 
 
-def shard_name(number: int) -> str:
-    """Name of one shard of a prediction, e.g. shard007."""
-    return f"shard{number:03d}"
-
-
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
 
@@ -57,7 +52,7 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
-        shards = [shard_name(number) for number in range(parameters["n_shards"])]
+        shards = [f"shard{number:03d}" for number in range(parameters["n_shards"])]
         places = [(f"{out}/shards/{shard}", f"{out}/tables/{shard}.parquet") for shard in shards]
         given = [dict(zip(("out_dir", "studies_table"), files, strict=True)) for files in places]
         return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]

@@ -1,7 +1,4 @@
-"""A bundle that grades the hidden studies on Kaggle: a data set of models, package and wheels, and notebook 05.
-
-The notebook works offline on Kaggle's image, so the data set holds the wheels that the image lacks: kaggle_wheels.txt.
-"""
+"""A bundle that grades Kaggle's hidden studies offline: a data set of models, package and wheels, and notebook 05."""
 
 import json
 import re
@@ -23,7 +20,7 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT
 from lsdc_utils.pipeline.pack import pack_run, unpack
 from lsdc_utils.pipeline.predict import grading_parameters
 
-WHEELS = Path(__file__).with_name("kaggle_wheels.txt")
+WHEELS = Path(__file__).with_name("kaggle_wheels.txt")  # those that the image lacks
 PYTHON = "3.12.13"  # of Kaggle's image
 GRADES = NOTEBOOKS / "05_ensemble_inference.ipynb"
 USER = "KAGGLE_USER"  # until the user gives a name
@@ -46,11 +43,8 @@ from lsdc_utils.downloads import find_data
 
 data, _ = find_data()
 """
-PLACES = {  # parameters whose values are known on Kaggle alone
-    "run_dir": 'str(bundle / "models")',
-    "data_dir": "str(data)",
-    "out_dir": 'str(kaggle / "working")',
-}
+# Parameters whose values are known on Kaggle alone.
+PLACES = {"run_dir": 'str(bundle / "models")', "data_dir": "str(data)", "out_dir": 'str(kaggle / "working")'}
 
 
 def user_here() -> str:

@@ -20,8 +20,9 @@ def converted(key: str, value: Any, default: Any) -> Any:
         with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             value = float(value)
     if type(value) is not type(default):
-        expected = f"expected {type(default).__name__} like {default!r}"
-        raise UsageError(f"{key}: {value!r} is {type(value).__name__}, {expected}")
+        raise UsageError(
+            f"{key}: {value!r} is {type(value).__name__}, expected {type(default).__name__} like {default!r}"
+        )
     if isinstance(default, list) and len({type(item) for item in default}) == 1:
         return [converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):

@@ -20,7 +20,7 @@ from lsdc_utils.data.unsorted import walk
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import declared, module_files, shard_name
+from lsdc_utils.pipeline.graph import declared, module_files
 from lsdc_utils.vocabulary import SEVERITIES, parse_row_id
 
 LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
@@ -31,8 +31,7 @@ RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
-    RunError if the run cannot be used, CompetitionError if the folder's tables cannot; UsageError if it holds no study
-    or `out` is of another folder.
+    RunError or CompetitionError: run or tables cannot be used. UsageError: no study, or `out` is of another folder.
     """
     recipe = read_recipe(run)
     record = out / "tables" / "listed.json"
@@ -84,7 +83,7 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
         raise UsageError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
     for number, shard in enumerate(np.array_split(studies, count)):
-        with atomic(out / "tables" / f"{shard_name(number)}.parquet") as file:
+        with atomic(out / "tables" / f"shard{number:03d}.parquet") as file:
             files_of(comp, series, shard.tolist()).to_parquet(file, index=False)
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
@@ -95,15 +94,14 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     return count
 
 
-def collect(out: Path, n_shards: int) -> str:
-    """Join the shards' answers to RESULTS; return a summary.
+def collect(out: Path, shards: list[Path]) -> str:
+    """Join the answers in the folders of the shards to RESULTS in `out`; return a summary.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
     (models joined by +, or prior), own_series (whether the study has the series on which this condition is read).
     """
-    folders = [out / "shards" / shard_name(number) / "predictions" for number in range(n_shards)]
     natural, sources, problems = (
-        pd.concat([pd.read_parquet(folder / f"{name}_test.parquet") for folder in folders], ignore_index=True)
+        pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
         for name in ("ensemble", "sources", "findings")
     )
     keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])

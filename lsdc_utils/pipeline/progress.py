@@ -42,21 +42,19 @@ class Progress:
         elif match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
             self.block[match[1]] = match[2]
             last = {"rule": "reason", "Error": "log"}  # the field that is printed after all that is needed
-            if match[1] == last.get(self.block.get("kind")):
-                return self._read_job(re.search(r"logs/(\S+)\.log", self.block["log"])[1])
+            if match[1] != last.get(self.block.get("kind")):
+                return None
+            step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
+            if match[1] == "log":
+                self.running.pop(step, None)
+                self.failed.append(step)
+                reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
+                return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
+            self.jobs[self.block["jobid"]] = step
+            self.reasons[step] = self.block["reason"]
+            self.running[step] = time.time()
+            return f"[{self.finished + len(self.running)}/{self.total}] {step}"
         return None
-
-    def _read_job(self, step: str) -> str:
-        """The paragraph on a job that starts or failed."""
-        if self.block["kind"] == "Error":
-            self.running.pop(step, None)
-            self.failed.append(step)
-            reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
-            return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
-        self.jobs[self.block["jobid"]] = step
-        self.reasons[step] = self.block["reason"]
-        self.running[step] = time.time()
-        return f"[{self.finished + len(self.running)}/{self.total}] {step}"
 
 
 def clock(seconds: float) -> str:

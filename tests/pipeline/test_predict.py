@@ -136,7 +136,7 @@ def test_a_killed_prediction_leaves_no_result_and_goes_on(killed: dict, out: Pat
     assert killed == {"results": [], "done": []}
     assert f"{SHARDS} steps run" in (out / "said.txt").read_text()
     for number in range(SHARDS):
-        notebook = out / "notebooks" / f"05_ensemble_inference_{graph.shard_name(number)}.ipynb"
+        notebook = out / "notebooks" / f"05_ensemble_inference_shard{number:03d}.ipynb"
         assert graph.all_ran(nbformat.read(notebook, as_version=4))
 
 

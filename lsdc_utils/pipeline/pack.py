@@ -27,7 +27,7 @@ NAME = re.compile(r"(weights/)?[A-Za-z0-9]\w*(\.\w+)+")
 
 
 def pack_run(run: Path, out: Path) -> list[str]:
-    """Write the archive `out` of the run in folder `run`; return its names. RunError, UsageError: it is not finished."""
+    """Write the archive `out` of the run in folder `run`; return its names; RunError or UsageError if unfinished."""
     recipe = read_recipe(run)
     if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
         raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")

@@ -65,7 +65,7 @@ def test_its_card_states_data_scores_limits_and_licence(archive: Path, smoke_pro
     assert f"{scores['oof']['scores']['ensemble']['total']:.3f}" in card
     low, high = scores["oof"]["interval"]["ensemble"]["total"]
     assert f"{low:.3f} to {high:.3f}" in card
-    for word in ("Not for clinical use", "phantom", "AGPL-3.0", "## Limits", "- Commit: "):
+    for word in ("Not for clinical use", "phantom", "AGPL-3.0", "## Limitations", "- Commit: "):
         assert word in card
 
 

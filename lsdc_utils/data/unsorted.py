@@ -66,7 +66,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     """
     root = Path(root)
     result, unopened = Discovered(), []
-    files = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, unopened)]
+    files = [(split, file) for split, place in places or [("test", root)] for file in walk(place, unopened)]
     for error in unopened:
         value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"
         result.findings.append((None, None, "files_skipped", value, "skipped"))
@@ -90,7 +90,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     return result
 
 
-def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
+def walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
     """Files at any depth in a fixed order, except hidden ones and DICOMDIRs. Links are followed, each folder once.
 
     Errors of folders that cannot be opened are added to `unopened`.

@@ -50,7 +50,7 @@ def pack_run(run: Path, out: Path) -> list[str]:
 def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file."""
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
-    from lsdc_utils.report.run import read_run
+    from lsdc_utils.report.run import Run
 
     for weights in weight_files(folds):
         name = str(Path(weights).with_suffix(".json"))
@@ -64,7 +64,7 @@ def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
     yield "provenance.json", _json(without_places(json.loads((run / "provenance.json").read_text())))
     parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
     yield "parameters.yml", yaml.safe_dump(parameters, sort_keys=False).encode()
-    yield "MODEL_CARD.md", model_card(read_run(run)).encode()
+    yield "MODEL_CARD.md", model_card(Run(run)).encode()
 
 
 def without_places(value: Any) -> Any:

@@ -67,9 +67,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["sample", "results"])
     parser.add_argument("--run", default="demo", help="name of a run in outputs/ (default: demo)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="where to write (default: this repository)")
     asked = parser.parse_args()
     figures.use_style()
     write = write_sample if asked.command == "sample" else write_results
-    write(tables.Run(ROOT / "outputs" / asked.run), asked.root.resolve())
-    print(f"{asked.command} of run {asked.run} written to {asked.root}")
+    write(tables.Run(ROOT / "outputs" / asked.run), ROOT)
+    print(f"{asked.command} of run {asked.run} written")

@@ -14,7 +14,6 @@ from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 from PIL import Image
-from traitlets.config import Config
 
 from lsdc_utils.report.card import TEMPLATES
 from lsdc_utils.report.pictures import avif
@@ -43,8 +42,7 @@ def read_chapters(run: Run) -> list[dict[str, Any]]:
 def _read_chapter(file: Path) -> dict[str, Any]:
     notebook = nbformat.read(file, as_version=4)
     _describe_images(notebook)
-    config = Config({"HTMLExporter": dict.fromkeys(("mathjax_url", "require_js_url", "jquery_url"), "")})
-    exporter = HTMLExporter(config=config, template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
+    exporter = HTMLExporter(template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
     exporter.register_filter("cleaned", cleaned)
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # each printed line is its own output
     body = PLAIN_CODE.sub(r"\1", exporter.from_notebook_node(notebook)[0])

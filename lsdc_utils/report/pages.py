@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pygments.formatters import HtmlFormatter
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic
@@ -47,14 +46,16 @@ def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 
     slices), the limitations, the CLAIM checklist, the main figures as PDF, and the run's provenance.json. Pages of an
     earlier report that no longer belong to it are deleted.
     """
-    folder = run.folder / "report"
+    folder, chapters = run.folder / "report", read_chapters(run)
     tables.write_provenance(run.folder)
-    chapters, graded = read_chapters(run), _graded_studies(run)
-    pages = [INDEX, OVERVIEW] if len(graded) else [INDEX]
-    pages += [*(chapter["page"] for chapter in chapters), LIMITS, CLAIM]
+    graded = [name for name in tables.BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
+    if run.scores.get("test") and "test" in graded:  # training studies are only part of the scores then
+        graded = ["test"]
+    rows = pd.concat([read_graded(run.folder, name) for name in graded], ignore_index=True)
+    pages = [INDEX, *([OVERVIEW] if len(rows) else ()), *(chapter["page"] for chapter in chapters), LIMITS, CLAIM]
     frame = {"run": run, "pages": pages, "facts": tables.provenance(run), "kind": run.data.get("kind", "")}
     write = partial(_write_page, folder, frame)
-    written = _write_studies(run, write, graded, whole_studies, seed) if len(graded) else []
+    written = _write_studies(run, write, rows, whole_studies, seed) if len(rows) else []
     for chapter in chapters:
         seconds = run.steps["seconds"].get(chapter["step"])
         written.append(write("chapter.html.j2", styles="code", seconds=seconds, **chapter))
@@ -92,26 +93,11 @@ def _write_page(
 
 @cache
 def style_sheet(kind: str) -> str:
-    """The style of a page: what all pages share, and that of `text`, `code` (light and dark) or `study` pages."""
+    """The style of a page: what all pages share, and that of `text`, `code` or `study` pages."""
     colours = "".join(f"--g{k}: {colour}; " for k, colour in figures.SEVERITY_COLOURS.items() if k != MISSING)
     parts = [f":root {{ {colours}}}", *((TEMPLATES / f"{name}.css").read_text() for name in ("style", kind))]
-    if kind == "code":
-        light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
-        parts += [light, f"@media (prefers-color-scheme: dark) {{ {dark} }}"]
     css = re.sub(r"/\*.*?\*/", "", " ".join(parts), flags=re.S)
     return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"\s+", " ", css))  # every page carries it
-
-
-# ---- studies -------------------------------------------------------------------------------------------------------
-
-
-def _graded_studies(run: tables.Run) -> pd.DataFrame:
-    """Rows (`read_graded`) of the studies that get a page: the scored test studies, else all graded ones."""
-    graded = [name for name in tables.BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
-    if run.scores.get("test") and "test" in graded:
-        graded = ["test"]
-    parts = [rows for name in graded if len(rows := read_graded(run.folder, name))]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _write_studies(run: tables.Run, write: partial, graded: pd.DataFrame, count: int, seed: int) -> list[Path]:

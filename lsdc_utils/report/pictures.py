@@ -145,12 +145,11 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
     """The ensemble's total by the number of training studies, with its interval, the baseline and the oracle."""
     figure, totals = Figure(figsize=(6, 4.2)), {}
     ax = figure.add_subplot()
-    for (name, title), dashes in zip(BLOCK_NAMES.items(), ("--", "-"), strict=True):
-        rows = curve[curve["block"] == name].set_index("n_train").sort_index()
-        if len(rows):
-            totals[title] = rows["total"].to_dict()
-            ax.fill_between(rows.index, rows["low"], rows["high"], color=BLACK, alpha=0.12, linewidth=0)
-            ax.plot(rows.index, rows["total"], f"o{dashes}", color=BLACK, label=f"Ensemble, {title.lower()}")
+    for name, rows in curve.set_index("n_train").sort_index().groupby("block"):
+        totals[BLOCK_NAMES[name]] = rows["total"].to_dict()
+        line, label = "o-" if name == "test" else "o--", f"Ensemble, {BLOCK_NAMES[name].lower()}"
+        ax.fill_between(rows.index, rows["low"], rows["high"], color=BLACK, alpha=0.12, linewidth=0)
+        ax.plot(rows.index, rows["total"], line, color=BLACK, label=label)
     for model in ("prior", "oracle"):
         total = value(scores.get("test") or {}, "scores", model)
         if total is not None:

@@ -36,10 +36,7 @@ TITLES = {  # of the columns that tables show, in this order
 
 
 class Run:
-    """The files of a run's folder that its report is made from; a missing table is empty, other missing files are {}.
-
-    FileNotFoundError names scores.json where 05_ensemble_inference has not written it.
-    """
+    """The files of a run that its report is made from; FileNotFoundError where 05 has not written scores.json."""
 
     def __init__(self, run_dir: str | Path):
         self.folder = folder = Path(run_dir).resolve()
@@ -82,9 +79,6 @@ def labelled_rows(run: Run) -> pd.DataFrame:
         return pd.DataFrame()
     labels = run.labels.loc[run.labels["severity"] != MISSING, ["row_id", "condition", "severity"]]
     return run.rows.merge(labels, on="row_id")
-
-
-# ---- provenance ----------------------------------------------------------------------------------------------------
 
 
 def write_provenance(run: Path) -> dict[str, Any]:
@@ -131,19 +125,15 @@ def provenance(run: Run) -> dict[str, str]:
     seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
     head, *changes = content["commit"].split(" ", 1)
     machine, data = content["machine"], content["data"]
-    hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
-    hardware = ", ".join([hardware, *machine["gpus"]])
+    hardware = [machine["processor"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", *machine["gpus"]]
     return {
         "Made": content["made"],
         "Commit": " ".join([head[:12], *changes]),
         "Data": f"{data['kind']} ({data['folder']}), tables {data['fingerprint'][:12]}" if data else "unknown",
         "Seeds and folds": ", ".join(seeds) or "not recorded",
         "Versions": ", ".join(f"{name} {content['versions'].get(name, '?')}" for name in PACKAGES),
-        "Machine": f"{hardware}; {machine['system']}, Python {machine['python']}",
+        "Machine": f"{', '.join(hardware)}; {machine['system']}, Python {machine['python']}",
     }
-
-
-# ---- scores --------------------------------------------------------------------------------------------------------
 
 
 def blocks(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -185,14 +175,11 @@ def score_table(scores: dict[str, Any]) -> pd.DataFrame:
 
 def parts_table(block: dict[str, Any]) -> pd.DataFrame:
     """Parts of a block's scores as text, with the skill in brackets if there is one: a row for each model."""
-
-    def cell(model: str, part: str) -> str:
-        skill = value(block, "skill", model, part)
-        return number(value(block, "scores", model, part)) + ("" if skill is None else f" ({skill:.2f})")
-
-    shown = list(block["scores"])
-    columns = {PART_NAMES[part]: [cell(model, part) for model in shown] for part in PARTS[:-1]}
-    return pd.DataFrame(columns, index=pd.Index([MODEL_NAMES[model] for model in shown], name="Model"))
+    table = pd.DataFrame(block["scores"]).T[list(PARTS[:-1])].map(number)
+    if block.get("skill"):
+        skills = pd.DataFrame(block["skill"]).T[table.columns]
+        table += skills.map(lambda skill: "" if pd.isna(skill) else f" ({skill:.2f})")
+    return table.rename(index=MODEL_NAMES, columns=PART_NAMES).rename_axis("Model")
 
 
 def other_runs(run: Run) -> pd.DataFrame:
@@ -208,18 +195,14 @@ def other_runs(run: Run) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index").fillna("–").rename_axis("Run")
 
 
-# ---- what else was measured ----------------------------------------------------------------------------------------
-
-
 def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
     """Localisation as text, from localisation.csv: a row for each block and condition, and one for axial slices."""
     if localisation.empty:
         return localisation
     rows = localisation[localisation["spines"] == "all"]
     names = rows["split"].map(BLOCK_NAMES) + ": " + rows["condition"].str.replace("_", " ")
-    exchanged = rows["sides_exchanged"].map(number, digits=0).to_numpy()
     table = _as_text(100 * rows.select_dtypes("number"), names.rename("Points"), digits=1)
-    return table.assign(**{"Sides exchanged": exchanged})
+    return table.assign(**{"Sides exchanged": rows["sides_exchanged"].map(number, digits=0).to_numpy()})
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> pd.DataFrame:
@@ -238,19 +221,16 @@ def evaluation_table(evaluation: dict[str, Any]) -> pd.DataFrame:
 
 
 def experiment_tables(experiments: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Ablations and learning curve as text, by heading; scores are the ensemble's, lower is better.
-
-    A heading names the commit of the experiment, which may be older than the run's.
-    """
+    """Scores of the ensemble in ablations and learning curve as text; headings name the commit of the experiment."""
     tables = {}
     for name, table in experiments.items():
-        commit = f"(commit {table['commit'].iloc[0][:12]})"
         if name == "ablation":
-            removed = table["without"].fillna("nothing (the run itself)").rename("Removed")
-            tables[f"Ablations, out of fold {commit}"] = _as_text(table, removed)
+            title, name = "Ablations, out of fold", "Removed"
+            index = table["without"].fillna("nothing (the run itself)")
         else:
-            sizes = table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()
-            tables[f"Learning curve {commit}"] = _as_text(table, sizes.rename("Training studies"))
+            title, name = "Learning curve", "Training studies"
+            index = table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()
+        tables[f"{title} (commit {table['commit'].iloc[0][:12]})"] = _as_text(table, index.rename(name))
     return tables
 
 

@@ -13,21 +13,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lsdc_utils import figures, geometry
+from lsdc_utils import figures, geometry, vocabulary
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
 from lsdc_utils.metric import PROBABILITIES, WEIGHTS, weight_rows
 from lsdc_utils.report.pictures import avif
-from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES
+from lsdc_utils.vocabulary import FORAMINAL, GROUPS, LEVEL_NAMES, LEVELS, MISSING, SPINAL_CANAL, SUBARTICULAR
 
 # Columns of a study's table: as on films, the patient's left is at the viewer's right.
-GRID = (
-    "right_subarticular_stenosis",
-    "right_neural_foraminal_narrowing",
-    "spinal_canal_stenosis",
-    "left_neural_foraminal_narrowing",
-    "left_subarticular_stenosis",
-)
+GRID = (f"right_{SUBARTICULAR}", f"right_{FORAMINAL}", SPINAL_CANAL, f"left_{FORAMINAL}", f"left_{SUBARTICULAR}")
 KEY_WIDTH = 80.0  # mm of a slice shown around a point
 LARGEST = 384  # pixels of a side of an image; larger ones are scaled down
 KEY_QUALITY, SERIES_QUALITY = 46, 38  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
@@ -43,7 +37,7 @@ def show_study(
     nearest to the detected point; a row without a point near any slice has none. A viewer: key, title, films (its
     slices), first (the slice shown at the start).
     """
-    series = [stack for kind in SERIES_TYPES for stack in stacks if stack.series_type == kind]
+    series = [stack for kind in vocabulary.SERIES_TYPES for stack in stacks if stack.series_type == kind]
     rows = rows.dropna(subset=["X"])
     rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0))
     keys, viewers = {}, []

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -40,7 +39,7 @@ def use_style() -> None:
     mpl.rc("figure", figsize=(9.0, 4.5), dpi=110, facecolor="white")
     mpl.rc("figure.constrained_layout", use=True)
     mpl.rc("font", family="DejaVu Sans", size=11)
-    mpl.rc("axes", titlesize=12, labelsize=11, grid=True, axisbelow=True, prop_cycle=cycler(color=colours))
+    mpl.rc("axes", titlesize=12, labelsize=11, grid=True, axisbelow=True, prop_cycle=mpl.cycler(color=colours))
     mpl.rc("axes.spines", top=False, right=False)
     mpl.rc(("xtick", "ytick"), labelsize=10)
     mpl.rc("legend", fontsize=10, frameon=False)
@@ -88,7 +87,6 @@ def show_slice(
     (default: one plain colour); window: darkest and brightest value (default: 0 to 255 for 8 bits, else percentiles
     0.5 and 99.5).
     """
-    pixels = np.asarray(pixels)
     if window is None:
         window = (0, 255) if pixels.dtype == np.uint8 else tuple(np.percentile(pixels, (0.5, 99.5)))
     step_x, step_y = geometry.spacing(affine)
@@ -106,26 +104,24 @@ def show_slice(
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.6))
     ax.set(xticks=[], yticks=[], xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5), title=title)
     ax.grid(False)
-    text = {"color": "white", "fontsize": 10, "transform": ax.transAxes}
-    text["bbox"] = {"fc": "#000000A0", "ec": "none", "pad": 1}
+    box = {"fc": "#000000A0", "ec": "none", "pad": 1}
+    text = {"color": "white", "fontsize": 10, "transform": ax.transAxes, "bbox": box}
     places = {"left": (0.015, 0.5), "right": (0.985, 0.5), "top": (0.5, 0.985), "bottom": (0.5, 0.015)}
-    letters = edge_letters(affine)
+    letters, width = edge_letters(affine), cols * step_x
     for edge, place in places.items():
         ha, va = (edge, "center") if edge in ("left", "right") else ("center", edge)
         ax.text(*place, letters[edge], ha=ha, va=va, **text)
-    length = scale_length(cols * step_x)
-    share = length / (cols * step_x)
-    ax.plot([0.03, 0.03 + share], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
+    length = scale_length(width)
+    ax.plot([0.03, 0.03 + length / width], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
     ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)
 
 
 def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> None:
     """Put a legend of the severities on axes or a figure; `missing` adds rows without a label; options of `legend`."""
-    names = [*enumerate(SEVERITY_NAMES), *([(MISSING, "no label")] if missing else ())]
-    style = {"linestyle": "none", "markersize": 8}
-    handles = [
-        Line2D([], [], marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], label=name, **style) for k, name in names
-    ]
+    handles = []
+    for k, name in [*enumerate(SEVERITY_NAMES), *([(MISSING, "no label")] if missing else ())]:
+        handles.append(Line2D([], [], linestyle="none", markersize=8, label=name))
+        handles[-1].set(marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k])
     place.legend(handles=handles, **{"frameon": True, **options})  # a frame: it often lies on a dark slice
 
 

@@ -43,7 +43,7 @@ def write_results(run: tables.Run, root: Path) -> None:
     experiments = tables.experiment_tables(run.experiments)
     settings = markdown_table(tables.settings_table(run.settings))
     content = {
-        "table": markdown_table(tables.score_table(run.scores)),
+        "table": score_lines(run).partition("\n\n")[2],  # without the sentences
         "scores": score_lines(run),
         "localisation": markdown_table(tables.localisation_table(run.localisation)),
         "stress": f"{' '.join(sentences(run, 'stress'))}\n\n{settings}",

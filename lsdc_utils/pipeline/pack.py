@@ -32,7 +32,7 @@ def pack_run(run: Path, out: Path) -> list[str]:
     if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
         raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
-    from lsdc_utils.report.run import read_run
+    from lsdc_utils.report.run import Run
 
     weights = weight_files(recipe["folds"])
     contents = {name: (run / name).read_bytes() for name in (*weights, "blend.json", "scores.json")}
@@ -43,7 +43,7 @@ def pack_run(run: Path, out: Path) -> list[str]:
         contents[name] = _json(about)
     parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
-    contents["MODEL_CARD.md"] = model_card(read_run(run)).encode()
+    contents["MODEL_CARD.md"] = model_card(Run(run)).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
     contents[MANIFEST] = _json(manifest)

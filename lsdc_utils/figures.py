@@ -4,8 +4,6 @@ The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/) or clo
 cue: each severity also has its own marker. Figures have a white background on light and dark pages alike.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ Degenerative Classification"): the spinal, the foraminal and the subarticular ro
 that asks for any severe spinal stenosis.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ the patient (`point_rules`). A grade is never changed. A point that cannot be ri
 so that detectors are trained without the points that findings name.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ Tables or images may be absent, as long as one of the two tables of series is th
 layout or in any folder of DICOM files, `unsorted` finds the series.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Rules of where label points lie in the patient: on their side of the canal, levels in order and near each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the header of an image says its series is: plane, contrast, and why it is not one that is graded."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial

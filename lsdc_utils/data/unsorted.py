@@ -5,8 +5,6 @@ of the folders. Only headers are read (`series_types`). A series that is not sag
 T2 is skipped, and a finding gives the reason.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter, defaultdict

@@ -5,8 +5,6 @@ numbers and collide: key images are then written with UIDs derived from study, s
 with only geometry and contrast of the sources' headers. The patient is named by the study's number in the data set.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import re

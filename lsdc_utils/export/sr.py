@@ -1,7 +1,5 @@
 """Grades of one study as a DICOM structured report: template TID 1500 (PS3.16) with codes of SNOMED CT."""
 
-from __future__ import annotations
-
 from datetime import datetime
 
 import numpy as np

@@ -6,8 +6,6 @@ exports/<study>/images/      key images, only where the sources' own UIDs cannot
 exports/<study>/uids.csv     their sources: file, frame and UIDs before and after
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 from collections.abc import Iterable

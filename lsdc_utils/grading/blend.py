@@ -13,8 +13,6 @@ The numbers are pulled towards a simple blend (`simple_blend`): equal weights or
 without temperature and bias. Equal weights alone would drag a good model down to a poor one where the two differ much.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 

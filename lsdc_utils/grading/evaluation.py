@@ -4,8 +4,6 @@ Everything here takes judged rows, as `judge` makes them: labelled rows in the o
 of several models stand row by row beside each other. Probabilities are natural; only `loss` uses the weighted row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np

@@ -4,8 +4,6 @@ The test studies of a run (05), those of any folder (`predict`) and the studies 
 here. `published.grade` has the same functions for the published method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ Distances are in patient space (LPS mm). `in_plane` leaves out the direction acr
 condition is graded: a reader may click on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

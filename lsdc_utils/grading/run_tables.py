@@ -4,8 +4,6 @@ A study was graded either as a test study or out of fold, by models that had not
 shown beside the grades.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -17,8 +17,6 @@ A narrowing n in [0, 1] sets one size, by the same function at every level and i
 Levels are named from below: L5/S1 is the lowest disc with at least half the height of the one above it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +65,7 @@ class Body:
     @staticmethod
     def draw(
         rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None
-    ) -> Body:
+    ) -> "Body":
         """Build a patient around 25 narrowings in [0, 1]. True and False force and forbid a slip or a transitional
         vertebra. Narrowings and switches change nothing else about the patient that a generator gives."""
         narrowing = np.asarray(narrowing, float)

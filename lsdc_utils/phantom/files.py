@@ -4,8 +4,6 @@ They are assembled by hand (DICOM PS3.5, section 7.1.2, explicit VR little endia
 thousands of them, and a general writer takes twice the time of the compression itself.
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

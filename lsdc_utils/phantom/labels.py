@@ -8,8 +8,6 @@ correlation, also after it. Real figures: `facts.json`, counted from the competi
 what the cut-offs mean in millimetres.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ which points, the share of each that the tissue covers (edges are `soft` mm wide
 and the tissue's name. Numbers without a comment are millimetres of an adult lumbar spine.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,12 +41,12 @@ class Points:
     index: Array | slice
 
     @staticmethod
-    def of(body: Body, u: Array, v: Array, s: Array, soft: float) -> Points:
+    def of(body: Body, u: Array, v: Array, s: Array, soft: float) -> "Points":
         """Points from spine coordinates."""
         place = unit((s - AXIS[0].item()) / (STEP * (AXIS.size - 1))) * (AXIS.size - 1) + 0.5
         return Points(body, u, v, s, np.abs(u), place.astype(np.int32), soft, ALL)
 
-    def pick(self, mask: Array) -> Points:
+    def pick(self, mask: Array) -> "Points":
         """The points where `mask` holds."""
         i = np.flatnonzero(mask)
         parts = (a[i] for a in (self.u, self.v, self.s, self.out, self.place))

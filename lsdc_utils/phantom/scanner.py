@@ -1,7 +1,5 @@
 """Three series of one body: where slices are planned, and what a scanner makes of the tissues that lie there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One study of the phantom: its series and their flaws, true places, clicked points, and DICOM files."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields

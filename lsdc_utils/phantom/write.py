@@ -4,8 +4,6 @@ Images lie in train_images/<study>/<series>/<instance>.dcm and test_images/..., 
 phantom.json, the columns of each table in `TABLES`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -68,7 +66,7 @@ class Design:
     transitional: bool | None = None
 
     @staticmethod
-    def of(n_train: int, n_test: int, seed: int, **choices: Any) -> Design:
+    def of(n_train: int, n_test: int, seed: int, **choices: Any) -> "Design":
         """The design for arguments of `write_phantom`; ValueError where they make no sense."""
         n = n_train + n_test
         if min(n_train, n_test) < 0 or n == 0:

@@ -1,7 +1,5 @@
 """The whole study resampled to one grid, as published. Coordinates are LPS mm."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.ndimage import map_coordinates
 

@@ -4,8 +4,6 @@ Left and right are learnt from mirrored studies with exchanged labels; only stud
 the mirrored study is the second view at prediction. Size, patch, width, depth, heads and readout of the config count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path

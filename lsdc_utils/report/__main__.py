@@ -5,8 +5,6 @@ tables between markers such as `<!-- scores demo -->` and `<!-- end -->` in READ
 figures that they show, and docs/<run>.json with the numbers.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path

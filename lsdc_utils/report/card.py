@@ -3,8 +3,6 @@
 The text is in templates (templates/*.j2, one sentence a line); this module computes the numbers in it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """Executed notebooks as chapters: nbconvert's HTML with code folded, cleaned of everything that is not plain HTML."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

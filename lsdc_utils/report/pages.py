@@ -5,8 +5,6 @@ page's own few lines, which it names by their hash. Text from data and notebooks
 from disk and can be passed on. `templates/page.html.j2` frames every page.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

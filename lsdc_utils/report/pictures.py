@@ -1,7 +1,5 @@
 """The figures of a run's summary, each with a caption and a text alternative, and images for pages."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import dataclass

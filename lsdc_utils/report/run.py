@@ -1,7 +1,5 @@
 """What a finished run holds: its files, what it takes to repeat it, and the tables of text made from them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -4,8 +4,6 @@ Images are AVIF inside the page. The page draws the marks over them, in millimet
 sharp and can be hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The frozen models' answers to all cases: each study is written as DICOM, read, graded as usual, and removed."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

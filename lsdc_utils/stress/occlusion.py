@@ -8,8 +8,6 @@ lies there is the pointing game of Zhang et al., IJCV 2018. The baseline is `shu
 weights in random order.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

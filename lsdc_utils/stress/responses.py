@@ -3,8 +3,6 @@
 Truth is the oracle's: it knows the narrowing and how readers err. Readers are simulated, `READERS` for each study.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

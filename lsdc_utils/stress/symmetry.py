@@ -5,8 +5,6 @@ named and written the other way round. rescaled: other pixel values, as from ano
 study and series, which also reverses the order of the series.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Augmentation: shifted and turned squares, other contrast and brightness, series left out."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

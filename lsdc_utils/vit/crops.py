@@ -3,8 +3,6 @@
 Nothing is resampled between slices. Slice thickness and instance numbers are never used.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

@@ -1,7 +1,5 @@
 """What the network sees of a study: squares and their centres, labels as arrays, and shifted views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np

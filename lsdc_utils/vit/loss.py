@@ -1,7 +1,5 @@
 """The loss: the score's weighted cross entropy, with missing labels left out row by row."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.nn import functional as F

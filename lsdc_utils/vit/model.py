@@ -5,8 +5,6 @@ mirrored onto the left. To try another part, write its class into this file with
 that it replaces, and name it in notebook 04; `load_vit` finds the class by the name that `save_vit` wrote.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Natural probabilities of studies by trained networks, and prediction tables of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

@@ -1,14 +1,12 @@
 """The competition's score, and the baselines it is compared with.
 
-The score weighs a row by its label (1, 2, 4), so the best row to submit is proportional to w_k p_k, not to the natural
-probability p_k. Every prediction table of this repository holds natural probabilities; only `weight_rows` makes the
-weighted row, for `submission.csv` and for the score.
-
-The score is the mean of four weighted log losses (evaluation page of the competition "RSNA 2024 Lumbar Spine
-Degenerative Classification"): the spinal, the foraminal and the subarticular rows, sides pooled, and one row a study
-that asks for any severe spinal stenosis.
+The score is the mean of four weighted log losses (evaluation page of "RSNA 2024 Lumbar Spine Degenerative
+Classification"): spinal, foraminal and subarticular rows, and one row a study for any severe spinal stenosis. A row
+weighs w_k = 1, 2, 4 by its label, so the best row to submit is proportional to w_k p_k. All prediction tables hold the
+natural probabilities p_k; only `weight_rows` makes weighted rows.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,17 @@ GROUP_PARTS = PARTS[:3]  # one a condition group
 WEIGHTS = np.array(SEVERITY_WEIGHTS)
 PROBABILITIES = list(SEVERITIES)
 SUM_TOLERANCE = 1e-4  # a row read back from a file of six decimals still sums to 1
+DRAWS = 1000  # bootstrap samples behind an interval
+BINS = 10  # of equal width, of the calibration error
 SMALLEST = np.finfo(np.float64).eps  # log loss clips here, as scikit-learn does: a hard 0 costs 36 x the weight
+
+
+def row_keys(row_ids: Iterable[str]) -> pd.DataFrame:
+    """What row ids say, as text: row_id, study_id, condition, level, side ('' for the canal), group (nfn, scs, ss)."""
+    keys = [(row, *parse_row_id(row)) for row in row_ids]
+    of = [(CONDITIONS[condition].side or "", CONDITIONS[condition].group) for _, _, condition, _ in keys]
+    columns = ["row_id", "study_id", "condition", "level", "side", "group"]
+    return pd.DataFrame([key + more for key, more in zip(keys, of, strict=True)], columns=columns, dtype=str)
 
 
 def weight_rows(natural: np.ndarray) -> np.ndarray:
@@ -34,9 +42,8 @@ def weight_rows(natural: np.ndarray) -> np.ndarray:
 
 def weight_table(table: pd.DataFrame) -> pd.DataFrame:
     """A prediction table (row_id and three natural probabilities) as the competition's submission."""
-    rows = pd.DataFrame(weight_rows(table[PROBABILITIES].to_numpy()), columns=PROBABILITIES)
-    rows.insert(0, "row_id", table["row_id"].to_numpy())
-    return rows
+    weighted = dict(zip(PROBABILITIES, weight_rows(table[PROBABILITIES].to_numpy()).T, strict=True))
+    return table[["row_id"]].reset_index(drop=True).assign(**weighted)
 
 
 def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
@@ -51,15 +58,11 @@ def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class StudyLosses:
-    """What each study adds to each part of the score, so that any resample of studies is scored at once.
+    """What each study adds to each part of the score: a part is sum(losses) / sum(weights) over the studies drawn."""
 
-    `studies` (n,) are the ids; `losses` and `weights` (n, 4) are sums over a study's rows in the order of `PARTS`
-    without total: a part is sum(losses) / sum(weights) over whatever studies are drawn.
-    """
-
-    studies: np.ndarray
-    losses: np.ndarray
-    weights: np.ndarray
+    studies: np.ndarray  # (n,) ids
+    losses: np.ndarray  # (n, 4) sums over a study's rows in the order of `PARTS` without total
+    weights: np.ndarray  # (n, 4)
 
     def score(self) -> dict[str, float]:
         """The parts of the score and their mean."""
@@ -85,10 +88,9 @@ class Scorer:
     """
 
     def __init__(self, solution: pd.DataFrame):
-        keys = [parse_row_id(row) for row in solution["row_id"]]
-        self.studies, self._study = np.unique([study for study, _, _ in keys], return_inverse=True)
-        parts = np.array([GROUPS[CONDITIONS[condition].group].score for _, condition, _ in keys])
-        self._part = np.array([GROUP_PARTS.index(part) for part in parts], dtype=int)
+        keys = row_keys(solution["row_id"])
+        self.studies, self._study = np.unique(keys["study_id"].to_numpy(str), return_inverse=True)
+        self._part = np.array([GROUP_PARTS.index(GROUPS[group].score) for group in keys["group"]], dtype=int)
         self._truth = solution["severity"].to_numpy(dtype=int)
         self._weight = WEIGHTS[self._truth]
         self._spinal = self._part == GROUP_PARTS.index("spinal")
@@ -119,33 +121,21 @@ class Scorer:
 
 def _matched(solution: pd.DataFrame, submission: pd.DataFrame) -> pd.DataFrame:
     """The solution's rows with the submission's numbers beside them; ValueError names rows that do not fit."""
-    for name, table, columns in (
-        ("solution", solution, ["row_id", "severity"]),
-        ("submission", submission, ["row_id", *PROBABILITIES]),
-    ):
-        lacking = [column for column in columns if column not in table.columns]
-        if lacking:
-            raise ValueError(f"the {name} lacks the columns {lacking}")
-        _refuse(f"rows doubled in the {name}", table.loc[table["row_id"].duplicated(), "row_id"])
-    _refuse("severities that are not 0, 1 or 2", solution.loc[~solution["severity"].isin([0, 1, 2]), "row_id"])
     rows = solution[["row_id", "severity"]].merge(submission[["row_id", *PROBABILITIES]], on="row_id", how="left")
-    _refuse(
-        "rows of the solution missing from the submission",
-        rows.loc[~rows["row_id"].isin(submission["row_id"]), "row_id"],
-    )
-    rows["severity"] = rows["severity"].astype(int)
     numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
-    bad = ~np.isfinite(numbers).all(axis=1)
-    _refuse("rows with numbers that are not finite", rows.loc[bad, "row_id"])
-    _refuse("rows with negative numbers", rows.loc[(numbers < 0).any(axis=1), "row_id"])
-    _refuse("rows that do not sum to 1", rows.loc[np.abs(numbers.sum(axis=1) - 1) > SUM_TOLERANCE, "row_id"])
-    return rows
-
-
-def _refuse(what: str, rows: pd.Series) -> None:
-    if len(rows):
-        named = ", ".join(map(str, rows.head(5)))
-        raise ValueError(f"{len(rows)} {what}: {named}{', ...' if len(rows) > 5 else ''}")
+    for table, bad, what in (
+        (solution, solution["row_id"].duplicated(), "rows doubled in the solution"),
+        (submission, submission["row_id"].duplicated(), "rows doubled in the submission"),
+        (solution, ~solution["severity"].isin([0, 1, 2]), "severities that are not 0, 1 or 2"),
+        (rows, ~rows["row_id"].isin(submission["row_id"]), "rows of the solution missing from the submission"),
+        (rows, ~np.isfinite(numbers).all(axis=1), "rows with numbers that are not finite"),
+        (rows, (numbers < 0).any(axis=1), "rows with negative numbers"),
+        (rows, np.abs(numbers.sum(axis=1) - 1) > SUM_TOLERANCE, "rows that do not sum to 1"),
+    ):
+        if bad.any():
+            named = ", ".join(table.loc[bad, "row_id"].head(5))
+            raise ValueError(f"{bad.sum()} {what}: {named}{', ...' if bad.sum() > 5 else ''}")
+    return rows.astype({"severity": int})
 
 
 def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
@@ -188,23 +178,21 @@ def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, fl
     return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in PARTS}
 
 
-def resampled_scores(losses: dict[str, StudyLosses], draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+def resampled_scores(losses: dict[str, StudyLosses]) -> dict[str, np.ndarray]:
     """Scores (draws, 5) of each model in the order of `PARTS`, on the same bootstrap draws of studies for all."""
-    n = len(next(iter(losses.values())).studies)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    counts = bootstrap(len(next(iter(losses.values())).studies))
     return {model: of_study.resampled(counts) for model, of_study in losses.items()}
 
 
-def interval(samples: np.ndarray, share: float = 0.95) -> list[list[float]]:
-    """The [low, high] that hold `share` of the draws (draws, k), for each of the k columns; NaN where there is none.
+def bootstrap(n_studies: int) -> np.ndarray:
+    """How often each study is drawn in each of `DRAWS` bootstrap samples (draws, n)."""
+    return np.random.default_rng(0).multinomial(n_studies, np.full(n_studies, 1 / n_studies), size=DRAWS)
 
-    A draw may hold no severe canal, or no row of a group at all: such draws do not count.
-    """
-    limits = []
-    for column in samples.T:
-        finite = column[np.isfinite(column)]
-        limits.append(np.quantile(finite, [(1 - share) / 2, (1 + share) / 2]).tolist() if len(finite) else [np.nan] * 2)
-    return limits
+
+def interval(samples: np.ndarray) -> list[list[float]]:
+    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of the k columns; NaN if there is none."""
+    finite = pd.DataFrame(np.where(np.isfinite(samples), samples, np.nan))
+    return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 
 
 def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -218,14 +206,9 @@ def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict
     samples, skills = resampled_scores(losses), None
     if "oracle" in scores:
         skills = {model: skill(parts, scores["prior"], scores["oracle"]) for model, parts in scores.items()}
-    return without_nan(
-        {
-            "n_studies": len(next(iter(losses.values())).studies),
-            "scores": scores,
-            "skill": skills,
-            "interval": {model: dict(zip(PARTS, interval(drawn), strict=True)) for model, drawn in samples.items()},
-        }
-    )
+    intervals = {model: dict(zip(PARTS, interval(drawn), strict=True)) for model, drawn in samples.items()}
+    n_studies = len(next(iter(losses.values())).studies)
+    return without_nan({"n_studies": n_studies, "scores": scores, "skill": skills, "interval": intervals})
 
 
 def without_nan(value: Any) -> Any:
@@ -237,17 +220,16 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def calibration_error(natural: np.ndarray, severity: np.ndarray, bins: int = 10) -> float:
+def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
     """Expected calibration error of natural probabilities (n, 3) against labels (n,): mean over the classes.
 
-    For each class rows are put into `bins` of equal width by its probability; the error is the mean, weighted by the
-    rows in a bin, of |mean probability - share of the class| (Naeini et al., AAAI 2015, in its class-wise form).
+    For each class rows are put into `BINS` by its probability; the error is the mean, weighted by the rows in a bin, of
+    |mean probability - share of the class| (Naeini et al., AAAI 2015, in its class-wise form).
     """
     errors = []
-    for k in range(len(SEVERITIES)):
-        bin_of = np.minimum((natural[:, k] * bins).astype(int), bins - 1)
-        expected = np.bincount(bin_of, weights=natural[:, k], minlength=bins)
-        observed = np.bincount(bin_of, weights=severity == k, minlength=bins)
+    for k, chance in enumerate(natural.T):
+        bin_of = np.minimum((chance * BINS).astype(int), BINS - 1)
+        expected, observed = (np.bincount(bin_of, values, BINS) for values in (chance, severity == k))
         errors.append(np.abs(expected - observed).sum() / len(severity))
     return float(np.mean(errors))
 

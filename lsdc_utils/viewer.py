@@ -3,10 +3,8 @@
 Marks are rows of a table as `grading.marks` describes them, with one more column: words (what the row says).
 """
 
-import base64
 import functools
 import html
-import io
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from IPython.core.pylabtools import print_figure
 from IPython.display import display
 from matplotlib.figure import Figure
 
@@ -46,8 +45,7 @@ class Viewer:
         self.study.observe(self._open_study, "value")
         self.series.observe(self._to_worst_slice, "value")
         self._open_study()
-        names = ("study", "series", "slice", "window", "points", "boxes")
-        controls = {name: getattr(self, name) for name in names}
+        controls = {name: getattr(self, name) for name in ("study", "series", "slice", "window", "points", "boxes")}
         drawn = widgets.interactive_output(self.draw, controls)  # on every change; shows what goes wrong
         self.box = widgets.HBox([widgets.VBox([*controls.values(), self.text]), widgets.VBox([self.image, drawn])])
 
@@ -84,9 +82,8 @@ class Viewer:
         near = marks[distances(stack, marks)[k] <= REACH]
         (height, width), places = stack.shapes[k], near[list("XYZ")].to_numpy(float)
         middles = geometry.to_pixels(stack.affines[k], places)[:, :2]
-        sides = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None] / geometry.spacing(
-            stack.affines[k]
-        )
+        sides_mm = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None]
+        sides = sides_mm / geometry.spacing(stack.affines[k])
         figure = Figure(figsize=(6, 6), layout="constrained")
         figures.show_slice(
             figure.add_subplot(),
@@ -98,7 +95,7 @@ class Viewer:
             window=window,
             title=f"{stack.series_type}, slice {slice} of {len(stack.pixels)}",
         )
-        self.image.value = png(figure)
+        self.image.value = print_figure(figure, bbox_inches=None)
         words = self.rows.loc[self.rows["study_id"] == study, "words"].map(lambda words: html.escape(str(words)))
         self.text.value = "<br>".join(f"<b>{text}</b>" if k in near.index else text for k, text in words.items())
 
@@ -120,13 +117,6 @@ def show(
     viewer = None if os.environ.get(RUN_MARK) else Viewer(read, rows, boxes_mm)
     live = viewer.box._repr_mimebundle_() if viewer else {}
     words = f"Slices of {rows['study_id'].nunique()} studies; in JupyterLab they can be scrolled."
-    bundle = live | {"image/png": base64.b64encode(png(still)).decode(), "text/plain": words}
+    bundle = live | {"image/png": print_figure(still, bbox_inches=None, base64=True), "text/plain": words}
     display(bundle, raw=True, metadata={"image/png": {"alt": still.get_suptitle() or words}})
     return viewer
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

@@ -15,7 +15,7 @@ from lsdc_utils import figures, viewer
 from lsdc_utils.data.stacks import load_study
 from lsdc_utils.grading import marks, run_tables
 from lsdc_utils.pipeline import run
-from lsdc_utils.vocabulary import SERIES_TYPES
+from lsdc_utils.vocabulary import CONDITIONS, SERIES_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def rows(tmp_path_factory) -> pd.DataFrame:
     named = labels.assign(
         study_id=labels["study_id"].astype(str),
         side=labels["condition"].str.extract(r"^(left|right)_")[0].fillna(""),
-        group=labels["condition"].map({name: c.group for name, c in run_tables.CONDITIONS.items()}),
+        group=labels["condition"].map({name: c.group for name, c in CONDITIONS.items()}),
     )
     placed = named.join(run_tables.points_of(named, points), on="row_id").astype({"study_id": int})
     placed.attrs["slices"] = str(folder / "slices")

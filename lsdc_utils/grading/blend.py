@@ -1,182 +1,129 @@
-"""Joining the models' answers: a geometric mixture of every model and the prior, fitted on out-of-fold rows.
+"""A geometric mixture of the models and the prior, fitted on out-of-fold rows: natural probabilities of a row are
 
-For a row with prior pi and models p_m, in natural probabilities,
+    p  proportional to  exp( sum_m a_m log p_m  +  (1 - sum_m a_m) log prior  +  bias )
 
-    p  proportional to  exp( sum_m a_m log p_m  +  (1 - sum_m a_m) log pi  +  bias )
-
-Each condition group has its own numbers, shared over levels and sides: a weight a_m for each model and a bias for
-moderate and for severe. The prior takes what the models leave of the weight, so a model that knows nothing falls to
-the prior and not to a uniform guess, and the sum of the weights is an inverse temperature. Where one model has no
-evidence for a row, the prior takes its place in the formula. A row without evidence from any model is the prior.
-
-The numbers are pulled towards a simple blend (`simple_blend`): equal weights or one model alone, whichever scores best,
-without temperature and bias. Equal weights alone would drag a good model down to a poor one where the two differ much.
+with a weight a_m for each model and a bias for moderate and severe, by condition group. The prior takes the rest of the
+weight, so a model that knows nothing falls to the prior, and it takes the place of a model without evidence for a row.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import softmax
 
 from lsdc_utils import metric
 from lsdc_utils.metric import PROBABILITIES
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, parse_row_id
+from lsdc_utils.vocabulary import GROUPS
 
 SMALLEST = 1e-7  # probabilities are raised to this before a logarithm: the published floor of a confidence
 SHRINKAGE = 10.0  # pull to the simple blend, in studies: it fades as studies are added
+PARTS = 5  # of the studies, each blended by numbers that were fitted on the others
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """How one condition group is blended; weights are of log probabilities, bias is added to moderate and severe.
+class Mixture(TypedDict):
+    """How one condition group is blended, as blend.json holds it."""
 
-    `gain`, where `choose_blend` measured it: what the fitted numbers take off the group's parts of the score compared
-    with the simple ones, with its 95 % interval; `kept` says which of the two these numbers are.
-    """
-
-    weights: dict[str, float]
-    bias: tuple[float, float] = (0.0, 0.0)
-    gain: tuple[float, ...] = ()  # mean, low, high
-    kept: str = "fitted"  # or simple
+    weights: dict[str, float]  # of log probabilities, by model
+    bias: list[float]  # added to moderate and to severe
+    kept: str  # fitted or simple: which numbers these are
+    gain: list[float]  # cross-fitted gain of fitted over simple numbers: mean, low, high (95 %); empty if not measured
 
 
 Blend = dict[str, Mixture]  # by condition group: nfn, scs, ss
 Tables = dict[str, pd.DataFrame]  # by model: row_id and three natural probabilities; rows may be missing
 
 
-def equal_blend(models: list[str]) -> Blend:
-    """Equal weights, temperature 1, no bias."""
-    return {group: Mixture(dict.fromkeys(models, 1 / len(models)), kept="simple") for group in GROUPS}
-
-
 def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
     """The blended table: the rows of `prior` in its order, natural probabilities that sum to 1."""
-    groups = _groups(prior)
-    logs = _log_ratios(tables, prior)
-    natural = np.empty((len(prior), 3))
+    groups, natural = metric.row_keys(prior["row_id"])["group"], np.empty((len(prior), 3))
     for key, mixture in blend.items():
-        of_group = groups == key
-        stacked = np.stack([logs[model][of_group] for model in mixture.weights])
-        parameters = np.array([*mixture.weights.values(), *mixture.bias])
-        natural[of_group] = _mix(parameters, stacked, logs["prior"][of_group])
+        of_group, weights = (groups == key).to_numpy(), mixture["weights"]
+        ratios = _log_ratios({model: tables[model] for model in weights}, prior[of_group])
+        natural[of_group] = _mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
     return as_table(prior["row_id"], natural)
 
 
-def simple_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
-    """For each group equal weights or one model alone, at temperature 1 without bias: what scores best on `labels`."""
-    return fit_blend(tables, prior, labels, only=())
-
-
-def fit_blend(
-    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = tuple(GROUPS)
-) -> Blend:
-    """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend.
+def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS) -> Blend:
+    """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend: equal
+    weights or one model alone, whichever scores best, without bias.
 
     `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only` keep the simple
     blend, groups without a single label equal weights.
     """
     labelled = prior.merge(metric.solution_of(labels), on="row_id")
-    logs, groups, blend = _log_ratios(tables, labelled), _groups(labelled), equal_blend(list(tables))
-    for key in GROUPS:
-        of_group = groups == key
-        if of_group.any():
-            stacked = np.stack([logs[model][of_group] for model in tables])
-            scorer = metric.Scorer(labelled[of_group])
-            blend[key] = _fit_group(list(tables), stacked, logs["prior"][of_group], scorer, key in only)
-    return blend
+    groups = metric.row_keys(labelled["row_id"])["group"]
+    return {key: _fit_group(tables, labelled[groups == key], key in only) for key in GROUPS}
 
 
-def _fit_group(
-    models: list[str], stacked: np.ndarray, log_prior: np.ndarray, scorer: metric.Scorer, freely: bool
-) -> Mixture:
-    """Minimise the parts of the score that these rows touch (for the canal: spinal and any-severe): over the simple
-    blends, and then, where `freely`, over all numbers round the best of them."""
+def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
+    """Minimise the parts of the score that these rows touch: over the simple blends, then, where `freely`, over all
+    numbers round the best of them."""
+    scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
-        """The score's parts."""
-        return _touched_parts(scorer.losses(metric.weight_rows(_mix(parameters, stacked, log_prior))))
-
-    simple = [np.full(len(models), 1 / len(models)), *(np.eye(len(models)) if len(models) > 1 else ())]
-    start = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
+        scores = scorer.losses(metric.weight_rows(_mix(parameters, *ratios))).score()
+        return float(np.nansum([value for part, value in scores.items() if part != "total"]))
 
     def objective(parameters: np.ndarray) -> float:
-        """The score's parts, with the pull to the simple blend."""
         return loss(parameters) + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
 
-    best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x if freely else start
-    weights, (moderate, severe) = best[: len(models)].tolist(), best[len(models) :].tolist()
-    return Mixture(dict(zip(models, weights, strict=True)), (moderate, severe), kept="fitted" if freely else "simple")
+    simple = [np.full(n_models, 1 / n_models), *(np.eye(n_models) if n_models > 1 else ())]
+    start = best = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
+    freely = freely and len(rows) > 0
+    if freely:
+        best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x
+    weights = dict(zip(tables, best[:n_models].tolist(), strict=True))
+    return {"weights": weights, "bias": best[n_models:].tolist(), "kept": "fitted" if freely else "simple", "gain": []}
 
 
 def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
-    """`fit_blend` for each group whose cross-fitted gain over `simple_blend` is sure, `simple_blend` for the others.
+    """The fitted numbers for each group whose cross-fitted gain over the simple blend is sure, else the simple blend.
 
     Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     losses = {
-        name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, fit)))
-        for name, fit in (("simple", simple_blend), ("fitted", fit_blend))
+        name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, only)))
+        for name, only in (("simple", ()), ("fitted", GROUPS))
     }
-    drawn = metric.resampled_scores(losses)
+    drawn, gains = metric.resampled_scores(losses), {}
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
-    gains = {}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]
         parts = [metric.PARTS.index(part) for part in touched]
         mean = (scores["simple"] - scores["fitted"])[parts].sum()
-        [(low, high)] = metric.interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
-        gains[key] = (float(mean), low, high) if np.isfinite([mean, low, high]).all() else ()
-    sure = [key for key, gain in gains.items() if gain and gain[1] > 0]
-    blend = fit_blend(tables, prior, labels, sure)
-    return {key: replace(mixture, gain=gains[key]) for key, mixture in blend.items()}
-
-
-def _touched_parts(losses: metric.StudyLosses) -> float:
-    """The sum of the parts of the score that have a value: those that the scored rows touch."""
-    return float(np.nansum([value for part, value in losses.score().items() if part != "total"]))
+        [interval] = metric.interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
+        gains[key] = [float(mean), *interval] if np.isfinite([mean, *interval]).all() else []
+    blend = fit_blend(tables, prior, labels, [key for key, gain in gains.items() if gain and gain[1] > 0])
+    return {key: {**mixture, "gain": gains[key]} for key, mixture in blend.items()}
 
 
 def cross_fitted(
-    tables: Tables,
-    prior: pd.DataFrame,
-    labels: pd.DataFrame,
-    fit: Callable = fit_blend,
-    apply: Callable = apply_blend,
-    parts: int = 5,
-    seed: int = 0,
+    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS
 ) -> pd.DataFrame:
-    """Each row blended by numbers that were fitted on other studies, so that its score is honest.
-
-    `labels`: row_id, study_id, severity. Studies are dealt into `parts` at random. `fit` and `apply` are a pair such as
-    `fit_blend` and `apply_blend`.
-    """
-    study_of = prior["row_id"].map(lambda row: parse_row_id(row)[0])
-    studies = np.random.default_rng(seed).permutation(np.sort(study_of.unique()))
-    blended = []
-    for held_out in np.array_split(studies, min(parts, len(studies))):
-        in_part = study_of.isin(held_out)
+    """The rows of `prior`, each blended by numbers (`fit_blend`) that were fitted on other studies of `labels` (row_id,
+    study_id, severity)."""
+    study_of = metric.row_keys(prior["row_id"])["study_id"].to_numpy()
+    studies, blended = np.random.default_rng(0).permutation(np.unique(study_of)), []
+    for held_out in np.array_split(studies, min(PARTS, len(studies))):
+        in_part = np.isin(study_of, held_out)
         others = labels[~labels["study_id"].astype(str).isin(held_out)]
-        numbers = fit(tables, prior[~in_part], others)
-        blended.append(apply(numbers, tables, prior[in_part].reset_index(drop=True)))
+        blended.append(apply_blend(fit_blend(tables, prior[~in_part], others, only), tables, prior[in_part]))
     return prior[["row_id"]].merge(pd.concat(blended), on="row_id")
 
 
-def finish(
-    blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collection[str] = ()
-) -> tuple[Tables, pd.Series]:
+def finish(blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collection[str]) -> tuple[Tables, pd.Series]:
     """Blended tables (each model's own, and `ensemble`) with their last rows, and the sources of the ensemble's rows.
 
-    `given` are the models' tables before blending, `unseen` the ids of rows whose own series is missing. A row without
-    evidence is the prior. An unseen row that one model alone gave is blended as that model's own: the transformer still
-    grades from the other series. On 80 phantom studies with T1, T2 or axial series hidden, the affected part of the
-    score was .57, .42, .71 this way, .58, .45, .73 by the ensemble's formula, and .77, .79, .99 by the prior. Where the
-    series is there and a model found nothing on it, the ensemble's formula stays: it hedges, and the level may have
-    been sought at a wrong place.
+    `given`: the models' tables before blending; `unseen`: ids of rows whose own series is missing. A row without
+    evidence is the prior. An unseen row that one model alone gave is blended as that model's own: on 80 phantom studies
+    with T1, T2 or axial series hidden, the affected part of the score was .57, .42, .71 this way, .58, .45, .73 by the
+    ensemble's formula, and .77, .79, .99 by the prior. A model that found nothing on a series that is there may have
+    looked at a wrong place: the ensemble's formula stays.
     """
     sources, shares = row_sources(given, prior["row_id"]), prior[PROBABILITIES].to_numpy()
     natural = {name: aligned(table, prior) for name, table in blended.items()}
@@ -197,79 +144,23 @@ def row_sources(tables: Tables, row_ids: pd.Series) -> pd.Series:
     return pd.Series(names, index=row_ids.to_numpy(), name="source", dtype=str)
 
 
-# ---- equal weights and a temperature alone, for comparison -----------------------------------------------------------
-
-
-def temper(temperatures: dict[str, float], tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
-    """Rows p proportional to (the geometric mean of the models' rows)^T, with one temperature T a condition group.
-
-    A model's missing row is the prior's there; a row that no model gives stays the prior.
-    """
-    shares = prior[PROBABILITIES].to_numpy()
-    given = np.stack([aligned(table, prior) for table in tables.values()])
-    logs = np.log(np.maximum(np.where(np.isnan(given), shares, given), SMALLEST)).mean(axis=0)
-    powers = pd.Series(_groups(prior)).map(temperatures).to_numpy(float)
-    natural = softmax(powers[:, None] * logs, axis=1)
-    return as_table(prior["row_id"], np.where(np.isnan(given).all(axis=(0, 2))[:, None], shares, natural))
-
-
-def fit_temperatures(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, float]:
-    """The temperatures of `temper` with the best official score on `labels`, pulled to 1 (kept without a label)."""
-    labelled, temperatures = prior.merge(metric.solution_of(labels), on="row_id"), dict.fromkeys(GROUPS, 1.0)
-    for key, rows in labelled.groupby(_groups(labelled)):
-        scorer = metric.Scorer(rows)
-
-        def objective(log_power: float, key=key, rows=rows, scorer=scorer) -> float:
-            """The score's parts that the group's rows touch, with the pull to 1."""
-            natural = temper({key: np.exp(log_power)}, tables, rows)[PROBABILITIES].to_numpy()
-            pull = SHRINKAGE / len(scorer.studies) * log_power**2
-            return _touched_parts(scorer.losses(metric.weight_rows(natural))) + pull
-
-        temperatures[key] = float(np.exp(minimize_scalar(objective, bounds=(-4, 2), method="bounded").x))
-    return temperatures
-
-
-# ---- tables and numbers --------------------------------------------------------------------------------------------
-
-
-def to_json(blend: Blend) -> dict:
-    """The blend as plain numbers, for `blend.json`."""
-    return {key: asdict(mixture) for key, mixture in blend.items()}
-
-
-def from_json(content: dict) -> Blend:
-    """The inverse of `to_json`."""
-    tuples = ("bias", "gain")
-    return {
-        key: Mixture(**{name: tuple(value) if name in tuples else value for name, value in entry.items()})
-        for key, entry in content.items()
-    }
-
-
 def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
-    """Natural probabilities (n, 3) from log(p_m / prior) `stacked` (models, n, 3) and the log prior (n, 3)."""
+    """Natural probabilities (n, 3) from weights and bias, log(p_m / prior) `stacked` (models, n, 3) and log prior."""
     logits = log_prior + np.tensordot(parameters[: len(stacked)], stacked, axes=1)
     logits[:, 1:] += parameters[len(stacked) :]
     return softmax(logits, axis=1)
 
 
-def _log_ratios(tables: Tables, prior: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The log prior, and for each model log(p / prior) (n, 3): 0 where the model gives no row."""
+def _log_ratios(tables: Tables, prior: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """log(p / prior) of each model (models, n, 3), 0 where it gives no row, and the log prior (n, 3)."""
     log_prior = np.log(np.maximum(prior[PROBABILITIES].to_numpy(float), SMALLEST))
-    logs = {"prior": log_prior}
-    for model, table in tables.items():
-        natural = np.log(np.maximum(aligned(table, prior), SMALLEST))  # NaN stays NaN
-        logs[model] = np.where(np.isnan(natural), 0.0, natural - log_prior)
-    return logs
+    logs = np.log(np.maximum([aligned(table, prior) for table in tables.values()], SMALLEST))  # NaN stays NaN
+    return np.where(np.isnan(logs), 0.0, logs - log_prior), log_prior
 
 
 def aligned(table: pd.DataFrame, prior: pd.DataFrame) -> np.ndarray:
     """The table's probabilities (n, 3) in the order of the prior's rows, NaN where it has no row."""
     return table.set_index("row_id")[PROBABILITIES].reindex(prior["row_id"]).to_numpy(float)
-
-
-def _groups(prior: pd.DataFrame) -> np.ndarray:
-    return np.array([CONDITIONS[parse_row_id(row)[1]].group for row in prior["row_id"]])
 
 
 def as_table(row_ids: pd.Series, probabilities: np.ndarray) -> pd.DataFrame:

@@ -1,9 +1,10 @@
-"""How near the detected points are: to readers' points and, on a phantom, to the true anatomy.
+"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy.
 
-Distances are in patient space (LPS mm). `in_plane` leaves out the direction across the slices of the series on which a
-condition is graded: a reader may click on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
+`in_plane` leaves out the direction across the slices of the series on which a condition is graded: a reader may click
+on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +24,9 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """True points beside the detected ones; those of `truth` without a position are left out.
 
     points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (nfn, scs or
-    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`.
-    Returns truth's row_id, severity (where it has them) and keys with confidence, distance in mm in space, in_plane
-    (sagittal: y and z, axial: x and y), both NaN where nothing was detected, and exchanged: whether the detected point
-    lies nearer to the other side's true point of that level than to its own.
+    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`. Returns truth's row_id, severity
+    (if any) and keys, confidence, distance, in_plane (sagittal: y and z, axial: x and y), both NaN where nothing was
+    detected, and exchanged: whether the point lies nearer to the true point of the other side than to its own.
     """
     known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
     known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
@@ -46,37 +46,26 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def localisation(errors: pd.DataFrame) -> pd.DataFrame:
-    """By condition: true points, share found, their median distance, shares of all within 5 and 10 mm, sides exchanged.
-
-    errors: as `point_errors` returns them.
-    """
-    names = ["condition", "points", "found", "median_mm", *(f"{w}_{mm}_mm" for w in WITHIN for mm in (5, 10))]
-    lines = []
-    for condition, rows in errors.groupby("condition"):
-        line = {"condition": condition, "points": len(rows), "found": rows["distance"].notna().mean()}
-        line["median_mm"] = rows["distance"].median()
-        for name, column in WITHIN.items():
-            line |= {f"{name}_{mm}_mm": (rows[column] <= mm).mean() for mm in (5, 10)}
-        lines.append(line | {"sides_exchanged": int(rows["exchanged"].sum())})
-    return pd.DataFrame(lines, columns=[*names, "sides_exchanged"])
+    """By condition, of `point_errors`: true points, share found, their median distance, shares of all within 5 and 10
+    mm, sides exchanged."""
+    distance, kinds = errors["distance"], {"points": "sum", "found": "mean", "median_mm": "median"}
+    counted = errors.assign(points=1, found=distance.notna(), median_mm=distance, sides_exchanged=errors["exchanged"])
+    for (name, column), mm in itertools.product(WITHIN.items(), (5, 10)):
+        counted[f"{name}_{mm}_mm"], kinds[f"{name}_{mm}_mm"] = errors[column] <= mm, "mean"
+    return counted.groupby("condition", as_index=False).agg(kinds | {"sides_exchanged": "sum"})
 
 
 def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
-    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded.
-
-    Where a study has two such series and both show the place, this is the mean: detected points come from both.
-    """
+    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded: the mean
+    if two such series show the place, since detected points come from both."""
     graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
     places = anatomy[anatomy["series_type"] == graded_on]
     return places.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
 
 
 def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
-    """The slices of `canal.axial_slices` that lie within `NEAR_DISC` of a true disc's plane, with true_level.
-
-    The distance is that of the canal's true point in the disc's plane, as the same series sees it: where a slice is
-    tilted against the disc, it is at the canal that it shows the one level or the other.
-    """
+    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc's plane, measured at the canal's true point
+    in the same series, with true_level."""
     if slices.empty:
         return slices.assign(level="", true_level="")
     canal = anatomy.loc[anatomy["condition"] == SPINAL_CANAL, ["study_id", "series_id", "level", *"XYZ"]]
@@ -88,16 +77,14 @@ def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_anatomy(
-    root: str | Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
+    root: Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
 ) -> pd.DataFrame | None:
     """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
 
-    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. A
-    place is missed where a series shows it and nothing was detected. Rows: for all studies, those with ordinary spines
-    and the others, each condition as in `localisation`, and the axial slices near a disc: points (their number), found
-    (share given any level) and level_right (share given the right one).
+    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. Rows:
+    for spines all, ordinary and other, each condition as in `localisation`, and the axial slices near a disc: points
+    (their number), found (share given any level) and level_right (share given the right one).
     """
-    root = Path(root)
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
         return None
     anatomy, spines = (pd.read_csv(root / name) for name in ("anatomy.csv", "spines.csv"))

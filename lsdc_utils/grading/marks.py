@@ -1,4 +1,4 @@
-"""Rows as marks on slices: what a row says in words, which slice shows it, and a still picture of a study.
+"""Marks on slices: what a row says in words, which slice shows it, and a still picture of a study.
 
 Marks are rows of a table: study_id, condition, group (nfn, scs, ss), level, X, Y, Z (LPS mm, NaN where there is no
 point), grade (0, 1, 2, or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lsdc_utils import figures, geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES, Group
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES
 
 REACH = 6.0  # mm off a slice that a point may lie to be drawn on it
 SHORT_NAMES = {
@@ -49,27 +48,22 @@ def worst_slice(stacks: Sequence[Stack], rows: pd.DataFrame) -> tuple[int, int, 
 
 
 def draw_still(stacks: Sequence[Stack], rows: pd.DataFrame, title: str = "") -> Figure:
-    """One slice of each type of series: where the worst of the marks lies."""
+    """One slice of each type of series: the one nearest to the worst mark on any slice, with the marks beside it."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
         of_group = rows[rows["group"] == group.key].dropna(subset=["X"])
-        show_worst(ax, [stack for stack in stacks if stack.series_type == group.series_type], of_group, group)
+        of_type = [stack for stack in stacks if stack.series_type == group.series_type]
+        place = worst_slice(of_type, of_group)
+        if place is None:
+            ax.set_axis_off()
+            ax.set_title(f"{group.series_type}: nothing found")
+            continue
+        worst, k, number = place
+        stack = of_type[number]
+        near = of_group[distances(stack, of_group)[k] <= REACH]
+        (height, width), points = stack.shapes[k], near[list("XYZ")].to_numpy(float)
+        name = f"{group.series_type}, at {LEVEL_NAMES[LEVELS.index(of_group['level'].iloc[worst])]}"
+        figures.show_slice(ax, stack.pixels[k, :height, :width], stack.affines[k], points, near["grade"], title=name)
     figures.severity_legend(figure, frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     return figure
-
-
-def show_worst(ax: Axes, stacks: Sequence[Stack], rows: pd.DataFrame, group: Group) -> None:
-    """Draw the slice of `stacks` nearest to the worst of `rows` on any slice, with the points beside it."""
-    place = worst_slice(stacks, rows)
-    if place is None:
-        ax.set_axis_off()
-        ax.set_title(f"{group.series_type}: nothing found")
-        return
-    worst, k, number = place
-    stack = stacks[number]
-    near = rows[distances(stack, rows)[k] <= REACH]
-    height, width = stack.shapes[k]
-    title = f"{group.series_type}, at {LEVEL_NAMES[LEVELS.index(rows['level'].iloc[worst])]}"
-    points = near[list("XYZ")].to_numpy(float)
-    figures.show_slice(ax, stack.pixels[k, :height, :width], stack.affines[k], points, near["grade"], title=title)

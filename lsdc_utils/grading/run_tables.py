@@ -1,20 +1,17 @@
-"""What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports.
-
-A study was graded either as a test study or out of fold, by models that had not seen it. Its labels are read only to be
-shown beside the grades.
-"""
+"""What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, MISSING, SEVERITIES, SIDES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES
 
 FORMAT = 2  # of blend.json
 RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
@@ -25,7 +22,6 @@ SOURCE_NAMES = {  # values of the column `source`, in words
     "vit3d": "ViT alone",
     "prior": "prior: no model had evidence",
 }
-PREFIXES = {"yolo": "detector", "vit3d": "vit"}  # of the columns that hold one model's own probabilities
 
 
 class RunError(ValueError):
@@ -39,10 +35,8 @@ def weight_files(folds: Iterable[int]) -> list[str]:
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run: how its models are used and blended.
-
-    RunError where the run is not finished (names the missing files) or was made by code with another format.
-    """
+    """blend.json of a finished run: how its models are used and blended. RunError where files are missing (names them)
+    or where it was made by code with another format."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
@@ -63,9 +57,8 @@ def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataF
     return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
 
 
-def read_models(run_dir: str | Path, folds: Iterable[int]) -> dict[str, pd.DataFrame]:
+def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.DataFrame]:
     """Each model's out-of-fold rows before they are blended: yolo (all conditions) and vit3d."""
-    folds = list(folds)
     yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in GROUPS], ignore_index=True)
     return {"yolo": yolo, "vit3d": read_folds(run_dir, "vit3d", folds)}
 
@@ -73,40 +66,30 @@ def read_models(run_dir: str | Path, folds: Iterable[int]) -> dict[str, pd.DataF
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     """The graded rows of a run's `oof` or `test` studies, by study and in the order of `vocabulary.COLUMNS`.
 
-    Columns: row_id, study_id (int), block, condition, level, side ('' for the canal), group (nfn, scs, ss), the
-    ensemble's natural probabilities normal_mild, moderate, severe; grade (0, 1, 2: the most probable) and
-    confidence, its probability; source (the models that gave the row joined by +, or prior) and own_series (whether
-    the study has the series on which readers grade the row); X, Y, Z (LPS mm) of the detected point, NaN where there
-    is none; severity, the label (-1 where none is known); and the models' own probabilities as detector_<severity> and
-    vit_<severity>. Empty where the run graded no such study. Raises FileNotFoundError where 05 has not run.
+    Columns: those of `metric.row_keys` (study_id as int) and block; the ensemble's natural probabilities normal_mild,
+    moderate, severe; grade (0, 1, 2: the most probable) and confidence, its probability; source (a key of
+    `SOURCE_NAMES`) and own_series (whether the study has the series on which readers grade the row); X, Y, Z (LPS mm)
+    of the detected point, NaN where there is none; severity, the label (-1 where none is known); the models' own
+    probabilities as detector_<severity> and vit_<severity>. FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
-    rows = _read(run, f"ensemble_{block}")
-    keys = [(int(study), condition, level) for study, condition, level in map(parse_row_id, rows["row_id"])]
-    kinds = {"study_id": int, "condition": str, "level": str}  # of a table without rows too
-    keys = pd.DataFrame(keys, columns=list(kinds)).astype(kinds)
-    rows = pd.concat([rows[["row_id"]], keys, rows[list(SEVERITIES)]], axis=1)
+    natural = _read(run, f"ensemble_{block}")
+    rows = metric.row_keys(natural["row_id"]).astype({"study_id": int})
     rows.insert(2, "block", block)
-    rows.insert(5, "side", rows["condition"].map({name: c.side or "" for name, c in CONDITIONS.items()}).astype(str))
-    rows.insert(6, "group", rows["condition"].map({name: c.group for name, c in CONDITIONS.items()}).astype(str))
-    natural = rows[list(SEVERITIES)].to_numpy()
-    rows = rows.assign(grade=natural.argmax(axis=1), confidence=natural.max(axis=1, initial=0))
+    rows[list(SEVERITIES)] = chances = natural[list(SEVERITIES)].to_numpy()
+    rows = rows.assign(grade=chances.argmax(axis=1), confidence=chances.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
     rows = rows.join(points_of(rows, _read(run, f"points_{block}")), on="row_id")
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
-    for model, prefix in PREFIXES.items():
+    for model, prefix in (("yolo", "detector"), ("vit3d", "vit")):
         rows = rows.join(_read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{prefix}_"), on="row_id")
-    places = {column: k for k, column in enumerate(COLUMNS)}
-    order = (rows["condition"] + "_" + rows["level"]).map(places)
+    order = (rows["condition"] + "_" + rows["level"]).map(COLUMNS.index)
     return rows.iloc[np.lexsort((order, rows["study_id"]))].reset_index(drop=True)
 
 
 def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id.
-
-    rows: row_id, study_id, group, level, side ('' for the canal). points: study_id, level, side, X, Y, Z, condition (a
-    group's key), as predictions/points_*.parquet hold them.
-    """
+    """The detected point of each row that has one: X, Y, Z (LPS mm) by row_id. rows: row_id, study_id, group, level,
+    side; points: as predictions/points_*.parquet hold them, condition is a group's key."""
     sided = np.where(points["side"].isin(SIDES), points["side"], "")
     points = points.assign(study_id=points["study_id"].astype(str), side=sided, group=points["condition"])
     keys = ["study_id", "group", "level", "side"]
@@ -115,19 +98,17 @@ def points_of(rows: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(run: Path, name: str) -> pd.DataFrame:
-    """A table of predictions."""
     return pd.read_parquet(run / "predictions" / f"{name}.parquet")
 
 
 def _labels(run: Path, block: str) -> dict[str, int]:
     """Label by row id, as far as labels are known: a phantom's test studies have theirs beside the tables."""
-    file = run / "tables/labels.parquet"
-    if block == "test":  # what `predict` wrote has no data.json
-        file = competition.data_dir(run) / "solution.csv" if (run / "data.json").is_file() else run / "solution.csv"
-    if not file.is_file():
-        return {}
-    table = pd.read_csv(file) if block == "test" else pd.read_parquet(file)
-    return dict(zip(table["row_id"], table["severity"].astype(int), strict=True))
+    if block == "oof":
+        file, read = run / "tables/labels.parquet", pd.read_parquet
+    else:  # what `predict` wrote has no data.json
+        folder = competition.data_dir(run) if (run / "data.json").is_file() else run
+        file, read = folder / "solution.csv", pd.read_csv
+    return dict(read(file)[["row_id", "severity"]].to_numpy()) if file.is_file() else {}
 
 
 def read_data(run_dir: str | Path) -> competition.Competition:

@@ -190,7 +190,7 @@ def bootstrap(n_studies: int) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> list[list[float]]:
-    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of the k columns; NaN if there is none."""
+    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of k columns; NaN if there is none."""
     finite = pd.DataFrame(np.where(np.isfinite(samples), samples, np.nan))
     return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 

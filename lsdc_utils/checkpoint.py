@@ -1,7 +1,5 @@
 """The state of a training after each epoch, from which a stopped training resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Where data and pretrained weights come from: a given path, Kaggle's mount, or, if asked for, a download."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,19 +4,18 @@ The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/) or clo
 cue: each severity also has its own marker. Figures have a white background on light and dark pages alike.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from sklearn.calibration import calibration_curve
+from sklearn.metrics import confusion_matrix
 
 from lsdc_utils import geometry
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITY_NAMES
@@ -38,7 +37,7 @@ def use_style() -> None:
     mpl.rc("figure", figsize=(9.0, 4.5), dpi=110, facecolor="white")
     mpl.rc("figure.constrained_layout", use=True)
     mpl.rc("font", family="DejaVu Sans", size=11)
-    mpl.rc("axes", titlesize=12, labelsize=11, grid=True, axisbelow=True, prop_cycle=cycler(color=colours))
+    mpl.rc("axes", titlesize=12, labelsize=11, grid=True, axisbelow=True, prop_cycle=mpl.cycler(color=colours))
     mpl.rc("axes.spines", top=False, right=False)
     mpl.rc(("xtick", "ytick"), labelsize=10)
     mpl.rc("legend", fontsize=10, frameon=False)
@@ -46,7 +45,7 @@ def use_style() -> None:
     mpl.rc("lines", linewidth=1.8)
     mpl.rc("image", cmap="gray")
     mpl.rc("pdf", fonttype=42)
-    mpl.rc("svg", fonttype="none")
+    mpl.rc("svg", hashsalt="lsdc_utils")  # the same bytes each time
 
 
 def edge_letters(affine: np.ndarray) -> dict[str, str]:
@@ -86,43 +85,30 @@ def show_slice(
     (default: one plain colour); window: darkest and brightest value (default: 0 to 255 for 8 bits, else percentiles
     0.5 and 99.5).
     """
-    pixels = np.asarray(pixels)
     if window is None:
         window = (0, 255) if pixels.dtype == np.uint8 else tuple(np.percentile(pixels, (0.5, 99.5)))
     step_x, step_y = geometry.spacing(affine)
     ax.imshow(pixels, cmap="gray", vmin=window[0], vmax=window[1], aspect=step_y / step_x, interpolation="bilinear")
     rows, cols = pixels.shape
-    severities = None if severities is None else np.asarray(severities)  # drop the index of a Series
-    for k, point in enumerate(() if points is None else np.atleast_2d(points)):
+    points, boxes = (() if given is None else np.atleast_2d(given) for given in (points, boxes))
+    styles = itertools.repeat((PLAIN_COLOUR, PLAIN_MARKER))
+    if severities is not None:
+        styles = [(SEVERITY_COLOURS[k], SEVERITY_MARKERS[k]) for k in severities]
+    for point, (colour, marker) in zip(points, styles, strict=False):
         x, y = geometry.to_pixels(affine, point)[:2] if len(point) == 3 else point
-        colour, marker = _mark(severities, k)
         edge = {"markeredgewidth": 1.8} if marker in "x+" else {"markeredgecolor": "white", "markeredgewidth": 0.8}
         ax.plot(x, y, marker, color=colour, markersize=7, **edge)
-    for k, (x0, y0, x1, y1) in enumerate(() if boxes is None else np.atleast_2d(boxes)):
-        colour, _ = _mark(severities, k)
+    for (x0, y0, x1, y1), (colour, _) in zip(boxes, styles, strict=False):
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.6))
     ax.set(xticks=[], yticks=[], xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5), title=title)
     ax.grid(False)
-    _annotate(ax, affine, cols)
-
-
-def _mark(severities: np.ndarray | None, k: int) -> tuple[str, str]:
-    """Colour and marker of the k-th point or box."""
-    if severities is None:
-        return PLAIN_COLOUR, PLAIN_MARKER
-    return SEVERITY_COLOURS[int(severities[k])], SEVERITY_MARKERS[int(severities[k])]
-
-
-def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
-    """Orientation letters at the four edges, a scale bar near the lower left corner of a slice `cols` pixels wide."""
     box = {"fc": "#000000A0", "ec": "none", "pad": 1}
     text = {"color": "white", "fontsize": 10, "transform": ax.transAxes, "bbox": box}
     places = {"left": (0.015, 0.5), "right": (0.985, 0.5), "top": (0.5, 0.985), "bottom": (0.5, 0.015)}
-    letters = edge_letters(affine)
+    letters, width = edge_letters(affine), cols * step_x
     for edge, place in places.items():
         ha, va = (edge, "center") if edge in ("left", "right") else ("center", edge)
         ax.text(*place, letters[edge], ha=ha, va=va, **text)
-    width = cols * geometry.spacing(affine)[0]
     length = scale_length(width)
     ax.plot([0.03, 0.03 + length / width], [0.03, 0.03], color="white", linewidth=3, transform=ax.transAxes)
     ax.text(0.03, 0.045, f"{length} mm", ha="left", va="bottom", **text)
@@ -130,18 +116,16 @@ def _annotate(ax: Axes, affine: np.ndarray, cols: int) -> None:
 
 def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> None:
     """Put a legend of the severities on axes or a figure; `missing` adds rows without a label; options of `legend`."""
-    names = {**dict(enumerate(SEVERITY_NAMES)), **({MISSING: "no label"} if missing else {})}
     handles = []
-    for k, name in names.items():
-        style = {"marker": SEVERITY_MARKERS[k], "color": SEVERITY_COLOURS[k], "markersize": 8}
-        handles.append(Line2D([], [], linestyle="none", label=name, **style))
+    for k, name in [*enumerate(SEVERITY_NAMES), *([(MISSING, "no label")] if missing else ())]:
+        handles.append(Line2D([], [], linestyle="none", markersize=8, label=name))
+        handles[-1].set(marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k])
     place.legend(handles=handles, **{"frameon": True, **options})  # a frame: it often lies on a dark slice
 
 
 def show_confusion(ax: Axes, severity: np.ndarray, grade: np.ndarray, title: str) -> None:
     """Draw labels (n,) against grades (n,), both 0, 1, 2: counts, and shares of the label's row."""
-    counts = np.zeros((3, 3), int)
-    np.add.at(counts, (np.asarray(severity, int), np.asarray(grade, int)), 1)
+    counts = confusion_matrix(severity, grade, labels=range(3))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for place, share in np.ndenumerate(shares):
@@ -153,15 +137,14 @@ def show_confusion(ax: Axes, severity: np.ndarray, grade: np.ndarray, title: str
     ax.grid(False)
 
 
-def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title: str, bins: int = 8) -> None:
+def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title: str) -> None:
     """Draw the share of each severity among rows (n, 3) of similar natural probability; labels (n,).
 
-    Bins hold about the same number of rows. On the dashed line, probabilities are calibrated.
+    Eight bins hold about the same number of rows. On the dashed line, probabilities are calibrated.
     """
     ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--")
     for k, name in enumerate(SEVERITY_NAMES):
-        labels = (np.asarray(severity) == k).astype(int)
-        shares, means = calibration_curve(labels, natural[:, k], n_bins=bins, strategy="quantile")
+        shares, means = calibration_curve(severity == k, natural[:, k], n_bins=8, strategy="quantile")
         ax.plot(means, shares, marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Natural probability", ylabel="Share of labels")
 
@@ -186,12 +169,12 @@ def show_doses(figure: Figure, responses: pd.DataFrame) -> None:
             ax.plot(curves.index, curves["readers"], marker, color=colour, markersize=5, alpha=0.6)
             ax.axvline(rows[f"{event}_from"].iloc[0], color="#606060", linewidth=0.8, linestyle="--")
         ax.set(title=group.score, xlabel="Narrowing (0 open, 1 closed)", ylim=(-0.02, 1.02))
-    figure.axes[0].set_ylabel("Probability")
-    names = ("oracle", "detectors", "3D ViT", "ensemble")
-    lines = zip(DOSE_LINES.values(), names, strict=True)
-    handles = [Line2D([], [], color="#404040", linestyle=line, label=name) for line, name in lines]
+    first = figure.axes[0]
+    first.set_ylabel("Probability")
+    for line, name in zip(DOSE_LINES.values(), ("oracle", "detectors", "3D ViT", "ensemble"), strict=True):
+        first.plot([], [], line, color="#404040", label=name)
     for severity, name in ((1, "moderate or worse"), (2, "severe")):
-        style = {"color": SEVERITY_COLOURS[severity], "marker": SEVERITY_MARKERS[severity]}
-        handles.append(Line2D([], [], label=f"{name} (marks: readers)", **style))
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+        marker, colour = SEVERITY_MARKERS[severity], SEVERITY_COLOURS[severity]
+        first.plot([], [], marker=marker, color=colour, label=f"{name} (marks: readers)")
+    figure.legend(loc="outside lower center", ncols=6)
     figure.suptitle("Dose and response: one location narrowed step by step, everything else unchanged")

@@ -5,8 +5,6 @@ slice maps (x = column, y = row, ., 1) to them, 0 at the centre of the first pix
 column is not used. Slices that lean, or whose rows and columns are not quite at right angles, are handled exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

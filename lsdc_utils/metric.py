@@ -6,8 +6,6 @@ weighs w_k = 1, 2, 4 by its label, so the best row to submit is proportional to 
 natural probabilities p_k; only `weight_rows` makes weighted rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -192,7 +190,7 @@ def bootstrap(n_studies: int) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> list[list[float]]:
-    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of the k columns, or NaN."""
+    """The [low, high] that hold 95 % of the finite draws (draws, k), for each of k columns; NaN if there is none."""
     finite = pd.DataFrame(np.where(np.isfinite(samples), samples, np.nan))
     return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 

@@ -1,7 +1,5 @@
 """Run a function over many items in several processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Marks are rows of a table as `grading.marks` describes them, with one more column: words (what the row says).
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import os

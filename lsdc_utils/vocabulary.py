@@ -4,8 +4,6 @@ Orders matter here. `COLUMNS` is the order of the competition's `train.csv`; `SE
 classes 0, 1, 2 and of the three probability columns of every prediction table.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SEVERITIES = ("normal_mild", "moderate", "severe")  # class 0, 1, 2

@@ -7,6 +7,7 @@ from lsdc_utils.pipeline import graph
 from lsdc_utils.vocabulary import GROUPS
 
 PYTHON = sys.executable
+STEP = "05_ensemble_inference_{shard}"
 RUN = config["run_dir"]
 TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
@@ -28,8 +29,8 @@ rule grade:
         "shards/{shard}/scores.json",
         notebook="notebooks/05_ensemble_inference_{shard}.ipynb",
     params:
-        step="05_ensemble_inference_{shard}",
-        parameters=lambda wildcards: graph.tracked_parameters(graph.shard_step(wildcards.shard, config), config),
+        step=STEP,
+        parameters=lambda wildcards: graph.tracked_parameters(graph.select_steps(graph.all_steps(config), STEP.format(**wildcards))[0], config),
         source=graph.source_hash("05_ensemble_inference"),
     log:
         "logs/05_ensemble_inference_{shard}.log",

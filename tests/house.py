@@ -56,12 +56,25 @@ def modules(package: Path) -> dict[tuple[str, ...], Path]:
     return {name[:-1] if name[-1] == "__init__" else name: file for name, file in zip(names, files, strict=True)}
 
 
+def imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Names in lsdc_utils that `source`, code of the package `package`, imports, e.g. ("phantom", "body")."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            names |= {(*module, alias.name) for alias in node.names}
+    return {name[1:] for name in names if name[0] == "lsdc_utils"}
+
+
 def imports(package: Path) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
     """The modules of the package that each module imports itself, anywhere in its code."""
     known, direct = modules(package), {}
     for module, file in known.items():
         inside = module if file.name == "__init__.py" else module[:-1]
-        names = graph.imported(file.read_text(), inside)
+        names = imported(file.read_text(), inside)
         prefixes = (next((name[:k] for k in range(len(name), 0, -1) if name[:k] in known), None) for name in names)
         direct[module] = {name for name in prefixes if name and name != module}
     return direct

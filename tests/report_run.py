@@ -92,13 +92,13 @@ def write_experiments(folder: Path) -> None:
     parts = dict.fromkeys(metric.PARTS, 0.5)
     change = {"worse_by": 0.0213, "low": -0.004, "high": 0.05}
     lines = [{"name": "made-up", "without": ""} | parts, {"name": "x", "without": HOSTILE} | parts | change]
-    pd.DataFrame(lines).to_csv(folder / "experiments/ablation.csv", index=False)
+    pd.DataFrame(lines).assign(commit="c0ffee0123" * 4).to_csv(folder / "experiments/ablation.csv", index=False)
     curve = [
         {"n_train": n, "block": block, "total": total, "skill": 1 - total, "low": total - 0.1, "high": total + 0.1}
         for n, total in ((40, 0.9), (320, 0.4))
         for block in ("oof", "test")
     ]
-    pd.DataFrame(curve).to_csv(folder / "experiments/curve.csv", index=False)
+    pd.DataFrame(curve).assign(commit="c0ffee0123" * 4).to_csv(folder / "experiments/curve.csv", index=False)
 
 
 def make_rows(rng: np.random.Generator, n_studies: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:

@@ -5,29 +5,18 @@ the patient (`point_rules`). A grade is never changed. A point that cannot be ri
 so that detectors are trained without the points that findings name.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lsdc_utils import dicom
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data.competition import (
-    FINDINGS,
-    KEY,
-    POINTS,
-    SPLITS,
-    Competition,
-    CompetitionError,
-    Findings,
-    label_names,
-    read,
-)
+from lsdc_utils.data import competition
+from lsdc_utils.data.competition import FINDINGS, KEY, POINTS, Competition, Findings, label_names
 from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
 from lsdc_utils.data.stacks import Source, spacing_fault
@@ -83,6 +72,7 @@ RULES = {  # rule -> what a finding of it means
 POINT_UNUSED = "point not used, grade kept"
 
 FEW_SERIES = 100  # below this, starting processes takes longer than reading
+SERIES = ["split", "study_id", "series_id"]  # identify a series
 NONE = -1  # series or instance number of a label without a point
 COLUMNS = (  # of the series table, from headers
     *("plane", "n_slices", "rows", "cols", "spacing_x", "spacing_y", "slice_step", "n_blocks"),
@@ -117,16 +107,24 @@ def check(comp: Competition, workers: int = 1) -> Checked:
     A header takes about half a millisecond. With `workers` above 1 a script needs `if __name__ == "__main__"`.
     """
     findings = Findings([comp.findings])
-    tasks = _tasks(comp, _on_disk(comp, findings))
-    headers = list(each(_read_headers, tasks, workers, FEW_SERIES, chunk=16))
-    rows = [(h.row["study_id"], h.row["series_id"], *problem) for h in headers for problem in h.problems]
-    findings.tables.append(pd.DataFrame(rows, columns=FINDINGS))
+    points = defaultdict(list)
+    for point in comp.coordinates[POINTS].itertuples(index=False, name=None):
+        points["train", *point[:2]].append(point)
+    tasks = []
+    for row in _on_disk(comp, findings)[[*SERIES, "series_type"]].to_dict("records"):
+        key = tuple(row[name] for name in SERIES)
+        tasks.append((comp.source(*key), row, points[key]))
+    read = list(each(_read_headers, tasks, workers, FEW_SERIES, chunk=16))
+    faults = [(row["study_id"], row["series_id"], *fault) for row, faults, _ in read for fault in faults]
+    findings.tables.append(pd.DataFrame(faults, columns=FINDINGS))
     _check_folders(comp, findings)
-    keys = ["split", "study_id", "series_id"]
-    series = comp.series.merge(pd.DataFrame([h.row for h in headers], columns=[*keys, *COLUMNS]), "left", keys)
+    headers = pd.DataFrame([row for row, *_ in read], columns=[*SERIES, *COLUMNS, "middle"])
+    series = comp.series.merge(headers.drop(columns="middle"), "left", SERIES)
     series[COUNTS] = series[COUNTS].astype("float64").fillna(0)
     series = series.astype(TYPES | dict.fromkeys(COUNTS, "int64"))
-    return Checked(series, _label_table(comp, headers, findings), findings.table())
+    placed = pd.DataFrame([point for *_, points in read for point in points], columns=[*POINTS, *"XYZ"])
+    middles = headers.dropna(subset="middle").set_index("study_id").middle.to_dict()
+    return Checked(series, _label_table(comp, placed, middles, findings), findings.table())
 
 
 def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
@@ -134,27 +132,12 @@ def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
     return check(comp, workers).labels
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------
-
-
-class _Headers(NamedTuple):
-    """What the headers of one series say."""
-
-    row: dict[str, Any]  # a line of the series table
-    problems: list[tuple[str, str, str]]  # rule, value, action
-    points: list[tuple[Any, ...]] = ()  # KEY, series_id, X, Y, Z (NaN: not usable)
-    middle: float = np.nan  # patient x of the middle of sagittal slices, mm
-
-
-_Task = tuple[Source, dict[str, Any], list[tuple]]  # files, study_id .. split, and points of one series
-
-
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     """The series whose files exist; findings name the others, or their study if all of its series are missing."""
     series = comp.series
     sources = [comp.source(*key) for key in zip(series.split, series.study_id, series.series_id, strict=True)]
     there = pd.Series([not isinstance(source, Path) or source.is_dir() for source in sources], series.index, dtype=bool)
-    for split in SPLITS:
+    for split in competition.SPLITS:
         here = series.split == split
         missing = series[here & ~there]
         if len(missing) and not (comp.root / f"{split}_images").is_dir():
@@ -168,52 +151,53 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     return series[there]
 
 
-def _tasks(comp: Competition, series: pd.DataFrame) -> list[_Task]:
-    points = defaultdict(list)
-    for point in comp.coordinates[POINTS].itertuples(index=False, name=None):
-        points["train", *point[:2]].append(point)
-    rows = series[["study_id", "series_id", "series_type", "split"]].to_dict("records")
-    keys = [(row["split"], row["study_id"], row["series_id"]) for row in rows]
-    return [(comp.source(*key), row, points[key]) for key, row in zip(keys, rows, strict=True)]
+def _read_headers(task: tuple[Source, dict[str, Any], list[tuple]]) -> tuple[dict[str, Any], list[tuple], list[tuple]]:
+    """One series (source, ids and type, points): its line of the table, its faults (rule, value, action), its points.
 
-
-def _read_headers(task: _Task) -> _Headers:
-    """Read the headers of one series: its line of the series table, its faults, the places of its points."""
+    The line has `middle` too: patient x of the middle of sagittal slices, mm. The points get X, Y, Z; NaN: not usable.
+    """
     source, row, points = task
-    series_type = row["series_type"]
+    unplaced = [(*point, np.nan, np.nan, np.nan) for point in points]
     try:
         series = dicom.read_series(source, pixels=False)
     except dicom.DicomError as error:
-        return _Headers(row, [("series_unusable", readable(error), "series left out")])
-    problems = [("file_unusable", readable(f"{file.name}: {why}"), "file left out") for file, why in series.skipped]
-    problems += [("file_repaired", readable(f"{file.name}: {why}"), "repaired") for file, why in series.repaired]
+        return row, [("series_unusable", readable(error), "series left out")], unplaced
+    faults = [("file_unusable", readable(f"{file.name}: {why}"), "file left out") for file, why in series.skipped]
+    faults += [("file_repaired", readable(f"{file.name}: {why}"), "repaired") for file, why in series.repaired]
     shapes = Counter(image.shape for image in series.slices)
     if len(shapes) > 1:
         value = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(shapes))
-        problems.append(("shapes_mixed", value, "each size kept"))
+        faults.append(("shapes_mixed", value, "each size kept"))
     row |= _measures(series) | dict(zip(("rows", "cols"), shapes.most_common(1)[0][0], strict=True))
-    plane_fits = series.plane == words.PLANES[series_type]
-    spacing = spacing_fault(series)
-    if spacing:
-        problems.append(("spacing_outlier", spacing, "series left out"))
-    elif not plane_fits:
+    series_type = row["series_type"]
+    if spacing := spacing_fault(series):
+        return row, [*faults, ("spacing_outlier", spacing, "series left out")], unplaced
+    if series.plane != words.PLANES[series_type]:
         value = f"{series.plane}, described as {series_type}"
-        problems.append(("plane_differs", value, "its points are not used"))
-    elif contrast := _contrast_fault(series, series_type):
-        problems.append(("contrast_differs", contrast, "used as the table says"))
-    if spacing or not plane_fits:
-        return _Headers(row, problems, _place(points, None)[0])
-    placed, faults = _place(points, series)
-    centres = [image.centre[0] for image in series.slices]
-    middle = (min(centres) + max(centres)) / 2 if series.plane == "sagittal" else np.nan
-    return _Headers(row, problems + faults, placed, float(middle))
+        return row, [*faults, ("plane_differs", value, "its points are not used")], unplaced
+    named = named_contrast(dicom.read_tags(series.slices[0].file))
+    if named not in (None, words.T1 if series_type == words.T1 else words.T2):
+        value = f"{SHORT[named]} in the header, described as {series_type}"
+        faults.append(("contrast_differs", value, "used as the table says"))
+    if series.plane == "sagittal":
+        centres = [image.centre[0] for image in series.slices]
+        row["middle"] = (min(centres) + max(centres)) / 2
+    shapes = {image.instance_number: image.shape for image in series.slices}
+    for k, (_, _, number, condition, level, x, y) in enumerate(points):
+        rows, cols = shapes.get(number, (0, 0))
+        if -0.5 <= x <= cols - 0.5 and -0.5 <= y <= rows - 0.5:
+            unplaced[k] = (*points[k], *series.to_patient(number, x, y))
+        else:
+            rule = "point_outside_image" if rows else "point_on_missing_instance"
+            faults.append((rule, f"{condition}_{level}", POINT_UNUSED))
+    return row, faults, unplaced
 
 
 def _measures(series: dicom.Series) -> dict[str, Any]:
     """The columns of the series table besides the size of the images."""
     spacing = np.median([image.spacing for image in series.slices], axis=0)
     numbers = [image.instance_number for image in series.slices]
-    turns = {int(turn) for turn in np.sign(np.diff(numbers))}
+    turns = set(np.sign(np.diff(numbers)).tolist())
     steps = series.steps()
     return {
         "plane": series.plane,
@@ -229,41 +213,12 @@ def _measures(series: dicom.Series) -> dict[str, Any]:
     }
 
 
-def _contrast_fault(series: dicom.Series, series_type: str) -> str:
-    """The contrast in the header's description if it is not the table's, or ''."""
-    try:
-        named = named_contrast(dicom.read_tags(series.slices[0].file))
-    except dicom.DicomError:
-        return ""
-    expected = words.T1 if series_type == words.T1 else words.T2
-    return f"{SHORT[named]} in the header, described as {series_type}" if named not in (None, expected) else ""
-
-
-def _place(points: list[tuple], series: dicom.Series | None) -> tuple[list[tuple], list[tuple[str, str, str]]]:
-    """The places of points in the patient, as in `_Headers.points`, and the faults of those outside their images.
-
-    Without a usable series no point has a place.
-    """
-    shapes = {image.instance_number: image.shape for image in series.slices} if series else {}
-    placed, faults = [], []
-    for study_id, series_id, number, condition, level, x, y in points:
-        rows, cols = shapes.get(number, (0, 0))
-        place = (np.nan, np.nan, np.nan)
-        if -0.5 <= x <= cols - 0.5 and -0.5 <= y <= rows - 0.5:
-            place = series.to_patient(number, x, y)
-        elif series:
-            rule = "point_outside_image" if rows else "point_on_missing_instance"
-            faults.append((rule, f"{condition}_{level}", POINT_UNUSED))
-        placed.append((study_id, condition, level, series_id, *place))
-    return placed, faults
-
-
 def _check_folders(comp: Competition, findings: Findings) -> None:
     """Add findings about folders of studies and series that no table lists."""
-    named = comp.findings[["study_id", "series_id"]]  # left out of the tables, but known
-    series = {*zip(comp.series.study_id, comp.series.series_id, strict=True), *named.itertuples(index=False, name=None)}
-    studies = {*comp.series.study_id, *comp.labels.study_id, *named.study_id.dropna()}
-    for split in SPLITS:
+    known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
+    series = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
+    studies = {*known.study_id.dropna(), *comp.labels.study_id}
+    for split in competition.SPLITS:
         for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
             study = number_of(folder.name)
             if study not in studies:
@@ -271,40 +226,30 @@ def _check_folders(comp: Competition, findings: Findings) -> None:
                 findings.add(ids, "study_not_in_tables", readable(f"{split}_images/{folder.name}"), "study left out")
                 continue
             for inner in sorted(folder.glob("[!.]*/")):
-                number = number_of(inner.name)
-                if (study, number) not in series:
-                    ids = pd.DataFrame({"study_id": [study], "series_id": [number]}, dtype="Int64")
+                if (study, number_of(inner.name)) not in series:
+                    ids = pd.DataFrame({"study_id": [study], "series_id": [number_of(inner.name)]}, dtype="Int64")
                     value = readable(f"{split}_images/{folder.name}/{inner.name}")
                     findings.add(ids, "series_not_in_tables", value, "series left out")
 
 
-# ---- points in the patient ------------------------------------------------------------------------------------------
-
-
-def _label_table(comp: Competition, headers: list[_Headers], findings: Findings) -> pd.DataFrame:
+def _label_table(
+    comp: Competition, points: pd.DataFrame, middles: dict[int, float], findings: Findings
+) -> pd.DataFrame:
     """The label table; points that cannot be right lose their place, and findings name them."""
-    table = comp.labels.merge(comp.coordinates, how="left", on=KEY)
-    table.insert(0, "row_id", table.study_id.astype(str) + "_" + label_names(table))
-    points = pd.DataFrame([point for h in headers for point in h.points], columns=[*KEY, "series_id", *"XYZ"])
-    placed = points[points.X.notna()].copy()
-    middles = {h.row["study_id"]: h.middle for h in headers if np.isfinite(h.middle)}
-    placed["rule"] = judge(placed, middles)
-    wrong = placed[placed["rule"] != ""]
+    placed = points.dropna(subset="X")
+    placed = placed.assign(rule=judge(placed, middles))
     for rule in ("point_on_wrong_side", "one_side_twice", "levels_out_of_order", "level_points_apart"):
-        findings.add(part := wrong[wrong["rule"] == rule], rule, label_names(part), POINT_UNUSED)
-    places = placed[[*KEY, *"XYZ"]].astype({"study_id": "int64"} | dict.fromkeys("XYZ", "float64"))
-    table = table.merge(places, how="left", on=KEY)
-    unused = {
-        label for rows in (points[points.X.isna()], wrong) for label in rows[KEY].itertuples(index=False, name=None)
-    }
-    lost = [label in unused for label in table[KEY].itertuples(index=False, name=None)]
+        wrong = placed[placed["rule"] == rule]
+        findings.add(wrong, rule, label_names(wrong), POINT_UNUSED)
+    places = placed.loc[placed["rule"] == "", [*KEY, *"XYZ"]]
+    places = places.astype({"study_id": "int64"} | dict.fromkeys("XYZ", "float64"))
+    table = comp.labels.merge(comp.coordinates, "left", KEY).merge(places, "left", KEY)
+    table.insert(0, "row_id", table.study_id.astype(str) + "_" + label_names(table))
+    seen = pd.MultiIndex.from_frame(table[KEY]).isin(pd.MultiIndex.from_frame(points[KEY]))
     ids = ["series_id", "instance_number"]
-    table.loc[lost, [*ids, "x", "y", *"XYZ"]] = np.nan
+    table.loc[seen & table.X.isna(), [*ids, "x", "y"]] = np.nan
     table[ids] = table[ids].fillna(NONE).astype("int64")
     return table[["row_id", *KEY, "severity", *ids, "x", "y", *"XYZ"]]
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
@@ -326,10 +271,10 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     """
     workers = workers or usable_cores()
     try:
-        comp = read(root, workers=workers)
+        comp = competition.read(root, workers=workers)
         print(f"reading the headers of {len(comp.series)} series", flush=True)
         checked = check(comp, workers)
-    except (CompetitionError, dicom.DicomError) as error:
+    except (competition.CompetitionError, dicom.DicomError) as error:
         print(f"not usable: {error}")
         return 1
     series, labels, findings = checked.series, checked.labels, checked.findings

@@ -10,8 +10,6 @@ Tables or images may be absent, as long as one of the two tables of series is th
 layout or in any folder of DICOM files, `unsorted` finds the series.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -120,9 +118,8 @@ def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -
 
 def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     """The data folder of a run: `data_dir` if given, otherwise the one that 00_get_data recorded in data.json."""
-    if data_dir:
-        folder = Path(data_dir)
-    else:
+    folder = Path(data_dir)
+    if not data_dir:
         record = Path(run_dir) / "data.json"
         if not record.is_file():
             raise CompetitionError(f"{record} does not exist: run 00_get_data first, or give data_dir")
@@ -132,21 +129,17 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     return folder
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
-
-
-def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
-    """Columns of a csv as text, those of `ids` as int64; None if there is no such file."""
-    if not file.is_file():
-        return None
+def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame:
+    """Columns of a csv as text, those of `ids` as int64; CompetitionError if it is not there or lacks a column."""
     try:
         table = pd.read_csv(file, dtype=str, skipinitialspace=True)
+    except FileNotFoundError:
+        raise CompetitionError(f"{file}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
-    columns = list(columns)
     if lacking := [column for column in columns if column not in table]:
         raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}")
-    table = table[columns].copy()
+    table = table[list(columns)].copy()
     for column in ids:
         numbers = pd.to_numeric(table[column].astype(object), errors="coerce")  # object: an empty column is not text
         if (bad := ~(numbers.abs() < 2.0**63) | (numbers % 1 != 0)).any():
@@ -157,12 +150,8 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
     return table
 
 
-def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str]) -> pd.DataFrame:
-    """Columns of a csv as text, those of `ids` as int64; CompetitionError if it is not there or lacks a column."""
-    table = _read_table(file, columns, ids)
-    if table is None:
-        raise CompetitionError(f"{file}: no such file")
-    return table
+def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
+    return read_required_table(file, columns, ids) if file.is_file() else None
 
 
 def _read_series_tables(
@@ -173,10 +162,9 @@ def _read_series_tables(
     A series that no table lists, or that is described in unknown words, is typed by its headers.
     """
     columns = ["study_id", "series_id", "series_type", "split"]
-    tables = {}
+    ids, tables = ["study_id", "series_id"], {}
     for split in SPLITS:
-        file = root / f"{split}_series_descriptions.csv"
-        table = _read_table(file, ["study_id", "series_id", "series_description"], ["study_id", "series_id"])
+        table = _read_table(root / f"{split}_series_descriptions.csv", [*ids, "series_description"], ids)
         if table is not None:
             tables[split] = table.rename(columns={"series_description": "series_type"}).assign(split=split)
     listed = pd.concat([pd.DataFrame(columns=columns), *tables.values()], ignore_index=True)
@@ -187,7 +175,7 @@ def _read_series_tables(
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
     places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
-    places = [place for place in places if place[1].is_dir()]
+    places = [(split, folder) for split, folder in places if folder.is_dir()]
     discovered = unsorted.find(root, places, workers) if places or not tables else unsorted.Discovered()
     if not tables and not discovered.series:
         reasons = "; ".join(value for *_, value, _ in discovered.findings[:3]) or "the folder holds no files"
@@ -195,15 +183,6 @@ def _read_series_tables(
             f"{root}: there is no train_series_descriptions.csv or test_series_descriptions.csv, and no sagittal T1, "
             f"sagittal T2 or axial T2 series among the files: {reasons}"
         )
-    _add_discovered(discovered, unknown, listed, findings)
-    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=columns)])
-    return series.astype({"study_id": "int64", "series_id": "int64"}).reset_index(drop=True), discovered.files
-
-
-def _add_discovered(
-    discovered: unsorted.Discovered, unknown: pd.DataFrame, listed: pd.DataFrame, findings: Findings
-) -> None:
-    """Add the findings about discovered series, and about lines of the tables whose description is unknown."""
     table = pd.DataFrame(discovered.findings, columns=FINDINGS)
     covered = table.rule.isin(("series_skipped", "study_without_series")) & table.study_id.isin(listed.study_id)
     findings.tables += [table[~covered]] if len(table) else []
@@ -212,24 +191,22 @@ def _add_discovered(
         series_type = types.get((row.split, row.study_id, row.series_id))
         action = f"used as {series_type}, by its headers" if series_type else "series left out"
         findings.add(unknown.loc[[row.Index]], "series_type_unknown", row.series_type, action)
+    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=columns)])
+    return series.astype({"study_id": "int64", "series_id": "int64"}).reset_index(drop=True), discovered.files
 
 
 def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
     """The labels of train.csv in rows: study_id, condition, level, severity; no rows if there is no train.csv."""
     wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
-    keys = pd.DataFrame(
-        [(c, level) for c in words.CONDITIONS for level in words.LEVELS], columns=["condition", "level"]
-    )
     if wide is None:
-        return keys.iloc[:0].assign(study_id=np.int64(0), severity=np.int64(0))[[*KEY, "severity"]]
+        wide = pd.DataFrame(columns=["study_id", *words.COLUMNS], dtype=object).astype({"study_id": "int64"})
     repeated = wide.study_id.duplicated()
     findings.add(wide[repeated], "study_repeated", "in train.csv", "first line kept")
     wide = wide[~repeated]
-    grades = wide[list(words.COLUMNS)].stack(future_stack=True).str.strip()
+    keys = pd.MultiIndex.from_product([wide.study_id, words.CONDITIONS, words.LEVELS], names=KEY)
+    grades = pd.Series(wide[list(words.COLUMNS)].to_numpy().ravel(), keys, dtype=str).str.strip()
     codes = grades.map({name: k for k, name in enumerate(words.SEVERITY_NAMES)})
-    labels = keys.loc[np.tile(keys.index, len(wide))].reset_index(drop=True)
-    labels.insert(0, "study_id", np.repeat(wide.study_id.to_numpy(), len(keys)))
-    labels["severity"] = codes.fillna(words.MISSING).astype("int64").to_numpy()
+    labels = codes.fillna(words.MISSING).astype("int64").rename("severity").reset_index()
     unknown = (grades.notna() & codes.isna()).to_numpy()
     findings.add(labels[unknown], "grade_unknown", grades[unknown], "read as missing")
     missing = (labels.severity == words.MISSING).groupby(labels.study_id).sum().loc[lambda n: n > 0]
@@ -275,26 +252,21 @@ def _read_sample(root: Path, series: pd.DataFrame, findings: Findings) -> list[s
     return rows
 
 
-# ---- corrections by hand -------------------------------------------------------------------------------------------
-
-
 def _correct_points(
     points: pd.DataFrame, file: Path, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings
 ) -> pd.DataFrame:
     """Points with those of `file` replacing or added to the folder's own; CompetitionError names a wrong line."""
     raw = read_required_table(file, POINTS, ["study_id", "series_id"])
     given, usable = _tidy_points(raw)
-    training = set(series.loc[series.split == "train", ["study_id", "series_id"]].itertuples(index=False, name=None))
-    lines = given[["study_id", "series_id"]].itertuples(index=False, name=None)
+    ids = ["study_id", "series_id"]
+    training = pd.Series(
+        given.set_index(ids).index.isin(series[series.split == "train"].set_index(ids).index), given.index, dtype=bool
+    )
     faults = {
         "is not a point: condition, level or a number cannot be read": ~usable,
         "names a study that train.csv does not hold": ~raw.study_id.isin(labels.study_id),
-        "names a label that an earlier line has a point for": given.duplicated(KEY).reindex(
-            raw.index, fill_value=False
-        ),
-        "names a series that is not one of the training study's": ~pd.Series(
-            [line in training for line in lines], given.index
-        ),
+        "names a label that an earlier line has a point for": given.duplicated(KEY),
+        "names a series that is not one of the training study's": ~training,
     }
     for fault, wrong in faults.items():
         if wrong.any():
@@ -323,12 +295,11 @@ def _leave_out(
                     raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {', '.join(meaning)}")
                 label[key] = meaning[text]
         points = points[~_matches(points, place | label)]
+        action = f"points not used: {' '.join(label.values())}"
         if not label:
             series = series[~_matches(series, place)]
-        if not label and not row.series_id:
-            labels = labels[~_matches(labels, place)]
-        action = f"{'series' if row.series_id else 'study'} left out"
-        action = f"points not used: {' '.join(label.values())}" if label else action
+            labels = labels if row.series_id else labels[~_matches(labels, place)]
+            action = "series left out" if row.series_id else "study left out"
         findings.add(pd.DataFrame([place]), "excluded", row.reason, action)
     return labels, points, series
 
@@ -336,9 +307,6 @@ def _leave_out(
 def _matches(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.Series:
     """Which rows hold these values."""
     return (table[list(values)] == pd.Series(values)).all(axis=1)
-
-
-# ---- tables against each other -------------------------------------------------------------------------------------
 
 
 def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings) -> pd.DataFrame:

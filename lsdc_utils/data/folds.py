@@ -1,7 +1,5 @@
 """Folds of a label table: cut so that they are alike, or read from a published table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A table of studies and their files: prediction lists them once, and each of its shards reads its part."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

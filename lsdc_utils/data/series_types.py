@@ -1,7 +1,5 @@
 """What the header of an image says its series is: plane, contrast, and why it is not one that is graded."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -61,33 +59,27 @@ def skip_reason(tags: Tags) -> str:
 def contrast_of(tags: Tags) -> tuple[str | None, str]:
     """T1 or T2 (words of the vocabulary) by echo, repetition and inversion time, otherwise by the description.
 
-    Without either: None and the reason to skip the series.
+    Times (ms) are used where they leave no doubt; the limits are those of spin echoes. Without either: None and the
+    reason to skip the series.
     """
-    if contrast := timed_contrast(tags) or named_contrast(tags):
+    echo, repetition, inversion = (time or 0 for time in (tags.echo_time, tags.repetition_time, tags.inversion_time))
+    # GRADIENT: of enhanced images
+    gradient_echo = bool({"GR", "GRADIENT"} & {*tags.sequence}) and "SE" not in tags.sequence
+    if not gradient_echo:
+        stir = 80 <= inversion <= 300  # fat is nulled
+        if not stir and 0 < echo < 40 and (400 <= inversion < 1500 or 0 < repetition < 1200):  # T1 FLAIR or T1
+            return words.T1, ""
+        if stir or (echo >= 60 and not 0 < repetition < 1200):
+            return words.T2, ""
+    if contrast := named_contrast(tags):
         return contrast, ""
-    if _gradient_echo(tags):
+    if gradient_echo:
         return None, "gradient echo that names neither T1 nor T2"
     proton = re.search(r"\b(pd|pdw|proton)\b", _described(tags))
-    short_echo = tags.echo_time and tags.echo_time < 60 and (tags.repetition_time or 0) >= 1500
-    if proton or (short_echo and "IR" not in tags.sequence and not tags.inversion_time):
+    short_echo = 0 < echo < 60 and repetition >= 1500
+    if proton or (short_echo and "IR" not in tags.sequence and not inversion):
         return None, "proton density"
     return None, UNKNOWN_CONTRAST
-
-
-def timed_contrast(tags: Tags) -> str | None:
-    """T1 or T2 if echo, repetition and inversion time (ms) leave no doubt; the limits are those of spin echoes."""
-    echo, repetition, inversion = tags.echo_time, tags.repetition_time, tags.inversion_time
-    if _gradient_echo(tags):
-        return None
-    if inversion and 80 <= inversion <= 300:  # STIR: fat is nulled
-        return words.T2
-    if inversion and 400 <= inversion < 1500 and echo and echo < 40:  # T1 FLAIR
-        return words.T1
-    if echo and echo >= 60 and not (repetition and repetition < 1200):
-        return words.T2
-    if echo and echo < 40 and repetition and repetition < 1200:
-        return words.T1
-    return None
 
 
 def named_contrast(tags: Tags) -> str | None:
@@ -99,7 +91,3 @@ def named_contrast(tags: Tags) -> str | None:
 
 def _described(tags: Tags) -> str:
     return re.sub(r"[^a-z0-9*]+", " ", tags.description.lower()).strip()
-
-
-def _gradient_echo(tags: Tags) -> bool:
-    return bool({"GR", "GRADIENT"} & {*tags.sequence}) and "SE" not in tags.sequence  # GRADIENT: of enhanced images

@@ -1,7 +1,5 @@
 """Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,7 +22,6 @@ FIELD = (80.0, 600.0)  # longer sides of an image,
 STEP = (0.3, 40.0)  # and distances of neighbouring slices; a stack may have one slice per disc
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
 Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
-Skipped = tuple[tuple[Path, str], ...]  # files left out, with the reason
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, Skipped]:
+def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, tuple]:
     """A series windowed by its own percentiles, and the files left out, with the reason.
 
     source: its folder, or its files. Raises dicom.DicomError if nothing is usable or its sizes are implausible.
@@ -85,14 +82,8 @@ def _percentiles(images: list[np.ndarray]) -> np.ndarray:
     Mirroring an image changes nothing. Over 60 phantom series, all pixels gave a lower percentile within one grey
     level, and an upper one within 1.4 on average and 9 at most.
     """
-    sample = np.concatenate([image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images])
-    if sample.dtype.kind != "u" or sample.itemsize > 2:
-        return np.percentile(sample, WINDOW)
-    # np.percentile by counting, in a third of the time
-    rank = np.array(WINDOW) / 100 * (len(sample) - 1)
-    at_most = np.bincount(sample).cumsum()
-    low, high = (np.searchsorted(at_most, np.floor(rank) + k, side="right") for k in (0, 1))
-    return low + (np.minimum(high, len(at_most) - 1) - low) * (rank % 1)
+    sample = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
+    return np.percentile(np.concatenate(sample), WINDOW)
 
 
 def _sparse(count: int) -> slice:
@@ -116,8 +107,7 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
             continue
         index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
         if table is None or table.dtype != image.dtype:
-            values = np.arange(256**image.itemsize, dtype=index)
-            table = values.view(image.dtype)
+            table = np.arange(256**image.itemsize, dtype=index).view(image.dtype)
             grey = _to_grey(table, low, high)
         cv2.LUT(image.view(index), grey, dst=place)
 
@@ -150,11 +140,9 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
-    stacks, findings = [], []
-    for stack, rows in _read_series(_described(comp, split, study_id)):
-        stacks += [stack] if stack else []
-        findings += rows
-    return stacks, pd.DataFrame(findings, columns=FINDINGS)
+    read = list(_read_series(_described(comp, split, study_id)))
+    findings = pd.DataFrame([row for _, rows in read for row in rows], columns=FINDINGS)
+    return [stack for stack, _ in read if stack], findings
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
@@ -166,10 +154,9 @@ def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
 
 def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
-    for described in series:
-        _, study_id, series_id, _ = described
+    for source, study_id, series_id, kind in series:
         try:
-            stack, skipped = read_stack(*described)
+            stack, skipped = read_stack(source, study_id, series_id, kind)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue
@@ -185,9 +172,8 @@ def convert_studies(
     A process holds two series at most. The number of workers (`parallel.each`) does not change the files.
     """
     tasks = [_described(comp, split, study) for study in studies]
-    yield from each(
-        partial(_convert_study, Path(folder)), tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1)
-    )
+    convert = partial(_convert_study, Path(folder))
+    yield from each(convert, tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1))
 
 
 def _convert_study(folder: Path, series: list[Described]) -> pd.DataFrame:

@@ -5,13 +5,12 @@ of the folders. Only headers are read (`series_types`). A series that is not sag
 T2 is skipped, and a finding gives the reason.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,6 @@ class _Series:
     findings: list[tuple[str, str, str]] = field(default_factory=list)  # rule, value, action
 
 
-@dataclass
-class _Files:
-    """All files, by whether they are images."""
-
-    images: list[tuple[str, Tags]] = field(default_factory=list)  # split, header
-    others: dict[Path, list[tuple[Path, str]]] = field(
-        default_factory=dict
-    )  # folder -> files; why unusable, '' not DICOM
-    counts: Counter[Path] = field(default_factory=Counter)  # folder -> number of its files
-
-
 def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1) -> Discovered:
     """Look for studies in `places` (split, folder under `root`); by default in `root` itself, as test studies.
 
@@ -75,27 +63,32 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     headers, each once.
     """
     root = Path(root)
-    unopened: list[OSError] = []
-    files = [(split, file) for split, place in places or [("test", root)] for file in _walk(place, unopened)]
-    read = _read_headers(files, workers)
-    result = Discovered()
+    result, unopened = Discovered(), []
+    files = [(split, file) for split, place in places or [("test", root)] for file in walk(place, unopened)]
     for error in unopened:
         value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"
         result.findings.append((None, None, "files_skipped", value, "skipped"))
-    series = [part for group in _group(root, read.images) for part in _split(group, root)]
+    images, others = [], defaultdict(list)  # headers with their split; folder -> files, why unusable ('': not DICOM)
+    headers = each(_read_header, [file for _, file in files], workers, FEW_FILES, chunk=64)
+    for n, ((split, file), header) in enumerate(zip(files, headers, strict=True), 1):
+        if isinstance(header, Tags):
+            images.append((split, header))
+        else:
+            others[file.parent].append((file, header))
+        if n % PROGRESS == 0:
+            print(f"{n} of {len(files)} headers read", flush=True)
+    counts = Counter(file.parent for _, file in files)
+    series = [part for group in _group(root, images) for part in _split(group, root)]
     for part in series:
         if not part.reason:
             _set_type(part)
     _set_ids(series)
-    _collect(root, series, read.counts, result)
-    _report_files(root, series, read, result)
+    _collect(root, series, counts, result)
+    _report_files(root, series, others, counts, result)
     return result
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
+def walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
     """Files at any depth in a fixed order, except hidden ones and DICOMDIRs. Links are followed, each folder once.
 
     Errors of folders that cannot be opened are added to `unopened`.
@@ -113,21 +106,6 @@ def _walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _read_headers(files: list[tuple[str, Path]], workers: int) -> _Files:
-    """Read the header of every file (split, file)."""
-    result = _Files()
-    headers = each(_read_header, [file for _, file in files], workers, FEW_FILES, chunk=64)
-    for n, ((split, file), header) in enumerate(zip(files, headers, strict=True), 1):
-        result.counts[file.parent] += 1
-        if isinstance(header, Tags):
-            result.images.append((split, header))
-        else:
-            result.others.setdefault(file.parent, []).append((file, header))
-        if n % PROGRESS == 0:
-            print(f"{n} of {len(files)} headers read", flush=True)
-    return result
-
-
 def _read_header(file: Path) -> Tags | str:
     """The header of a file; the reason if it is DICOM but cannot be read, '' if it is not DICOM."""
     named_dicom = file.suffix.lower() in SUFFIXES
@@ -140,9 +118,6 @@ def _read_header(file: Path) -> Tags | str:
     if tags.study_uid or tags.series_uid or tags.rows:
         return tags
     return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
-
-
-# ---- which images belong together ----------------------------------------------------------------------------------
 
 
 def _group(root: Path, images: list[tuple[str, Tags]]) -> list[_Series]:
@@ -173,39 +148,33 @@ def _group(root: Path, images: list[tuple[str, Tags]]) -> list[_Series]:
 
 def _split(group: _Series, root: Path) -> list[_Series]:
     """The parts of a series that are read on their own: skipped images, echoes, planes, repeated instance numbers."""
-
-    def part(images: list[Tags], reason: str = "") -> _Series:
-        return _Series(group.split, group.study, group.series, images, reason)
-
-    distinct = _distinct(group.images)
+    part = partial(_Series, group.split, group.study, group.series)
+    distinct: dict[tuple, Tags] = {}  # without copies, which have the identity and the geometry of an earlier image
+    for tags in group.images:
+        place = tags.position, tags.orientation, tags.rows, tags.columns, tags.frames
+        scan = tags.description, tags.echo_time, tags.repetition_time  # real SOPInstanceUIDs may collide
+        distinct.setdefault((tags.sop_uid or str(tags.file), tags.instance_number, place, scan), tags)
     by_reason = defaultdict(list)
-    for tags in distinct:
+    for tags in distinct.values():
         by_reason[skip_reason(tags)].append(tags)
     usable = by_reason.pop("", [])
     parts = [part(images, reason) for reason, images in sorted(by_reason.items())]
     for images in _by_content(usable) if usable else ():
-        several = [part(some) for some in _by_number(images)]
+        numbers = sorted(n for n, times in Counter(map(_instance, images)).items() if n is not None and times > 1)
+        several = [images]
+        if numbers and all(tags.frames == 1 for tags in images):  # frames have no numbers of their own
+            several = _by_number(images)
+        several = [part(some) for some in several]
         if len(several) > 1:
-            numbers = _repeated_numbers(images)
             names = [_name(root, tags.file) for tags in images if _instance(tags) == numbers[0]]
             value = f"{len(numbers)} numbers, e.g. {numbers[0]}: {' and '.join(names[:2])}"
             several[0].findings.append(("instance_number_repeated", value, f"read as {len(several)} series"))
         parts += several
     if n_copies := len(group.images) - len(distinct):
-        kept = {tags.file for tags in distinct}
+        kept = {tags.file for tags in distinct.values()}
         name = next(_name(root, tags.file) for tags in group.images if tags.file not in kept)
         parts[0].findings.append(("file_repeated", f"{n_copies} copies of images, e.g. {name}", "used once"))
     return parts
-
-
-def _distinct(images: list[Tags]) -> list[Tags]:
-    """The images without copies, which have the identity and the geometry of an earlier one."""
-    kept: dict[tuple, Tags] = {}
-    for tags in images:
-        place = tags.position, tags.orientation, tags.rows, tags.columns, tags.frames
-        scan = tags.description, tags.echo_time, tags.repetition_time  # real SOPInstanceUIDs may collide
-        kept.setdefault((tags.sop_uid or str(tags.file), tags.instance_number, place, scan), tags)
-    return list(kept.values())
 
 
 def _by_content(images: list[Tags]) -> list[list[Tags]]:
@@ -221,12 +190,7 @@ def _by_content(images: list[Tags]) -> list[list[Tags]]:
 
 
 def _by_number(images: list[Tags]) -> list[list[Tags]]:
-    """Images in parts without repeated instance numbers: by folder, then the k-th image of a number in the k-th part.
-
-    Frames of multi-frame files have no numbers of their own.
-    """
-    if any(tags.frames > 1 for tags in images) or not _repeated_numbers(images):
-        return [images]
+    """Images by folder, then the k-th image of an instance number in the k-th part."""
     parts = defaultdict(list)
     times: Counter[tuple[Path, int | None]] = Counter()
     for tags in sorted(images, key=lambda tags: tags.acquisition_number or 0):
@@ -240,13 +204,6 @@ def _instance(tags: Tags) -> int | None:
     """The instance number that `dicom.read_series` gives an image: its own, otherwise the number in its file's name."""
     stem = tags.file.stem
     return tags.instance_number if tags.instance_number is not None else int(stem) if stem.isdecimal() else None
-
-
-def _repeated_numbers(images: list[Tags]) -> list[int]:
-    return sorted(n for n, times in Counter(map(_instance, images)).items() if n is not None and times > 1)
-
-
-# ---- types, ids and findings ---------------------------------------------------------------------------------------
 
 
 def _set_type(part: _Series) -> None:
@@ -294,19 +251,18 @@ def _free_id(wish: int | None, names: tuple[str, ...], taken: set[int]) -> int:
 def _set_ids(series: list[_Series]) -> None:
     """Set study_id and series_id. If two claim one id, the first in order keeps it and the other gets a hash."""
     studies: dict[tuple[str, tuple[str, ...]], int] = {}
-    taken: set[int] = set()
+    taken: dict[int | None, set[int]] = defaultdict(set)  # ids of studies (None), and of each study's series
     for part in series:
         kind, name = part.study[:2]
         key = part.split, part.study
         if key not in studies:
             wish = number_of(name) if kind else None
-            studies[key] = wish if kind == "folder" else _free_id(wish, part.study, taken)
-            taken.add(studies[key])
+            studies[key] = wish if kind == "folder" else _free_id(wish, part.study, taken[None])
+            taken[None].add(studies[key])
         part.study_id = studies[key]
-    taken_in: dict[int, set[int]] = defaultdict(set)
     for part in sorted(series, key=lambda part: bool(part.reason)):  # skipped parts come last and take no id
         wish = number_of(part.series.removeprefix(f"{part.study[1]}."))
-        part.series_id = _free_id(wish, (*part.study, part.series), taken_in[part.study_id])
+        part.series_id = _free_id(wish, (*part.study, part.series), taken[part.study_id])
 
 
 def _name(root: Path, file: Path) -> str:
@@ -325,8 +281,8 @@ def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: D
             action = TO_USE_IT.format(split=part.split) if part.reason == UNKNOWN_CONTRAST else "skipped"
             result.findings.append((*ids, "series_skipped", value, action))
             continue
-        line = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
-        result.series.append(line)
+        row = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
+        result.series.append(row)
         own = root / f"{part.split}_images" / str(ids[0]) / str(ids[1])
         if {file.parent for file in files} != {own} or counts[own] != len(files):
             result.files[ids] = files
@@ -339,22 +295,20 @@ def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: D
             result.findings.append((study_id, None, "study_uid_shared", value, "split by patient"))
 
 
-def _report_files(root: Path, series: list[_Series], read: _Files, result: Discovered) -> None:
+def _report_files(
+    root: Path, series: list[_Series], others: dict[Path, list], counts: Counter, result: Discovered
+) -> None:
     """Add the findings about files that are not DICOM or cannot be read."""
     owners = defaultdict(set)
     for part in series:
         for tags in part.images:
             owners[tags.file.parent].add((part.study_id, part.series_id))
-    for folder, others in read.others.items():
+    for folder, files in others.items():
         ids = owners[folder]
         study_id = next(iter(ids))[0] if len({study_id for study_id, _ in ids}) == 1 else None
         series_id = next(iter(ids))[1] if len(ids) == 1 else None
-        skipped = [file for file, reason in others if not (reason and ids)]
-        if skipped:
-            name = _name(root, skipped[0])
-            value = f"{len(skipped)} of {read.counts[folder]} files are not DICOM images, e.g. {name}"
+        if skipped := [_name(root, file) for file, reason in files if not (reason and ids)]:
+            value = f"{len(skipped)} of {counts[folder]} files are not DICOM images, e.g. {skipped[0]}"
             result.findings.append((study_id, None, "files_skipped", value, "skipped"))
-        for file, reason in others if ids else ():
-            if reason:
-                value = f"{_name(root, file)}: {reason}"
-                result.findings.append((study_id, series_id, "file_unusable", value, "file left out"))
+        reasons = [f"{_name(root, file)}: {reason}" for file, reason in files if reason and ids]
+        result.findings += [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]

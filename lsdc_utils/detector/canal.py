@@ -1,7 +1,5 @@
 """Canal points: the level that an axial slice shows, and canal points from the foramina where no canal was detected."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

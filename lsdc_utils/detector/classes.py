@@ -4,8 +4,6 @@ A class says no more than its image shows. Left and right follow from patient co
 slice from the canal points of the `scs` detector, so that no picture is asked to be in two classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

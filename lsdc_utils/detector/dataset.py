@@ -1,7 +1,5 @@
 """Data sets of the detectors in YOLO's format: boxes of labels, their copies on neighbouring slices, images."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path

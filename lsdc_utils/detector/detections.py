@@ -1,7 +1,5 @@
 """Prediction by a trained detector: patient points and class scores of the one-to-one head. Coordinates are LPS mm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a detector is shown of a series: the strip round the spine, with neighbouring slices as channels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

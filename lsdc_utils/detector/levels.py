@@ -1,7 +1,5 @@
 """From detections to the five levels of a study, and from these to severity rows. Coordinates are LPS mm."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Importing this module imports ultralytics, so `training.quiet_ultralytics` must have run before.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training of a detector by ultralytics' trainer, resumable from the last completed epoch, and its weights."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

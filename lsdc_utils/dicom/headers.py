@@ -5,8 +5,6 @@ sequences are counted. pydicom's read_dataset parses; text and numbers are conve
 way; pydicom.dcmread with pydicom's own conversion takes 0.28 ms and has no limits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

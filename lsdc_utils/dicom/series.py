@@ -4,8 +4,6 @@ Only positions and orientations are trusted. Instance numbers run either way, ha
 thickness differs from the distance of slices. Patient and pixel coordinates are those of lsdc_utils.geometry.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,14 +1,11 @@
 """Key images of an export: which image shows a row, and how a structured report can refer to it.
 
-A report refers to the sources if their UIDs are legal (PS3.5, 9.1) and no other file of the data has the same. The
-competition's are bare numbers and collide: study, series and instance then get UIDs derived from study, series and the
-file's bytes (2.25 and a UUID, PS3.5 B.2), and key images are written with them. Only geometry and contrast are taken
-from the sources' headers; the patient is named by the study's number in the data set.
+A report refers to the sources if their UIDs are legal (PS3.5, 9.1) and unique in the data. The competition's are bare
+numbers and collide: key images are then written with UIDs derived from study, series and the file's bytes (PS3.5 B.2),
+with only geometry and contrast of the sources' headers. The patient is named by the study's number in the data set.
 """
 
-from __future__ import annotations
-
-import functools
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -35,8 +32,10 @@ CONTRAST = ("ScanningSequence", "SequenceVariant", "EchoTime", "RepetitionTime",
             "SliceThickness", "SpacingBetweenSlices")  # fmt: skip
 EMPTY = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID",
          "ReferringPhysicianName")  # fmt: skip
+REQUIRED = ("EchoTime", "RepetitionTime", "EchoTrainLength", "SliceThickness", "PositionReferenceIndicator",
+            "ScanOptions", "MRAcquisitionType")  # fmt: skip
 
-UidCount = Callable[[str], int]  # number of files of the data with a SOP Instance UID
+UidCounts = Callable[[], Counter]  # gives `count_uids` of the data, where that is needed
 
 
 @dataclass(frozen=True)
@@ -50,36 +49,23 @@ class Key:
     point: tuple[float, float]
 
 
-def uid_counter(comp: Competition) -> UidCount:
-    """A function that counts the files of the data with a SOP Instance UID; its first call reads their headers."""
-
-    @functools.cache
-    def counts() -> Counter:
-        uids = Counter()
-        for row in comp.series.itertuples():
-            source = comp.source(row.split, row.study_id, row.series_id)
-            files = source.glob("*") if isinstance(source, Path) else source
-            uids.update(_uid(file) for file in files if file.is_file())
-        return uids
-
-    return lambda uid: counts()[uid]
+def count_uids(comp: Competition) -> Counter:
+    """Number of files of the data by SOP Instance UID, from their headers."""
+    uids = Counter()
+    for row in comp.series.itertuples():
+        source = comp.source(row.split, row.study_id, row.series_id)
+        for file in filter(Path.is_file, source.glob("*") if isinstance(source, Path) else source):
+            with contextlib.suppress(OSError, AttributeError, pydicom.errors.InvalidDicomError):
+                header = pydicom.dcmread(file, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
+                uids[str(header.SOPInstanceUID)] += 1
+    return uids
 
 
-def _uid(file: Path) -> str:
-    """The SOP Instance UID of a file; empty if it cannot be read."""
-    try:
-        return str(pydicom.dcmread(file, specific_tags=["SOPInstanceUID"], stop_before_pixels=True).SOPInstanceUID)
-    except (OSError, AttributeError, pydicom.errors.InvalidDicomError):
-        return ""
-
-
-def find_keys(comp: Competition, count_of: UidCount, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
+def find_keys(comp: Competition, counts: UidCounts, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
     """The image nearest to the point of each row that has one, by row id, and what could not be read."""
-    study = int(rows["study_id"].iloc[0])
-    split = BLOCKS[rows["block"].iloc[0]]
-    series_table = comp.series[(comp.series["study_id"] == study) & (comp.series["split"] == split)]
+    study, split = int(rows["study_id"].iloc[0]), BLOCKS[rows["block"].iloc[0]]
     keys, problems = {}, []
-    for series_type, described in series_table.groupby("series_type", sort=True):
+    for series_type, described in comp.series.query("study_id == @study and split == @split").groupby("series_type"):
         wanted = [r for r in rows.itertuples() if GROUPS[r.group].series_type == series_type and r.X == r.X]
         read = []
         for series_id in described["series_id"] if wanted else ():
@@ -88,14 +74,14 @@ def find_keys(comp: Competition, count_of: UidCount, rows: pd.DataFrame) -> tupl
             except DicomError as error:
                 problems.append(str(error))
         for row in wanted if read else ():
-            places = [(series.to_pixel(row.X, row.Y, row.Z), series_id, series) for series_id, series in read]
-            (n, x, y, off), series_id, series = min(places, key=lambda place: place[0][3])
+            places = [(*series.to_pixel(row.X, row.Y, row.Z), series_id, series) for series_id, series in read]
+            n, x, y, off, series_id, series = min(places, key=lambda place: place[3])
             if off <= REACH:
-                keys[row.row_id] = _key(count_of, study, series_id, series, n, (x, y))
+                keys[row.row_id] = _key(counts, study, series_id, series, n, (x, y))
     return keys, problems
 
 
-def _key(count_of: UidCount, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
+def _key(counts: UidCounts, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
     """One image and how to refer to it: by its own UIDs if they are legal and unique, else by new ones."""
     image, pixels = series.slices[n], series.pixels[n]
     source = pydicom.dcmread(image.file, stop_before_pixels=True)
@@ -106,7 +92,7 @@ def _key(count_of: UidCount, study: int, series_id: int, series: Series, n: int,
     names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
     own = before = {name: str(source.get(name, "")) for name in names}
     legal = all(LEGAL_UID.fullmatch(uid) and len(uid) <= 64 for uid in own.values())
-    if legal and count_of(own["SOPInstanceUID"]) == 1:
+    if legal and counts()[own["SOPInstanceUID"]] == 1:
         pixels = None
     else:
         place = f"{study}/{series_id}"
@@ -129,13 +115,13 @@ def new_uid(content: str | bytes) -> str:
     return f"2.25.{int.from_bytes(digest, 'big')}"
 
 
-def write_images(keys: dict[str, Key], folder: Path, when: datetime) -> None:
+def write_images(keys: list[Key], folder: Path, when: datetime) -> None:
     """Write the images with new UIDs to images/, and the table of their sources."""
     (folder / "images").mkdir()
     lines = []
-    for number, key in enumerate(keys.values(), 1):
+    for number, key in enumerate(keys, 1):
         name = f"images/{number}.dcm"
-        make_image(key, number, when).save_as(folder / name, enforce_file_format=True)
+        _make_image(key, number, when).save_as(folder / name, enforce_file_format=True)
         line = {"image": name, "file": "/".join(key.image.file.parts[-3:]), "frame": key.image.frame + 1}
         for word in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
             line |= {f"{word}_before": key.before[word], word: key.header[word].value}
@@ -143,7 +129,7 @@ def write_images(keys: dict[str, Key], folder: Path, when: datetime) -> None:
     pd.DataFrame(lines).to_csv(folder / "uids.csv", index=False)
 
 
-def make_image(key: Key, number: int, when: datetime) -> Dataset:
+def _make_image(key: Key, number: int, when: datetime) -> Dataset:
     """A key image as an MR image (PS3.3, A.4) with its source's geometry, contrast and values only."""
     header, image = Dataset(), key.image
     header.update(key.header)
@@ -152,11 +138,8 @@ def make_image(key: Key, number: int, when: datetime) -> Dataset:
     header.Manufacturer = ""
     header.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
     header.BodyPartExamined, header.PatientPosition = "LSPINE", "HFS"
-    for name in ("PositionReferenceIndicator", "ScanOptions", "MRAcquisitionType"):
-        setattr(header, name, "")
-    for name in ("EchoTime", "RepetitionTime", "EchoTrainLength", "SliceThickness"):
-        if name not in header:
-            setattr(header, name, None)
+    for name in REQUIRED:
+        setattr(header, name, header.get(name))
     header.ScanningSequence = header.get("ScanningSequence") or "RM"
     header.SequenceVariant = header.get("SequenceVariant") or "NONE"
     header.ContentDate, header.ContentTime = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
@@ -166,18 +149,13 @@ def make_image(key: Key, number: int, when: datetime) -> Dataset:
     directions = geometry.unit(image.affine[:3, :2].T)
     header.ImageOrientationPatient = [f"{value:.6f}"[:16] for value in directions.ravel()]
     header.PixelSpacing = [f"{value:.6f}"[:16] for value in image.spacing[::-1]]
-    _set_pixels(header, key.pixels)
-    return header
-
-
-def _set_pixels(header: Dataset, pixels: np.ndarray) -> None:
-    """Values as 16 bits: unchanged if they fit, else scaled to 12 bits; MR signal has no unit."""
-    whole = np.round(np.nan_to_num(pixels.astype(np.float64)))
-    if whole.min() < -(2**15) or whole.max() >= 2**15 or not np.array_equal(whole, pixels):
-        low, high = float(pixels.min()), float(pixels.max())
-        whole = np.round((pixels - low) / max(high - low, 1e-12) * 4095)
+    # 16 bits: unchanged if the values fit, else scaled to 12 bits; MR signal has no unit.
+    whole = np.round(np.nan_to_num(key.pixels.astype(np.float64)))
+    if whole.min() < -(2**15) or whole.max() >= 2**15 or not np.array_equal(whole, key.pixels):
+        whole = np.round(np.interp(key.pixels, (key.pixels.min(), key.pixels.max()), (0, 4095)))
     low, high = np.percentile(whole, (1, 99))
     header.WindowCenter, header.WindowWidth = int((low + high) / 2), max(1, int(high - low))
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
     header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
     header.PixelData = whole.astype("<i2").tobytes()
+    return header

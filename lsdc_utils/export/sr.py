@@ -1,13 +1,11 @@
 """Grades of one study as a DICOM structured report: template TID 1500 (PS3.16) with codes of SNOMED CT."""
 
-from __future__ import annotations
-
 from datetime import datetime
 
 import numpy as np
 import pandas as pd
 from highdicom import sr
-from pydicom.dataset import Dataset
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
@@ -39,9 +37,9 @@ SOURCES = {name: Code(f"FROM{k}", SCHEME, words) for k, (name, words) in enumera
 def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.ComprehensiveSR:
     """The 25 rows of a study as an unverified structured report by TID 1500, observed by a device."""
     study_uid, version = next(iter(keys.values())).header.StudyInstanceUID, git_commit()
-    names = {"name": NAME, "manufacturer_name": "lsdc_utils", "model_name": NOTICE}
-    device = sr.DeviceObserverIdentifyingAttributes(uid=new_uid(NAME), **names)
+    device = sr.DeviceObserverIdentifyingAttributes(new_uid(NAME), NAME, "lsdc_utils", model_name=NOTICE)
     observer = sr.ObserverContext(codes.DCM.Device, device)
+    scheme = CodingSchemeIdentificationItem(SCHEME, f"Private codes of {NAME}", responsible_organization="lsdc_utils")
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
         procedure_reported=Code("113091000", "SCT", "Magnetic resonance imaging"),
@@ -56,16 +54,12 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.
         sop_instance_uid=new_uid(f"{study_uid}/report/{rows.to_csv(index=False)}"),
         instance_number=1,
         manufacturer="lsdc_utils",
+        manufacturer_model_name=NAME,
+        software_versions=version,
+        series_description=NOTICE,
+        coding_schemes=[scheme],
         is_complete=True,
-        is_final=False,
-        is_verified=False,
     )
-    report.SeriesDescription = NOTICE
-    report.SoftwareVersions, report.ManufacturerModelName = version, NAME
-    scheme = Dataset()
-    scheme.CodingSchemeDesignator, scheme.CodingSchemeName = SCHEME, f"Private codes of {NAME}"
-    scheme.CodingSchemeResponsibleOrganization = "lsdc_utils"
-    report.CodingSchemeIdentificationSequence = [scheme]
     # The time of the scores, not of the export: the same grades give the same file.
     for dataset in (report, *report.ContributingEquipmentSequence):
         for element in dataset:
@@ -77,18 +71,16 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.
 def _finding(row, key: Key | None, study_uid: str, version: str) -> sr.MeasurementsAndQualitativeEvaluations:
     """One row: site, level and side, grade, three probabilities, source, and its point."""
     name = f"{LEVEL_NAMES[LEVELS.index(row.level)]} {SHORT_NAMES[row.condition]}"
-    chances = (getattr(row, severity) for severity in SEVERITIES)
+    measurements = [
+        sr.Measurement(code, round(getattr(row, severity), 6), codes.UCUM.NoUnits)
+        for code, severity in zip(CHANCES, SEVERITIES, strict=True)
+    ]
     common = {
         "tracking_identifier": sr.TrackingIdentifier(new_uid(f"{study_uid}/{row.condition}/{row.level}"), name),
         "finding_type": FINDINGS[row.group],
-        "finding_sites": [
-            sr.FindingSite(SITES[row.group], SIDE_CODES[row.side], topographical_modifier=LEVEL_CODES[row.level])
-        ],
+        "finding_sites": [sr.FindingSite(SITES[row.group], SIDE_CODES[row.side], LEVEL_CODES[row.level])],
         "algorithm_id": sr.AlgorithmIdentification(NAME, version=version),
-        "measurements": [
-            sr.Measurement(name=code, value=round(float(chance), 6), unit=codes.UCUM.NoUnits)
-            for code, chance in zip(CHANCES, chances, strict=True)
-        ],
+        "measurements": measurements,
         "qualitative_evaluations": [
             sr.QualitativeEvaluation(codes.SCT.Severity, GRADES[row.grade]),
             sr.QualitativeEvaluation(Code("SOURCE", SCHEME, "Source of the row"), SOURCES[row.source]),

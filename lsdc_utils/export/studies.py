@@ -6,8 +6,7 @@ exports/<study>/images/      key images, only where the sources' own UIDs cannot
 exports/<study>/uids.csv     their sources: file, frame and UIDs before and after
 """
 
-from __future__ import annotations
-
+import functools
 import shutil
 from collections.abc import Iterable
 from datetime import datetime
@@ -16,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from lsdc_utils.data.competition import Competition
-from lsdc_utils.export.images import UidCount, find_keys, uid_counter, write_images
+from lsdc_utils.export.images import UidCounts, count_uids, find_keys, write_images
 from lsdc_utils.export.sr import make_report
 from lsdc_utils.grading.run_tables import BLOCKS, read_data, read_graded, read_recipe
 
@@ -31,7 +30,6 @@ def export_studies(
     """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study.
 
     study_ids: graded studies; default: the test studies, or all graded out of fold if there are none.
-    A study's folder appears complete or not at all, and replaces an earlier one.
     Columns: study_id, block, images_referred (in the SR), images_written, problem (what could not be read).
     RunError if the run is not finished or was made by older code; ExportError if it did not grade a study.
     """
@@ -44,37 +42,35 @@ def export_studies(
         raise ExportError(f"the run in {run} has no grades: run it to 05_ensemble_inference")
     comp, folder = read_data(run), Path(out or run / "exports")
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
-    default = "test" if len(tables.get("test", ())) else "oof"
-    asked = [study for study, block in known.items() if block == default] if study_ids is None else list(study_ids)
+    last = max(known.values(), default="")  # "test" comes after "oof"
+    asked = [study for study, block in known.items() if block == last] if study_ids is None else list(study_ids)
     if unknown := [str(study) for study in asked if study not in known]:
         raise ExportError(f"the run in {run} did not grade {', '.join(unknown)}")
     when = datetime.fromtimestamp((run / "scores.json").stat().st_mtime)
-    count_of, lines = uid_counter(comp), []
+    counts, lines = functools.cache(lambda: count_uids(comp)), []
     for number, study in enumerate(sorted(asked), 1):
         rows = tables[known[study]].query("study_id == @study")
-        lines.append(_export_study(comp, count_of, rows, folder / str(study), when))
+        lines.append(_export_study(comp, counts, rows, folder / str(study), when))
         if number % 20 == 0:
             print(f"exported study {number}/{len(asked)}", flush=True)
     return pd.DataFrame(lines, columns=["study_id", "block", "images_referred", "images_written", "problem"])
 
 
-def _export_study(comp: Competition, count_of: UidCount, rows: pd.DataFrame, folder: Path, when: datetime) -> tuple:
-    """Write one study's folder; returns its row of `export_studies`."""
-    study, block = int(rows["study_id"].iloc[0]), rows["block"].iloc[0]
+def _export_study(comp: Competition, counts: UidCounts, rows: pd.DataFrame, folder: Path, when: datetime) -> tuple:
+    """Write one study's folder, complete or not at all; returns its row of `export_studies`."""
     beside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     rows.drop(columns=["block"]).to_csv(beside / "grades.csv", index=False, float_format="%.6f")
-    keys, problems = find_keys(comp, count_of, rows)
+    keys, problems = find_keys(comp, counts, rows)
     new = {key.header.SOPInstanceUID: key for key in keys.values() if key.pixels is not None}
     if keys:
-        report = make_report(rows, keys, when)
-        report.save_as(beside / "sr.dcm", enforce_file_format=True)
-        if new:
-            write_images(new, beside, when)
+        make_report(rows, keys, when).save_as(beside / "sr.dcm", enforce_file_format=True)
     else:
         problems.append("no image to refer to, so no sr.dcm was written")
+    if new:
+        write_images(list(new.values()), beside, when)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
-    referred = len({key.header.SOPInstanceUID for key in keys.values()})
-    return study, block, referred, len(new), "; ".join(problems)
+    referred = {key.header.SOPInstanceUID for key in keys.values()}
+    return *rows[["study_id", "block"]].iloc[0], len(referred), len(new), "; ".join(problems)

@@ -6,8 +6,6 @@ with a weight a_m for each model and a bias for moderate and severe, by conditio
 weight, so a model that knows nothing falls to the prior, and it takes the place of a model without evidence for a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import TypedDict
 

@@ -3,8 +3,6 @@
 All functions but `difference` take judged rows (`judge`), in the same order for every model.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection
 

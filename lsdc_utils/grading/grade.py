@@ -3,8 +3,6 @@
 `published.grade` has the same functions for the published method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

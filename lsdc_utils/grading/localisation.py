@@ -4,8 +4,6 @@
 on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

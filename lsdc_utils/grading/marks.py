@@ -4,8 +4,6 @@ Marks are rows of a table: study_id, condition, group (nfn, scs, ss), level, X, 
 point), grade (0, 1, 2, or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

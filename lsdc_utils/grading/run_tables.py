@@ -1,7 +1,5 @@
 """What a finished run holds: its models and blend, and one tidy table of graded rows for pages, viewers and exports."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path

@@ -1,11 +1,10 @@
 """A lumbar spine as a continuous function of place: shapes in millimetres, disease driven by 25 narrowing latents.
 
-Every point of the patient (LPS mm: x to the left, y to the back, z to the head) is first expressed along the spine:
-`s` runs up the posterior wall of the vertebral bodies (0 at the disc L3/L4), `v` is the distance behind that wall and
-`u` the distance to the left of the midline. In these coordinates the spine is straight, and whatever changes along it
-(sizes, discs, narrowing) is a table over `s`. Lordosis, scoliosis and slips only change the curve.
+Every point of the patient (LPS mm) is first expressed along the spine: `s` runs up the posterior wall of the vertebral
+bodies (0 at the disc L3/L4), `v` is the distance behind that wall, `u` the distance to the left of the midline. Sizes,
+discs and narrowing are tables over `s`; lordosis, scoliosis and slips only change the curve.
 
-A narrowing n in [0, 1] sets one size on the body, by the same function at every level and in every body:
+A narrowing n in [0, 1] sets one size, by the same function at every level and in every body, in an envelope of its own:
 
 - canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
   narrow, below about 75 mm2 as severely narrow (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
@@ -15,13 +14,8 @@ A narrowing n in [0, 1] sets one size on the body, by the same function at every
 - recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
   (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
-Each of the 25 places has its own envelope of fixed size: narrowing one changes nothing in another.
-
-Levels are named from below: L5/S1 is the lowest disc that has at least half the height of the one above it. A flatter
-one below it is a remnant in the sacrum; it is not counted, though a transitional vertebra may make it easy to see.
+Levels are named from below: L5/S1 is the lowest disc with at least half the height of the one above it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +27,6 @@ from numpy.typing import ArrayLike
 from lsdc_utils.vocabulary import COLUMNS, LEVELS
 
 Array = np.ndarray
-Along = Callable[[ArrayLike], Array]  # values at the 13 discs -> values over AXIS
 
 STEP = 0.25  # mm between entries of the tables along the spine
 AXIS = np.arange(-150, 200, STEP)  # s of the entries
@@ -72,7 +65,7 @@ class Body:
     @staticmethod
     def draw(
         rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None
-    ) -> Body:
+    ) -> "Body":
         """Build a patient around 25 narrowings in [0, 1]. True and False force and forbid a slip or a transitional
         vertebra. Narrowings and switches change nothing else about the patient that a generator gives."""
         narrowing = np.asarray(narrowing, float)
@@ -96,9 +89,8 @@ class Body:
     def points(self) -> Array:
         """The true place of each of COLUMNS: (25, 3) LPS mm."""
         levels = self.discs[FIRST : FIRST + 5]
-        up = np.array([0.0] * 5 + [9.0] * 10 + [0.0] * 10)
-        side = np.array([0.0] * 5 + [1.0] * 5 + [-1.0] * 5 + [1.0] * 5 + [-1.0] * 5)
-        u = side * np.array([0.0] * 5 + [18.0] * 10 + [RECESS[0]] * 10)
+        up = np.repeat([0.0, 9.0, 9.0, 0.0, 0.0], 5)
+        u = np.repeat([0.0, 18.0, -18.0, RECESS[0], -RECESS[0]], 5)
         canal = np.interp(levels, AXIS, self.tables["sac_v"]) - 1.5
         v = np.concatenate([canal, [2.5] * 10, [RECESS[1]] * 10])
         return self.to_patient(u, v, np.tile(levels, 5) + up)
@@ -113,7 +105,8 @@ class Body:
         """Sizes as built, (25,) in the order of COLUMNS: sac area mm2, foramen area mm2, recess depth mm."""
         index = np.rint((self.discs[FIRST : FIRST + 5] - AXIS[0]) / STEP).astype(int)
         canal = np.pi * self.tables["sac_a"][index] * self.tables["sac_b"][index]
-        foramen = [foramen_area(n) for n in self.narrowing[5:15]]
+        t = np.linspace(FORAMEN[1], FORAMEN[0], 200)
+        foramen = [2 * np.trapezoid(foramen_half_width(t, narrowing), t) for narrowing in self.narrowing[5:15]]
         recess = 2 * self.tables["recess_b"][:, index].ravel()
         return np.concatenate([canal, foramen, recess])
 
@@ -227,7 +220,6 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
     t = AXIS - discs[near]
 
     def along(values: ArrayLike) -> Array:
-        """Values given by disc, from head to foot, at the places of AXIS."""
         return np.interp(AXIS, order, np.asarray(values, float)[::-1])
 
     above = np.where(t >= 0, near - 1, near).clip(0, discs.size - 2)  # a vertebra lies between discs above, above + 1
@@ -248,12 +240,11 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
     }
     out |= _narrow_tables(discs, narrowing, traits, along)
     out["facet_fluid"] = traits["facet_fluid"][:, near]
-    tip = discs[FIRST] + traits["conus"]
-    out["cord"] = np.clip((AXIS - tip) / 22, 0, 1) ** 0.6
+    out["cord"] = np.clip((AXIS - (discs[FIRST] + traits["conus"])) / 22, 0, 1) ** 0.6
     return {name: np.ascontiguousarray(values, np.float32) for name, values in out.items()}
 
 
-def _narrow_tables(discs: Array, narrowing: Array, traits: dict[str, Any], along: Along) -> dict[str, Array]:
+def _narrow_tables(discs: Array, narrowing: Array, traits: dict[str, Any], along: Callable) -> dict[str, Array]:
     """Tables of the sac, the recesses and the foramina: what the 25 narrowings change."""
     levels = discs[FIRST : FIRST + 5]
     taper = along([0.95, 0.95, 0.95, 1, 1, 1, 1, 1, 1, 0.8, 0.5, 0.15, 0.0])  # the sac ends at S2
@@ -261,24 +252,24 @@ def _narrow_tables(discs: Array, narrowing: Array, traits: dict[str, Any], along
     size = is_level + (1 - is_level) * traits["canal"]
     canal = sum(n * _bump(AXIS - d, 3.5, 9.5) for n, d in zip(narrowing[:5], levels, strict=True))
     scale = 1 - SAC_SHRINK * canal
-    out = {
-        "sac_a0": SAC[0] * taper * size * (1 + 0.12 * (1 - is_level)),
-        "sac_b0": SAC[1] * taper * size,
-        "sac_v": along([8.1] * 7 + [8.5, 10.3, 7.0, 5.0, 3.5, 3.0]),  # its middle; fat lies in front of it at L5/S1
-    }
-    out["sac_a"] = out["sac_a0"] * scale**0.7
-    out["sac_b"] = out["sac_b0"] * scale**1.3
-    out["canal"] = canal
+    wide, deep = SAC[0] * taper * size * (1 + 0.12 * (1 - is_level)), SAC[1] * taper * size
     sides = narrowing[5:].reshape(2, 2, 5)  # foramen, recess; left, right; level
     index = np.abs(AXIS[:, None] - levels).argmin(1)
-    at_recess = _bump(AXIS - levels[index], 3.5, 9.5)
-    out["recess_n"] = sides[1][:, index] * at_recess
-    out["recess_b"] = RECESS[3] * (1 - RECESS_SHRINK * out["recess_n"])
-    out["recess_open"] = np.broadcast_to(_bump(AXIS - levels[index], 6.5, 11), out["recess_n"].shape)
+    recess = sides[1][:, index] * _bump(AXIS - levels[index], 3.5, 9.5)
     gap = np.abs(AXIS[:, None] - (levels + 5.5)).argmin(1)
-    out["foramen_n"] = sides[0][:, gap]
-    out["foramen_t"] = AXIS - levels[gap]
-    return out
+    return {
+        "sac_a0": wide,
+        "sac_b0": deep,
+        "sac_v": along([8.1] * 7 + [8.5, 10.3, 7.0, 5.0, 3.5, 3.0]),  # its middle; fat lies in front of it at L5/S1
+        "sac_a": wide * scale**0.7,
+        "sac_b": deep * scale**1.3,
+        "canal": canal,
+        "recess_n": recess,
+        "recess_b": RECESS[3] * (1 - RECESS_SHRINK * recess),
+        "recess_open": np.broadcast_to(_bump(AXIS - levels[index], 6.5, 11), recess.shape),
+        "foramen_n": sides[0][:, gap],
+        "foramen_t": AXIS - levels[gap],
+    }
 
 
 def foramen_half_width(t: Array, narrowing: Array) -> Array:
@@ -289,9 +280,3 @@ def foramen_half_width(t: Array, narrowing: Array) -> Array:
     inside = np.clip(place * (1 - place), 0, None)
     shape = 2 * np.sqrt(inside) * (0.62 + 0.38 * np.clip(place * 1.5, 0, 1))
     return widest * shape * (1 - FORAMEN_WIDTH_LOSS * narrowing * np.clip(1.15 - 0.3 * place, 0, 1))
-
-
-def foramen_area(narrowing: float) -> float:
-    """Area (mm2) of a foramen in its sagittal plane."""
-    t = np.linspace(FORAMEN[1], FORAMEN[0], 200)
-    return float(2 * np.trapezoid(foramen_half_width(t, np.float64(narrowing)), t))

@@ -4,20 +4,18 @@ They are assembled by hand (DICOM PS3.5, section 7.1.2, explicit VR little endia
 thousands of them, and a general writer takes twice the time of the compression itself.
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 
 import numpy as np
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.encaps import encapsulate
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, RLELossless
 from rle.utils import encode_frame
 
 from lsdc_utils import geometry
 
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"  # what the real files' meta header names, though each holds one frame
-UNDEFINED = 0xFFFFFFFF  # length of encapsulated pixel data
 
 
 def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray, header: dict) -> None:
@@ -51,11 +49,12 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray, header: dict
         "TransferSyntaxUID": RLELossless,
         "ImplementationClassUID": PYDICOM_IMPLEMENTATION_UID,
     }
-    version = struct.pack("<HH2sHI", 2, 1, b"OB", 0, 2) + b"\0\1"
-    group = version + _encode(meta)
+    group = struct.pack("<HH2sHI", 2, 1, b"OB", 0, 2) + b"\0\1" + _encode(meta)
     length = struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group))
     frame = bytes(encode_frame(np.ascontiguousarray(pixels, dtype="<u2").tobytes(), rows, columns, 1, 16, "<"))
-    path.write_bytes(b"\0" * 128 + b"DICM" + length + group + _encode(elements) + _fragments(frame))
+    start = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)  # Pixel Data of undefined length
+    content = start + encapsulate([frame], has_bot=False) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    path.write_bytes(b"\0" * 128 + b"DICM" + length + group + _encode(elements) + content)
 
 
 def _encode(elements: dict) -> bytes:
@@ -70,14 +69,6 @@ def _encode(elements: dict) -> bytes:
             content += (b"\0" if vr == "UI" else b" ") * (len(content) % 2)
         parts.append(struct.pack("<HH2sH", tag >> 16, tag & 0xFFFF, vr.encode(), len(content)) + content)
     return b"".join(parts)
-
-
-def _fragments(frame: bytes) -> bytes:
-    """Pixel Data of one compressed frame: an empty offset table, the frame at an even length, the delimiter."""
-    frame += b"\0" * (len(frame) % 2)
-    item, end = struct.pack("<HHI", 0xFFFE, 0xE000, len(frame)), struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    head = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, UNDEFINED) + struct.pack("<HHI", 0xFFFE, 0xE000, 0)
-    return head + item + frame + end
 
 
 def _decimals(values: np.ndarray) -> list[str]:

@@ -4,12 +4,9 @@ A study's latent is a vector of 25 correlated normal numbers z; the narrowing of
 for an open and 1 for a closed passage. A reader sees u with an error e and grades u + e against two cut-offs that are
 the same for every level and side of a condition group. `a_c` and `b_c` are solved so that labels have the prevalence of
 the real column *after* that error, and the correlation of z so that any two columns of labels have the real Spearman
-correlation, also after it. Real figures: `facts.json`, counted from the competition's public tables.
-
-What the cut-offs mean in millimetres is written in `body.py`, which builds the anatomy from the narrowing.
+correlation, also after it. Real figures: `facts.json`, counted from the competition's public tables. `body.py` says
+what the cut-offs mean in millimetres.
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -48,15 +45,6 @@ class Grades:
     oracle: np.ndarray
 
 
-@dataclass(frozen=True)
-class LatentModel:
-    """Solved from the facts: offset a (25,), slope b (25,) and correlation (25, 25) of the normal latent."""
-
-    offset: np.ndarray
-    slope: np.ndarray
-    correlation: np.ndarray
-
-
 @functools.cache
 def real_facts() -> dict:
     """Aggregate facts of the real training set, stored in `facts.json`."""
@@ -71,15 +59,16 @@ def real_prevalence() -> np.ndarray:
 
 def draw_grades(n: int, seed: int | Sequence[int]) -> Grades:
     """Draw the grades of `n` studies. The first m rows of a longer draw are the draw of m with the same seed."""
-    model, (latent_rng, _) = latent_model(), _streams(seed)
-    z = latent_rng.standard_normal((n, len(COLUMNS))) @ np.linalg.cholesky(model.correlation).T
-    narrowing = ndtr(model.offset + model.slope * z)
+    offset, slope, correlation = latent_model()
+    latent_rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
+    z = latent_rng.standard_normal((n, len(COLUMNS))) @ np.linalg.cholesky(correlation).T
+    narrowing = ndtr(offset + slope * z)
     return grade(np.round(narrowing, 6), seed)  # rounded, so that the last bits of a matrix product cannot matter
 
 
 def grade(narrowing: np.ndarray, seed: int | Sequence[int]) -> Grades:
     """The grades of studies with this narrowing (n, 25), read as by `draw_grades` with this seed."""
-    _, reader_rng = _streams(seed)
+    reader_rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[1])
     return Grades(narrowing, read(narrowing, reader_rng), oracle(narrowing))
 
 
@@ -100,11 +89,9 @@ def oracle(narrowing: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def latent_model() -> LatentModel:
-    """Solve offset, slope and correlation of the latent for the real prevalences and Spearman correlations.
-
-    Rounded to six decimals, so that the phantom does not depend on the number of threads of the linear algebra.
-    """
+def latent_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offset a (25,), slope b (25,) and correlation (25, 25) of the latent, solved for the real prevalences and
+    correlations; rounded to six decimals, so that the threads of the linear algebra cannot matter."""
     offset, slope = np.array([_solve_column(c) for c in range(len(COLUMNS))]).T
     spearman, steps = _label_spearman(offset, slope)
     wanted = np.array(real_facts()["label_spearman"])
@@ -118,13 +105,13 @@ def latent_model() -> LatentModel:
         for i, j in pairs:
             if abs(np.interp(nearest[i, j], steps, spearman[:, i, j]) - wanted[i, j]) > TOLERATED:
                 target[i, j] = target[j, i] = target[i, j] + latent[i, j] - nearest[i, j]
-    return LatentModel(offset.round(6), slope.round(6), nearest_correlation(target).round(6))
+    return offset.round(6), slope.round(6), nearest_correlation(target).round(6)
 
 
-def nearest_correlation(matrix: np.ndarray, iterations: int = 200) -> np.ndarray:
+def nearest_correlation(matrix: np.ndarray) -> np.ndarray:
     """Nearest positive-definite correlation matrix (Higham, IMA J. Numer. Anal. 22, 2002: alternating projections)."""
     current, correction = matrix.copy(), np.zeros_like(matrix)
-    for _ in range(iterations):
+    for _ in range(200):
         projected = _lift_eigenvalues(current - correction)
         correction = projected - (current - correction)
         current = projected.copy()
@@ -139,10 +126,6 @@ def _lift_eigenvalues(matrix: np.ndarray) -> np.ndarray:
     return (vectors * np.maximum(values, SMALLEST_EIGENVALUE)) @ vectors.T
 
 
-def _streams(seed: int | Sequence[int], n: int = 2) -> list[np.random.Generator]:
-    return [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(n)]
-
-
 def _solve_column(column: int) -> tuple[float, float]:
     """Offset and slope of one column: two unknowns for two shares, moderate or worse and severe."""
     prevalence = real_prevalence()[column]
@@ -151,7 +134,6 @@ def _solve_column(column: int) -> tuple[float, float]:
     weights /= weights.sum()
 
     def miss(unknown: np.ndarray) -> np.ndarray:
-        """Error of both shares, as normal quantiles, for offset and log slope (2,)."""
         narrowing = ndtr(unknown[0] + np.exp(unknown[1]) * _GRID)
         exceeds = ndtr((narrowing - _CUTS[column][:, None]) / _NOISE[column])
         return ndtri(np.clip(exceeds @ weights, 1e-9, 1 - 1e-9)) - wanted

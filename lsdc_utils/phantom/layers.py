@@ -5,8 +5,6 @@ which points, the share of each that the tissue covers (edges are `soft` mm wide
 and the tissue's name. Numbers without a comment are millimetres of an adult lumbar spine.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,12 +41,12 @@ class Points:
     index: Array | slice
 
     @staticmethod
-    def of(body: Body, u: Array, v: Array, s: Array, soft: float) -> Points:
+    def of(body: Body, u: Array, v: Array, s: Array, soft: float) -> "Points":
         """Points from spine coordinates."""
         place = unit((s - AXIS[0].item()) / (STEP * (AXIS.size - 1))) * (AXIS.size - 1) + 0.5
         return Points(body, u, v, s, np.abs(u), place.astype(np.int32), soft, ALL)
 
-    def pick(self, mask: Array) -> Points:
+    def pick(self, mask: Array) -> "Points":
         """The points where `mask` holds."""
         i = np.flatnonzero(mask)
         parts = (a[i] for a in (self.u, self.v, self.s, self.out, self.place))
@@ -90,15 +88,25 @@ def texture(body: Body, affine: Array, rows: int, cols: int) -> tuple[Array, Arr
 
 def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Iterator[Layer]:
     """Belly, vessels, muscles, fat and air on a ground of fat; skin: depth of the points under the skin of the back."""
-    p, body = points, points.body
-    traits = body.traits
+    p, traits = points, points.body.traits
     front = p.v + traits["front"] - 0.004 * p.u**2 + 2 * coarse
     loops = unit(0.12 * (np.hypot(0.7 * p.u, p.v + 17) - 21 - 1.5 * fine))
     yield ALL, unit(1 - 0.15 * p.v) * unit(0.7 * coarse + 0.9) * loops, "bowel"
     low = np.minimum(unit(0.85 - p.s * 0.008) + 0.35, 1.2)
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
-    yield from _back(p, skin, coarse, fine)
+    fat = p.table("fat")  # of the back, over its fascia
+    square = ((p.out - 62) / 15) ** 2 + ((p.v - 1) / 10) ** 2  # quadratus lumborum
+    yield p.layer((1 - np.sqrt(square)) * 10, "muscle")
+    x2, y2 = np.minimum(((p.out - 31) / 33) ** 2, 1.25), np.minimum(((p.v - 32) / 31) ** 2, 1.25)
+    depth = least((1 - np.sqrt(x2 + y2 - 0.8 * x2 * y2)) * 30, skin - fat - 1.5)  # of the erector spinae
+    yield p.layer(depth, "muscle")
+    deep = 0.3 * unit(1 - 0.04 * p.v) + 0.5 * unit(-0.02 * p.s - 0.1)
+    streaks = unit((0.7 * fine + 0.5 * coarse - 1.5 + traits["muscle_fat"] + deep) * 0.6)
+    septum = 0.55 * unit(1 - np.abs(p.out - 27 - 3 * coarse) * 0.5) * unit(p.v * 0.1 - 1)
+    yield ALL, p.cover(depth - 1) * np.maximum(streaks, septum) * 0.8, "fat"
+    yield p.layer(least(1.0 - np.abs(skin - fat), 85 - p.out), "ligament", 0.8)
+    yield p.layer(2.0 - skin, "muscle", 0.8)  # skin itself
     fork = unit((p.s + 40) * 0.125)
     below = np.maximum(-40 - p.s, 0)
     ahead = p.v + p.table("depth") + 10 - 0.3 * below
@@ -108,22 +116,6 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
         yield p.layer(radius * traits["vessel"] * (0.75 + 0.25 * fork) - distance, "vessel")
     yield p.layer(14 + coarse * 2 - front, "fat")
     yield p.layer(np.maximum(-skin, -front), "air")
-
-
-def _back(p: Points, skin: Array, coarse: Array, fine: Array) -> Iterator[Layer]:
-    """Erector spinae and quadratus lumborum with streaks of fat, under the fascia and the fat of the back."""
-    fat = p.table("fat")
-    square = ((p.out - 62) / 15) ** 2 + ((p.v - 1) / 10) ** 2
-    yield p.layer((1 - np.sqrt(square)) * 10, "muscle")
-    x2, y2 = np.minimum(((p.out - 31) / 33) ** 2, 1.25), np.minimum(((p.v - 32) / 31) ** 2, 1.25)
-    depth = least((1 - np.sqrt(x2 + y2 - 0.8 * x2 * y2)) * 30, skin - fat - 1.5)
-    yield p.layer(depth, "muscle")
-    deep = 0.3 * unit(1 - 0.04 * p.v) + 0.5 * unit(-0.02 * p.s - 0.1)
-    streaks = unit((0.7 * fine + 0.5 * coarse - 1.5 + p.body.traits["muscle_fat"] + deep) * 0.6)
-    septum = 0.55 * unit(1 - np.abs(p.out - 27 - 3 * coarse) * 0.5) * unit(p.v * 0.1 - 1)
-    yield ALL, p.cover(depth - 1) * np.maximum(streaks, septum) * 0.8, "fat"
-    yield p.layer(least(1.0 - np.abs(skin - fat), 85 - p.out), "ligament", 0.8)
-    yield p.layer(2.0 - skin, "muscle", 0.8)  # skin itself
 
 
 def paint(points: Points) -> Iterator[Layer]:
@@ -145,7 +137,17 @@ def _column(points: Points) -> Iterator[Layer]:
     in_disc = half - np.abs(t)
     yield p.layer(inside, "cortex")
     yield p.layer(least(inside - 0.9, -0.8 - in_disc), "marrow")
-    yield from _marrow_findings(p.pick(inside > 0.5))
+    marrow = p.pick(inside > 0.5)  # endplate change and haemangiomas affect no grade
+    for place, kind in p.body.traits["endplate"]:
+        off = np.abs(marrow.s - p.body.discs[place].item())
+        plate = marrow.table("disc_half") + 0.8
+        depth = plate + 9 + 0.25 * marrow.v - off
+        near = (depth > -1) & (off > plate)
+        yield marrow.pick(near).index, unit(depth[near] * 0.25) * 0.8, kind
+    for u0, v0, s0, size in p.body.traits["haemangioma"]:
+        q = marrow.pick(np.abs(marrow.s - s0) < size + 1)
+        distance = np.sqrt((q.u - u0) ** 2 + (q.v - v0) ** 2 + (q.s - s0) ** 2)
+        yield q.layer(least(size - distance, 12 - np.abs(q.table("vertebra_t"))), "haemangioma", 0.9)
     vein = p.pick((p.out < 6) & (p.v > -14))
     depth = 1.3 - np.abs(vein.table("vertebra_t")) + 0.09 * vein.v
     yield vein.layer(least(depth, 4 - vein.out), "fluid", 0.5)
@@ -156,21 +158,6 @@ def _column(points: Points) -> Iterator[Layer]:
     core = least((0.62 - radius) * 14, in_disc - 1.1)
     cleft = 1 - 0.35 * unit(1 - np.abs(t) / 0.9)
     yield d.index, unit(core * 0.4 + 0.5) * d.table("hydration") * cleft, "nucleus"
-
-
-def _marrow_findings(p: Points) -> Iterator[Layer]:
-    """Endplate change and haemangiomas: they affect no grade."""
-    for disc, kind in p.body.traits["endplate"]:
-        t = np.abs(p.s - p.body.discs[disc].item())
-        half = p.table("disc_half") + 0.8
-        depth = half + 9 + 0.25 * p.v - t
-        near = (depth > -1) & (t > half)
-        q = p.pick(near)
-        yield q.index, unit(depth[near] * 0.25) * 0.8, kind
-    for u0, v0, s0, size in p.body.traits["haemangioma"]:
-        q = p.pick(np.abs(p.s - s0) < size + 1)
-        distance = np.sqrt((q.u - u0) ** 2 + (q.v - v0) ** 2 + (q.s - s0) ** 2)
-        yield q.layer(least(size - distance, 12 - np.abs(q.table("vertebra_t"))), "haemangioma", 0.9)
 
 
 def _arch(points: Points) -> Iterator[Layer]:
@@ -266,12 +253,7 @@ def _sac(points: Points) -> Iterator[Layer]:
     for u0, w0, s0, size in q.body.traits["voids"]:
         off = np.sqrt((q.u - u0) ** 2 + (w - w0) ** 2 + (0.3 * (q.s - s0)) ** 2)
         yield q.index, unit(1.2 - off / size * 2) * q.cover(inside - 1) * (np.abs(q.table("disc_t")) > 10) * 0.6, "void"
-    yield from _nerves(q, a, b, w, inside)
-
-
-def _nerves(q: Points, a: Array, b: Array, w: Array, inside: Array) -> Iterator[Layer]:
-    """Cord above its tip; below it the roots, lying at the back, and filling the sac where it is narrow."""
-    cord = q.table("cord")
+    cord = q.table("cord")  # above its tip; below it roots
     depth = (1 - np.sqrt((q.u / (5.2 * cord + 0.01)) ** 2 + ((w - 0.5) / (4.0 * cord + 0.01)) ** 2)) * 4 * cord
     yield q.layer(least(depth, inside), "cord", unit(cord * 20))
     share = unit(ROOTS_AREA * unit(1.2 - cord * 1.2) / (np.pi * a * b))

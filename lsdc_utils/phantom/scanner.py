@@ -1,7 +1,5 @@
 """Three series of one body: where slices are planned, and what a scanner makes of the tissues that lie there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +30,7 @@ SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
     "oedema": (0.30, 0.62, 0.55),
     "haemangioma": (0.85, 0.75, 0.35),
 }
+Blocks = tuple[float, list[tuple[Array, Array, Array]]]  # step; middle, axes and offsets of slices of each block
 SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
 
 
@@ -97,13 +96,17 @@ def plan_series(
     mean, sd, low, high = (205, 9, 185, 230) if is_axial else (290, 14, 262, 325)  # mm of the longer side
     spacing = float(np.clip(rng.normal(mean, sd), low, high)) / max(rows, cols)
     if is_axial:
-        plan = _plan_blocks if tilted else _plan_parallel
-        affines, step, blocks = plan(rng, body, (rows, cols), spacing, levels, protocol.step)
-    else:
-        affines, step, blocks = _plan_sagittal(rng, body, (rows, cols), spacing, protocol.step)
+        step, stacks = (_plan_tilted if tilted else _plan_parallel)(rng, body, levels, protocol.step)
+    else:  # the canal behind the middle of the image, where real label points lie
+        shift = np.array([0, -0.058 * cols * spacing, 0.026 * rows * spacing])
+        step, stacks = _plan_sagittal(rng, body, shift, protocol.step)
+    affines = np.concatenate([_stack(*stack, (rows, cols), spacing) for stack in stacks])
+    blocks = np.repeat(np.arange(len(stacks)), [len(offsets) for _, _, offsets in stacks])
     is_stir = rng.random() < protocol.stir and series_type == T2
     sequence = "t1" if series_type == T1 else "stir" if is_stir else "t2"
-    motion = _motion(rng, protocol.motion)
+    motion = np.eye(4)  # of the body about the middle of the lumbar spine
+    motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)) * protocol.motion)
+    motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3) * protocol.motion
     return Acquisition(series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol)
 
 
@@ -117,65 +120,46 @@ def _rotation(angles: Array) -> Array:
     return about_z @ about_y @ about_x
 
 
-def _motion(rng: np.random.Generator, factor: float) -> Array:
-    """A small rigid motion (4, 4) about the middle of the lumbar spine: about 1.5 mm and 1 degree, times a factor."""
-    motion = np.eye(4)
-    motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)) * factor)
-    motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3) * factor
-    return motion
-
-
-def _stack(middle: Array, axes: Array, size: tuple[int, int], spacing: float, offsets: Array) -> Array:
+def _stack(middle: Array, axes: Array, offsets: Array, size: tuple[int, int], spacing: float) -> Array:
     """Affines (n, 4, 4) of slices centred at `middle` + offset * normal; axes (3, 3): column, row, normal."""
     affines = np.tile(np.eye(4), (len(offsets), 1, 1))
-    affines[:, :3, 0] = axes[0] * spacing
-    affines[:, :3, 1] = axes[1] * spacing
-    affines[:, :3, 2] = axes[2]
+    affines[:, :3, :3] = (axes * [[spacing], [spacing], [1.0]]).T
     corner = middle - spacing * (axes[0] * (size[1] - 1) + axes[1] * (size[0] - 1)) / 2
     affines[:, :3, 3] = corner + offsets[:, None] * axes[2]
     return affines
 
 
-def _plan_sagittal(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, wider: float
-) -> tuple[Array, float, Array]:
-    """13 or 14 slices, fewer where steps are `wider`, the canal behind the middle of the image where real label points
-    lie: affines, step, blocks."""
+def _plan_sagittal(rng: np.random.Generator, body: Body, shift: Array, wider: float) -> Blocks:
+    """13 or 14 slices, fewer where steps are `wider`."""
     step = float(rng.choice([4.0, 4.3, 4.5]))
     n = round((14 if step == 4.0 else 13) / wider)
     step *= wider
-    shift = np.array([rng.normal(0, 1.5), -0.058 * size[1] * spacing, 0.026 * size[0] * spacing])
-    middle = body.points()[:5].mean(0) + shift + [0, rng.normal(0, 14), rng.normal(0, 14)]
+    aside, back, up = rng.normal(0, [1.5, 14, 14])
+    middle = body.points()[:5].mean(0) + (shift + np.array([aside, 0, 0])) + np.array([0, back, up])
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
-    return _stack(middle, axes, size, spacing, (np.arange(n) - (n - 1) / 2) * step), step, np.zeros(n, int)
+    return step, [(middle, axes, (np.arange(n) - (n - 1) / 2) * step)]
 
 
-def _plan_parallel(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...], wider: float
-) -> tuple[Array, float, Array]:
-    """One axial stack from above the first of the levels to below the last: affines, step, blocks."""
+def _plan_parallel(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
+    """One axial stack from above the first of the levels to below the last."""
     step = float(rng.choice([5.0, 5.5, 6.0])) * wider
     axes = _axial_axes(np.deg2rad(rng.normal(-1, 3)))
     points = body.points()[list(levels)]
     middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
     depth = (points - middle) @ axes[2]
-    offsets = np.arange(depth[0] - rng.uniform(5, 11), depth[-1] + rng.uniform(6, 12), step)
-    return _stack(middle, axes, size, spacing, offsets), step, np.zeros(len(offsets), int)
+    return step, [(middle, axes, np.arange(depth[0] - rng.uniform(5, 11), depth[-1] + rng.uniform(6, 12), step))]
 
 
-def _plan_blocks(
-    rng: np.random.Generator, body: Body, size: tuple[int, int], spacing: float, levels: tuple[int, ...], wider: float
-) -> tuple[Array, float, Array]:
-    """Four axial slices (fewer where steps are `wider`) along each disc, tilted with it: affines, step, blocks."""
-    step, affines, n = float(rng.choice([3.5, 4.0])) * wider, [], max(2, round(4 / wider))
+def _plan_tilted(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
+    """Four axial slices (fewer where steps are `wider`) along each disc, tilted with it."""
+    step, blocks, n = float(rng.choice([3.5, 4.0])) * wider, [], max(2, round(4 / wider))
     shift = np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
     for k in levels:
-        place = body.discs[FIRST + k]
-        axes = _axial_axes(np.interp(place, AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2)))
+        axes = _axial_axes(np.interp(body.discs[FIRST + k], AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2)))
         middle = body.points()[k] + shift + axes[2] * rng.normal(0, 0.8)
-        affines.append(_stack(middle, axes, size, spacing, (np.arange(n) - (n - 1) / 2) * step))
-    return np.concatenate(affines), step, np.repeat(np.arange(len(levels)), n)
+        blocks.append((middle, axes, (np.arange(n) - (n - 1) / 2) * step))
+    return step, blocks
 
 
 def _axial_axes(tilt: float) -> Array:
@@ -185,96 +169,9 @@ def _axial_axes(tilt: float) -> Array:
 
 
 def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
-    """Image the body: uint16 (n, rows, cols), 12 bits."""
-    return _receive(expose(body, acquisition), acquisition, rng)
-
-
-def expose(body: Body, acquisition: Acquisition) -> Array:
-    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue."""
-    image = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
-    for block in np.unique(acquisition.blocks):
-        chosen = np.flatnonzero(acquisition.blocks == block)
-        lattice = _Lattice.over(body, acquisition, acquisition.affines[chosen])
-        for i in chosen:
-            image[i] = _expose_slice(body, acquisition, lattice, i - chosen[0])
-    return image
-
-
-@dataclass(frozen=True)
-class _Lattice:
-    """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
-
-    They are smooth: computing them at every pixel would be a waste.
-    """
-
-    values: Array  # (4, a, b, c): u, v, s, skin depth at knots through the stack, down the rows, along the columns
-    through: CubicSpline  # depth in mm from the first slice -> (a,) weights
-    down: Array  # (rows, b) weights
-    along: Array  # (cols, c) weights
-    affine: Array  # (4, 4) of the first slice, to the body; its third column is the unit step to the next slice
-
-    @staticmethod
-    def over(body: Body, acquisition: Acquisition, affines: Array) -> _Lattice:
-        """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""
-        affine = np.linalg.inv(acquisition.motion) @ affines[0]
-        reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
-        knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
-        rows, cols = _knots(acquisition.rows), _knots(acquisition.cols)
-        places = np.stack(np.broadcast_arrays(cols, rows[:, None], knots[:, None, None], 1.0), -1)
-        points = (places @ affine.T)[..., :3]
-        values = np.stack([*body.to_spine(points), body.skin_depth(points)])
-        down, along = _weights(rows, np.arange(acquisition.rows)), _weights(cols, np.arange(acquisition.cols))
-        return _Lattice(values, CubicSpline(knots, np.eye(len(knots))), down, along, affine)
-
-    def at(self, depth: float, box: tuple[slice, slice] = (slice(None), slice(None))) -> Array:
-        """u, v, s, skin depth (4, rows, cols) in the plane `depth` mm from the first slice, or a box of it; float32."""
-        flat = np.tensordot(self.through(depth), self.values, (0, 1)).astype(np.float32)
-        return self.down[box[0]] @ flat @ self.along[box[1]].T
-
-
-def _knots(n: int) -> Array:
-    return np.linspace(0, n - 1, max(4, round(n / 9)))
-
-
-def _weights(knots: Array, places: Array) -> Array:
-    """Matrix (places, knots) that interpolates by a cubic spline."""
-    return CubicSpline(knots, np.eye(len(knots)))(places).astype(np.float32)
-
-
-def _expose_slice(body: Body, acquisition: Acquisition, lattice: _Lattice, k: int) -> Array:
-    """Signal (rows, cols) of slice k of a block, before the coil: a mean over the slice's thickness in the spine."""
-    sequence = SEQUENCES.index(acquisition.sequence)
-    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
-    depth, soft = k * acquisition.step, acquisition.spacing
-    u, v, s, skin = lattice.at(depth)
-    plane = lattice.affine.copy()
-    plane[:3, 3] += depth * plane[:3, 2]
-    coarse, fine = texture(body, plane, *u.shape)
-    around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
-    image = np.full(u.size, signal["fat"])
-    _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
-    image = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
-    spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
-    if spine.any():
-        box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
-        n = SUBSAMPLES[PLANES[acquisition.series_type]]
-        parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
-        u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
-        value = np.tile(image[box].ravel(), n)
-        _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
-        image[box] = value.reshape(u.shape).mean(0)
-    return image
-
-
-def _compose(value: Array, layers: Iterator[Layer], signal: dict[str, np.float32]) -> None:
-    """Lay tissues over `value` (n,), in place."""
-    for index, cover, tissue in layers:
-        below = value[index]
-        value[index] = below + cover * (signal[tissue] - below)
-
-
-def _receive(image: Array, acquisition: Acquisition, rng: np.random.Generator) -> Array:
-    """What coil and receiver add: fall-off to the front, uneven field, saturation band, noise, scale; 12 bits."""
+    """Image the body: uint16 (n, rows, cols), 12 bits. Coil and receiver add fall-off to the front, an uneven field, a
+    saturation band, noise and scale."""
+    image = expose(body, acquisition)
     rows, cols = image.shape[1:]
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
     back = acquisition.affines[0, 1, 0] * np.arange(cols) + acquisition.affines[0, 1, 1] * np.arange(rows)[:, None]
@@ -291,3 +188,69 @@ def _receive(image: Array, acquisition: Acquisition, rng: np.random.Generator) -
     other = sigma * rng.standard_normal(image.shape, np.float32)
     scale = np.exp(rng.uniform(np.log(400), np.log(2600))) * acquisition.protocol.gain
     return np.clip(np.rint(np.sqrt(real**2 + other**2) * np.float32(scale)), 0, 4095).astype(np.uint16)
+
+
+def expose(body: Body, acquisition: Acquisition) -> Array:
+    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue; in the spine a
+    mean over the slice's thickness."""
+    sequence = SEQUENCES.index(acquisition.sequence)
+    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
+    n, soft = SUBSAMPLES[PLANES[acquisition.series_type]], acquisition.spacing
+    parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
+    images = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
+    for i, block in enumerate(acquisition.blocks):
+        k = i - int(np.argmax(acquisition.blocks == block))  # slice of the block
+        if k == 0:
+            lattice = _Lattice(body, acquisition, acquisition.affines[acquisition.blocks == block])
+        depth, plane = k * acquisition.step, lattice.affine.copy()
+        u, v, s, skin = lattice.at(depth)
+        plane[:3, 3] += depth * plane[:3, 2]
+        coarse, fine = texture(body, plane, *u.shape)
+        around = Points.of(body, *(a.ravel() for a in (u, v, s)), soft)
+        image = np.full(u.size, signal["fat"])
+        _compose(image, paint_around(around, *(a.ravel() for a in (skin, coarse, fine))), signal)
+        images[i] = (image * (1 + 0.08 * fine.ravel())).reshape(u.shape)
+        spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
+        if spine.any():
+            box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
+            u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
+            value = np.tile(images[i][box].ravel(), n)
+            _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
+            images[i][box] = value.reshape(u.shape).mean(0)
+    return images
+
+
+class _Lattice:
+    """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
+
+    They are smooth: computing them at every pixel would be a waste.
+    """
+
+    def __init__(self, body: Body, acquisition: Acquisition, affines: Array) -> None:
+        """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""
+        self.affine = np.linalg.inv(acquisition.motion) @ affines[0]  # of the first slice; column 3: step to the next
+        reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
+        knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
+        (rows, self.down), (cols, self.along) = _spline(acquisition.rows), _spline(acquisition.cols)
+        places = np.stack(np.broadcast_arrays(cols, rows[:, None], knots[:, None, None], 1.0), -1)
+        points = (places @ self.affine.T)[..., :3]
+        self.values = np.stack([*body.to_spine(points), body.skin_depth(points)])  # (4, through, down, along)
+        self.through = CubicSpline(knots, np.eye(len(knots)))  # depth in mm from the first slice -> weights
+
+    def at(self, depth: float, box: tuple[slice, slice] = (slice(None), slice(None))) -> Array:
+        """u, v, s, skin depth (4, rows, cols) in the plane `depth` mm from the first slice, or a box of it; float32."""
+        flat = np.tensordot(self.through(depth), self.values, (0, 1)).astype(np.float32)
+        return self.down[box[0]] @ flat @ self.along[box[1]].T
+
+
+def _spline(n: int) -> tuple[Array, Array]:
+    """Knots along n pixels, and the matrix (n, knots) that interpolates between them by a cubic spline."""
+    knots = np.linspace(0, n - 1, max(4, round(n / 9)))
+    return knots, CubicSpline(knots, np.eye(len(knots)))(np.arange(n)).astype(np.float32)
+
+
+def _compose(value: Array, layers: Iterator[Layer], signal: dict[str, np.float32]) -> None:
+    """Lay tissues over `value` (n,), in place."""
+    for index, cover, tissue in layers:
+        below = value[index]
+        value[index] = below + cover * (signal[tissue] - below)

@@ -1,23 +1,28 @@
 """One study of the phantom: its series and their flaws, true places, clicked points, and DICOM files."""
 
-from __future__ import annotations
-
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lsdc_utils import geometry, vocabulary
+from lsdc_utils.phantom import labels
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.files import write_slice
-from lsdc_utils.phantom.scanner import USUAL, Acquisition, Protocol, plan_series, render
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, PLANES, SERIES_TYPES, T1, T2
+from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, MISSING, SEVERITIES, T1, T2
 
 CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
 CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest; at one level to the same side
-SERIES_PER_STUDY = len(SERIES_TYPES) + 1  # at most: the axial series may come twice
+SERIES_PER_STUDY = len(vocabulary.SERIES_TYPES) + 1  # at most: the axial series may come twice
 NORMAL = ("normal_x", "normal_y", "normal_z")  # columns of a unit vector
 COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
+WORDS = (*vocabulary.SEVERITY_NAMES, "")  # of grades 0, 1, 2 and MISSING, -1
+
+Row = dict[str, Any]  # of a table, by column
 
 
 def _rate(default: float, meaning: str) -> float:
@@ -64,14 +69,14 @@ class StudyPlan:
 
     split: str  # train or test
     study_id: int
-    series_ids: tuple[int, ...]  # as many as a study may have
+    series_ids: list[int]  # as many as a study may have
     narrowing: np.ndarray
     labels: np.ndarray
     seed: tuple[int, ...]
     dirt: Dirt
-    protocol: Protocol = USUAL
-    slip: bool | None = None  # forced, forbidden, or drawn
-    transitional: bool | None = None
+    protocol: Protocol
+    slip: bool | None  # forced, forbidden, or drawn
+    transitional: bool | None
 
 
 @dataclass(frozen=True)
@@ -84,26 +89,8 @@ class Series:
     columns: np.ndarray  # (25,) bool: the columns that a reader grades on this series
 
 
-@dataclass
-class Study:
-    """What a study adds to the tables: labels (25,) with -1 where missing, rows of series, clicked and true points.
-
-    `anatomy` and `discs`: places in the patient as each series sees them. `spine`: what kind of spine it is.
-    """
-
-    labels: np.ndarray
-    measures: np.ndarray  # (25,) mm or mm2 on the body as built
-    series: list[dict] = field(default_factory=list)
-    clicked: list[dict] = field(default_factory=list)
-    true: list[dict] = field(default_factory=list)
-    anatomy: list[dict] = field(default_factory=list)
-    discs: list[dict] = field(default_factory=list)
-    spine: dict = field(default_factory=dict)
-    meant: dict[int, int] = field(default_factory=dict)  # the reader's grade of each column with a wrong label
-
-
-def make_study(plan: StudyPlan, images: Path | None) -> Study:
-    """Draw a study and, where `images` is a folder, write <images>/<study>/<series>/<instance>.dcm into it.
+def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
+    """The rows of a study in each of `write.TABLES`; where `root` is a folder, its images are written there.
 
     Body, dirt, series, clicks and noise each have their own random stream, so a kind of dirt changes only itself.
     """
@@ -115,63 +102,80 @@ def make_study(plan: StudyPlan, images: Path | None) -> Study:
     series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
     seen = np.any([part.columns for part in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
-    study = Study(np.where(seen & kept, plan.labels, MISSING), body.measures(), spine=_spine(body, series))
-    _set_wrong_labels(study, plan)
-    for part in series:
-        study.series.append({"series_id": part.series_id, "series_description": part.acquisition.series_type})
-        _locate(study, part, body)
-        _click(study, part, body, click_rng)
-    _lose_and_swap_points(study, plan.dirt, flaws[0]["sides_swapped"], dirt_rng)
-    for number, part in enumerate(series if images is not None else (), 1):
-        uids = (1 if flaws[0]["colliding_uids"] else number, number if flaws[0]["frames_differ"] else 1)
-        folder = images / str(plan.study_id) / str(part.series_id)
-        _write_series(folder, plan.study_id, part, uids, render(body, part.acquisition, image_rng))
-    return study
+    keys = {"study_id": plan.study_id, "split": plan.split}
+    rows: dict[str, list[Row]] = defaultdict(list, spines=[keys | _spine(body, series)])
+    _add_labels(rows, plan, body, np.where(seen & kept, plan.labels, MISSING))
+    lost = dirt_rng.random(len(LEVELS)) < plan.dirt.point_missing
+    swapped = flaws[0]["sides_swapped"] & (dirt_rng.random(len(LEVELS)) < 0.8)
+    points = {"train": "train_label_coordinates", "test": "solution_coordinates"}[plan.split]
+    for number, part in enumerate(series, 1):
+        own = keys | {"series_id": part.series_id, "series_type": part.acquisition.series_type}
+        rows[f"{plan.split}_series_descriptions"].append(own | {"series_description": own["series_type"]})
+        for name, place in _places(part.acquisition, body):
+            rows[name].append(own | place)
+        rows[points] += [own | point for point in _points(plan.split, part, body, click_rng, lost, swapped)]
+        if root is not None:
+            uids = (1 if flaws[0]["colliding_uids"] else number, number if flaws[0]["frames_differ"] else 1)
+            folder = root / f"{plan.split}_images" / str(plan.study_id) / str(part.series_id)
+            _write_series(folder, plan.study_id, part, uids, render(body, part.acquisition, image_rng))
+    return rows
 
 
 def _plan_study(
     plan: StudyPlan, body: Body, flaws: list[dict], dirt_rng: np.random.Generator, rng: np.random.Generator
 ) -> list[Series]:
     """The series of a study; `flaws`: the kinds of dirt of the study (first) and of each of its series."""
-    which, first, cut = dirt_rng.integers(3), 1 + dirt_rng.integers(2), dirt_rng.random()
+    which, uppermost, cut = dirt_rng.integers(3), 1 + dirt_rng.integers(2), dirt_rng.random()
     lacking = (T1, T1, T2)[which] if flaws[0]["series_missing"] else None
-    stacks = _axial_stacks(first if flaws[0]["short_stack"] else 0, flaws[0], cut)
+    first = uppermost if flaws[0]["short_stack"] else 0
+    covered, below = range(first, 5), first + 1 + int(cut * (4 - first))
+    stacks = [(covered, covered)]  # levels covered and levels graded of each axial series
+    if flaws[0]["second_axial"] and flaws[0]["axial_split"]:
+        stacks = [(range(first, below),) * 2, (range(below, 5),) * 2]
+    elif flaws[0]["second_axial"]:  # the same levels twice; readers clicked in the first
+        stacks.append((covered, range(0)))
     wanted = [(t, range(5), range(5)) for t in (T1, T2) if t != lacking] + [(AXIAL, *stack) for stack in stacks]
     series = []
     for series_id, own, (series_type, covered, graded) in zip(plan.series_ids, flaws[1:], wanted, strict=False):
         tilted, square = bool(flaws[0]["tilted_blocks"]), not own["non_square"]
         acquisition = plan_series(rng, body, series_type, tuple(covered), tilted, square, plan.protocol)
-        numbers = _instance_numbers(len(acquisition.affines), PLANES[series_type], own, dirt_rng)
-        read_here = [name for name, c in CONDITIONS.items() if GROUPS[c.group].series_type == series_type]
+        n = len(acquisition.affines)
+        numbers = np.arange(1, n + 1)
+        start, holes = dirt_rng.integers(100, 5000), (dirt_rng.random(3) * (n - 1)).astype(int)
+        for hole in holes if own["number_gaps"] else ():
+            numbers[hole + 1 :] += 1
+        numbers += start * own["far_numbers"]
+        numbers = numbers[::-1] if own[f"{vocabulary.PLANES[series_type]}_reversed"] else numbers
+        read_here = [c.name for c in CONDITIONS.values() if vocabulary.GROUPS[c.group].series_type == series_type]
         columns = [condition in read_here and LEVELS.index(level) in graded for condition, level in COLUMN_KEYS]
         series.append(Series(series_id, acquisition, numbers, np.array(columns)))
     return series
 
 
-def _axial_stacks(first: int, flaws: dict[str, bool], cut: float) -> list[tuple[range, range]]:
-    """Levels covered and levels graded of each axial series; `first` is the uppermost level that is covered."""
-    everything = range(first, 5)
-    if not flaws["second_axial"]:
-        return [(everything, everything)]
-    if not flaws["axial_split"]:  # the same levels twice; readers clicked in the first
-        return [(everything, everything), (everything, range(0))]
-    below = first + 1 + int(cut * (4 - first))
-    return [(range(first, below),) * 2, (range(below, 5),) * 2]
+def _add_labels(rows: dict[str, list[Row]], plan: StudyPlan, body: Body, given: np.ndarray) -> None:
+    """Add labels `given` (25,) and what is behind them. In training, some become another grade."""
+    rng = np.random.default_rng([*plan.seed, 6])
+    draws, shift = rng.random(len(COLUMNS)), rng.integers(1, 3, len(COLUMNS))
+    wrong = (draws < plan.dirt.label_wrong) & (given != MISSING)
+    final = np.where(wrong, (given + shift) % 3, given)
+    narrowing, measures = plan.narrowing.tolist(), body.measures().round(4).tolist()
+    natural = labels.oracle(plan.narrowing).round(9).tolist()
+    for i, row_id in enumerate(vocabulary.study_row_ids(plan.study_id)):
+        own, unit = {"row_id": row_id, "split": plan.split}, "mm" if labels.COLUMN_GROUPS[i] == "ss" else "mm2"
+        rows["latents"].append(own | {"narrowing": narrowing[i], "measure": measures[i], "unit": unit})
+        rows["oracle"].append(own | dict(zip(SEVERITIES, natural[i], strict=True)))
+        rows["sample_submission"].append({"row_id": row_id} | dict.fromkeys(SEVERITIES, 1 / 3))
+        if given[i] != MISSING:
+            rows["solution"].append({"row_id": row_id, "severity": given[i]})
+        if wrong[i]:
+            rows["wrong_labels"].append({"row_id": row_id, "severity": final[i], "meant": given[i]})
+    words = [WORDS[grade] for grade in final]
+    rows["train"].append({"study_id": plan.study_id} | dict(zip(COLUMNS, words, strict=True)))
+    for name in ("train", "wrong_labels") if plan.split == "test" else ("sample_submission", "solution"):
+        rows.pop(name, None)
 
 
-def _instance_numbers(n: int, plane: str, flaws: dict[str, bool], rng: np.random.Generator) -> np.ndarray:
-    """Instance number (n,) of each slice; slices run from right to left (sagittal) or from head to foot (axial)."""
-    numbers = np.arange(1, n + 1)
-    start, holes = rng.integers(100, 5000), (rng.random(3) * (n - 1)).astype(int)
-    if flaws["number_gaps"]:
-        for hole in holes:
-            numbers[hole + 1 :] += 1
-    if flaws["far_numbers"]:
-        numbers = numbers + start
-    return numbers[::-1] if flaws[f"{plane}_reversed"] else numbers
-
-
-def _spine(body: Body, series: list[Series]) -> dict:
+def _spine(body: Body, series: list[Series]) -> Row:
     """What kind of spine and images a study has, to report results by."""
     traits, images = body.traits, [part.acquisition for part in series]
     return {
@@ -185,78 +189,53 @@ def _spine(body: Body, series: list[Series]) -> dict:
     }
 
 
-def _locate(study: Study, series: Series, body: Body) -> None:
-    """Add where a series sees the 25 places and the five discs (LPS mm); places beyond its slices are left out."""
-    acquisition = series.acquisition
-    own = {"series_id": series.series_id, "series_type": acquisition.series_type}
-    for column, point in enumerate(acquisition.to_scanner(body.points())):
-        if _is_inside(acquisition, point):
-            study.anatomy.append(own | {"column": column} | _xyz(point))
+def _places(acquisition: Acquisition, body: Body) -> Iterator[tuple[str, Row]]:
+    """Where a series sees the 25 places and the five discs (LPS mm), as table and row; none beyond its slices."""
     middles, normals = body.disc_planes()
     turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
-    for level, point, normal in zip(LEVELS, acquisition.to_scanner(middles), turned, strict=True):
-        if _is_inside(acquisition, point):
-            study.discs.append(own | {"level": level} | _xyz(point) | dict(zip(NORMAL, normal, strict=True)))
+    keys = [("anatomy", {"condition": c, "level": v, "side": CONDITIONS[c].side or ""}) for c, v in COLUMN_KEYS]
+    keys += [("discs", {"level": v} | dict(zip(NORMAL, n, strict=True))) for v, n in zip(LEVELS, turned, strict=True)]
+    points = np.concatenate([acquisition.to_scanner(body.points()), acquisition.to_scanner(middles)])
+    for (name, row), point in zip(keys, points, strict=True):
+        x, y, away = geometry.to_pixels(acquisition.affines, point).T
+        near = np.argmin(np.abs(away))
+        if _in_image(acquisition, x[near], y[near]) and abs(away[near]) <= acquisition.step:
+            yield name, row | dict(zip("XYZ", point.round(3).tolist(), strict=True))
 
 
-def _is_inside(acquisition: Acquisition, point: np.ndarray) -> bool:
-    """Whether the slice nearest to a point (3,) shows it and is at most one step away."""
-    x, y, away = geometry.to_pixels(acquisition.affines, point).T
-    near = np.argmin(np.abs(away))
-    in_image = 0 <= x[near] <= acquisition.cols - 1 and 0 <= y[near] <= acquisition.rows - 1
-    return bool(in_image and abs(away[near]) <= acquisition.step)
+def _in_image(acquisition: Acquisition, x: float, y: float) -> bool:
+    return 0 <= x <= acquisition.cols - 1 and 0 <= y <= acquisition.rows - 1
 
 
-def _xyz(point: np.ndarray) -> dict[str, float]:
-    return dict(zip("XYZ", point.round(3).tolist(), strict=True))
-
-
-def _click(study: Study, series: Series, body: Body, rng: np.random.Generator) -> None:
-    """Add the true and the clicked point of each column graded on a series; a point outside its images is left out."""
-    acquisition = series.acquisition
-    affines = acquisition.affines
-    seen = acquisition.to_scanner(body.points())
-    direction = rng.choice([-1, 1], len(LEVELS))
+def _points(
+    split: str, series: Series, body: Body, rng: np.random.Generator, lost: np.ndarray, swapped: np.ndarray
+) -> Iterator[Row]:
+    """The point of each column graded on a series, as clicked in training and the true one in test studies. Outside the
+    images there is none. lost: levels (5,) without canal point; swapped: with exchanged subarticular points."""
+    acquisition, clicked = series.acquisition, split == "train"
+    affines, blocks = acquisition.affines, acquisition.blocks
+    seen, direction = acquisition.to_scanner(body.points()), rng.choice([-1, 1], len(LEVELS))
     for column in np.flatnonzero(series.columns):
         error, draw = rng.normal(0, CLICK_SD, 2), rng.random()
+        condition, level = COLUMN_KEYS[column]
+        k, group = LEVELS.index(level), CONDITIONS[condition].group
         x, y, away = geometry.to_pixels(affines, seen[column]).T
-        clicked = true = int(np.argmin(np.abs(away)))
-        if draw < CLICK_OFF_SLICE:
-            other = true + direction[column % len(LEVELS)]
-            if 0 <= other < len(affines) and acquisition.blocks[other] == acquisition.blocks[true]:
-                clicked = other
-        off = error / geometry.spacing(affines[clicked])
-        for rows, k, (px, py) in (
-            (study.true, true, (x[true], y[true])),
-            (study.clicked, clicked, (x[clicked] + off[0], y[clicked] + off[1])),
-        ):
-            if 0 <= px <= acquisition.cols - 1 and 0 <= py <= acquisition.rows - 1:
-                row = {"series_id": series.series_id, "instance_number": int(series.numbers[k]), "column": int(column)}
-                rows.append(row | {"x": round(float(px), 3), "y": round(float(py), 3)})
-
-
-def _set_wrong_labels(study: Study, plan: StudyPlan) -> None:
-    """Replace some training labels by another grade, and keep what the reader meant."""
-    rng = np.random.default_rng([*plan.seed, 6])
-    draws, shift = rng.random(len(COLUMNS)), rng.integers(1, 3, len(COLUMNS))
-    wrong = (draws < plan.dirt.label_wrong) & (study.labels != MISSING) & (plan.split == "train")
-    study.meant = {int(column): int(study.labels[column]) for column in np.flatnonzero(wrong)}
-    study.labels = np.where(wrong, (study.labels + shift) % 3, study.labels)
-
-
-def _lose_and_swap_points(study: Study, dirt: Dirt, swap: bool, rng: np.random.Generator) -> None:
-    """Lose some canal points; with `swap`, left and right subarticular points of most levels change places."""
-    lost = rng.random(len(LEVELS)) < dirt.point_missing
-    swapped = swap & (rng.random(len(LEVELS)) < 0.8)
-    kept = []
-    for row in study.clicked:
-        condition, level = COLUMN_KEYS[row["column"]]
-        group, k = CONDITIONS[condition].group, LEVELS.index(level)
-        if group == "ss" and swapped[k]:
-            row["column"] = COLUMN_KEYS.index((vocabulary.mirrored(condition), level))
-        if group != "scs" or not lost[k]:
-            kept.append(row)
-    study.clicked = kept
+        near = int(np.argmin(np.abs(away)))
+        if clicked:
+            beside = near + direction[k]
+            if draw < CLICK_OFF_SLICE and 0 <= beside < len(affines) and blocks[beside] == blocks[near]:
+                near = beside
+            off = error / geometry.spacing(affines[near])
+            x, y = x + off[0], y + off[1]
+            condition = vocabulary.mirrored(condition) if group == "ss" and swapped[k] else condition
+        if _in_image(acquisition, x[near], y[near]) and not (clicked and group == "scs" and lost[k]):
+            yield {
+                "instance_number": int(series.numbers[near]),
+                "condition": CONDITIONS[condition].title,
+                "level": vocabulary.LEVEL_NAMES[k],
+                "x": round(float(x[near]), 3),
+                "y": round(float(y[near]), 3),
+            }
 
 
 def _write_series(folder: Path, study_id: int, series: Series, uids: tuple[int, int], pixels: np.ndarray) -> None:

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
+
 
 class UsageError(ValueError):
     """The command cannot be carried out as asked; the message says why and what is possible."""
@@ -24,24 +26,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder(text: str) -> Path:
-    """An existing folder."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such folder")
     return Path(text)
 
 
 def at_least_one(text: str) -> int:
-    """A whole number from 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
     return int(text)
 
 
 def run_name(text: str) -> str:
-    """A name for outputs/NAME."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in ("data", "sample", "pretrained"):
         raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not data, sample or pretrained")
     return text
+
+
+def finished_run(name: str) -> Path:
+    if not (OUTPUTS / name / "scores.json").is_file():
+        raise argparse.ArgumentTypeError(f"{name}: no such finished run; create it with ./run_all.sh --run {name}")
+    return OUTPUTS / name
 
 
 COMMANDS = {  # name: arguments as shown in --help, what it does
@@ -61,79 +66,48 @@ NOTES = {  # at the end of a command's --help
     "run": "a step is named by notebook (03_train_yolo), number (03) or in full (03_train_yolo_scs_fold0)",
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
-
-
-def _option(flag: str, metavar: str | None, text: str, **settings: object) -> tuple:
-    return flag, {"metavar": metavar, "help": text, **settings}
-
-
-def _switch(flag: str, text: str) -> tuple:
-    return flag, {"action": "store_true", "help": text}
-
-
-RUN = _option("--run", "NAME", "a finished run, outputs/NAME (default: demo)", default="demo")
-CORES = _option("--cores", "N", "processor cores to use (default: all)", type=at_least_one)
-STUDIES = _option("folder", "DIR", "in the competition's layout, or any folder of DICOM files", type=folder)
-OPTIONS = {
-    "run": (
-        _option("overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", nargs="*"),
-        _option("--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", default="demo"),
-        _option("--data", "DIR", "a folder in the competition's layout (default: write a phantom)", type=folder),
-        _option("--run", "NAME", "results go to outputs/NAME (default: the profile's name)", type=run_name),
-        CORES,
-        _option("--until", "STEP", "stop after this step"),
-        _option("--force", "STEP", "re-run this step and what depends on it", action="append", default=[]),
-        _switch("--slurm", "submit each step as a job to SLURM, see notebooks/profiles/slurm/"),
-        _switch("--dry-run", "list the steps that would run, and why"),
-    ),
-    "validate": (STUDIES, _option("--out", "FILE", "also write the findings to this csv", type=Path)),
-    "predict": (
-        STUDIES,
-        _option("--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", required=True),
-        _option("--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", type=Path),
-        CORES,
-    ),
-    "export": (
-        _option("studies", "STUDY", "study ids (default: the test studies)", type=int, nargs="*"),
-        RUN,
-        _option("--out", "DIR", "where they go (default: outputs/NAME/exports)", type=Path),
-    ),
-    "pack": (RUN, _option("--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", type=Path)),
-    "kaggle-bundle": (
-        RUN,
-        _option("--out", "DIR", "where they go (default: outputs/NAME/kaggle)", type=Path),
-        _option("--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)"),
-    ),
-    "ablate": (_option("names", "NAME", "only these of notebooks/ablations.yml", nargs="*"), RUN, CORES),
-    "curve": (
-        _option("sizes", "N", "training studies (default: 40 80 160 320)", type=at_least_one, nargs="*"),
-        RUN,
-        CORES,
-    ),
-    "bench": (_option("name", "NAME", "only benchmarks with this in their name", nargs="?", default=""),),
-    "test": (_switch("--all", "the slow proofs too"),),
-}
-
-
-def parser_of(name: str, named: bool = True) -> Parser:
-    """The parser of a command; if `run` was not named, its --help lists all commands."""
-    note, does = NOTES.get(name, ""), COMMANDS[name][1]
-    if not named:
-        lines = [f"  {f'{word} {given}':24} {what}" for word, (given, what) in COMMANDS.items()]
-        note = "\n".join(["commands, each with its own --help:", *lines, "", note])
-    form = argparse.RawDescriptionHelpFormatter
-    command = f"./run_all.sh {name}" if named else "./run_all.sh"
-    parser = Parser(command, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
-    for flag, settings in OPTIONS.get(name, ()):
-        parser.add_argument(flag, **settings)
-    return parser
+SWITCH, FINISHED = {"action": "store_true"}, {"default": "demo", "type": finished_run}
+OPTIONS = (  # commands, name, metavar, help, other settings of argparse
+    ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
+    ("validate predict", "folder", "DIR", "the competition's layout, or any folder of DICOM files", {"type": folder}),
+    ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
+    ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
+    ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", {"type": at_least_one, "nargs": "*"}),
+    ("bench", "name", "NAME", "only benchmarks with this in their name", {"nargs": "?", "default": ""}),
+    ("test", "--all", None, "the slow proofs too", SWITCH),
+    ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
+    ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
+    ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
+    ("predict", "--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", {"required": True}),
+    ("export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
+    ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
+    ("predict", "--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", {"type": Path}),
+    ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
+    ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
+    ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
+    ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
+    ("run predict ablate curve", "--cores", "N", "processor cores to use (default: all)", {"type": at_least_one}),
+    ("run", "--until", "STEP", "stop after this step", {}),
+    ("run", "--force", "STEP", "re-run this step and what depends on it", {"action": "append", "default": []}),
+    ("run", "--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/", SWITCH),
+    ("run", "--dry-run", None, "list the steps that would run, and why", SWITCH),
+)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments, with `command` and, for lab, `rest`; prints and exits on --help (status 0) and on errors (2)."""
     named = bool(words) and words[0] in COMMANDS
     name, words = (words[0], words[1:]) if named else ("run", words)
-    parser = parser_of(name, named)
+    note, does = NOTES.get(name, ""), COMMANDS[name][1]
+    if not named:  # --help lists all commands
+        lines = [f"  {f'{word} {given}':24} {what}" for word, (given, what) in COMMANDS.items()]
+        note = "\n".join(["commands, each with its own --help:", *lines, "", note])
+    form = argparse.RawDescriptionHelpFormatter
+    program = f"./run_all.sh {name}" if named else "./run_all.sh"
+    parser = Parser(program, description=f"{does[0].upper()}{does[1:]}.", epilog=note, formatter_class=form)
+    for takers, option, metavar, text, settings in OPTIONS:
+        if name in takers.split():
+            parser.add_argument(option, help=text, **({"metavar": metavar} if metavar else {}), **settings)
     asked, rest = parser.parse_known_args(words) if name == "lab" else (parser.parse_intermixed_args(words), [])
     return argparse.Namespace(**vars(asked), command=name, rest=rest)
 

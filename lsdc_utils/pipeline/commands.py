@@ -1,7 +1,9 @@
-"""The commands of ./run_all.sh, one function each: `python -m lsdc_utils.pipeline.commands WORD ...`."""
+"""The commands of ./run_all.sh: `python -m lsdc_utils.pipeline.commands WORD ...`.
 
-from __future__ import annotations
+A function each, which returns the exit status; arguments.COMMANDS says what they do.
+"""
 
+import json
 import os
 import shlex
 import signal
@@ -12,23 +14,15 @@ from pathlib import Path
 
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
-from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, read_parameters, select_steps
+from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
 from lsdc_utils.pipeline.parameters import load_parameters
-from lsdc_utils.pipeline.progress import shown
-from lsdc_utils.pipeline.run import OUTPUTS, Run, dry_run, locked, start, work
+from lsdc_utils.pipeline.progress import score_table, shown
+from lsdc_utils.pipeline.run import Run, dry_run, locked, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
 NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
-
-
-def finished_run(name: str) -> Path:
-    """Folder of the run of this name; UsageError if it has no scores."""
-    base = OUTPUTS / name
-    if not (base / "scores.json").is_file():
-        raise UsageError(f"--run {name}: no such finished run; create it with ./run_all.sh --run {name}")
-    return base
 
 
 def run_of(asked: Namespace) -> Run:
@@ -41,16 +35,25 @@ def run_of(asked: Namespace) -> Run:
         resume += ["--data", parameters["data_dir"]]
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
-    force = tuple(asked.force)
-    run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, force, slurm=asked.slurm)
-    for step in (*force, *([asked.until] if asked.until else [])):
+    run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, asked.force, slurm=asked.slurm)
+    for step in filter(None, [*asked.force, asked.until]):
         select_steps(run.steps, step)
     return run
 
 
 def run(asked: Namespace) -> int:
-    """Run the pipeline, or list what would run."""
-    return dry_run(run_of(asked)) if asked.dry_run else start(run_of(asked))
+    """Run what is not up to date and print scores and the report's path, or list what would run."""
+    planned = run_of(asked)
+    if asked.dry_run:
+        return dry_run(planned)
+    with locked(planned.folder):
+        status = work(planned)
+    scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
+    if status == 0 and scores.is_file():
+        print(score_table(json.loads(scores.read_text())))
+    if status == 0 and report.is_file():
+        print(f"\nreport: {report}")
+    return status
 
 
 def validate(asked: Namespace) -> int:
@@ -61,7 +64,6 @@ def validate(asked: Namespace) -> int:
 
 
 def predict(asked: Namespace) -> int:
-    """Grade every study in a folder with a finished run or a packed archive."""
     archive = Path(asked.run) if asked.run.endswith(".zip") else None
     folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
     out = (asked.out or trained / "predict" / folder.name).resolve()
@@ -75,59 +77,54 @@ def predict(asked: Namespace) -> int:
     if out.is_relative_to(folder) or (out / "weights").is_dir():
         place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
+    from lsdc_utils.data.competition import CompetitionError
     from lsdc_utils.grading.run_tables import RunError
-    from lsdc_utils.pipeline import pack as packing
-    from lsdc_utils.pipeline import predict as prediction
+    from lsdc_utils.pipeline import pack, predict
 
     cores = asked.cores or usable_cores()
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
     with locked(out):
         try:
-            trained = packing.unpack(archive, out / "models") if archive else trained
-            parameters = prediction.prepare(folder, trained.resolve(), out, cores)
-        except (RunError, UsageError) as error:
+            trained = pack.unpack(archive, out / "models") if archive else trained
+            parameters = predict.prepare(folder, trained.resolve(), out, cores)
+        except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
-        status = work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk"))
-        if status == 0:
-            print(f"\n{prediction.collect(out, parameters['n_shards'])}\n\ngrades: {out}/grades.csv")
+        planned = Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")
+        if (status := work(planned)) == 0:
+            summary = predict.collect(out, [Path(step.given["out_dir"]) for step in planned.steps])
+            print(f"\n{summary}\n\ngrades: {out}/grades.csv")
     return status
 
 
 def export(asked: Namespace) -> int:
-    """Export the grades of a finished run for other systems."""
-    base = finished_run(asked.run)
     from lsdc_utils.export import studies
 
-    out = (asked.out or base / "exports").resolve()
-    written = studies.export_studies(base, asked.studies or None, out)
-    for line in written[written["problem"] != ""].itertuples():
-        print(f"study {line.study_id}: {line.problem}", file=sys.stderr)
+    out = (asked.out or asked.run / "exports").resolve()
+    written = studies.export_studies(asked.run, asked.studies or None, out)
+    for study, problem in written.loc[written["problem"] != "", ["study_id", "problem"]].to_numpy():
+        print(f"study {study}: {problem}", file=sys.stderr)
     count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
     print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
     return 0
 
 
 def pack(asked: Namespace) -> int:
-    """Pack the models of a finished run into one archive."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline.pack import pack_run
 
-    out = (asked.out or base / f"{asked.run}.zip").resolve()
+    out = (asked.out or asked.run / f"{asked.run.name}.zip").resolve()
     if out.suffix != ".zip":
         raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")
-    names = pack_run(base, out)
+    names = pack_run(asked.run, out)
     print(f"{shown(out)}: {len(names)} files, {out.stat().st_size / 2**20:.0f} MiB")
     return 0
 
 
 def kaggle_bundle(asked: Namespace) -> int:
-    """Write a data set and a notebook that grade Kaggle's hidden studies."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline import kaggle
 
-    out, user = (asked.out or base / "kaggle").resolve(), asked.user or kaggle.user_here()
-    wheels = kaggle.write_bundle(base, out, user)
+    out, user = (asked.out or asked.run / "kaggle").resolve(), asked.user or kaggle.user_here()
+    wheels = kaggle.write_bundle(asked.run, out, user)
     print(f"{shown(out)}: models, package and {len(wheels)} wheels. Upload them with\n")
     print(f"  kaggle datasets create -p {shown(out / 'dataset')} --dir-mode zip")
     print(f"  kaggle kernels push -p {shown(out / 'notebook')}")
@@ -137,37 +134,29 @@ def kaggle_bundle(asked: Namespace) -> int:
 
 
 def ablate(asked: Namespace) -> int:
-    """Run the ablations of a finished run."""
-    base = finished_run(asked.run)
     from lsdc_utils.pipeline import experiments
 
-    return experiments.run_ablations(base, asked.names, asked.cores or usable_cores())
+    return experiments.run_ablations(asked.run, asked.names, asked.cores or usable_cores())
 
 
 def curve(asked: Namespace) -> int:
-    """Repeat a finished run with other numbers of training studies."""
-    base = finished_run(asked.run)
-    parameters = read_parameters(base)
-    if parameters["data_dir"] or not parameters["phantom"]:
-        raise UsageError(f"--run {asked.run}: its data is real; a learning curve needs a phantom")
     from lsdc_utils.pipeline import experiments
 
-    return experiments.run_curve(base, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
+    return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
 
 
 def bench(asked: Namespace) -> int:
-    """Run the benchmarks whose names contain NAME, one after the other."""
     benchmarks = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
     scripts = [path for path in benchmarks if asked.name in path.stem]
     if not scripts:
         raise UsageError(f"no benchmark {asked.name!r}; there are: {', '.join(path.stem for path in benchmarks)}")
-    failed = []
+    status = 0
     for script in scripts:
         print(f"\n{script.stem}", flush=True)
-        failed += [script.stem] if subprocess.run([sys.executable, script], cwd=ROOT).returncode else []
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+        if subprocess.run([sys.executable, script], cwd=ROOT).returncode:
+            status = 1
+            print(f"failed: {script.stem}", file=sys.stderr)
+    return status
 
 
 def test(asked: Namespace) -> int:
@@ -191,17 +180,11 @@ def lab(asked: Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "jupyterlab", *options], env=environment).returncode
 
 
-HANDLERS = {
-    function.__name__.replace("_", "-"): function
-    for function in (run, validate, predict, export, pack, kaggle_bundle, ablate, curve, bench, test, lab)
-}
-
-
 def main(words: list[str]) -> int:
     """Parse the arguments and carry out the command; the exit status."""
     asked = arguments.parse(words)
     try:
-        return HANDLERS[asked.command](asked)
+        return globals()[asked.command.replace("-", "_")](asked)
     except ValueError as error:
         if type(error).__name__ not in EXPLAINED:
             raise

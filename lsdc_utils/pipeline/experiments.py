@@ -1,12 +1,8 @@
-"""Experiments around a finished run: ablations and the learning curve.
+"""Experiments around a finished run: ablations and the learning curve; each is a run `outputs/<run>-<name>/`.
 
-Each experiment is a run of its own, `outputs/<run>-<name>/`. An ablation of `notebooks/ablations.yml` starts as a copy
-of the finished run, so that only the steps that its change affects run again. The learning curve repeats the run with
-other numbers of training studies; all sizes share the same test studies. The tables are `experiments/ablation.csv` and
-`experiments/curve.csv` below the run; its report shows them.
+An ablation of `notebooks/ablations.yml` starts as a copy of the run, so that only the steps that its change affects run
+again. All sizes of the learning curve share the same test studies. The run's report shows both tables of experiments/.
 """
-
-from __future__ import annotations
 
 import json
 import shlex
@@ -27,7 +23,6 @@ from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import Run, locked, work
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
-NOT_COPIED = ("report", "predict", "work", "experiments", ".lock")
 
 
 def copy_run(base: Path, folder: Path) -> None:
@@ -36,7 +31,8 @@ def copy_run(base: Path, folder: Path) -> None:
         return
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(base, unfinished, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    ignore = shutil.ignore_patterns("report", "predict", "work", "experiments", ".lock")
+    shutil.copytree(base, unfinished, symlinks=True, ignore=ignore)
     unfinished.rename(folder)
 
 
@@ -52,19 +48,20 @@ def run_ablations(base: Path, names: list[str], cores: int) -> int:
         if status := _run_to_scores(folder, parameters, ["ablate", *names, "--run", base.name], cores):
             return status
     removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
-    return _write_table(base, "ablation", ablation_table(base, removed), cores)
+    return _report_table(base, "ablation", ablation_table(base, removed), cores)
 
 
 def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     """Repeat the run `base` on a phantom with other numbers of training studies; the exit status."""
-    parameters = read_parameters(base)
-    runs = [(n, base if n == parameters["n_train"] else base.with_name(f"{base.name}-n{n}")) for n in sizes]
-    for n_train, folder in runs:
-        command = ["curve", *map(str, sizes), "--run", base.name]
-        change = changed(parameters, {"n_train": n_train})
-        if folder != base and (status := _run_to_scores(folder, change, command, cores)):
+    parameters, runs = read_parameters(base), {}
+    if parameters["data_dir"] or not parameters["phantom"]:
+        raise UsageError(f"--run {base.name}: its data is real; a learning curve needs a phantom")
+    for n_train in sizes:
+        runs[n_train] = base if n_train == parameters["n_train"] else base.with_name(f"{base.name}-n{n_train}")
+        command, change = ["curve", *map(str, sizes), "--run", base.name], changed(parameters, {"n_train": n_train})
+        if runs[n_train] != base and (status := _run_to_scores(runs[n_train], change, command, cores)):
             return status
-    return _write_table(base, "curve", curve_table(runs), cores)
+    return _report_table(base, "curve", curve_table(runs), cores)
 
 
 def _run_to_scores(folder: Path, parameters: dict[str, Any], command: list[str], cores: int) -> int:
@@ -72,7 +69,7 @@ def _run_to_scores(folder: Path, parameters: dict[str, Any], command: list[str],
         return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, "05_ensemble_inference"))
 
 
-def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
+def _report_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
     """Write a table of experiments, renew the run's report, which shows it, and print it; the exit status."""
     file = base / "experiments" / f"{name}.csv"
     with atomic(file) as temporary:
@@ -85,23 +82,28 @@ def _write_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
 
 
 def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
-    """A row for the run and for each ablation (folder -> what is removed): name, without, the ensemble's scores.
-
-    Scores are out of fold, in the parts `PARTS`; skill is the total's (absent without an oracle); worse_by, low, high
-    are the increase of the total and its paired 95 % interval (bootstrap over studies).
-    """
-    rows = [{"name": base.name, "without": "", **_scores(base, "oof")}]
-    for folder, without in removed.items():
-        name, increase = folder.name.removeprefix(f"{base.name}-"), _increase(folder, base)
-        increase = dict(zip(("worse_by", "low", "high"), increase, strict=True))
-        rows.append({"name": name, "without": without, **_scores(folder, "oof"), **increase})
+    """A row for the run and each ablation (folder -> what is removed): name, without, the ensemble's out-of-fold
+    `PARTS`, the total's skill (absent without an oracle); worse_by, low, high: the total's increase and its paired 95 %
+    interval (bootstrap over studies). ValueError if an ablation graded other studies."""
+    rows, solutions, natural = [], {}, {}
+    for folder in (base, *removed):
+        labels = pd.read_parquet(folder / "tables/labels.parquet")
+        solutions[folder] = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
+        natural[folder] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
+        rows.append({"name": folder.name, "without": "", **_scores(folder, "oof")})
+    for row, (folder, without) in zip(rows[1:], removed.items(), strict=True):
+        if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
+            raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
+        tables = {"ablation": natural[folder], "run": natural[base]}
+        row["worse_by"], row["low"], row["high"] = difference(solutions[base], tables, "ablation", "run")["total"]
+        row |= {"name": folder.name.removeprefix(f"{base.name}-"), "without": without}
     return pd.DataFrame(rows)
 
 
-def curve_table(runs: list[tuple[int, Path]]) -> pd.DataFrame:
+def curve_table(runs: dict[int, Path]) -> pd.DataFrame:
     """A row for each number of training studies and block (oof, test): the ensemble's scores, skill and interval."""
     rows = []
-    for n_train, folder in sorted(runs):
+    for n_train, folder in sorted(runs.items()):
         scores = json.loads((folder / "scores.json").read_text())
         for block in (name for name in ("oof", "test") if scores.get(name)):
             low, high = scores[block]["interval"]["ensemble"]["total"]
@@ -114,16 +116,3 @@ def _scores(folder: Path, block: str) -> dict[str, float]:
     scores = json.loads((folder / "scores.json").read_text())[block]
     skill = {"skill": scores["skill"]["ensemble"]["total"]} if scores["skill"] else {}
     return {part: scores["scores"]["ensemble"][part] for part in PARTS} | skill
-
-
-def _increase(folder: Path, base: Path) -> tuple[float, float, float]:
-    """Total out-of-fold score of a run's ensemble minus that of `base`, with its paired 95 % interval."""
-    solutions = []
-    for run in (folder, base):
-        labels = pd.read_parquet(run / "tables/labels.parquet")
-        solutions.append(solution_of(labels[labels["fold"].isin(read_parameters(run)["folds"])]))
-    if set(solutions[0]["row_id"]) != set(solutions[1]["row_id"]):
-        raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
-    runs = {"ablation": folder, "run": base}
-    tables = {name: pd.read_parquet(run / "predictions/ensemble_oof.parquet") for name, run in runs.items()}
-    return difference(solutions[1], tables, "ablation", "run")["total"]

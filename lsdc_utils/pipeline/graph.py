@@ -1,10 +1,8 @@
 """Steps of a run: their notebook, parameters and source. `python -m lsdc_utils.pipeline.graph RUN_DIR STEP` runs one.
 
-A step is one execution of one notebook; the training notebooks have a step per fold (and condition). The Snakefile asks
+A step is one execution of one notebook; the training notebooks have a step per fold (and condition). The Snakefiles ask
 here what a step depends on besides files: its parameters and a hash of the code that it uses.
 """
-
-from __future__ import annotations
 
 import ast
 import contextlib
@@ -12,7 +10,9 @@ import fcntl
 import functools
 import hashlib
 import json
+import modulefinder
 import os
+import re
 import sys
 import tempfile
 import time
@@ -29,19 +29,8 @@ from lsdc_utils.vocabulary import GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-NOTEBOOK_ORDER = (  # in which they run: the report is of all others
-    "00_get_data",
-    "phantom",
-    "01_eda",
-    "02_convert_labels",
-    "03_train_yolo",
-    "04_train_vit3d",
-    "05_ensemble_inference",
-    "06_evaluation",
-    "07_stress_tests",
-    "08_report",
-)
-PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # of cells that papermill adds
+NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_train_yolo", "04_train_vit3d",
+                  "05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report")  # fmt: skip
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
@@ -56,47 +45,27 @@ class Step:
     given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
 
 
-def yolo_step(condition: str, fold: int | str) -> Step:
-    """Training of the detector of one condition group (nfn, scs, ss) on one fold."""
-    given = {"condition": condition, "fold": int(fold)}
-    return Step(f"03_train_yolo_{condition}_fold{fold}", "03_train_yolo", given)
-
-
-def vit_step(fold: int | str) -> Step:
-    """Training of the 3D vision transformer on one fold."""
-    return Step(f"04_train_vit3d_fold{fold}", "04_train_vit3d", {"fold": int(fold)})
-
-
-def shard_name(number: int) -> str:
-    """Name of one shard of a prediction, e.g. shard007."""
-    return f"shard{number:03d}"
-
-
-def shard_step(shard: str, parameters: dict[str, Any]) -> Step:
-    """Grading of one shard of studies by a finished run."""
-    out = Path(parameters["predict_dir"])
-    given = {"out_dir": str(out / "shards" / shard), "studies_table": str(out / "tables" / f"{shard}.parquet")}
-    return Step(f"05_ensemble_inference_{shard}", "05_ensemble_inference", given)
-
-
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
 
     Only the `folds` are trained. Stress tests need `stress_bodies`; the phantom's chapter needs a phantom.
     """
     if "n_shards" in parameters:
-        return [shard_step(shard_name(number), parameters) for number in range(parameters["n_shards"])]
-    folds = parameters["folds"]
-    trainings = {
-        "03_train_yolo": [yolo_step(condition, fold) for condition in GROUPS for fold in folds],
-        "04_train_vit3d": [vit_step(fold) for fold in folds],
-    }
-    needed = {
-        "phantom": parameters["phantom"] and not parameters["data_dir"],
-        "07_stress_tests": parameters["stress_bodies"],
-    }
-    notebooks = [name for name in NOTEBOOK_ORDER if needed.get(name, True)]
-    return [step for name in notebooks for step in trainings.get(name, [Step(name, name)])]
+        out, name = parameters["predict_dir"], "05_ensemble_inference"
+        shards = [f"shard{number:03d}" for number in range(parameters["n_shards"])]
+        places = [(f"{out}/shards/{shard}", f"{out}/tables/{shard}.parquet") for shard in shards]
+        given = [dict(zip(("out_dir", "studies_table"), files, strict=True)) for files in places]
+        return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
+    steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
+    yolo, vit, folds = "03_train_yolo", "04_train_vit3d", parameters["folds"]
+    steps[vit] = [Step(f"{vit}_fold{fold}", vit, {"fold": fold}) for fold in folds]
+    trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in folds]
+    steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
+    if parameters["data_dir"] or not parameters["phantom"]:
+        del steps["phantom"]
+    if not parameters["stress_bodies"]:
+        del steps["07_stress_tests"]
+    return [step for group in steps.values() for step in group]
 
 
 def select_steps(steps: list[Step], name: str) -> list[Step]:
@@ -112,18 +81,12 @@ def read_parameters(run_dir: str | Path) -> dict[str, Any]:
     return yaml.safe_load((Path(run_dir) / "parameters.yml").read_text())
 
 
-# ---- what a notebook declares and uses -----------------------------------------------------------------------------
-
-
 @functools.cache
 def code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Source and tags of each code cell, without what papermill injected when it was executed."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    tagged = [
-        ("".join(cell["source"]), tuple(cell["metadata"].get("tags", ())))
-        for cell in cells
-        if cell["cell_type"] == "code"
-    ]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tagged = [("".join(cell["source"]), tuple(cell["metadata"].get("tags", ()))) for cell in code]
     return tuple((source, tags) for source, tags in tagged if "injected-parameters" not in tags)
 
 
@@ -131,9 +94,7 @@ def code_cells(notebook: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
 def declared(notebook: str) -> dict[str, Any]:
     """Names and defaults in the notebook's parameters cell; ValueError if a line is not NAME: TYPE = LITERAL."""
     names = {}
-    for source, tags in code_cells(notebook):
-        if "parameters" not in tags:
-            continue
+    for source in (source for source, tags in code_cells(notebook) if "parameters" in tags):
         for node in ast.parse(source).body:
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
                 raise ValueError(f"{notebook}.ipynb: parameters cell, line {node.lineno}: not NAME: TYPE = VALUE")
@@ -148,11 +109,8 @@ def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> di
 
 
 def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
-    """The parameters whose change re-runs the step, as JSON.
-
-    Of a value by condition only the step's own entry counts. The run's folder does not, so that a run may be renamed.
-    A file (`*_csv`) counts by its content.
-    """
+    """The parameters whose change re-runs the step, as JSON: of a value by condition the step's own entry, of a file
+    (`*_csv`) its content; not the run's folder, so that a run may be renamed."""
     values = step_parameters(step, parameters, "")
     del values["run_dir"]
     condition = step.given.get("condition")
@@ -165,48 +123,21 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _normalised(source: str) -> str:
-    """Source without comments and layout; unchanged if it is not plain Python (magics)."""
+def _tree(source: str) -> ast.Module:
+    """Parsed source; of lines that are magics, their text."""
     try:
-        return ast.dump(ast.parse(source))
+        return ast.parse(source)
     except SyntaxError:
-        return source
+        return ast.parse(re.sub(r"^(\s*)([%!].*)$", lambda line: line[1] + repr(line[2]), source, flags=re.MULTILINE))
 
 
-def imported(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """Names in lsdc_utils that `source`, code of the package `package`, imports, e.g. ("phantom", "body")."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-        tree = ast.parse("\n".join(lines))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {tuple(alias.name.split(".")) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ("lsdc_utils", *package)[: len(package) + 2 - node.level] if node.level else ()
-            module = (*base, *(node.module.split(".") if node.module else ()))
-            names |= {(*module, alias.name) for alias in node.names}
-    return {name[1:] for name in names if name[0] == "lsdc_utils"}
-
-
-def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
+def module_files(source: str) -> set[Path]:
     """Files of lsdc_utils that `source` may use: modules imported transitively, and data files beside them."""
-    files: set[Path] = set()
-    waiting = imported(source, package)
-    while waiting:
-        name = waiting.pop()
-        for depth in range(len(name) + 1):  # importing a.b.c runs the packages a and a.b as well
-            folder = ROOT / "lsdc_utils" / Path(*name[:depth])
-            file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-            if not file.is_file() or file in files:
-                continue
-            files.add(file)
-            inside = name[:depth] if folder.is_dir() else name[: depth - 1]
-            if folder.is_dir() and inside:  # e.g. page templates
-                files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-            waiting |= imported(file.read_text(), inside)
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.scan_code(compile(_tree(source), "source", "exec"), finder.add_module("__main__"))
+    files = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+    for folder in {file.parent for file in files} - {ROOT / "lsdc_utils"}:  # e.g. page templates
+        files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     return files
 
 
@@ -214,14 +145,11 @@ def module_files(source: str, package: tuple[str, ...] = ()) -> set[Path]:
 def source_hash(notebook: str) -> str:
     """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
     cells = [source for source, tags in code_cells(notebook) if "parameters" not in tags]
-    digest = hashlib.sha256("\0".join(_normalised(source) for source in cells).encode())
+    digest = hashlib.sha256("\0".join(ast.dump(_tree(source)) for source in cells).encode())
     for file in sorted(set().union(*(module_files(source) for source in cells))):
-        content = _normalised(file.read_text()).encode() if file.suffix == ".py" else file.read_bytes()
+        content = ast.dump(_tree(file.read_text())).encode() if file.suffix == ".py" else file.read_bytes()
         digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + content)
     return digest.hexdigest()
-
-
-# ---- executing a step ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -244,8 +172,25 @@ def own_gpu() -> Iterator[None]:
     yield
 
 
-def set_environment(parameters: dict[str, Any]) -> None:
-    """Prepare this process for a kernel of this environment, with threads set by the parameters alone."""
+def has_error(cell: Any) -> bool:
+    """Whether an executed code cell ended with an error."""
+    return any(output.output_type == "error" for output in cell.outputs)
+
+
+def all_ran(notebook: Any) -> bool:
+    """Whether every code cell ran to its end. papermill's metadata claim this even if the kernel was killed."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    return all(cell.execution_count is not None and not has_error(cell) for cell in code)
+
+
+def execute(run_dir: Path, step: Step) -> None:
+    """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
+
+    RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
+    """
+    import papermill  # takes a second, which the Snakefile and the command line do not need
+
+    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
     os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -253,40 +198,6 @@ def set_environment(parameters: dict[str, Any]) -> None:
         os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
         if "threads" in parameters:
             os.environ[name] = str(parameters["threads"])
-
-
-def _code(notebook: Any) -> list[Any]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-
-
-def _has_error(cell: Any) -> bool:
-    return any(output.output_type == "error" for output in cell.outputs)
-
-
-def all_ran(notebook: Any) -> bool:
-    """Whether every code cell ran to its end. papermill's metadata claim this even if the kernel was killed."""
-    return all(cell.execution_count is not None and not _has_error(cell) for cell in _code(notebook))
-
-
-def stopped_at(notebook: Any) -> tuple[int, Any] | None:
-    """Number (from 1, in the notebook's source) and cell where an execution ended: the cell with the error, else the
-    last that started; None if none started."""
-    own = [cell for cell in notebook.cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
-    started = [cell for cell in _code(notebook) if cell.metadata.get("papermill", {}).get("start_time")]
-    cell = next((cell for cell in started if _has_error(cell)), started[-1] if started else None)
-    return (own.index(cell) + 1, cell) if cell in own else None
-
-
-def execute(run_dir: Path, step: Step) -> None:
-    """Execute the step's notebook; its output goes live to logs/<step>.log.
-
-    The notebook lies beside the log while it runs, and stays there if it fails; it moves to notebooks/ only when every
-    cell ran. RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
-    """
-    import papermill  # takes a second, which the Snakefile and the command line do not need
-
-    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
-    set_environment(parameters)
     executed = run_dir / "logs" / f"{step.name}.ipynb"
     done = run_dir / "notebooks" / executed.name
     for file in (executed, done):
@@ -305,17 +216,6 @@ def execute(run_dir: Path, step: Step) -> None:
     os.replace(executed, done)
 
 
-def main() -> int:
-    """Run one step: `python -m lsdc_utils.pipeline.graph RUN_DIR STEP`."""
-    run_dir, name = Path(sys.argv[1]).resolve(), sys.argv[2]
-    step = next(step for step in all_steps(read_parameters(run_dir)) if step.name == name)
-    try:
-        execute(run_dir, step)
-    except Exception as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    base = Path(sys.argv[1]).resolve()
+    execute(base, select_steps(all_steps(read_parameters(base)), sys.argv[2])[0])

@@ -1,9 +1,4 @@
-"""A bundle that grades the hidden studies on Kaggle: a data set of models, package and wheels, and notebook 05.
-
-The notebook works offline on Kaggle's image, so the data set holds the wheels that the image lacks: kaggle_wheels.txt.
-"""
-
-from __future__ import annotations
+"""A bundle that grades Kaggle's hidden studies offline: a data set of models, package and wheels, and notebook 05."""
 
 import json
 import re
@@ -25,7 +20,7 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT
 from lsdc_utils.pipeline.pack import pack_run, unpack
 from lsdc_utils.pipeline.predict import grading_parameters
 
-WHEELS = Path(__file__).with_name("kaggle_wheels.txt")
+WHEELS = Path(__file__).with_name("kaggle_wheels.txt")  # those that the image lacks
 PYTHON = "3.12.13"  # of Kaggle's image
 GRADES = NOTEBOOKS / "05_ensemble_inference.ipynb"
 USER = "KAGGLE_USER"  # until the user gives a name
@@ -48,11 +43,8 @@ from lsdc_utils.downloads import find_data
 
 data, _ = find_data()
 """
-PLACES = {  # parameters whose values are known on Kaggle alone
-    "run_dir": 'str(bundle / "models")',
-    "data_dir": "str(data)",
-    "out_dir": 'str(kaggle / "working")',
-}
+# Parameters whose values are known on Kaggle alone.
+PLACES = {"run_dir": 'str(bundle / "models")', "data_dir": "str(data)", "out_dir": 'str(kaggle / "working")'}
 
 
 def user_here() -> str:
@@ -64,8 +56,8 @@ def user_here() -> str:
 def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[str]:
     """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names.
 
-    python: version that wheels are for. RunError or UsageError if the run is not finished, UsageError if a wheel cannot
-    be downloaded. Metadata come last: Kaggle's command line refuses a folder without them.
+    python: version that wheels are for. RunError or UsageError if the run is not finished or a wheel cannot be had.
+    Metadata come last: Kaggle's command line refuses a folder without them.
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"
@@ -80,28 +72,15 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     fetch(read_wheels(), dataset / "wheels", python)
     notebook.mkdir(exist_ok=True)
     nbformat.write(inference_notebook(read_recipe(run)), notebook / f"{name}.ipynb")
-    write_json(notebook / "kernel-metadata.json", kernel_metadata(user, name))
-    licence = {"licenses": [{"name": "other"}]}
-    write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", **licence})
+    settings = {"language": "python", "kernel_type": "notebook", "is_private": True}
+    # Without its name an older GPU is given, for which the image's torch has no code.
+    machine = {"machine_shape": "NvidiaTeslaT4", "enable_gpu": True, "enable_internet": False}
+    names = {"id": f"{user}/{name}-inference", "title": f"{name}-inference", "code_file": f"{name}.ipynb"}
+    sources = {"dataset_sources": [f"{user}/{name}"], "competition_sources": [COMPETITION], "kernel_sources": []}
+    write_json(notebook / "kernel-metadata.json", names | settings | machine | sources)
+    licences = [{"name": "other"}]
+    write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", "licenses": licences})
     return sorted(file.name for file in (dataset / "wheels").iterdir())
-
-
-def kernel_metadata(user: str, name: str) -> dict[str, Any]:
-    """Kaggle's metadata of the notebook: private, on a GPU, without a network."""
-    return {
-        "id": f"{user}/{name}-inference",
-        "title": f"{name}-inference",
-        "code_file": f"{name}.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": True,
-        "machine_shape": "NvidiaTeslaT4",  # else an older GPU, for which the image's torch has no code
-        "enable_internet": False,
-        "dataset_sources": [f"{user}/{name}"],
-        "competition_sources": [COMPETITION],
-        "kernel_sources": [],
-    }
 
 
 def inference_notebook(recipe: dict[str, Any]) -> nbformat.NotebookNode:
@@ -124,19 +103,18 @@ def read_wheels() -> dict[str, str]:
 
 
 def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
-    """Let `folder` hold just these wheels; those already there are kept. UsageError if one cannot be downloaded; only
-    this step needs the network."""
-    there = {}
+    """Let `folder` hold just these wheels; those already there are kept. UsageError if one cannot be downloaded."""
+    there = set()
     for file in folder.glob("*.whl"):
         name, number, *_ = parse_wheel_filename(file.name)
         if wanted.get(name) == str(number):
-            there[name] = file
+            there.add(name)
         else:
             file.unlink()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--no-deps", "--dest", folder]
     command += ["--python-version", python, "--implementation", "cp"]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    for name in wanted.keys() - there.keys():
+    for name in wanted.keys() - there:
         done = subprocess.run([*command, f"{name}=={wanted[name]}"], capture_output=True, text=True)
         if done.returncode:
             tail = "\n".join(f"      {line}" for line in done.stderr.strip().splitlines()[-15:])

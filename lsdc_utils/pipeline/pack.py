@@ -3,15 +3,12 @@
 It names no study and no folder of the machine that made it. The same run gives the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +27,23 @@ NAME = re.compile(r"(weights/)?[A-Za-z0-9]\w*(\.\w+)+")
 
 
 def pack_run(run: Path, out: Path) -> list[str]:
-    """Write the archive `out` of the run in folder `run`; return the names in it. RunError or UsageError if the run is
-    not finished."""
+    """Write the archive `out` of the run in folder `run`; return its names; RunError or UsageError if unfinished."""
     recipe = read_recipe(run)
     if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
         raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
-    contents = dict(_contents(run, recipe["folds"]))
+    from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
+    from lsdc_utils.report.run import Run
+
+    weights = weight_files(recipe["folds"])
+    contents = {name: (run / name).read_bytes() for name in (*weights, "blend.json", "scores.json")}
+    for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
+        about = without_places(json.loads((run / name).read_text()))
+        if "studies" in about:
+            about["studies"] = len(about["studies"])
+        contents[name] = _json(about)
+    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
+    contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
+    contents["MODEL_CARD.md"] = model_card(Run(run)).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
     contents[MANIFEST] = _json(manifest)
@@ -45,26 +53,6 @@ def pack_run(run: Path, out: Path) -> list[str]:
             entry.external_attr, entry.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
             archive.writestr(entry, contents[name])
     return sorted(contents)
-
-
-def _contents(run: Path, folds: list[int]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file."""
-    from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
-    from lsdc_utils.report.run import read_run
-
-    for weights in weight_files(folds):
-        name = str(Path(weights).with_suffix(".json"))
-        about = json.loads((run / name).read_text())
-        if "studies" in about:
-            about["studies"] = len(about["studies"])
-        yield name, _json(without_places(about))
-        yield weights, (run / weights).read_bytes()
-    for name in ("blend.json", "scores.json"):
-        yield name, (run / name).read_bytes()
-    yield "provenance.json", _json(without_places(json.loads((run / "provenance.json").read_text())))
-    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
-    yield "parameters.yml", yaml.safe_dump(parameters, sort_keys=False).encode()
-    yield "MODEL_CARD.md", model_card(read_run(run)).encode()
 
 
 def without_places(value: Any) -> Any:
@@ -81,22 +69,20 @@ def _json(content: Any) -> bytes:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which `predict` can use.
+    """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which appears whole.
 
-    It appears whole, after all checksums were compared with the manifest. UsageError if the archive is broken, was
-    changed, or holds names, sizes or numbers of files that no archive of ours has.
+    UsageError if the archive is broken, was changed, or holds names, sizes or numbers of files that none of ours has.
     """
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    ready = folder / digest[:16]
+    ready = folder / _sha256(archive)[:16]
     if ready.is_dir():
         return ready
-    beside = folder / f".unpacking-{digest[:16]}"
+    beside = folder / f".unpacking-{ready.name}"
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as opened:
             for name, (size, sha256) in _listed(opened, archive).items():
-                if _extract(opened, name, size, beside / name) != sha256:
+                # zipfile writes at most as many bytes as the archive says that a file has
+                if opened.getinfo(name).file_size != size or _sha256(opened.extract(name, beside)) != sha256:
                     raise UsageError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
         beside.rename(ready)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -113,7 +99,7 @@ def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]
         raise UsageError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
     try:
         manifest = json.loads(opened.read(MANIFEST))
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in manifest["files"].items()}
         known = (manifest["format"], manifest["columns"], manifest["severities"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{archive}: {MANIFEST} cannot be read: {error!r}") from error
@@ -124,19 +110,11 @@ def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]
     if sorted(names) != sorted([*files, MANIFEST]):
         odd = sorted({*names} ^ {*files, MANIFEST})
         raise UsageError(f"{archive}: files and {MANIFEST} differ in {', '.join(map(repr, odd)) or 'their number'}")
-    sizes = [size for size, _ in files.values()]
-    if len(sizes) > MOST or sum(sizes) > LARGEST or any(size < 0 for size in sizes):
-        raise UsageError(f"{archive}: {len(sizes)} files of {sum(sizes)} bytes are not an archive of models")
+    if len(files) > MOST or sum(size for size, _ in files.values()) > LARGEST:
+        raise UsageError(f"{archive}: {len(files)} files are too many, or too large, for an archive of models")
     return files
 
 
-def _extract(opened: zipfile.ZipFile, name: str, size: int, target: Path) -> str:
-    """Write one file, reading at most one byte beyond `size`; its sha256."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest, left = hashlib.sha256(), size + 1
-    with opened.open(name) as source, target.open("wb") as file:
-        while part := source.read(min(left, 2**20)):
-            digest.update(part)
-            file.write(part)
-            left -= len(part)
-    return digest.hexdigest()
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

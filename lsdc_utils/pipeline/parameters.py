@@ -1,7 +1,5 @@
 """Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ def converted(key: str, value: Any, default: Any) -> Any:
         with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             value = float(value)
     if type(value) is not type(default):
-        expected = f"expected {type(default).__name__} like {default!r}"
-        raise UsageError(f"{key}: {value!r} is {type(value).__name__}, {expected}")
+        raise UsageError(
+            f"{key}: {value!r} is {type(value).__name__}, expected {type(default).__name__} like {default!r}"
+        )
     if isinstance(default, list) and len({type(item) for item in default}) == 1:
         return [converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):
@@ -56,20 +55,13 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     return key, converted(key, value, defaults[key])
 
 
-def _read_profile(name: str) -> dict[str, Any]:
-    file = PROFILES / f"{name}.yml"
-    if not file.is_file():
-        raise UsageError(f"no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yml')))}")
-    return yaml.safe_load(file.read_text()) or {}
-
-
 def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     """Every parameter of a run: profile demo, changed by `profile`, then by KEY=VALUE; UsageError if one is wrong."""
-    parameters = _read_profile("demo")
-    for key, value in (_read_profile(profile) if profile != "demo" else {}).items():
-        if key not in parameters:
-            raise UsageError(f"profile {profile}: unknown key {key!r}")
-        parameters[key] = converted(key, value, parameters[key])
+    files = {file.stem: file for file in PROFILES.glob("*.yml")}
+    if profile not in files:
+        raise UsageError(f"no profile {profile!r}; there are: {', '.join(sorted(files))}")
+    parameters, change = (yaml.safe_load(files[name].read_text()) for name in ("demo", profile))
+    parameters = changed(parameters, change, f"profile {profile}: ")
     parameters.update(parse_override(text, parameters) for text in overrides)
     names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
     if names != set(parameters):
@@ -80,12 +72,12 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     return parameters
 
 
-def changed(parameters: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:
     """The parameters with some changed; of a value by condition, `change` may name only some conditions."""
     result = dict(parameters)
     for key, value in change.items():
         if key not in parameters:
-            raise UsageError(f"unknown parameter {key!r}")
+            raise UsageError(f"{place}unknown parameter {key!r}")
         old = parameters[key]
         result[key] = converted(key, {**old, **value} if isinstance(old, dict) else value, old)
     return result

@@ -1,23 +1,12 @@
 """Grading the studies of any folder with a finished run: list them, cut them into shards, grade each by 05, join.
 
-The folder given by `--out` holds
-
-    tables/listed.json          what was listed, so that an unchanged folder is not listed again
-    tables/findings.parquet     findings of the folder's tables and headers
-    tables/shard<k>.parquet     the studies of a shard with every file
-    shards/<k>/                 what 05 wrote for the shard
-    notebooks/, logs/           05 as executed for each shard
-    submission.csv, grades.csv, findings.csv   the result; there only once all shards are done
-
-Of the run only its weights and blend.json are needed.
+The folder given by `--out` holds tables/ (the files of each shard, findings), shards/<k>/ (what 05 wrote), and RESULTS
+once all shards are done. Of the run only its weights and blend.json are needed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +16,11 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.listing import files_of
+from lsdc_utils.data.unsorted import walk
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import declared, module_files, shard_name
+from lsdc_utils.pipeline.graph import declared, module_files
 from lsdc_utils.vocabulary import SEVERITIES, parse_row_id
 
 LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
@@ -41,7 +31,7 @@ RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
-    RunError if the run cannot be used; UsageError if the folder holds no study or `out` is of another folder.
+    RunError or CompetitionError: run or tables cannot be used. UsageError: no study, or `out` is of another folder.
     """
     recipe = read_recipe(run)
     record = out / "tables" / "listed.json"
@@ -54,14 +44,10 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         record.unlink(missing_ok=True)
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
         write_json(record, listed)
-    return declared("05_ensemble_inference") | {
-        "run_dir": str(run),
-        "predict_dir": str(out),
-        "data_dir": str(root),
-        "weights_dir": str(run / "weights"),
-        "n_shards": listed["n_shards"],
-        **grading_parameters(recipe),
-    }
+    places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
+    places = {name: str(place) for name, place in places.items()}
+    known = places | {"n_shards": listed["n_shards"]} | grading_parameters(recipe)
+    return declared("05_ensemble_inference") | known
 
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -72,42 +58,32 @@ def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(root: Path) -> str:
     """Hash of every file's path, size and time under `root`, and of the code that lists studies."""
-    digest, seen = hashlib.sha256(), set()
-    for folder, inner, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link back to a folder above
-            inner.clear()
-            continue
-        seen.add(real)
-        inner.sort()
-        for name in sorted(files):
-            with contextlib.suppress(OSError):  # a broken link
-                facts = os.stat(os.path.join(folder, name))
-                digest.update(f"{folder}/{name} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    digest = hashlib.sha256()
+    for file in walk(root, []):
+        with contextlib.suppress(OSError):  # a broken link
+            facts = file.stat()
+            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
     for file in [*sorted(module_files("from lsdc_utils.data import competition, listing")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def _list_studies(root: Path, out: Path, workers: int) -> int:
-    """Write the tables of shards and findings; return the number of shards.
-
-    Of a folder with tables only the test studies are graded, as by 05; without test studies or tables, every study.
-    """
+    """Write the tables of shards and findings; return the number of shards. Graded are the test studies of a folder's
+    tables, as by 05; without test studies or tables, every study."""
     print(f"listing studies in {root}", flush=True)
-    try:
-        comp = competition.read(root, workers=workers)
-    except competition.CompetitionError as error:
-        raise UsageError(str(error)) from error
+    comp = competition.read(root, workers=workers)
+    series, studies = comp.series, set()
     described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)
-    tested = described and (comp.series["split"] == "test").any()
-    series = comp.series[comp.series["split"] == "test"] if tested else comp.series
-    sampled = [int(parse_row_id(row)[0]) for row in comp.sample_rows] if tested else []
-    studies = sorted({*series["study_id"].tolist(), *sampled})
+    if described and (series["split"] == "test").any():
+        series = series[series["split"] == "test"]
+        studies = {int(parse_row_id(row)[0]) for row in comp.sample_rows}
+    studies = sorted({*studies, *series["study_id"].tolist()})
     if not studies:
         raise UsageError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
     for number, shard in enumerate(np.array_split(studies, count)):
-        with atomic(out / "tables" / f"{shard_name(number)}.parquet") as file:
+        with atomic(out / "tables" / f"shard{number:03d}.parquet") as file:
             files_of(comp, series, shard.tolist()).to_parquet(file, index=False)
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
@@ -118,25 +94,21 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     return count
 
 
-def collect(out: Path, n_shards: int) -> str:
-    """Join the shards' answers to submission.csv, grades.csv and findings.csv; return a summary.
+def collect(out: Path, shards: list[Path]) -> str:
+    """Join the answers in the folders of the shards to RESULTS in `out`; return a summary.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
-    (the models that graded the row, joined by +; or prior) and own_series (whether the study has the series on which
-    readers grade this condition).
+    (models joined by +, or prior), own_series (whether the study has the series on which this condition is read).
     """
-    folders = [out / "shards" / shard_name(number) / "predictions" for number in range(n_shards)]
     natural, sources, problems = (
-        pd.concat([pd.read_parquet(folder / f"{name}_test.parquet") for folder in folders], ignore_index=True)
+        pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
         for name in ("ensemble", "sources", "findings")
     )
-    grades = natural.merge(sources, on="row_id")
-    keys = pd.DataFrame([parse_row_id(row) for row in grades["row_id"]], columns=["study_id", "condition", "level"])
-    for place, name in enumerate(keys, start=1):
-        grades.insert(place, name, keys[name])
-    grades.insert(7, "grade", grades[list(SEVERITIES)].idxmax(axis=1))
-    findings = [pd.read_parquet(out / "tables" / "findings.parquet"), problems]
-    findings = pd.concat(findings, ignore_index=True).drop_duplicates()
+    keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])
+    probabilities = natural[list(SEVERITIES)]
+    grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
+    grades = grades.merge(sources, on="row_id")
+    findings = pd.concat([pd.read_parquet(out / "tables" / "findings.parquet"), problems]).drop_duplicates()
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
         with atomic(out / name) as file:
             table.to_csv(file, index=False, float_format="%.9f")

@@ -1,7 +1,5 @@
 """What a person sees of a run: steps as Snakemake reports them, the cell and log of a failure, the scores."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -12,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lsdc_utils.pipeline.graph import Step, stopped_at
+from lsdc_utils.pipeline.graph import Step, has_error
 
-PARTS = {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular", "any_severe": "any severe",
-         "total": "total"}  # fmt: skip
+PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
+PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # of cells that papermill adds
 TITLES = {"test": "test studies", "oof": "training studies, out of fold"}  # blocks of scores.json
 
 
@@ -33,8 +31,6 @@ class Progress:
 
     def read(self, line: str) -> str | None:
         """Read one line; return what a person should see of it, if anything."""
-        if match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
-            return self._read_field(match[1], match[2])
         if match := re.match(r"total +(\d+)$", line):
             self.total = int(match[1])
         elif match := re.match(r"(?:local)?(rule) \w+:$|(Error) in rule \w+", line):
@@ -43,26 +39,22 @@ class Progress:
             step = self.jobs[match[1]]
             self.finished += 1
             return f"[{self.finished}/{self.total}] {step} done in {clock(time.time() - self.running.pop(step))}"
+        elif match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
+            self.block[match[1]] = match[2]
+            last = {"rule": "reason", "Error": "log"}  # the field that is printed after all that is needed
+            if match[1] != last.get(self.block.get("kind")):
+                return None
+            step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
+            if match[1] == "log":
+                self.running.pop(step, None)
+                self.failed.append(step)
+                reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
+                return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
+            self.jobs[self.block["jobid"]] = step
+            self.reasons[step] = self.block["reason"]
+            self.running[step] = time.time()
+            return f"[{self.finished + len(self.running)}/{self.total}] {step}"
         return None
-
-    def _read_field(self, name: str, value: str) -> str | None:
-        """One field of the paragraph on a job, which is reported once its log and job id are known."""
-        reported = {"log", "jobid"} <= set(self.block)
-        self.block[name] = value
-        if not {"log", "jobid"} <= set(self.block):
-            return None
-        step = re.search(r"logs/(\S+)\.log", self.block["log"])[1]
-        if self.block["kind"] == "Error":
-            self.running.pop(step, None)
-            self.failed.append(step)
-            reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
-            return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
-        self.jobs[self.block["jobid"]] = step
-        self.reasons[step] = self.block.get("reason", "")
-        if reported:
-            return None
-        self.running[step] = time.time()
-        return f"[{self.finished + len(self.running)}/{self.total}] {step}"
 
 
 def clock(seconds: float) -> str:
@@ -91,10 +83,8 @@ def last_lines(log: Path, n: int = 1) -> list[str]:
 
 
 def follow(logs: Path, process: subprocess.Popen, output: Path) -> Progress:
-    """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line.
-
-    On a terminal that line is redrawn every second; elsewhere it is printed every 30 seconds.
-    """
+    """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line:
+    redrawn every second on a terminal, else printed every 30 seconds."""
     progress, began, printed, rest = Progress(), time.time(), time.time(), ""
     terminal, running = sys.stdout.isatty(), True
     with output.open(errors="replace") as messages:
@@ -125,9 +115,12 @@ def failure(logs: Path, step: Step) -> str:
         import nbformat
 
         lines += [f"  as executed: {shown(executed)}"]
-        number, cell = stopped_at(nbformat.read(executed, as_version=4)) or (0, None)
-        if cell:
-            lines += [f"  failing cell: number {number}"]
+        cells = nbformat.read(executed, as_version=4).cells
+        own = [cell for cell in cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
+        code = [cell for cell in own if cell.cell_type == "code"]
+        started = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
+        for cell in (list(filter(has_error, started)) or started[-1:])[:1]:
+            lines += [f"  failing cell: number {own.index(cell) + 1}"]
             lines += [f"      {line}" for line in cell.source.splitlines()]
     lines += [f"  last lines of {shown(log)}:"]
     return "\n".join(lines + [f"      {line}" for line in last_lines(log, 15)])
@@ -136,12 +129,12 @@ def failure(logs: Path, step: Step) -> str:
 def score_table(scores: dict[str, Any]) -> str:
     """The blocks of scores.json as text: test first; only out of fold if test has no labels."""
     lines = []
-    for name in ("test", "oof"):
+    for name, studies in TITLES.items():
         if not (block := scores.get(name)):
             continue
-        lines += ["", f"Weighted log loss, {block['n_studies']} {TITLES[name]}; lower is better"]
+        lines += ["", f"Weighted log loss, {block['n_studies']} {studies}; lower is better"]
         skills = block.get("skill") or {}
-        titles = [*PARTS.values(), *(["skill"] if skills else [])]
+        titles = [part.replace("_", " ") for part in PARTS] + (["skill"] if skills else [])
         lines += [f"  {'':22}" + "".join(f"{title:>14}" for title in titles)]
         for model, parts in block["scores"].items():
             values = [parts[part] for part in PARTS] + ([skills[model]["total"]] if model in skills else [])

@@ -1,7 +1,5 @@
 """A run: its folder and lock, its processes, and the one call of Snakemake."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,8 @@ from lsdc_utils.files import atomic
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
 from lsdc_utils.pipeline.parameters import PROFILES
-from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, score_table, shown
+from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
-OUTPUTS = ROOT / "outputs"
 RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
 
 
@@ -40,7 +37,7 @@ class Run:
     resume: str  # the command that resumes this run
     cores: int
     until: str | None = None
-    force: tuple[str, ...] = ()
+    force: Sequence[str] = ()
     snakefile: str = "Snakefile"  # in notebooks/
     slurm: bool = False  # each step a job of the cluster
 
@@ -58,9 +55,6 @@ def visible_gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
-
-
-# ---- processes and the lock ----------------------------------------------------------------------------------------
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -83,8 +77,7 @@ def end_processes(folder: Path) -> None:
 
 
 def cancel_jobs(folder: Path) -> None:
-    """Cancel the SLURM jobs that the run in `folder` last had, and wait up to a minute for their end: a job would
-    continue to write."""
+    """Cancel the SLURM jobs that the run in `folder` last had, and wait up to a minute for their end."""
     log = folder / "logs" / "snakemake.log"
     submitted = re.search(r"^SLURM run ID: (\S+)$", log.read_text(), re.MULTILINE) if log.is_file() else None
     if submitted is None or shutil.which("scancel") is None:  # e.g. copied from a cluster
@@ -114,27 +107,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore SIGINT and SIGTERM, so that cleaning up is not cut short."""
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-# ---- Snakemake -----------------------------------------------------------------------------------------------------
-
-
-def forced_steps(run: Run) -> list[Step]:
-    """Steps to run whatever their files say: those of --force, and 00 if the data that it recorded are gone."""
-    forced = [step for name in run.force for step in select_steps(run.steps, name)]
-    record = run.folder / "data.json"
-    if record.is_file() and not (run.folder / json.loads(record.read_text())["data_dir"]).is_dir():
-        forced.append(run.steps[0])
-    return forced
-
-
 def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     """The one call of Snakemake; targets are executed notebooks, so that its counts are counts of steps."""
     targets = select_steps(run.steps, run.until) if run.until else run.steps
@@ -148,7 +120,11 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     command += ["--max-checksum-file-size", 2**30]  # a file rewritten with the same bytes re-runs nothing
     if run.snakefile == "predict.smk":
         command += ["--keep-going"]  # other shards do not wait for one that fails
-    if forced := forced_steps(run):
+    forced = [step for name in run.force for step in select_steps(run.steps, name)]
+    record = run.folder / "data.json"
+    if record.is_file() and not (run.folder / json.loads(record.read_text())["data_dir"]).is_dir():
+        forced.append(run.steps[0])  # the data that 00 recorded are gone
+    if forced:
         command += ["--forcerun", *(f"notebooks/{step.name}.ipynb" for step in forced)]
     return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
 
@@ -156,9 +132,8 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
 def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     """Environment of Snakemake and of all that it starts."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder)}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder), **devices}
     if run.slurm:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # SLURM sets it for each job
     return environment
@@ -173,11 +148,11 @@ def dry_run(run: Run) -> int:
         command = snakemake_command(planned, config, 0)
         command.insert(command.index("--directory"), "--dry-run")
         done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
+    output, progress = done.stdout + done.stderr, Progress()
     if done.returncode:
-        print(done.stdout + done.stderr, file=sys.stderr)
+        print(output, file=sys.stderr)
         return done.returncode
-    progress = Progress()
-    for line in (done.stdout + done.stderr).splitlines():
+    for line in output.splitlines():
         progress.read(line)
     for step in run.steps:
         if step.name in progress.reasons:
@@ -204,9 +179,12 @@ def work(run: Run) -> int:
         print(f"\nstopped; finished steps are kept. Resume with:\n  {run.resume}", file=sys.stderr)
         return 130
     finally:
-        with _undisturbed():
-            end_processes(run.folder)
-            cancel_jobs(run.folder)
+        numbers = (signal.SIGINT, signal.SIGTERM)  # ignored, so that cleaning up is not cut short
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        end_processes(run.folder)
+        cancel_jobs(run.folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if process.returncode == 0:
         print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
         return 0
@@ -214,15 +192,3 @@ def work(run: Run) -> int:
     lines = lines or [f"\nSnakemake stopped; last lines of {shown(output)}:", *last_lines(output, 15)]
     print(*lines, f"\nResume with:\n  {run.resume}", sep="\n", file=sys.stderr)
     return process.returncode if process.returncode > 0 else 1
-
-
-def start(run: Run) -> int:
-    """Run what is not up to date; print the score table and the report's path, as far as they exist."""
-    with locked(run.folder):
-        status = work(run)
-    scores, report = run.folder / "scores.json", run.folder / "report" / "index.html"
-    if status == 0 and scores.is_file():
-        print(score_table(json.loads(scores.read_text())))
-    if status == 0 and report.is_file():
-        print(f"\nreport: {report}")
-    return status

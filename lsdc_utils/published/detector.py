@@ -4,8 +4,6 @@ They are trained on the clicked slices of complete studies and look at every sli
 without changing sides, and a row is the highest confidence of each class over all slices and views.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path

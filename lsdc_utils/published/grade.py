@@ -1,8 +1,6 @@
 """The published method with the functions of `grading.grade`: its models, and the mean of their rows, which fits
 nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any

@@ -1,13 +1,10 @@
 """The whole study resampled to one grid, as published. Coordinates are LPS mm."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.ndimage import map_coordinates
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack, coarsen
-from lsdc_utils.vit.crops import CropError
 from lsdc_utils.vocabulary import SERIES_TYPES
 
 LONE_STEP = 5.0  # mm between slices, taken for a block of a single slice
@@ -17,7 +14,7 @@ def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
     """The study as uint8 (3 series types, size, size, size) to the left, to posterior, to the head; 0 outside.
 
     The grid spans what the sagittal series cover, or all series where there is none, so its voxels differ from study to
-    study and from axis to axis. Of several series or tilted blocks the nearest slice answers. CropError without stacks.
+    study and from axis to axis. Of several series or tilted blocks the nearest slice counts. ValueError without stacks.
     """
     points, steps = grid_points(stacks, size)
     points, spacing = points.reshape(-1, 3), float(steps[1:].min())
@@ -35,7 +32,7 @@ def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
 def grid_points(stacks: list[Stack], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Patient points (size, size, size, 3) of the voxels of `study_grid`, and the sides (3,) of a voxel in mm."""
     if not stacks:
-        raise CropError("a grid needs at least one series that can be read")
+        raise ValueError("a grid needs at least one series that can be read")
     sagittal = [stack for stack in stacks if stack.series_type in SERIES_TYPES[:2]] or stacks
     shares = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     corners = [geometry.to_patient(s.affines[:, None], (s.shapes[:, None, ::-1] - 1) * shares) for s in sagittal]

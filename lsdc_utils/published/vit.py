@@ -4,9 +4,7 @@ Left and right are learnt from mirrored studies with exchanged labels; only stud
 the mirrored study is the second view at prediction. Size, patch, width, depth, heads and readout of the config count.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.published.grid import study_grid
 from lsdc_utils.vit import predict
 from lsdc_utils.vit.augment import Augmentation, draw_series, vary
-from lsdc_utils.vit.inputs import Seen
+from lsdc_utils.vit.inputs import DEVICE, Seen
 from lsdc_utils.vit.model import OrdinalHead, VitConfig, attention_blocks, normalise, read_weights
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, mirrored
 
@@ -36,7 +34,7 @@ class StudyVit(nn.Module):
         self.patches = nn.Conv3d(len(SERIES_TYPES), config.width, config.patch, stride=config.patch)
         self.norm = nn.LayerNorm(config.width)
         self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
-        self.blocks = nn.Sequential(*attention_blocks(config, config.depth))
+        self.blocks = attention_blocks(config, config.depth)
         self.readout = nn.Sequential(
             nn.LayerNorm(config.width),
             nn.Linear(config.width, config.readout),
@@ -79,12 +77,7 @@ def complete(labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def augment(
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    config: VitConfig,
-    strength: Augmentation,
-    rngs: Sequence[np.random.Generator],
-    device: torch.device | str = "cpu",
+    inputs: np.ndarray, labels: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
 ) -> tuple[Seen, np.ndarray, np.ndarray]:
     """A training batch as `vit.augment.augment` makes it, of grids: half of the studies mirrored, their columns
     exchanged; contrast and brightness; series left out."""
@@ -92,16 +85,14 @@ def augment(
     turned = np.array([rng.random() < 0.5 for rng in rngs])
     order = np.where(turned[:, None], MIRROR, np.arange(len(COLUMNS)))
     grids = np.where(turned[:, None, None, None, None], inputs[:, :, ::-1], inputs)
-    images = vary(torch.from_numpy(grids).to(device).float(), gain * kept, gamma)
+    images = vary(torch.from_numpy(grids).to(DEVICE).float(), gain * kept, gamma)
     return (images,), np.take_along_axis(labels, order, axis=1), order
 
 
-def mirror_views(
-    inputs: np.ndarray, config: VitConfig, count: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Seen, list[int]]]:
+def mirror_views(inputs: np.ndarray, config: VitConfig, count: int) -> Iterator[tuple[Seen, list[int]]]:
     """The first `count` views of grids: as they are, then mirrored with the columns of left and right exchanged."""
     for grids, order in ((inputs, range(len(COLUMNS))), (inputs[:, :, ::-1], MIRROR))[:count]:
-        yield (torch.from_numpy(np.ascontiguousarray(grids)).to(device),), list(order)
+        yield (torch.from_numpy(np.ascontiguousarray(grids)).to(DEVICE),), list(order)
 
 
 def shown_planes(
@@ -111,7 +102,7 @@ def shown_planes(
     extent is in voxels and there is no place."""
     half = config.size / 2
     for kind, grid in zip(SERIES_TYPES, seen[0][study].cpu().numpy(), strict=True):
-        yield kind, grid[config.size // 2].T, np.nan, (-half, half, half, -half)
+        yield kind, grid[config.size // 2].T[::-1], np.nan, (-half, half, -half, half)
 
 
 def load_vits(weights: str | Path, folds: Iterable[int]) -> list[StudyVit]:
@@ -124,12 +115,4 @@ def load_vits(weights: str | Path, folds: Iterable[int]) -> list[StudyVit]:
     return [model.eval() for model in models]
 
 
-def predict_studies(
-    models: list[StudyVit],
-    studies: Iterable[tuple[int, list[Stack]]],
-    points: pd.DataFrame,
-    views_count: int = 1,
-    batch: int = 8,
-) -> pd.DataFrame:
-    """The prediction table of studies, as `vit.predict.predict_studies` gives it; at most two views."""
-    return predict.predict_studies(models, studies, points, views_count, batch, see, mirror_views)
+predict_studies = partial(predict.predict_studies, see=see, views=mirror_views)  # at most two views

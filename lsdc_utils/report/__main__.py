@@ -5,8 +5,6 @@ tables between markers such as `<!-- scores demo -->` and `<!-- end -->` in READ
 figures that they show, and docs/<run>.json with the numbers.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path
@@ -14,16 +12,13 @@ from pathlib import Path
 from lsdc_utils import figures
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.report import run as tables
-from lsdc_utils.report.card import score_lines, sentences
-from lsdc_utils.report.pictures import run_pictures
-from lsdc_utils.report.provenance import provenance
-from lsdc_utils.report.render import markdown_table
-from lsdc_utils.report.run import Run, read_run
+from lsdc_utils.report.card import markdown_table, score_lines, sentences
+from lsdc_utils.report.pictures import plot_doses, plot_example
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_sample(run: Run, root: Path) -> None:
+def write_sample(run: tables.Run, root: Path) -> None:
     """Copy a run's report to outputs/sample/ of `root`, and pictures of three pages to its docs/; needs a browser."""
     from playwright.sync_api import sync_playwright  # a package of the tests
 
@@ -37,19 +32,19 @@ def write_sample(run: Run, root: Path) -> None:
         page = browser.new_page(viewport={"width": 1440, "height": 1080}, color_scheme="light")
         for name, file in (("summary", "index.html"), ("study", study.name), ("studies", "studies.html")):
             page.goto((sample / file).as_uri())
-            with atomic(root / f"docs/sample-{name}.png") as temporary:
-                temporary.write_bytes(page.screenshot())
+            page.screenshot(path=root / f"docs/sample-{name}.png")
         browser.close()
 
 
-def write_results(run: Run, root: Path) -> None:
+def write_results(run: tables.Run, root: Path) -> None:
     """Fill the run's markers in README.md and docs/results.md of `root`; write its numbers and figures to docs/."""
-    stress, experiments = " ".join(sentences(run, "stress")), tables.experiment_tables(run.experiments)
+    experiments = tables.experiment_tables(run.experiments)
+    settings = markdown_table(tables.settings_table(run.settings))
     content = {
-        "table": markdown_table(tables.score_table(run.scores)),
+        "table": score_lines(run).partition("\n\n")[2],  # without the sentences
         "scores": score_lines(run),
         "localisation": markdown_table(tables.localisation_table(run.localisation)),
-        "stress": f"{stress}\n\n{markdown_table(tables.settings_table(run.settings))}",
+        "stress": f"{' '.join(sentences(run, 'stress'))}\n\n{settings}",
         "experiments": "\n\n".join(f"{name}:\n\n{markdown_table(table)}" for name, table in experiments.items()),
     }
     for file in (root / "README.md", root / "docs/results.md"):
@@ -59,26 +54,19 @@ def write_results(run: Run, root: Path) -> None:
             text = f"{head}{marker}{block}\n{rest[rest.index('<!-- end -->') :]}" if marker else text
         with atomic(file) as temporary:
             temporary.write_text(text)
-    for picture in run_pictures(run):
-        if picture.name in ("example", "doses"):
-            with atomic(root / f"docs/{run.name}-{picture.name}.png") as temporary:
-                picture.figure.savefig(temporary)
-    numbers = {"facts": provenance(run), "scores": run.scores, "evaluation": run.evaluation, "stress": run.stress}
-    write_json(root / f"docs/{run.name}.json", numbers)
-
-
-def main() -> None:
-    """Read the command line and write."""
-    parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["sample", "results"])
-    parser.add_argument("--run", default="demo", help="name of a run in outputs/ (default: demo)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="where to write (default: this repository)")
-    asked = parser.parse_args()
-    figures.use_style()
-    write = write_sample if asked.command == "sample" else write_results
-    write(read_run(ROOT / "outputs" / asked.run), asked.root.resolve())
-    print(f"{asked.command} of run {asked.run} written to {asked.root}")
+    for picture in (plot_example(run), plot_doses(run)):
+        if picture:
+            picture.figure.savefig(root / f"docs/{run.name}-{picture.name}.png")
+    numbers = {"scores": run.scores, "evaluation": run.evaluation, "stress": run.stress}
+    write_json(root / f"docs/{run.name}.json", {"facts": tables.provenance(run)} | numbers)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m lsdc_utils.report", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["sample", "results"])
+    parser.add_argument("--run", default="demo", help="name of a run in outputs/ (default: demo)")
+    asked = parser.parse_args()
+    figures.use_style()
+    write = write_sample if asked.command == "sample" else write_results
+    write(tables.Run(ROOT / "outputs" / asked.run), ROOT)
+    print(f"{asked.command} of run {asked.run} written")

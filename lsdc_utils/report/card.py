@@ -1,32 +1,82 @@
 """A run in prose: what it is, its result and limitations, and the model card that goes with its weights.
 
-The sentences are templates (*.j2 in templates/, one sentence a line); this module computes the numbers in them.
+The text is in templates (templates/*.j2, one sentence a line); this module computes the numbers in it.
 """
 
-from __future__ import annotations
-
+import math
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 
-from lsdc_utils.metric import PARTS
-from lsdc_utils.report.provenance import provenance
-from lsdc_utils.report.render import WARNING, environment
-from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, labelled_rows, models, score_table
+from lsdc_utils.metric import GROUP_PARTS
+from lsdc_utils.report import run as tables
+from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, provenance
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
+
+TEMPLATES = Path(__file__).with_name("templates")
+WARNING = "Not for clinical use: research software, not a medical device."
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The templates; values are escaped in HTML pages unless the template says that they are HTML."""
+    escape = jinja2.select_autoescape(enabled_extensions=("html.j2",))
+    options = {"autoescape": escape, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    made = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
+    made.filters.update(table=html_table, markdown=markdown_table, duration=duration)
+    made.globals.update(tables=tables, value=tables.value, number=tables.number, warning=WARNING)
+    return made
+
+
+def html_table(table: pd.DataFrame) -> str:
+    """A table as HTML, its text escaped; column groups span their columns."""
+    html = table.rename_axis(index=None).to_html(border=0, classes="numbers", na_rep="–")
+    return html.replace("<th></th>", "<td></td>").replace("<th>", '<th scope="row">').replace(' valign="top"', "")
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table of text as Markdown; a column group stands before each of its columns."""
+    head = [table.index.name or "", *(name if isinstance(name, str) else ": ".join(name) for name in table.columns)]
+    lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 05 s or 2 h 07 min; a dash for NaN."""
+    if math.isnan(seconds):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def sentences(run: Run, name: str, **numbers: Any) -> list[str]:
     """The sentences of a template, e.g. `about` (what was graded), `summary` (the result) or `stress` (of 07)."""
     context = {"run": run, "kind": run.data.get("kind", ""), "blocks": blocks(run.scores), "names": BLOCK_NAMES}
-    text = environment().get_template(f"{name}.j2").render(context | {"models": models(run.scores)} | numbers)
+    text = environment().get_template(f"{name}.j2").render(context | numbers)
     return [line for line in text.splitlines() if line]
 
 
 def limits(run: Run) -> dict[str, list[str]]:
     """What the results of this run do not show: sentences by heading."""
+    labelled, labels, weakest = tables.labelled_rows(run), {}, {}
+    if len(labelled):
+        parts = labelled["condition"].map(lambda name: PART_NAMES[GROUPS[CONDITIONS[name].group].score])
+        severe = labelled["severity"].eq(2).groupby(parts).sum().to_dict()
+        labels = {"rows": len(labelled), "missing": (run.labels["severity"] == MISSING).sum(), "severe": severe}
+    for name, block in blocks(run.scores).items():  # the part in which the ensemble is weakest
+        kind = "skill" if block.get("skill") else "scores"
+        parts = pd.Series(block[kind]["ensemble"], dtype=float)[list(GROUP_PARTS)].dropna()
+        if len(parts):
+            part = parts.idxmin() if kind == "skill" else parts.idxmax()
+            weakest[name] = (PART_NAMES[part].lower(), kind.removesuffix("s"), parts[part])
     sections: dict[str, list[str]] = {}
-    for line in sentences(run, "limits", labels=_label_counts(run), weakest=_weakest_parts(run)):
+    for line in sentences(run, "limits", labels=labels, weakest=weakest):
         if line.startswith("## "):
             sections[line.removeprefix("## ")] = []
         else:
@@ -34,41 +84,14 @@ def limits(run: Run) -> dict[str, list[str]]:
     return sections
 
 
-def _label_counts(run: Run) -> dict[str, Any]:
-    """Labelled rows, rows without a label, and severe labels by part of the score; {} where labels are unknown."""
-    labelled = labelled_rows(run)
-    if labelled.empty:
-        return {}
-    parts = labelled["condition"].map({name: PART_NAMES[GROUPS[c.group].score] for name, c in CONDITIONS.items()})
-    severe = labelled["severity"].eq(2).groupby(parts).sum().to_dict()
-    return {"rows": len(labelled), "missing": int((run.labels["severity"] == MISSING).sum()), "severe": severe}
-
-
-def _weakest_parts(run: Run) -> dict[str, tuple[str, str, float]]:
-    """Part in which the ensemble is weakest, `skill` or `score`, and its value, by block."""
-    weakest = {}
-    for name, block in blocks(run.scores).items():
-        kind = "skill" if block.get("skill") else "scores"
-        parts = pd.Series(block[kind]["ensemble"], dtype=float)[list(PARTS[:3])].dropna()
-        if len(parts):
-            part = parts.idxmin() if kind == "skill" else parts.idxmax()
-            weakest[name] = (PART_NAMES[part].lower(), kind.removesuffix("s"), parts[part])
-    return weakest
-
-
 def score_lines(run: Run) -> str:
     """The result as Markdown: sentences, the score table, and the origin of the numbers."""
-    numbers = {"facts": provenance(run), "summary": sentences(run, "summary"), "scores": score_table(run.scores)}
-    return environment().get_template("scores.md.j2").render(run=run, **numbers).strip()
+    context = {"facts": provenance(run), "summary": sentences(run, "summary")}
+    return environment().get_template("scores.md.j2").render(run=run, **context).strip()
 
 
 def model_card(run: Run) -> str:
     """What a user of a run's weights must know, as Markdown: data, scores, use, limitations, licence."""
     context = {"about": sentences(run, "about")[0], "scores": score_lines(run), "limits": limits(run)}
-    context |= {
-        "stress": sentences(run, "stress"),
-        "facts": provenance(run),
-        "kind": run.data.get("kind", ""),
-        "warning": WARNING,
-    }
+    context |= {"stress": sentences(run, "stress"), "facts": provenance(run), "kind": run.data.get("kind", "")}
     return environment().get_template("card.md.j2").render(run=run, **context)

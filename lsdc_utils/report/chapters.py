@@ -1,12 +1,10 @@
 """Executed notebooks as chapters: nbconvert's HTML with code folded, cleaned of everything that is not plain HTML."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bleach
 import nbformat
@@ -14,9 +12,9 @@ from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 from PIL import Image
-from traitlets.config import Config
 
-from lsdc_utils.report.render import TEMPLATES, avif
+from lsdc_utils.report.card import TEMPLATES
+from lsdc_utils.report.pictures import avif
 from lsdc_utils.report.run import Run
 
 # What a notebook may put on a page; anything else is shown as text.
@@ -29,41 +27,29 @@ STYLER_RULES = re.compile(r"(?:\s*#T_[\w#., :-]+\{[\w\s#.,:;%()-]*\})*\s*")  # w
 PLAIN_CODE = re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>')  # names, brackets, blanks: half the size of code
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One executed notebook as a page of the report."""
+def read_chapters(run: Run) -> list[dict[str, Any]]:
+    """The run's executed notebooks in order of running, except the report's, which is still running.
 
-    page: str  # file name in the report's folder
-    step: str  # e.g. 03_train_yolo_scs_fold0
-    title: str
-    body: str  # HTML, cleaned
-    sections: list[tuple[str, str]]  # anchor and title of its second-level headings
-
-
-def read_chapters(run: Run) -> list[Chapter]:
-    """The run's executed notebooks in order of running, except the report's, which is still running."""
-    files = [file for file in (run.folder / "notebooks").glob("*.ipynb") if run.asks_for(file.stem)]
-    files = [file for file in files if not file.stem.endswith("_report")]
-    return [read_chapter(file) for file in sorted(files, key=lambda file: file.name.replace("phantom", "00_phantom"))]
+    A chapter: step (e.g. 03_train_yolo_scs_fold0), page (file name and title), body (HTML, cleaned) and sections
+    (anchor and title of its second-level headings).
+    """
+    files = sorted((run.folder / "notebooks").glob("*.ipynb"), key=lambda file: file.name.replace("phantom", "00_h"))
+    return [_read_chapter(file) for file in files if run.asks_for(file.stem) and not file.stem.endswith("_report")]
 
 
-def read_chapter(file: Path) -> Chapter:
-    """Convert one executed notebook."""
+def _read_chapter(file: Path) -> dict[str, Any]:
     notebook = nbformat.read(file, as_version=4)
     _describe_images(notebook)
-    config = Config({"HTMLExporter": {name: "" for name in ("mathjax_url", "require_js_url", "jquery_url")}})
-    exporter = HTMLExporter(config=config, template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
+    exporter = HTMLExporter(template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])
     exporter.register_filter("cleaned", cleaned)
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # each printed line is its own output
     body = PLAIN_CODE.sub(r"\1", exporter.from_notebook_node(notebook)[0])
-    heading = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
-    title = Markup(heading[1]).striptags() if heading else file.stem
-    training = re.search(r"_(?:(nfn|scs|ss)_)?fold(\d+)$", file.stem)
-    if training:
+    title = Markup(re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)[1]).striptags()
+    if training := re.search(r"_(?:(nfn|scs|ss)_)?fold(\d+)$", file.stem):
         title += f" ({', '.join(filter(None, (training[1], f'fold {training[2]}')))})"
     headings = re.findall(r'<h2[^>]* id="([^"]+)"[^>]*>(.*?)</h2>', body, re.S)
     sections = [(anchor, Markup(text).striptags()) for anchor, text in headings]
-    return Chapter(f"{file.stem}.html", file.stem, title, body, sections)
+    return {"step": file.stem, "page": (f"{file.stem}.html", title), "body": body, "sections": sections}
 
 
 def _describe_images(notebook: nbformat.NotebookNode) -> None:
@@ -85,8 +71,7 @@ def cleaned(html: str) -> str:
     Style sheets are removed, except those that pandas' Styler writes for its own table.
     """
     styles = [css for css in re.findall(r"<style[^>]*>(.*?)</style>", html, re.S) if STYLER_RULES.fullmatch(css)]
-    bare = re.sub(r"<style[^>]*>.*?</style>", "", html, flags=re.S)
-    bare = re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', "", bare)
+    bare = re.sub(r'<style[^>]*>.*?</style>|<a class="anchor-link"[^>]*>.*?</a>', "", html, flags=re.S)
     bare = re.sub(r"""<img\b(?![^>]*\bsrc=["']data:image/)""", "&lt;img", bare)
     safe = bleach.clean(bare, tags=TAGS, attributes=_allowed, protocols={"http", "https", "data"})
     return "".join(f"<style>{css}</style>" for css in styles) + safe
@@ -94,8 +79,6 @@ def cleaned(html: str) -> str:
 
 def _allowed(tag: str, attribute: str, text: str) -> bool:
     """Whether an attribute of a tag may stay: only images may have data addresses."""
-    if (tag, attribute) == ("img", "src"):
-        return text.startswith("data:image/")
-    if (tag, attribute) == ("a", "href"):
-        return not text.startswith("data:")
-    return attribute in ATTRIBUTES
+    embedded = (tag, attribute) == ("img", "src") and text.startswith("data:image/")
+    link = (tag, attribute) == ("a", "href") and not text.startswith("data:")
+    return embedded or link or attribute in ATTRIBUTES

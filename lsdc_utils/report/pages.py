@@ -5,31 +5,25 @@ page's own few lines, which it names by their hash. Text from data and notebooks
 from disk and can be passed on. `templates/page.html.j2` frames every page.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
-import io
-from functools import partial
+import re
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from PIL import Image
 
+from lsdc_utils import figures
 from lsdc_utils.files import atomic
 from lsdc_utils.grading.marks import SHORT_NAMES
 from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import run as tables
 from lsdc_utils.report import studies
-from lsdc_utils.report.card import limits, sentences
+from lsdc_utils.report.card import TEMPLATES, environment, limits, sentences
 from lsdc_utils.report.chapters import read_chapters
 from lsdc_utils.report.pictures import Picture
-from lsdc_utils.report.provenance import provenance, write_provenance
-from lsdc_utils.report.render import TEMPLATES, WARNING, avif, environment, style_sheet
-from lsdc_utils.report.run import BLOCK_NAMES, Run
-from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, SEVERITY_NAMES
+from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that are also written as vector PDF
 INDEX, OVERVIEW = ("index.html", "Summary"), ("studies.html", "Studies")
@@ -43,37 +37,36 @@ NAMES = {  # words of the task, for the templates of studies
 }
 
 
-def write_report(run: Run, pictures: list[Picture], whole_studies: int = 8, seed: int = 0) -> Path:
+def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 8, seed: int = 0) -> Path:
     """Write report/index.html and everything it links to; returns the index.
 
     One page for each executed notebook and each graded study (`whole_studies` of them, some drawn by `seed`, with all
     slices), the limitations, the CLAIM checklist, the main figures as PDF, and the run's provenance.json. Pages of an
     earlier report that no longer belong to it are deleted.
     """
-    folder = run.folder / "report"
-    write_provenance(run.folder)
-    chapters, graded = read_chapters(run), graded_studies(run)
-    pages = [INDEX, OVERVIEW] if len(graded) else [INDEX]
-    pages += [*((chapter.page, chapter.title) for chapter in chapters), LIMITS, CLAIM]
-    frame = {"run": run, "pages": pages, "warning": WARNING, "facts": provenance(run), "kind": run.data.get("kind", "")}
+    folder, chapters = run.folder / "report", read_chapters(run)
+    tables.write_provenance(run.folder)
+    graded = [name for name in tables.BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
+    if run.scores.get("test") and "test" in graded:  # training studies are only part of the scores then
+        graded = ["test"]
+    rows = pd.concat([read_graded(run.folder, name) for name in graded], ignore_index=True)
+    pages = [INDEX, *([OVERVIEW] if len(rows) else ()), *(chapter["page"] for chapter in chapters), LIMITS, CLAIM]
+    frame = {"run": run, "pages": pages, "facts": tables.provenance(run), "kind": run.data.get("kind", "")}
     write = partial(_write_page, folder, frame)
-    written = _write_studies(run, write, graded, whole_studies, seed) if len(graded) else []
-    seconds = dict(zip(run.steps["step"], run.steps["seconds"], strict=True))
+    written = _write_studies(run, write, rows, whole_studies, seed) if len(rows) else []
     for chapter in chapters:
-        more = {"sections": chapter.sections, "chapter": chapter, "seconds": seconds.get(chapter.step)}
-        written.append(write("chapter.html.j2", (chapter.page, chapter.title), styles="code", **more))
+        seconds = run.steps["seconds"].get(chapter["step"])
+        written.append(write("chapter.html.j2", styles="code", seconds=seconds, **chapter))
     written += [write("limits.html.j2", LIMITS, limits=limits(run)), write("claim.html.j2", CLAIM)]
     for picture in pictures:
         if picture.name in PRINTED:
             written.append(folder / f"{picture.name}.pdf")
-            with atomic(written[-1]) as temporary:
-                picture.figure.savefig(temporary, metadata={"CreationDate": None})
+            picture.figure.savefig(written[-1], metadata={"CreationDate": None})
     for file in {*folder.glob("*.html"), *folder.glob("*.pdf")} - {*written, folder / "index.html"}:
         file.unlink()
-    shown = {"pictures": [(picture, embedded(picture)) for picture in pictures], "printed": PRINTED}
-    summary = sentences(run, "summary") + sentences(run, "stress")
-    shown |= {"about": sentences(run, "about")[0], "summary": summary, "tables": tables}
-    return write("index.html.j2", INDEX, chapters=chapters, **shown)  # last: when it exists, what it links to exists
+    shown = {"pictures": pictures, "printed": PRINTED, "chapters": chapters}
+    shown |= {"about": sentences(run, "about")[0], "summary": sentences(run, "summary") + sentences(run, "stress")}
+    return write("index.html.j2", INDEX, **shown)  # last: when it exists, what it links to exists
 
 
 def _write_page(
@@ -96,44 +89,31 @@ def _write_page(
     return folder / page[0]
 
 
-def embedded(picture: Picture) -> str:
-    """The address of an embedded image: SVG with text as outlines (no font needed), or AVIF where it shows slices."""
-    content = io.BytesIO()
-    if picture.slices:
-        picture.figure.savefig(content, format="png", dpi=150)
-        return avif(Image.open(content))
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
-        picture.figure.savefig(content, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+@cache
+def style_sheet(kind: str) -> str:
+    """The style of a page: what all pages share, and that of `text`, `code` or `study` pages."""
+    colours = "".join(f"--g{k}: {colour}; " for k, colour in figures.SEVERITY_COLOURS.items() if k != MISSING)
+    parts = [f":root {{ {colours}}}", *((TEMPLATES / f"{name}.css").read_text() for name in ("style", kind))]
+    css = re.sub(r"/\*.*?\*/", "", " ".join(parts), flags=re.S)
+    return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"\s+", " ", css))  # every page carries it
 
 
-# ---- studies -------------------------------------------------------------------------------------------------------
-
-
-def graded_studies(run: Run) -> pd.DataFrame:
-    """Rows (`read_graded`) of the studies that get a page: the scored test studies, else all graded ones."""
-    graded = [name for name in BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
-    if run.scores.get("test") and "test" in graded:
-        graded = ["test"]
-    parts = [rows for name in graded if len(rows := read_graded(run.folder, name))]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def _write_studies(run: Run, write: partial, graded: pd.DataFrame, count: int, seed: int) -> list[Path]:
+def _write_studies(run: tables.Run, write: partial, graded: pd.DataFrame, count: int, seed: int) -> list[Path]:
     """The page of each study and their overview; returns the files."""
-    whole, losses = studies.choose_studies(graded, count, seed), studies.study_losses(graded)
+    lines, whole, files = studies.overview(graded), studies.choose_studies(graded, count, seed), []
     readers = {block: study_reader(run.folder, block) for block in graded["block"].unique()}
-    lines, boxes, files = studies.overview(graded), tables.box_sizes(run), []
+    trained = {key: sorted((run.folder / "weights").glob(f"yolo_{key}_fold*.json")) for key in GROUPS}
+    boxes = {key: tables.read_file(some[0])["config"]["box_mm"] for key, some in trained.items() if some}
     chain = [OVERVIEW, *((line["page"], f"Study {line['study_id']}") for line in lines)]
     for page, line, (study, rows) in zip(chain[1:], lines, graded.groupby("study_id", sort=True), strict=True):
-        keys, viewers = studies.show_study(rows, readers[rows["block"].iloc[0]](int(study)), boxes, study in whole)
+        keys, viewers = studies.show_study(rows, readers[rows["block"].iloc[0]](study), boxes, study in whole)
         context = {"line": line, "reason": whole.get(study, ""), "keys": keys, "viewers": viewers}
-        context |= {"rows": [row._asdict() for row in rows.itertuples()], "script": "study.js" if viewers else ""}
+        context |= {"rows": rows.to_dict("records"), "script": "study.js" if viewers else ""}
         files.append(write("study.html.j2", page, styles="study", around=chain, **NAMES, **context))
     context = {
         "lines": lines,
-        "whole": {study: (studies.page_of(study), reason) for study, reason in whole.items()},
+        "whole": whole,
         "blocks": list(readers),
-        "labelled": len(losses) > 0,
+        "labelled": any(line["known"] for line in lines),
     }
     return [*files, write("studies.html.j2", OVERVIEW, script="studies.js", styles="study", **NAMES, **context)]

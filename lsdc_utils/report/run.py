@@ -1,61 +1,60 @@
-"""What a finished run says: its files, the sentences and the tables of text made from them."""
+"""What a finished run holds: its files, what it takes to repeat it, and the tables of text made from them."""
 
-from __future__ import annotations
-
+import hashlib
 import json
+import platform
 import re
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
+import torch
 import yaml
 
-from lsdc_utils.metric import PARTS
-from lsdc_utils.vocabulary import GROUPS, MISSING
+from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.metric import GROUP_PARTS, PARTS
+from lsdc_utils.parallel import usable_cores
+from lsdc_utils.vocabulary import MISSING
 
-MODEL_NAMES = {
-    "prior": "Label frequency",
-    "yolo": "YOLOv10 detectors",
-    "vit3d": "3D ViT",
-    "ensemble": "Ensemble",
-    "oracle": "Oracle",
-}
+MODEL_NAMES = {"prior": "Label frequency", "yolo": "YOLOv10 detectors", "vit3d": "3D ViT", "ensemble": "Ensemble",
+               "oracle": "Oracle"}  # fmt: skip
 PART_NAMES = dict(zip(PARTS, ("Spinal canal", "Foraminal", "Subarticular", "Any severe canal", "Total"), strict=True))
 BLOCK_NAMES = {"oof": "Out of fold", "test": "Test"}
-SHARES = {"within_5_mm": "Within 5 mm (%)", "within_10_mm": "Within 10 mm (%)",
-          "in_plane_within_5_mm": "In plane within 5 mm (%)", "level_right": "Correct level (%)"}  # fmt: skip
-# Columns of other tables that are shown, with their titles.
-INTERVAL = {"low": "95 % from", "high": "to"}
-ABLATION = {"total": "Out of fold", "worse_by": "Change", **INTERVAL, **{part: PART_NAMES[part] for part in PARTS[:3]}}
-CURVE = {"total": "Score", **INTERVAL, "skill": "Skill"}
-SETTINGS = {"score": "Score", "skill": "Skill", **INTERVAL, "lost": "Skill lost", "lost_low": "95 % from",
-            "lost_high": "to"}  # fmt: skip
+PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "numpy", "pandas", "pydicom", "snakemake", "papermill")
+SEEDS = ("phantom_seed", "seed", "n_splits", "folds")
+TITLES = {  # of the columns that tables show, in this order
+    "within_5_mm": "Within 5 mm (%)", "within_10_mm": "Within 10 mm (%)",
+    "in_plane_within_5_mm": "In plane within 5 mm (%)", "level_right": "Correct level (%)",
+    "total": "Score", "worse_by": "Change", "score": "Score", "skill": "Skill", "low": "95 % from", "high": "to",
+    "lost": "Skill lost", "lost_low": "95 % from", "lost_high": "to", **{key: PART_NAMES[key] for key in GROUP_PARTS},
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Run:
-    """The files of a run that its report is made from; a missing table is empty, a missing JSON or YAML file is {}."""
+    """The files of a run that its report is made from; FileNotFoundError where 05 has not written scores.json."""
 
-    folder: Path
-    scores: dict[str, Any]  # scores.json: {"oof": block, "test": block or None}
-    evaluation: dict[str, Any]  # evaluation.json, from 06
-    stress: dict[str, Any]  # stress/numbers.json, from 07
-    data: dict[str, Any]  # data.json: data_dir and kind
-    parameters: dict[str, Any]  # parameters.yml; {} where the notebooks were executed by hand
-    labels: pd.DataFrame  # tables/labels.parquet
-    rows: pd.DataFrame  # predictions/ensemble_oof.parquet: row_id and three natural probabilities
-    findings: pd.DataFrame  # tables/findings.csv
-    localisation: pd.DataFrame  # localisation.csv
-    doses: pd.DataFrame  # stress/doses.csv
-    settings: pd.DataFrame  # stress/settings.csv
-    experiments: dict[str, pd.DataFrame]  # ablation and curve, if they were run
-    steps: pd.DataFrame  # one line a step: step, seconds, memory (MiB), load (cores in use)
-
-    @property
-    def name(self) -> str:
-        """The run's name, which is that of its folder."""
-        return self.folder.name
+    def __init__(self, run_dir: str | Path):
+        self.folder = folder = Path(run_dir).resolve()
+        self.name = folder.name
+        self.scores = json.loads((folder / "scores.json").read_text())  # {"oof": block, "test": block or None}
+        self.evaluation = read_file(folder / "evaluation.json")  # from 06
+        self.stress = read_file(folder / "stress/numbers.json")  # from 07
+        self.data = read_file(folder / "data.json")  # data_dir and kind
+        self.parameters = read_file(folder / "parameters.yml")  # {} where the notebooks were executed by hand
+        self.labels = read_file(folder / "tables/labels.parquet")
+        self.rows = read_file(folder / "predictions/ensemble_oof.parquet")  # row_id and three natural probabilities
+        self.findings = read_file(folder / "tables/findings.csv", dtype=str, keep_default_na=False)
+        self.localisation = read_file(folder / "localisation.csv")
+        self.doses, self.settings = (read_file(folder / f"stress/{name}.csv") for name in ("doses", "settings"))
+        tables = {name: read_file(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
+        self.experiments = {name: table for name, table in tables.items() if len(table)}
+        # Snakemake's benchmark of each step: seconds, memory (MiB) and load (cores in use), NaN where not measured.
+        costs = {file.stem: pd.read_csv(file, sep="\t").iloc[-1] for file in sorted((folder / "logs").glob("*.tsv"))}
+        steps = pd.DataFrame(costs, index=["s", "max_rss", "mean_load"]).T.apply(pd.to_numeric, errors="coerce")
+        self.steps = steps.set_axis(["seconds", "memory", "load"], axis=1).assign(load=steps["mean_load"] / 100)
 
     def asks_for(self, step: str) -> bool:
         """Whether the run's parameters ask for this step: an earlier start may have trained more folds."""
@@ -63,45 +62,13 @@ class Run:
         return fold is None or int(fold[1]) in self.parameters.get("folds", [int(fold[1])])
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Read a run's folder; FileNotFoundError names scores.json where 05_ensemble_inference has not written it."""
-    folder = Path(run_dir).resolve()
-    experiments = {name: _read(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
-    return Run(
-        folder=folder,
-        scores=json.loads((folder / "scores.json").read_text()),
-        evaluation=_read(folder / "evaluation.json"),
-        stress=_read(folder / "stress/numbers.json"),
-        data=_read(folder / "data.json"),
-        parameters=_read(folder / "parameters.yml"),
-        labels=_read(folder / "tables/labels.parquet"),
-        rows=_read(folder / "predictions/ensemble_oof.parquet"),
-        findings=_read(folder / "tables/findings.csv", dtype=str, keep_default_na=False),
-        localisation=_read(folder / "localisation.csv"),
-        doses=_read(folder / "stress/doses.csv"),
-        settings=_read(folder / "stress/settings.csv"),
-        experiments={name: table for name, table in experiments.items() if len(table)},
-        steps=_read_steps(folder / "logs"),
-    )
-
-
-def _read(file: Path, **options: Any) -> Any:
-    if file.suffix in (".json", ".yml"):
-        load = json.loads if file.suffix == ".json" else yaml.safe_load
-        return load(file.read_text()) if file.is_file() else {}
+def read_file(file: Path, **options: Any) -> Any:
+    """A JSON or YAML file, or a Parquet or CSV table (`options` of pandas); {} or an empty table if there is none."""
     if not file.is_file():
-        return pd.DataFrame()
+        return {} if file.suffix in (".json", ".yml") else pd.DataFrame()
+    if file.suffix in (".json", ".yml"):
+        return (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text())
     return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, **options)
-
-
-def _read_steps(logs: Path) -> pd.DataFrame:
-    """Cost of each step from Snakemake's benchmark files <step>.tsv."""
-    lines = []
-    for file in sorted(logs.glob("*.tsv")):
-        line = pd.read_csv(file, sep="\t").iloc[-1]
-        seconds, memory, load = pd.to_numeric(line.reindex(["s", "max_rss", "mean_load"]), errors="coerce")
-        lines.append((file.stem, seconds, memory, load / 100))
-    return pd.DataFrame(lines, columns=["step", "seconds", "memory", "load"])
 
 
 def labelled_rows(run: Run) -> pd.DataFrame:
@@ -112,18 +79,59 @@ def labelled_rows(run: Run) -> pd.DataFrame:
     return run.rows.merge(labels, on="row_id")
 
 
-def box_sizes(run: Run) -> dict[str, float]:
-    """Side in mm of the boxes that the detectors were trained on, by condition group (nfn, scs, ss), if known."""
-    files = {key: sorted((run.folder / "weights").glob(f"yolo_{key}_fold*.json")) for key in GROUPS}
-    return {key: float(_read(some[0])["config"]["box_mm"]) for key, some in files.items() if some}
+def write_provenance(run: Path) -> dict[str, Any]:
+    """Write and return the provenance of the run in folder `run`, which has its data, tables and weights.
+
+    Time (UTC), commit ('with changes' if the working tree is dirty), parameters, kind, name and fingerprint of the data
+    (a hash of tables and headers, not of pixels), sha256 and commit of each weights file, the machine, and versions of
+    all installed distributions. Except for paths among the parameters, nothing names the machine or its user.
+    """
+    data, weights = read_file(run / "data.json"), {}
+    if data:
+        folder, digest = (run / data["data_dir"]).resolve(), hashlib.sha256()
+        for file in (*sorted(folder.glob("*.csv")), run / "tables/series.parquet"):
+            if file.is_file():
+                digest.update(f"{file.name}\0".encode() + file.read_bytes())
+        data = {"kind": data["kind"], "folder": folder.name, "fingerprint": digest.hexdigest()}
+    for file in sorted((run / "weights").glob("*.json")):
+        weights[file.stem] = {key: read_file(file)[key] for key in ("sha256", "git_commit")}
+    cpu = Path("/proc/cpuinfo")
+    processor = re.search(r"^model name\s*: (.*)$", cpu.read_text() if cpu.is_file() else "", re.MULTILINE)
+    content = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": git_commit(),
+        "parameters": read_file(run / "parameters.yml"),
+        "data": data,
+        "weights": weights,
+        "machine": {
+            "processor": processor[1] if processor else platform.machine(),
+            "cores": usable_cores(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+            "system": platform.system(),
+            "python": platform.python_version(),
+        },
+        "versions": dict(sorted((package.name, package.version) for package in metadata.distributions())),
+    }
+    write_json(run / "provenance.json", content)
+    return content
 
 
-# ---- scores --------------------------------------------------------------------------------------------------------
-
-
-def model_name(model: str) -> str:
-    """A model of scores.json as people read it."""
-    return MODEL_NAMES.get(model, model)
+def provenance(run: Run) -> dict[str, str]:
+    """The origin of a run as label -> text, from its provenance.json; FileNotFoundError where it has no report yet."""
+    content = json.loads((run.folder / "provenance.json").read_text())
+    seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
+    head, *changes = content["commit"].split(" ", 1)
+    machine, data = content["machine"], content["data"]
+    hardware = [machine["processor"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", *machine["gpus"]]
+    return {
+        "Made": content["made"],
+        "Commit": " ".join([head[:12], *changes]),
+        "Data": f"{data['kind']} ({data['folder']}), tables {data['fingerprint'][:12]}" if data else "unknown",
+        "Seeds and folds": ", ".join(seeds) or "not recorded",
+        "Versions": ", ".join(f"{name} {content['versions'].get(name, '?')}" for name in PACKAGES),
+        "Machine": f"{', '.join(hardware)}; {machine['system']}, Python {machine['python']}",
+    }
 
 
 def blocks(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -132,9 +140,8 @@ def blocks(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def models(scores: dict[str, Any]) -> list[str]:
-    """Models that any block scores, in the order of `MODEL_NAMES`; unknown ones last."""
-    scored = {model for block in blocks(scores).values() for model in block["scores"]}
-    return [model for model in MODEL_NAMES if model in scored] + sorted(scored - set(MODEL_NAMES))
+    """Models that any block scores, in the order of `MODEL_NAMES`."""
+    return [model for model in MODEL_NAMES if any(model in block["scores"] for block in blocks(scores).values())]
 
 
 def value(block: dict[str, Any], kind: str, model: str, part: str = "total") -> Any:
@@ -148,34 +155,29 @@ def number(amount: float | None, digits: int = 3) -> str:
     return "–" if pd.isna(amount) else f"{amount:.{digits}f}"
 
 
-def score_columns(block: dict[str, Any], shown: list[str]) -> dict[str, list[str]]:
-    """Total score, skill (if there is an oracle) and 95 % interval of each model in a block, as text."""
-    columns = {"Score": [number(value(block, "scores", model)) for model in shown]}
+def score_columns(block: dict[str, Any], shown: list[str]) -> pd.DataFrame:
+    """Total score, skill (if there is an oracle) and 95 % interval of models in a block, as text."""
+    table = pd.DataFrame(index=pd.Index([MODEL_NAMES[model] for model in shown], name="Model"))
+    table["Score"] = [number(value(block, "scores", model)) for model in shown]
     if block.get("skill"):
-        columns["Skill"] = [number(value(block, "skill", model), 2) for model in shown]
+        table["Skill"] = [number(value(block, "skill", model), 2) for model in shown]
     intervals = [value(block, "interval", model) or [None] for model in shown]
-    return columns | {"95 % interval": [" to ".join(map(number, interval)) for interval in intervals]}
+    return table.assign(**{"95 % interval": [" to ".join(map(number, interval)) for interval in intervals]})
 
 
 def score_table(scores: dict[str, Any]) -> pd.DataFrame:
     """Total scores as text: a row for each model, columns for each block."""
-    index = pd.Index(map(model_name, models(scores)), name="Model")
-    parts = {
-        f"{BLOCK_NAMES[name]}, {block['n_studies']} studies": pd.DataFrame(score_columns(block, models(scores)), index)
-        for name, block in blocks(scores).items()
-    }
-    return pd.concat(parts, axis=1)
+    titles = {name: f"{BLOCK_NAMES[name]}, {block['n_studies']} studies" for name, block in blocks(scores).items()}
+    return pd.concat({title: score_columns(scores[k], models(scores)) for k, title in titles.items()}, axis=1)
 
 
 def parts_table(block: dict[str, Any]) -> pd.DataFrame:
     """Parts of a block's scores as text, with the skill in brackets if there is one: a row for each model."""
-    table = pd.DataFrame(index=pd.Index(map(model_name, block["scores"]), name="Model"))
-    for part in PARTS[:-1]:
-        skills = [value(block, "skill", model, part) for model in block["scores"]]
-        brackets = ["" if skill is None else f" ({skill:.2f})" for skill in skills]
-        texts = [number(value(block, "scores", model, part)) for model in block["scores"]]
-        table[PART_NAMES[part]] = [text + bracket for text, bracket in zip(texts, brackets, strict=True)]
-    return table
+    table = pd.DataFrame(block["scores"]).T[list(PARTS[:-1])].map(number)
+    if block.get("skill"):
+        skills = pd.DataFrame(block["skill"]).T[table.columns]
+        table += skills.map(lambda skill: "" if pd.isna(skill) else f" ({skill:.2f})")
+    return table.rename(index=MODEL_NAMES, columns=PART_NAMES).rename_axis("Model")
 
 
 def other_runs(run: Run) -> pd.DataFrame:
@@ -183,26 +185,21 @@ def other_runs(run: Run) -> pd.DataFrame:
     files = sorted(run.folder.parent.glob("*/scores.json"), key=lambda file: (file.parent != run.folder, file))
     lines = {}
     for file in files if len(files) > 1 else ():
-        data_dir = _read(file.with_name("data.json")).get("data_dir", "unknown")
+        data_dir = read_file(file.with_name("data.json")).get("data_dir", "unknown")
         line = {("", "Data"): "the same" if data_dir == run.data.get("data_dir") else Path(data_dir).name}
-        for name, block in blocks(_read(file)).items():
-            columns = score_columns(block, ["ensemble"])
-            line |= {(BLOCK_NAMES[name], title): text for title, [text] in columns.items()}
+        for name, block in blocks(read_file(file)).items():
+            line |= {(BLOCK_NAMES[name], key): text for key, text in score_columns(block, ["ensemble"]).iloc[0].items()}
         lines[file.parent.name] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("–").rename_axis("Run")
-
-
-# ---- what else was measured ----------------------------------------------------------------------------------------
 
 
 def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
     """Localisation as text, from localisation.csv: a row for each block and condition, and one for axial slices."""
     if localisation.empty:
         return localisation
-    rows = localisation[localisation["spines"] == "all"].rename(columns=SHARES)
-    shown = [title for title in SHARES.values() if title in rows]
+    rows = localisation[localisation["spines"] == "all"]
     names = rows["split"].map(BLOCK_NAMES) + ": " + rows["condition"].str.replace("_", " ")
-    table = (100 * rows[shown]).map(number, digits=1).set_index(names.rename("Points"))
+    table = _as_text(100 * rows.select_dtypes("number"), names.rename("Points"), digits=1)
     return table.assign(**{"Sides exchanged": rows["sides_exchanged"].map(number, digits=0).to_numpy()})
 
 
@@ -222,19 +219,16 @@ def evaluation_table(evaluation: dict[str, Any]) -> pd.DataFrame:
 
 
 def experiment_tables(experiments: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Ablations and learning curve as text, by heading; scores are the ensemble's, lower is better.
-
-    A heading names the commit of the experiment, which may be older than the run's.
-    """
+    """Scores of the ensemble in ablations and learning curve as text; headings name the commit of the experiment."""
     tables = {}
     for name, table in experiments.items():
-        commit = f" (commit {table['commit'].iloc[0][:12]})" if "commit" in table else ""
         if name == "ablation":
-            removed = table["without"].fillna("nothing (the run itself)").rename("Removed")
-            tables[f"Ablations{commit}"] = _as_text(table, ABLATION, removed)
+            title, name = "Ablations, out of fold", "Removed"
+            index = table["without"].fillna("nothing (the run itself)")
         else:
-            sizes = table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()
-            tables[f"Learning curve{commit}"] = _as_text(table, CURVE, sizes.rename("Training studies"))
+            title, name = "Learning curve", "Training studies"
+            index = table["n_train"].map(str) + ", " + table["block"].map(BLOCK_NAMES).str.lower()
+        tables[f"{title} (commit {table['commit'].iloc[0][:12]})"] = _as_text(table, index.rename(name))
     return tables
 
 
@@ -243,10 +237,10 @@ def settings_table(settings: pd.DataFrame) -> pd.DataFrame:
     if settings.empty:
         return settings
     factor, setting = settings["factor"], settings["setting"]
-    names = setting.where(setting == factor, factor + ": " + setting)
-    return _as_text(settings, SETTINGS, names.rename("Setting"))
+    return _as_text(settings, setting.where(setting == factor, factor + ": " + setting).rename("Setting"))
 
 
-def _as_text(table: pd.DataFrame, columns: dict[str, str], index: pd.Series) -> pd.DataFrame:
-    """The columns that the table has, as text under their titles."""
-    return table[[name for name in columns if name in table]].map(number).rename(columns=columns).set_index(index)
+def _as_text(table: pd.DataFrame, index: pd.Series, digits: int = 3) -> pd.DataFrame:
+    """The columns that have `TITLES`, as text."""
+    shown = table[[name for name in TITLES if name in table]].map(number, digits=digits)
+    return shown.rename(columns=TITLES).set_index(index)

@@ -4,132 +4,84 @@ Images are AVIF inside the page. The page draws the marks over them, in millimet
 sharp and can be hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lsdc_utils import figures, geometry
+from lsdc_utils import figures, geometry, vocabulary
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
-from lsdc_utils.metric import WEIGHTS, weight_rows
-from lsdc_utils.report.render import avif
-from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SERIES_TYPES, SEVERITIES
+from lsdc_utils.metric import PROBABILITIES, WEIGHTS, weight_rows
+from lsdc_utils.report.pictures import avif
+from lsdc_utils.vocabulary import FORAMINAL, GROUPS, LEVEL_NAMES, LEVELS, MISSING, SPINAL_CANAL, SUBARTICULAR
 
 # Columns of a study's table: as on films, the patient's left is at the viewer's right.
-GRID = (
-    "right_subarticular_stenosis",
-    "right_neural_foraminal_narrowing",
-    "spinal_canal_stenosis",
-    "left_neural_foraminal_narrowing",
-    "left_subarticular_stenosis",
-)
+GRID = (f"right_{SUBARTICULAR}", f"right_{FORAMINAL}", SPINAL_CANAL, f"left_{FORAMINAL}", f"left_{SUBARTICULAR}")
 KEY_WIDTH = 80.0  # mm of a slice shown around a point
 LARGEST = 384  # pixels of a side of an image; larger ones are scaled down
-QUALITY = {"key": 46, "series": 38}  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
-
-
-@dataclass(frozen=True)
-class Film:
-    """One slice, or a part of one, as a page shows it."""
-
-    address: str  # data:image/avif;base64,...
-    width: float  # mm
-    height: float  # mm
-    letters: dict[str, str]  # orientation at the left, right, top and bottom edge
-    scale_mm: int  # length of the scale bar
-    alt: str
-    marks: list[dict[str, Any]]  # points of rows: x, y (mm from the upper left corner), grade, words, box_mm (0: none)
-
-
-@dataclass(frozen=True)
-class Viewer:
-    """A series to scroll through; `first` is the slice shown at the start."""
-
-    key: str  # id on the page
-    title: str
-    films: list[Film]
-    first: int
-
-
-def page_of(study_id: int) -> str:
-    """File name of a study's page in the report's folder."""
-    return f"study_{study_id}.html"
+KEY_QUALITY, SERIES_QUALITY = 46, 38  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
 
 
 def show_study(
     rows: pd.DataFrame, stacks: Sequence[Stack], boxes_mm: dict[str, float], whole: bool
-) -> tuple[dict[str, tuple[Film, str, int]], list[Viewer]]:
+) -> tuple[dict[str, tuple[dict, str, int]], list[dict]]:
     """A study's images: key slices of the rows graded moderate or severe, and if `whole` its series to scroll.
 
     rows: the study's rows of `read_graded`; boxes_mm: side of the detectors' boxes by group (nfn, scs, ss). Key slices
-    are row id -> slice, key of its viewer, number of the slice in it. They are nearest to the detected point; a row
-    without a point near any slice has none.
+    are row id -> slice (a dict as film.html.j2 draws it), key of its viewer, number of the slice in it. They are
+    nearest to the detected point; a row without a point near any slice has none. A viewer: key, title, films (its
+    slices), first (the slice shown at the start).
     """
-    series = [stack for kind in SERIES_TYPES for stack in stacks if stack.series_type == kind]
-    keys = {}
-    for row in rows[rows["grade"] > 0].dropna(subset=["X"]).itertuples():
+    series = [stack for kind in vocabulary.SERIES_TYPES for stack in stacks if stack.series_type == kind]
+    rows = rows.dropna(subset=["X"])
+    rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0))
+    keys, viewers = {}, []
+    for row in rows[rows["grade"] > 0].itertuples():
         own = [k for k, stack in enumerate(series) if stack.series_type == GROUPS[row.group].series_type]
-        place = worst_slice([series[k] for k in own], rows[rows["row_id"] == row.row_id])
-        if place:
-            _, n, k = place
-            keys[row.row_id] = (_key_film(series[own[k]], n, row, boxes_mm), f"series{own[k]}", n)
-    viewers = [_viewer(f"series{k}", stack, rows, boxes_mm) for k, stack in enumerate(series)] if whole else []
+        if place := worst_slice([series[k] for k in own], rows[rows["row_id"] == row.row_id]):
+            n, number = place[1], own[place[2]]
+            affine, size = series[number].affines[n], series[number].shapes[n][::-1]
+            middle = geometry.to_pixels(affine, np.array([row.X, row.Y, row.Z]))[:2]
+            reach = KEY_WIDTH / 2 / geometry.spacing(affine)
+            start = np.maximum(np.floor(middle - reach), 0).astype(int)
+            stop = np.minimum(np.ceil(middle + reach) + 1, size).astype(int)
+            keys[row.row_id] = _film(series[number], n, start, stop, [row], KEY_QUALITY), f"series{number}", n
+    for number, stack in enumerate(series if whole else ()):
+        own = rows[rows["group"].map(lambda key: GROUPS[key].series_type) == stack.series_type]
+        films = []
+        for n, (size, off) in enumerate(zip(stack.shapes[:, ::-1], distances(stack, own), strict=True)):
+            near = list(own[off <= REACH].itertuples())
+            films.append(_film(stack, n, np.zeros(2, int), size, near, SERIES_QUALITY))
+        viewer = {"key": f"series{number}", "title": f"{stack.series_type} (series {stack.series_id})", "films": films}
+        place = worst_slice([stack], own)
+        viewers.append(viewer | {"first": place[1] if place else len(films) // 2})
     return keys, viewers
 
 
-def _key_film(stack: Stack, n: int, row: Any, boxes_mm: dict[str, float]) -> Film:
-    """The part of a slice around the point of one row."""
-    affine = stack.affines[n]
-    middle = geometry.to_pixels(affine, np.array([row.X, row.Y, row.Z]))[:2]
-    reach = KEY_WIDTH / 2 / geometry.spacing(affine)
-    x0, y0 = np.maximum(np.floor(middle - reach), 0).astype(int)
-    x1, y1 = np.minimum(np.ceil(middle + reach) + 1, stack.shapes[n][::-1]).astype(int)
-    return _film(stack, n, (x0, y0, x1, y1), [row], boxes_mm, "key")
-
-
-def _viewer(key: str, stack: Stack, rows: pd.DataFrame, boxes_mm: dict[str, float]) -> Viewer:
-    """All slices of a series; on each the points within `REACH` of rows that are graded on this type of series."""
-    graded_here = rows["group"].map({key: group.series_type for key, group in GROUPS.items()}) == stack.series_type
-    own = rows[graded_here].dropna(subset=["X"])
-    off, lines, films = distances(stack, own), list(own.itertuples()), []
-    for n, (height, width) in enumerate(stack.shapes.tolist()):
-        near = [line for line, distance in zip(lines, off[n], strict=True) if distance <= REACH]
-        films.append(_film(stack, n, (0, 0, width, height), near, boxes_mm, "series"))
-    place = worst_slice([stack], own)
-    title = f"{stack.series_type} (series {stack.series_id})"
-    return Viewer(key, title, films, place[1] if place else len(films) // 2)
-
-
-def _film(
-    stack: Stack, n: int, part: tuple[int, int, int, int], near: list, boxes_mm: dict[str, float], kind: str
-) -> Film:
-    """Slice n cut to `part` (x0, y0, x1, y1 in pixels), with marks at the points of the rows `near` it."""
-    x0, y0, x1, y1 = part
+def _film(stack: Stack, n: int, start: np.ndarray, stop: np.ndarray, rows: list, quality: int) -> dict[str, Any]:
+    """Slice n from pixel `start` to before `stop` (x, y), with marks at the points of rows; lengths in mm."""
     affine, marks = stack.affines[n], []
     step = geometry.spacing(affine)
-    width, height = (step * (x1 - x0, y1 - y0)).tolist()
-    for row in near:
-        x, y = (geometry.to_pixels(affine, np.array([row.X, row.Y, row.Z]))[:2] + 0.5 - (x0, y0)) * step
-        mark = {"x": round(float(x), 1), "y": round(float(y), 1), "grade": int(row.grade), "words": row_words(row)}
-        marks.append(mark | {"box_mm": boxes_mm.get(row.group, 0.0)})
+    width, height = (step * (stop - start)).round(1).tolist()
+    for row in rows:
+        place = (geometry.to_pixels(affine, np.array([row.X, row.Y, row.Z]))[:2] + 0.5 - start) * step
+        x, y = place.round(1).tolist()
+        marks.append({"x": x, "y": y, "grade": row.grade, "words": row_words(row), "box_mm": row.box_mm})
     alt = f"{stack.series_type}, slice {n + 1} of {len(stack.pixels)}"
     alt += f"; marked: {'; '.join(mark['words'] for mark in marks)}" if marks else ""
-    address = avif(Image.fromarray(stack.pixels[n, y0:y1, x0:x1]), QUALITY[kind], LARGEST)
-    letters, scale = figures.edge_letters(affine), figures.scale_length(width)
-    return Film(address, round(width, 1), round(height, 1), letters, scale, alt, marks)
+    image = Image.fromarray(stack.pixels[n, start[1] : stop[1], start[0] : stop[0]])
+    film = {"address": avif(image, quality, LARGEST), "alt": alt, "width": width, "height": height, "marks": marks}
+    return film | {"letters": figures.edge_letters(affine), "scale_mm": figures.scale_length(width)}
 
 
 def study_losses(rows: pd.DataFrame) -> pd.Series:
     """Weighted log loss of each study's labelled rows, by study id; empty where nothing is labelled."""
     known = rows[rows["severity"] != MISSING]
     weight = WEIGHTS[known["severity"]]
-    chance = weight_rows(known[list(SEVERITIES)].to_numpy())[np.arange(len(known)), known["severity"]]
+    chance = weight_rows(known[PROBABILITIES].to_numpy())[np.arange(len(known)), known["severity"]]
     parts = pd.DataFrame({"loss": -np.log(np.maximum(chance, 1e-15)) * weight, "weight": weight})
     sums = parts.groupby(known["study_id"].to_numpy()).sum()
     return sums["loss"] / sums["weight"]
@@ -140,15 +92,12 @@ def choose_studies(rows: pd.DataFrame, count: int, seed: int) -> dict[int, str]:
 
     Without any label, the least sure replace those with the largest losses.
     """
-    sure = rows.groupby("study_id")["confidence"].mean()
-    losses = study_losses(rows)
+    sure, losses = rows.groupby("study_id")["confidence"].mean(), study_losses(rows)
     worst, reason = (losses, "among the largest losses") if len(losses) else (-sure, "among the least sure")
     chosen = dict.fromkeys(worst.nlargest(-(-count // 3)).index.tolist(), reason)
-    for study in sure[~sure.index.isin(list(chosen))].nlargest(count // 3).index.tolist():
-        chosen[study] = "among the surest"
-    left = sorted(set(sure.index) - set(chosen))
-    drawn = np.random.default_rng(seed).permutation(left)[: max(count - len(chosen), 0)]
-    return chosen | dict.fromkeys(drawn.tolist(), "drawn at random")
+    chosen |= dict.fromkeys(sure.drop(list(chosen)).nlargest(count // 3).index.tolist(), "among the surest")
+    drawn = np.random.default_rng(seed).permutation(sure.index.difference(list(chosen)))
+    return chosen | dict.fromkeys(drawn[: max(count - len(chosen), 0)].tolist(), "drawn at random")
 
 
 def overview(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -158,15 +107,14 @@ def overview(rows: pd.DataFrame) -> list[dict[str, Any]]:
     group, grade and confidence in per cent of each row.
     """
     losses, lines = study_losses(rows), []
-    for study, of_study in rows.groupby("study_id", sort=True):
+    for study, of_study in rows.groupby("study_id"):
         worst = of_study.sort_values(["grade", "confidence"]).groupby("condition").last().loc[list(GRID)]
+        levels = worst["level"].map(dict(zip(LEVELS, LEVEL_NAMES, strict=True)))
         known = of_study[of_study["severity"] != MISSING]
-        levels = [LEVEL_NAMES[LEVELS.index(level)] for level in worst["level"]]
-        line = {"study_id": int(study), "page": page_of(study), "loss": losses.get(study)}
-        line["cells"] = list(zip(worst["grade"].tolist(), worst["confidence"].tolist(), levels, strict=True))
+        line = {"study_id": study, "page": f"study_{study}.html", "loss": losses.get(study), "known": len(known)}
+        line["cells"] = list(zip(worst["grade"], worst["confidence"], levels, strict=True))
         line["moderate"], line["severe"] = ((of_study["grade"] == k).sum() for k in (1, 2))
-        line["lowest"] = float(of_study["confidence"].min())
-        line["agreed"], line["known"] = (known["grade"] == known["severity"]).sum(), len(known)
+        line["lowest"], line["agreed"] = of_study["confidence"].min(), (known["grade"] == known["severity"]).sum()
         line["rows"] = " ".join(f"{row.group}{row.grade}{100 * row.confidence:.0f}" for row in of_study.itertuples())
         lines.append(line)
     return lines

@@ -1,9 +1,4 @@
-"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as any study is, and removed.
-
-Nothing is fitted here.
-"""
-
-from __future__ import annotations
+"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as usual, and removed."""
 
 import contextlib
 import functools
@@ -13,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,13 +33,11 @@ LOOKS = ["case", "condition", "level", "model", "weights", "share", "hit", "chan
 MOVES = ["case", "version", "moved"]
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """The models' answers to all cases.
 
-    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: case,
-    condition, level, model, weights (trained or shuffled), share, hit, chance (`occlusion.attention`). moves: case,
-    version, moved (the largest change of a natural probability in any row of the ensemble).
+    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: `LOOKS`, see
+    `occlusion.attention`. moves: the largest change of a natural probability in any row of the ensemble.
     """
 
     rows: pd.DataFrame
@@ -66,8 +59,7 @@ def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, 
         parts.append(part)
         if len(parts) % 5 == 0 or len(parts) == len(chunks):
             print(f"drew and graded case {chunks[len(parts) - 1][-1][0] + 1}/{len(cases)}", flush=True)
-    tables = ([getattr(part, name) for part in parts] for name in ("rows", "looks", "moves"))
-    return Answers(*(pd.concat(table, ignore_index=True) for table in tables))
+    return Answers(*(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True)))
 
 
 def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Sequence[tuple[int, Case]]) -> Answers:
@@ -101,12 +93,9 @@ def _models(weights: Path, folds: tuple[int, ...], views: int, _: tuple[int, ...
 
 def _rows(tables: Tables) -> pd.DataFrame:
     """Tables of one study by each of `MODELS` as one: condition, level, model, natural probabilities."""
-    parts = []
-    for model in MODELS:
-        keys = [parse_row_id(row)[1:] for row in tables[model]["row_id"]]
-        table = pd.DataFrame(keys, columns=["condition", "level"]).assign(model=model)
-        parts.append(table.assign(**{name: tables[model][name].to_numpy() for name in SEVERITIES}))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat([tables[model].assign(model=model) for model in MODELS], ignore_index=True)
+    table[["condition", "level"]] = [parse_row_id(row)[1:] for row in table["row_id"]]
+    return table[["condition", "level", "model", *SEVERITIES]]
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,6 @@ class _Study:
         return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
 
     def canal(self) -> pd.DataFrame:
-        """The detected canal points, as the transformer takes them."""
         points = self.graded["points"]
         of = {key: points[points["condition"] == key].drop(columns="condition") for key in ("scs", "nfn")}
         return study_canal(of["scs"], of["nfn"])
@@ -137,8 +125,8 @@ class _Study:
         canal = self.canal()
         directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(canal), 3)))
         for error in CENTRE_MM:
-            places = canal[list("XYZ")].to_numpy() + error * directions
-            beside = canal.assign(**dict(zip("XYZ", places.T, strict=True)))
+            beside = canal.copy()
+            beside[[*"XYZ"]] += error * directions
             rows = predict_studies(self.models.vits, [(self.study_id, self.stacks)], beside, self.models.views)
             yield "error of the centres", f"{error:g} mm", self.blend(self.graded | {"vit3d": rows})
 
@@ -152,14 +140,12 @@ class _Study:
             return
         place, canal = here[list("XYZ")].to_numpy(float).mean(axis=0), self.canal()
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
+        where = (self.stacks, canal, case.row, place)
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {
-                "yolo": occlusion.look_detector(detector, self.stacks, canal, case.row, place),
-                "vit3d": occlusion.look_vit(vit, self.stacks, canal, case.row, place),
-            }
+            maps = {"yolo": occlusion.look_detector(detector, *where), "vit3d": occlusion.look_vit(vit, *where)}
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

@@ -4,8 +4,6 @@ Studies with the same `body` are one patient, imaged in the same way with the sa
 changed. No test study of a run is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

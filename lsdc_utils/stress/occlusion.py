@@ -8,8 +8,6 @@ lies there is the pointing game of Zhang et al., IJCV 2018. The baseline is `shu
 weights in random order.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 
@@ -74,7 +72,7 @@ def look_vit(
     for images, centre in zip(inputs["images"][1:], centres, strict=True):
         images[:] = hidden(images, places, centre)
     natural = probabilities([model], inputs, batch=16)
-    return _changes(centres - place, _log_odds(natural[:, COLUMNS.index("_".join(row))]))
+    return _changes(centres - place, natural[:, COLUMNS.index("_".join(row))])
 
 
 def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -> np.ndarray:
@@ -112,7 +110,7 @@ def look_detector(
     points = patient_points(stack, np.full(len(images), k), spots, config)
     near = np.linalg.norm(points - middle, axis=-1) <= EVIDENCE  # (1 + m, detections)
     classes = [class_numbers(config)[(*row, severity)] for severity in range(3)]
-    return _changes(centres - middle, _log_odds((scores[..., classes] * near[..., None]).sum(axis=1)))
+    return _changes(centres - middle, (scores[..., classes] * near[..., None]).sum(axis=1))
 
 
 def attention(changes: pd.DataFrame) -> dict[str, float]:
@@ -125,11 +123,8 @@ def attention(changes: pd.DataFrame) -> dict[str, float]:
     return {"share": float(share), "hit": float(near[changes["change"].argmax()]), "chance": float(near.mean())}
 
 
-def _log_odds(numbers: np.ndarray) -> np.ndarray:
-    """Log odds (n,) of moderate or worse, of probabilities or scores (n, 3)."""
-    return np.log((numbers[:, 1:].sum(axis=1) + FLOOR) / (numbers[:, 0] + FLOOR))
-
-
-def _changes(offsets: np.ndarray, odds: np.ndarray) -> pd.DataFrame:
-    """`off` (mm) and `change` of balls at offsets (m, 3) from the place; odds (1 + m,): the unchanged image first."""
+def _changes(offsets: np.ndarray, numbers: np.ndarray) -> pd.DataFrame:
+    """`off` (mm) of balls at offsets (m, 3) from the place, and `change` of the log odds of moderate or worse, from
+    probabilities or scores (1 + m, 3): the unchanged image first."""
+    odds = np.log((numbers[:, 1:].sum(axis=1) + FLOOR) / (numbers[:, 0] + FLOOR))
     return pd.DataFrame({"off": np.linalg.norm(offsets, axis=1), "change": np.abs(odds[1:] - odds[0])})

@@ -3,8 +3,6 @@
 Truth is the oracle's: it knows the narrowing and how readers err. Readers are simulated, `READERS` for each study.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,26 +59,17 @@ def slopes(curves: pd.DataFrame) -> pd.DataFrame:
     return table.assign(ratio=table["ensemble"] / table["oracle"])
 
 
-def slope_by_group(slope: pd.DataFrame) -> dict[str, float]:
-    """The mean ratio of `slopes` in each part of the score: spinal, foraminal, subarticular."""
-    parts = [GROUPS[CONDITIONS[condition].group].score for condition, _ in slope.index]
-    return slope["ratio"].groupby(parts, sort=False).mean().to_dict()
-
-
-def leaks(cases: Sequence[Case], rows: pd.DataFrame, model: str = "ensemble") -> pd.DataFrame:
-    """For every row that is not narrowed, the range of its probability of moderate or worse over all doses: narrowed
-    (condition and level), body, row (condition and level), leak."""
-    tables = []
-    rows = rows[(rows["factor"] == "dose") & (rows["model"] == model)]
+def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
+    """For every row of the ensemble that is not narrowed, the range of its probability of moderate or worse over all
+    doses: narrowed (condition and level), body, row (condition and level), leak."""
+    rows = rows[(rows["factor"] == "dose") & (rows["model"] == "ensemble")]
     rows = rows.assign(
-        probability=rows["moderate"] + rows["severe"],
+        leak=rows["moderate"] + rows["severe"],
         narrowed=["_".join(cases[number].row) for number in rows["case"]],
         row=rows["condition"] + "_" + rows["level"],
     )
-    for (narrowed, body), part in rows.groupby(["narrowed", "body"], sort=False):
-        spans = part.groupby("row", sort=False)["probability"].agg(np.ptp).drop(narrowed)
-        tables.append(pd.DataFrame({"narrowed": narrowed, "body": body, "row": spans.index, "leak": spans.to_numpy()}))
-    return pd.concat(tables, ignore_index=True)
+    spans = rows.groupby(["narrowed", "body", "row"], sort=False)["leak"].agg(np.ptp).reset_index()
+    return spans[spans["row"] != spans["narrowed"]].reset_index(drop=True)
 
 
 def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, moves: pd.DataFrame) -> dict[str, Any]:
@@ -91,6 +80,8 @@ def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, m
     the transformations of `symmetry`; bodies: how many had a dose.
     """
     slope = slopes(curves)
+    parts = [GROUPS[CONDITIONS[condition].group].score for condition, _ in slope.index]
+    by_group = slope["ratio"].groupby(parts, sort=False).mean()
     trained = looks[(looks["weights"] == "trained") & (looks["model"] == "vit3d")]
 
     def number(value: float) -> float | None:
@@ -98,7 +89,7 @@ def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, m
 
     return {
         "slope": number(slope["ratio"].mean()),
-        "slope_by_group": {part: number(value) for part, value in slope_by_group(slope).items()},
+        "slope_by_group": {part: number(value) for part, value in by_group.items()},
         "leak": number(leak["leak"].max()),
         "looked": number(trained["share"].mean()),
         "moved": number(moves["moved"].max()),

@@ -1,7 +1,5 @@
 """Scores and skill of the ensemble in each setting, as means over many simulated readers of each study."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,10 +5,8 @@ named and written the other way round. rescaled: other pixel values, as from ano
 study and series, which also reverses the order of the series.
 """
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,64 +15,14 @@ import pydicom
 from pydicom.uid import ExplicitVRLittleEndian
 
 SERIES_TABLE = "test_series_descriptions.csv"
+VERSIONS = ("as it is", "mirrored", "renumbered", "rescaled", "renamed")
 STEP = 10**11  # added to the id of a study for each version after the first; real ids fill 32 bits
 SCALE = 2.7  # of the values of a rescaled image
 
 
-def mirror(source: Path, target: Path) -> None:
-    """Write the series in folder `source` as it would look with left and right of the patient exchanged.
-
-    Patient x becomes -x. Axial images are flipped too, so that their columns still run to the patient's left; sagittal
-    slices keep their pixels and change places.
-    """
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        dataset = pydicom.dcmread(file)
-        column, row = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
-        place = np.array(dataset.ImagePositionPatient, float)
-        if np.abs(column).argmax() == 0:
-            place = place + column * float(dataset.PixelSpacing[1]) * (dataset.Columns - 1)
-            column = -column
-            _store(dataset, dataset.pixel_array[:, ::-1])
-        over = np.array([-1.0, 1.0, 1.0])
-        dataset.ImageOrientationPatient = [round(float(v), 9) for v in (*(column * over), *(row * over))]
-        dataset.ImagePositionPatient = [round(float(v), 6) for v in place * over]
-        dataset.save_as(target / file.name)
-
-
-def renumber(source: Path, target: Path) -> None:
-    """Write a series with instance numbers, file names and the order of writing the other way round."""
-    target.mkdir(parents=True)
-    files = sorted(source.iterdir(), key=lambda file: int(file.stem), reverse=True)
-    ends = int(files[0].stem) + int(files[-1].stem)
-    for file in files:
-        dataset = pydicom.dcmread(file)
-        dataset.InstanceNumber = ends - int(dataset.InstanceNumber)
-        dataset.save_as(target / f"{dataset.InstanceNumber}.dcm")
-
-
-def rescale(source: Path, target: Path) -> None:
-    """Write a series of unsigned images with its values times `SCALE`, rounded, in 16 bits."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        dataset = pydicom.dcmread(file)
-        _store(dataset, np.rint(dataset.pixel_array * SCALE))
-        dataset.BitsStored, dataset.HighBit = 16, 15
-        dataset.save_as(target / file.name)
-
-
-VERSIONS: dict[str, Callable[[Path, Path], object]] = {  # how each is written, a series at a time
-    "as it is": shutil.copytree,
-    "mirrored": mirror,
-    "renumbered": renumber,
-    "rescaled": rescale,
-    "renamed": shutil.copytree,
-}
-
-
 def id_of(study_id: int, version: str) -> int:
     """The id of a study's version."""
-    return study_id + STEP * list(VERSIONS).index(version)
+    return study_id + STEP * VERSIONS.index(version)
 
 
 def write_versions(data: Path, studies: Iterable[int], root: Path) -> None:
@@ -82,14 +30,48 @@ def write_versions(data: Path, studies: Iterable[int], root: Path) -> None:
     series = pd.read_csv(data / SERIES_TABLE)
     series = series[series["study_id"].isin(list(studies))]
     tables = []
-    for version, write in VERSIONS.items():
+    for version in VERSIONS:
         ids = STEP - series["series_id"] if version == "renamed" else series["series_id"]
         table = series.assign(study_id=[id_of(study, version) for study in series["study_id"]], series_id=ids)
         for (_, old), (_, new) in zip(series.iterrows(), table.iterrows(), strict=True):
             source = data / "test_images" / str(old["study_id"]) / str(old["series_id"])
-            write(source, root / "test_images" / str(new["study_id"]) / str(new["series_id"]))
+            _write(source, root / "test_images" / str(new["study_id"]) / str(new["series_id"]), version)
         tables.append(table)
     pd.concat(tables).to_csv(root / SERIES_TABLE, index=False)
+
+
+def _write(source: Path, target: Path, version: str) -> None:
+    """Write a version of the series in folder `source`."""
+    if version in ("as it is", "renamed"):
+        shutil.copytree(source, target)
+        return
+    target.mkdir(parents=True)
+    files = sorted(source.iterdir(), key=lambda file: int(file.stem), reverse=version == "renumbered")
+    for file in files:
+        dataset = pydicom.dcmread(file)
+        match version:
+            case "mirrored":
+                _mirror(dataset)
+            case "renumbered":
+                dataset.InstanceNumber = int(files[0].stem) + int(files[-1].stem) - int(dataset.InstanceNumber)
+            case "rescaled":
+                _store(dataset, np.rint(dataset.pixel_array * SCALE))
+                dataset.BitsStored, dataset.HighBit = 16, 15
+        dataset.save_as(target / f"{dataset.InstanceNumber}.dcm")
+
+
+def _mirror(dataset: pydicom.FileDataset) -> None:
+    """Patient x becomes -x. Axial images are flipped, so that columns still run to the patient's left; sagittal slices
+    keep their pixels and change places."""
+    column, row = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
+    place = np.array(dataset.ImagePositionPatient, float)
+    if np.abs(column).argmax() == 0:
+        place = place + column * float(dataset.PixelSpacing[1]) * (dataset.Columns - 1)
+        column = -column
+        _store(dataset, dataset.pixel_array[:, ::-1])
+    over = np.array([-1.0, 1.0, 1.0])
+    dataset.ImageOrientationPatient = [round(float(v), 9) for v in (*(column * over), *(row * over))]
+    dataset.ImagePositionPatient = [round(float(v), 6) for v in place * over]
 
 
 def _store(dataset: pydicom.FileDataset, image: np.ndarray) -> None:

@@ -1,12 +1,6 @@
-"""Augmentation: shifted and turned squares, other contrast and brightness, series left out.
-
-All is drawn by one generator a study, so a batch is the same whenever and wherever it is made.
-"""
-
-from __future__ import annotations
+"""Augmentation: shifted and turned squares, other contrast and brightness, series left out."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,23 +24,22 @@ class Augmentation:
 
 
 def augment(
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    config: VitConfig,
-    strength: Augmentation,
-    rngs: Sequence[np.random.Generator],
-    device: torch.device | str = "cpu",
+    inputs: np.ndarray, labels: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
 ) -> tuple[Seen, np.ndarray, np.ndarray]:
     """A training batch of records and labels (B, 25): what the network sees, the labels, and for each study the order
-    (B, 25) in which columns are taken, which stays as it is. rngs: one for each study."""
-    series, slots = zip(*((draw_series(strength, rng), _draw_slots(strength, rng)) for rng in rngs), strict=True)
-    gain, gamma, kept = (
-        np.stack(values)[:, KINDS].repeat(config.slices, axis=1) for values in zip(*series, strict=True)
-    )
-    shifts, turns = (np.stack(values) for values in zip(*slots, strict=True))
-    images, places = cut_views(inputs, config, shifts, turns, device)
+    (B, 25) in which columns are taken, which stays as it is. rngs: one a study, so that a batch can be drawn again."""
+    series, shifts, turns = [], [], []
+    slots = (len(LEVELS), len(SLOTS))
+    for rng in rngs:
+        series.append(draw_series(strength, rng))
+        rng.random()  # not used; so a seed trains the same weights as in earlier versions
+        shifts.append(rng.normal(0, 1, (len(LEVELS), 3)).clip(-2.5, 2.5) * strength.jitter)
+        angles = rng.normal(0, strength.rotation, slots)
+        turns.append(np.stack([angles, np.exp(rng.normal(0, strength.scale, slots))], axis=-1))
+    gain, gamma, kept = (np.stack(drawn)[:, KINDS].repeat(config.slices, axis=1) for drawn in zip(*series, strict=True))
+    images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns))
     images = vary(images.transpose(1, 2), gain, gamma).transpose(1, 2)
-    blank = torch.from_numpy(~kept).to(device)[:, None].expand_as(places)
+    blank = torch.from_numpy(~kept).to(places.device)[:, None].expand_as(places)
     return (images, places.masked_fill(blank, math.nan)), labels, np.tile(np.arange(len(COLUMNS)), (len(inputs), 1))
 
 
@@ -54,15 +47,6 @@ def draw_series(strength: Augmentation, rng: np.random.Generator) -> tuple[np.nd
     """For each series type of a study its gain, its gamma and whether it is kept."""
     gain, gamma = np.exp(rng.normal(0, strength.intensity, (2, len(SERIES_TYPES))))
     return gain, gamma, rng.random(len(SERIES_TYPES)) >= strength.drop_series
-
-
-def _draw_slots(strength: Augmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Shifts (5, 3) of a study's levels in mm, and turns (5, slots, 2) in radians and relative size."""
-    rng.random()  # not used; so a seed trains the same weights as in earlier versions
-    shifts = rng.normal(0, 1, (len(LEVELS), 3)).clip(-2.5, 2.5) * strength.jitter
-    slots = (len(LEVELS), len(SLOTS))
-    turns = np.stack([rng.normal(0, strength.rotation, slots), np.exp(rng.normal(0, strength.scale, slots))], axis=-1)
-    return shifts, turns
 
 
 def vary(images: torch.Tensor, gain: np.ndarray, gamma: np.ndarray) -> torch.Tensor:

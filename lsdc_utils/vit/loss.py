@@ -1,7 +1,5 @@
 """The loss: the score's weighted cross entropy, with missing labels left out row by row."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -11,9 +9,8 @@ from lsdc_utils.vocabulary import GROUPS, MISSING, SEVERITY_WEIGHTS
 
 
 def row_weights(labels: np.ndarray) -> np.ndarray:
-    """Weight float32 (n, 25) of every row such that the mean over studies of (weight * loss).sum(1) is the official
-    score's mean over its three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label.
-    """
+    """Weights float32 (n, 25) by which the mean over studies of (weight * loss).sum(1) is the score's mean over its
+    three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label."""
     weights = np.where(labels == MISSING, 0.0, np.array(SEVERITY_WEIGHTS)[labels])
     for group in GROUPS:
         columns = [name == group for name in COLUMN_GROUP]

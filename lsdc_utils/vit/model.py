@@ -1,26 +1,16 @@
 """The second classifier: a factorised 3D vision transformer built from five parts, each replaceable.
 
-    squares of slices -> encoder -> reader -> slice blocks -> study blocks -> head -> probabilities
-
-For each of five levels and two sides the network sees squares of the nearest slices of each series. The encoder makes
-features of each slice, the reader makes tokens of them by the slice's place, slice blocks join the tokens of a half
-level, study blocks join the ten half levels of a study. The right side is mirrored onto the left. A half level is
-graded for canal, foramen and recess; the canal's latent severity is the mean of its two halves.
-
-To try another part, write its class into this file with the constructor and shapes of the one that it replaces, and
-name it in notebook 04. `save_vit` writes the classes' names, by which `load_vit` builds the network again.
+Squares of slices -> encoder -> reader -> slice blocks -> study blocks -> head -> probabilities. The right side is
+mirrored onto the left. To try another part, write its class into this file with the constructor and shapes of the one
+that it replaces, and name it in notebook 04; `load_vit` finds the class by the name that `save_vit` wrote.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -31,14 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsdc_utils.files import atomic, git_commit, write_json
-from lsdc_utils.vit.crops import FORAMEN, LATERAL, SLOTS
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T1, T2
+from lsdc_utils.vit.crops import AIMS, LATERAL, SLOTS
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T2
 
 HALF_OUTPUTS = ("scs", "nfn", "ss")  # what one half level is graded for
 COLUMN_GROUP = tuple(CONDITIONS[c].group for c in CONDITIONS for _ in LEVELS)  # of each of the 25 columns
 KINDS = [SERIES_TYPES.index(kind) for kind, _ in SLOTS]  # series of each slot
 SLOTS_OF_SIDE = [[k for k, (_, slot_side) in enumerate(SLOTS) if slot_side in ("", side)] for side in SIDES]
-NODES = np.arange(-12.0, 13.0, 4.0)  # mm: places between which the reader's matrices are interpolated
+NODE_STEP = 4.0  # mm between places, from -12 to 12, between which the reader's matrices are interpolated
 
 
 @dataclass(frozen=True)
@@ -67,11 +57,8 @@ class VitConfig:
             raise ValueError(f"vit_size {self.size} is not a multiple of {2 * self.patch}, the pixels of a patch")
 
 
-# ---- encoder: slices (N, 1, h, w) that `normalise` has scaled -> features (N, num_features) --------------------------
-
-
 class SliceVit(nn.Module):
-    """A small vision transformer from scratch."""
+    """Encoder: slices (N, 1, h, w) from `normalise` -> features (N, num_features). A small transformer from scratch."""
 
     def __init__(self, config: VitConfig):
         super().__init__()
@@ -81,7 +68,7 @@ class SliceVit(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(1, config.stem, 3, stride=2, padding=1), nn.GELU())
         self.embed = nn.Sequential(nn.Linear(config.stem * config.patch**2, config.width), nn.LayerNorm(config.width))
         self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
-        self.blocks = nn.Sequential(*attention_blocks(config, config.depth))
+        self.blocks = attention_blocks(config, config.depth)
         # A square is aligned to the spine, so a patch's place says what it shows. Averaging would lose the place, and
         # a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
         self.readout = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.readout), nn.Flatten(1))
@@ -92,7 +79,7 @@ class SliceVit(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm model, which starts from the weights in a file if one is given."""
+    """Encoder: a timm model, which starts from the weights in a file if one is given."""
 
     def __init__(self, config: VitConfig, weights: str = ""):
         super().__init__()
@@ -108,56 +95,41 @@ class TimmEncoder(nn.Module):
 
 
 def slice_encoder(config: VitConfig, weights: str = "") -> nn.Module:
-    """The encoder that a config names; weights: file of pretrained weights for a timm model, "" = random."""
+    """The encoder that a config names; weights: a file of pretrained weights for a timm model, or "" for random."""
     return SliceVit(config) if config.encoder == "vit" else TimmEncoder(config, weights)
 
 
-# ---- reader: features (B, 5, slots, n, features), places (B, 5, slots, n) -> tokens (B, 5, 2, slices, width) ---------
-
-
 class PlaceReader(nn.Module):
-    """Tokens of the slices of each half level, read by a matrix of their series and their place.
+    """Features (B, 5, slots, n, features) and places (B, 5, slots, n), NaN where there is no slice -> tokens (B, 5, 2,
+    slices, width) of the half levels, and whether there is a slice (B, 5, 2, slices).
 
-    What a slice shows depends on where it lies, so matrices are interpolated between nodes in mm: a resampling between
+    What a slice shows depends on its place, so matrices are interpolated between nodes in mm: a resampling between
     slices, but of features. Attention does not learn it from few studies.
     """
 
     def __init__(self, config: VitConfig, features: int):
         super().__init__()
-        series, width = len(SERIES_TYPES), config.width
+        self.register_buffer("nodes", torch.arange(-12, 13, NODE_STEP), persistent=False)
+        series, nodes, width = len(SERIES_TYPES), len(self.nodes), config.width
         self.read = nn.Parameter(torch.randn(series, features, width) / math.sqrt(features))
-        shape = (series, len(NODES), width, width)
-        self.place = nn.Parameter(torch.randn(shape) / math.sqrt(width) + 0.5 * torch.eye(width))
-        self.place_bias = nn.Parameter(torch.zeros(series, len(NODES), width))
-        self.register_buffer("nodes", torch.from_numpy(NODES).float(), persistent=False)
+        matrices = torch.randn(series, nodes, width, width) / math.sqrt(width) + 0.5 * torch.eye(width)
+        self.place = nn.Parameter(matrices)
+        self.place_bias = nn.Parameter(torch.zeros(series, nodes, width))
 
     def forward(self, features: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens, and whether there is a slice (B, 5, 2, slices); places in mm, NaN where there is none."""
         present, places = ~places.isnan(), places.nan_to_num()
-        tokens, masks = [], []
-        for side, slots in enumerate(SLOTS_OF_SIDE):
-            of_side = [self._token(features[:, :, k], _outwards(places[:, :, k], k, side), KINDS[k]) for k in slots]
-            tokens.append(torch.cat(of_side, dim=2))
-            masks.append(present[:, :, slots].flatten(2))
-        return torch.stack(tokens, dim=2), torch.stack(masks, dim=2)
-
-    def _token(self, features: torch.Tensor, places: torch.Tensor, kind: int) -> torch.Tensor:
-        step = self.nodes[1] - self.nodes[0]
-        places = places.clamp(self.nodes[0], self.nodes[-1])
-        share = (1 - (places[..., None] - self.nodes).abs() / step).clamp(min=0)  # (..., nodes), sums to 1
-        read = torch.einsum("...f,ftw->...tw", features @ self.read[kind], self.place[kind].transpose(0, 1))
-        return ((read + self.place_bias[kind]) * share[..., None]).sum(dim=-2)
-
-
-def _outwards(places: torch.Tensor, slot: int, side: int) -> torch.Tensor:
-    """Places in mm as a side sees them: from where its slot looks, and T2, which both sides share, outwards."""
-    kind, _ = SLOTS[slot]
-    if kind == T2:
-        return places * float(LATERAL[side])
-    return places - FORAMEN if kind == T1 else places
-
-
-# ---- blocks ----------------------------------------------------------------------------------------------------------
+        tokens = []
+        for slots, lateral in zip(SLOTS_OF_SIDE, LATERAL.tolist(), strict=True):
+            for slot in slots:
+                kind = KINDS[slot]
+                outward = lateral if SLOTS[slot][0] == T2 else 1.0  # both sides share T2, whose places are to the left
+                place = (places[:, :, slot] * outward - AIMS[slot]).clamp(self.nodes[0], self.nodes[-1])
+                share = (1 - (place[..., None] - self.nodes).abs() / NODE_STEP).clamp(min=0)  # (..., nodes), sums to 1
+                read = features[:, :, slot] @ self.read[kind]
+                read = torch.einsum("...f,ftw->...tw", read, self.place[kind].transpose(0, 1)) + self.place_bias[kind]
+                tokens.append((read * share[..., None]).sum(dim=-2))
+        tokens = torch.stack(tokens, dim=2).unflatten(2, (len(SIDES), -1)).flatten(3, 4)
+        return tokens, torch.stack([present[:, :, slots].flatten(2) for slots in SLOTS_OF_SIDE], dim=2)
 
 
 class SliceBlocks(nn.Module):
@@ -188,25 +160,22 @@ class StudyBlocks(nn.Module):
         self.blocks = attention_blocks(config, config.context)
 
     def forward(self, halves: torch.Tensor) -> torch.Tensor:
-        context = (halves + self.level).flatten(1, 2)
-        for block in self.blocks:
-            context = block(context)
+        context = self.blocks((halves + self.level).flatten(1, 2))
         return halves + context.reshape(halves.shape) if len(self.blocks) else halves
 
 
-def attention_blocks(config: VitConfig, depth: int) -> nn.ModuleList:
+def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
     """Transformer blocks of timm. Layer scale: a block begins as a small correction to what the head already sees."""
-    return nn.ModuleList(
-        Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth)
-    )
-
-
-# ---- head: vectors (B, 5, 2, width) of half levels -> natural log-probabilities (B, 25, 3) in COLUMNS order ----------
+    blocks = (Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth))
+    return nn.Sequential(*blocks)
 
 
 class OrdinalHead(nn.Module):
-    """A cumulative link: P(severity > k) = sigmoid(latent - threshold k), thresholds learnt for each group and level
-    (McCullagh 1980, Regression Models for Ordinal Data)."""
+    """Vectors (B, 5, 2, width) of half levels -> natural log-probabilities (B, 25, 3) in COLUMNS order.
+
+    A cumulative link: P(severity > k) = sigmoid(latent - threshold k), thresholds learnt for each group and level
+    (McCullagh 1980, Regression Models for Ordinal Data). The canal's latent is the mean of its two halves.
+    """
 
     numbers, cuts = 1, 2  # of a latent; in a row of thresholds: the first, and the logarithm of the step to the second
 
@@ -224,10 +193,8 @@ class OrdinalHead(nn.Module):
     def latents(self, halves: torch.Tensor) -> torch.Tensor:
         """Latent severities (B, 25, numbers)."""
         outputs = self.linear(halves).unflatten(-1, (len(HALF_OUTPUTS), -1))  # (B, levels, sides, outputs, numbers)
-        columns = []
-        for condition in CONDITIONS.values():
-            output = outputs[:, :, :, HALF_OUTPUTS.index(condition.group)]
-            columns.append(output.mean(2) if condition.side is None else output[:, :, SIDES.index(condition.side)])
+        of_side = {None: outputs.mean(2), SIDES[0]: outputs[:, :, 0], SIDES[1]: outputs[:, :, 1]}
+        columns = [of_side[c.side][:, :, HALF_OUTPUTS.index(c.group)] for c in CONDITIONS.values()]
         return torch.cat(columns, dim=1)
 
     def grade(self, latents: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -242,11 +209,9 @@ class OrdinalHead(nn.Module):
     @torch.no_grad()
     def start_at_prior(self, labels: np.ndarray) -> None:
         """Set the thresholds so that a latent of 0 gives the frequencies in `labels` (n, 25), plus half a count."""
-        counts = np.stack([(labels == k).sum(0) for k in range(len(SEVERITIES))], axis=1)
-        pooled = np.zeros((len(self.thresholds), len(SEVERITIES)))
-        np.add.at(pooled, self.rows, counts)
-        share = (pooled + 0.5) / (pooled + 0.5).sum(1, keepdims=True)
-        self.thresholds.copy_(torch.from_numpy(self.thresholds_of(share)))
+        pooled = np.full((len(self.thresholds), len(SEVERITIES)), 0.5)
+        np.add.at(pooled, self.rows, np.stack([(labels == k).sum(0) for k in range(len(SEVERITIES))], axis=1))
+        self.thresholds.copy_(torch.from_numpy(self.thresholds_of(pooled / pooled.sum(1, keepdims=True))))
 
     def thresholds_of(self, share: np.ndarray) -> np.ndarray:
         """Thresholds (rows, cuts) by which a latent of 0 has probabilities (rows, 3)."""
@@ -276,14 +241,9 @@ class SoftmaxHead(OrdinalHead):
 HEADS = {"ordinal": OrdinalHead, "softmax": SoftmaxHead}
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
 class Vit3d(nn.Module):
-    """What `study_input` gives of B studies -> natural log-probabilities (B, 25, 3) in COLUMNS order.
-
-    Parts that are not given are those that the config names, built in the order of the arguments.
-    """
+    """Images (B, 5, slots * n, h, w), 0..255, at places (B, 5, slots * n) in mm, NaN where there is no slice -> natural
+    log-probabilities (B, 25, 3) in COLUMNS order. Parts that are not given are those that the config names."""
 
     def __init__(
         self,
@@ -303,8 +263,6 @@ class Vit3d(nn.Module):
         self.head = head or HEADS[config.head](config)
 
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of images (B, 5, slots * n, h, w), 0..255, at places (B, 5, slots * n) in mm, NaN where
-        there is no slice."""
         slots = (len(images), len(LEVELS), len(SLOTS), self.config.slices)
         places = places.reshape(slots)
         seen = normalise(images.reshape(*slots, *images.shape[3:]), ~places.isnan())
@@ -315,24 +273,17 @@ class Vit3d(nn.Module):
 
 
 def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
-    """Grey values 0..255 (..., n, h, w) with mean 0 and deviation about 1 over the last three axes: over the slices of
-    a slot that are `present` (..., n), or over a grid.
-
-    Windows and coils differ from scanner to scanner; 8 grey levels keep a series that shows nothing from growing.
-    """
+    """Grey values 0..255 (..., n, h, w) with mean 0 and deviation about 1 over the last three axes, without slices that
+    are not `present` (..., n). 8 grey levels keep a series that shows nothing from growing."""
     values, axes = images.float(), (-3, -2, -1)
-    weight = torch.ones(()) if present is None else present[..., None, None].float()
-    weight = weight.to(values.device).expand_as(values)
+    weight = torch.ones_like(values) if present is None else present[..., None, None].float().expand_as(values)
     total = weight.sum(dim=axes, keepdim=True).clamp(min=1)
     mean = (values * weight).sum(dim=axes, keepdim=True) / total
     variance = ((values - mean).square() * weight).sum(dim=axes, keepdim=True) / total
     return (values - mean) * weight / (variance.sqrt() + 8)
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, Any]) -> None:
+def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> None:
     """Write <path>.safetensors and beside it a .json that says what they are and how they came to be (`training`)."""
     path = Path(path)
     with atomic(path) as temporary:
@@ -342,7 +293,7 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, 
         "network": type(model).__name__,
         "parts": {name: type(part).__name__ for name, part in model.named_children()},
         "fold": fold,
-        "config": dataclasses.asdict(model.config),
+        "config": asdict(model.config),
         "training": training,
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
@@ -353,40 +304,29 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict[str, 
     write_json(path.with_suffix(".json"), about)
 
 
-def read_weights(path: str | Path, network: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The .json of a file of `save_vit`, and its tensors; ValueError where they do not belong together, or hold another
-    class of network."""
+def read_weights(path: str | Path, network: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The .json and the tensors of `save_vit`; ValueError if they do not belong together or hold another network."""
     path = Path(path)
     about = json.loads(path.with_suffix(".json").read_text())
     if hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
         raise ValueError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
     if about["columns"] != list(COLUMNS) or about["severities"] != list(SEVERITIES):
         raise ValueError(f"{path} grades other columns or severities than this version of lsdc_utils")
-    if about.get("network") != network:
-        named = about.get("network", "network of an earlier version")
-        raise ValueError(
-            f"{path} holds a {named}, not a {network}: train again, or set published_method as in training"
-        )
+    if (name := about.get("network")) != network:
+        raise ValueError(f"{path} holds a {name}, not a {network}: train again, or set published_method as in training")
     return about, load_file(path)
 
 
 def load_vit(path: str | Path) -> Vit3d:
-    """The network whose weights `save_vit` wrote. ValueError as in `read_weights`, or where this file lacks the class
-    of a part."""
+    """The network that `save_vit` wrote; ValueError as in `read_weights`, or where this module lacks a part's class."""
     about, tensors = read_weights(path, Vit3d.__name__)
-    config, names = VitConfig(**about["config"]), about["parts"]
-    if unknown := [f"{part} {name}" for part, name in names.items() if name not in PARTS]:
-        raise ValueError(
-            f"{path}: add the class of its {', '.join(unknown)} to lsdc_utils/vit/model.py and PARTS there"
-        )
-    encoder = PARTS[names["encoder"]](config)
-    reader = PARTS[names["reader"]](config, encoder.num_features)
-    model = Vit3d(
-        config, encoder, reader, *(PARTS[names[part]](config) for part in ("slice_blocks", "study_blocks", "head"))
-    )
+    config, known = VitConfig(**about["config"]), globals()
+    parts = {part: known.get(name) for part, name in about["parts"].items()}
+    for part, kind in parts.items():
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):  # a name in a file may call nothing else
+            raise ValueError(f"{path}: add the class of its {part} {about['parts'][part]} to lsdc_utils/vit/model.py")
+    encoder = parts.pop("encoder")(config)
+    reader = parts.pop("reader")(config, encoder.num_features)
+    model = Vit3d(config, encoder, reader, **{part: kind(config) for part, kind in parts.items()})
     model.load_state_dict(tensors)
     return model.eval()
-
-
-_PARTS = (SliceVit, TimmEncoder, PlaceReader, SliceBlocks, StudyBlocks, OrdinalHead, SoftmaxHead)
-PARTS = {part.__name__: part for part in _PARTS}  # by their names in a .json

@@ -1,7 +1,5 @@
 """Natural probabilities of studies by trained networks, and prediction tables of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,8 +10,7 @@ from torch import nn
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vit.augment import augment
-from lsdc_utils.vit.inputs import prediction_views, seen_studies, shown_slices, study_input
-from lsdc_utils.vit.loss import row_losses, row_weights
+from lsdc_utils.vit.inputs import DEVICE, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
@@ -23,44 +20,27 @@ class Classifier:
 
     build: Callable[[], nn.Module]  # the untrained network
     see: Callable = study_input  # (stacks, points, config) -> the input of a study, or None
-    augment: Callable = augment  # a training batch, as `augment.augment` makes it
+    augment: Callable = augment  # a training batch
     views: Callable = prediction_views  # views at prediction
     show: Callable = shown_slices  # images of a batch for figures
     usable: Callable = lambda labels: labels  # the label table of the studies that training uses
 
 
-def choose_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @torch.inference_mode()
 def probabilities(
-    models: list[nn.Module],
-    inputs: np.ndarray,
-    views_count: int = 1,
-    batch: int = 8,
-    views: Callable = prediction_views,
+    models: list[nn.Module], inputs: np.ndarray, n_views: int = 1, batch: int = 8, views: Callable = prediction_views
 ) -> np.ndarray:
     """Natural probabilities float64 (n, 25, 3) of inputs (n, ...): the mean over models of one config and views."""
-    device = choose_device()
     total = np.zeros((len(inputs), len(COLUMNS), len(SEVERITIES)))
-    models = [model.to(device).eval() for model in models]
+    models = [model.to(DEVICE).eval() for model in models]
     for start in range(0, len(inputs), batch):
-        part = inputs[start : start + batch]
-        seen, orders = zip(*views(part, models[0].config, views_count, device), strict=True)
+        seen, orders = zip(*views(inputs[start : start + batch], models[0].config, n_views), strict=True)
         stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
         for model in models:
-            natural = model(*stacked).exp().cpu().numpy()
-            for order, of_view in zip(orders, np.split(natural, len(orders)), strict=True):
+            natural = np.split(model(*stacked).exp().cpu().numpy(), len(orders))
+            for order, of_view in zip(orders, natural, strict=True):
                 total[start : start + batch] += of_view[:, order]
     return total / total.sum(-1, keepdims=True)
-
-
-def loss_of(natural: np.ndarray, labels: np.ndarray) -> float:
-    """The score's mean over its three groups of rows, of probabilities (n, 25, 3); missing labels do not count."""
-    losses = row_losses(torch.from_numpy(natural).log(), torch.from_numpy(labels)).numpy()
-    return float((losses * row_weights(labels)).sum(1).mean())
 
 
 def prediction_rows(study_ids: Iterable[int], natural: np.ndarray) -> pd.DataFrame:
@@ -74,18 +54,17 @@ def predict_studies(
     models: list[nn.Module],
     studies: Iterable[tuple[int, list[Stack]]],
     points: pd.DataFrame,
-    views_count: int = 1,
-    batch: int = 8,
+    n_views: int = 1,
     see: Callable = study_input,
     views: Callable = prediction_views,
 ) -> pd.DataFrame:
     """The prediction table of studies (id, stacks), 25 rows each, by the mean of `models`, which share one config.
 
-    points: canal points of all studies (study_id, level, X, Y, Z, maybe confidence). A study that cannot be seen, for
-    lack of a point or a series, has no rows. Studies are read, cut and released one by one.
+    points: canal points of all studies, as in `level_frames`. A study without a point or a series has no rows. Studies
+    are read, cut and released one by one.
     """
     ids, natural = [], [np.zeros((0, len(COLUMNS), len(SEVERITIES)))]
     for study_id, seen in seen_studies(studies, points, models[0].config, see):
         ids.append(study_id)
-        natural.append(probabilities(models, seen[None], views_count, batch, views))
+        natural.append(probabilities(models, seen[None], n_views, views=views))
     return prediction_rows(ids, np.concatenate(natural))

@@ -85,7 +85,7 @@ def predict(root: Path, count: int) -> float:
     for study in range(1, count + 1):
         stacks, _ = read_study(comp, "test", study)
         rows, _, _ = grade_study(detectors, study, stacks)
-        graded.append((rows, predict_studies(vits, [(study, stacks)], points, views_count=1)))
+        graded.append((rows, predict_studies(vits, [(study, stacks)], points, n_views=1)))
     return peak()
 
 

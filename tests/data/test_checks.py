@@ -1,4 +1,4 @@
-"""Tests of lsdc_utils.validation: each rule found where it is broken, and none where nothing is."""
+"""Checks of a data folder: each rule is found where it is broken, and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_folders import Tables, save, write_images, write_series, write_tables
 
 from lsdc_utils import phantom
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data import checks, competition
+from lsdc_utils.data import checks, competition, point_rules
 
 TABLE_DIRT = {  # switch of the phantom -> rule that finds it
     "series_missing": "series_type_missing",
@@ -43,8 +43,8 @@ def check(root: Path) -> checks.Checked:
     return checks.check(competition.read(root))
 
 
-def told(findings: pd.DataFrame) -> set[tuple]:
-    """study, series, rule and value of each finding; 0 for an id that it has not."""
+def rows_of(findings: pd.DataFrame) -> set[tuple]:
+    """study, series, rule and value of each finding; 0 for a missing id."""
     return set(
         findings.fillna({"study_id": 0, "series_id": 0}).drop(columns="action").itertuples(index=False, name=None)
     )
@@ -55,7 +55,7 @@ def folder(root: Path, series_id: int) -> Path:
 
 
 def places_of(spine: np.ndarray | float = 0.0, study: int = 1) -> pd.DataFrame:
-    """A study's 25 points as `checks.judge` takes them; `spine`: x of the canal at the five levels, mm."""
+    """A study's 25 points as `point_rules.judge` takes them; `spine`: x of the canal at the five levels, mm."""
     rows = []
     for c in words.CONDITIONS.values():
         off = data_folders.OFF_CANAL[c.group] * {"left": 1, "right": -1, None: 0}[c.side]
@@ -68,8 +68,8 @@ def places_of(spine: np.ndarray | float = 0.0, study: int = 1) -> pd.DataFrame:
 
 def judged(places: pd.DataFrame, middle: float | None = None) -> dict[str, str]:
     """Column (condition and level) -> the rule that its point breaks."""
-    rules = checks.judge(places, {} if middle is None else {1: middle})
-    return {name: rule for name, rule in zip(competition.names(places), rules, strict=True) if rule}
+    rules = point_rules.judge(places, {} if middle is None else {1: middle})
+    return {name: rule for name, rule in zip(competition.label_names(places), rules, strict=True) if rule}
 
 
 def at(places: pd.DataFrame, condition: str, level: str) -> pd.Series:
@@ -94,7 +94,7 @@ def test_a_clean_folder_has_no_findings_and_is_measured(tmp_path: Path, tables: 
     place = labels.set_index("row_id").loc[f"101_{RIGHT}_l4_l5", ["X", "Y", "Z"]]
     assert place.tolist() == [-8.0, 0.0, -30.0]
     series.to_parquet(tmp_path / "series.parquet")
-    monkeypatch.setattr("lsdc_utils.data.checks.FEW_TASKS", 2)
+    monkeypatch.setattr("lsdc_utils.data.checks.FEW_SERIES", 2)
     for one, other in zip(
         vars(checked).values(), vars(checks.check(competition.read(tmp_path), 2)).values(), strict=True
     ):
@@ -118,7 +118,7 @@ def test_each_fault_of_files_and_folders_is_found(tmp_path: Path, tables: Tables
     save(tmp_path, {"train_series_descriptions": pd.concat([tables["train_series_descriptions"], localiser])})
     write_series(folder(tmp_path, 1049), words.T1)  # named by the table, though not used
     checked = check(tmp_path)
-    found = {(study, series, rule) for study, series, rule, _ in told(checked.findings)}
+    found = {(study, series, rule) for study, series, rule, _ in rows_of(checked.findings)}
     assert found == {
         (102, 1021, "file_unusable"),
         (103, 1031, "series_unusable"),
@@ -148,7 +148,7 @@ def test_series_that_are_not_what_the_table_says(tmp_path: Path, tables: Tables)
             file, k, (-60.0, -50.0, 60.0 - k), spacing=(20.0, 20.0), pixels=np.zeros((50, 60), "uint16")
         )
     checked = check(tmp_path)
-    found = {(series, rule): value for _, series, rule, value in told(checked.findings)}
+    found = {(series, rule): value for _, series, rule, value in rows_of(checked.findings)}
     assert set(found) == {(1013, "plane_differs"), (1021, "contrast_differs"), (1033, "spacing_outlier")}
     assert found[1021, "contrast_differs"] == "T2 in the header, described as Sagittal T1"
     assert found[1033, "spacing_outlier"] == "pixels of 20 x 20 mm"
@@ -160,22 +160,6 @@ def test_series_that_are_not_what_the_table_says(tmp_path: Path, tables: Tables)
     assert labels.severity.tolist() == competition.read(tmp_path).labels.severity.tolist()
 
 
-@pytest.mark.parametrize(
-    ("spacing", "places", "fault"),
-    [
-        ((0.5, 0.5), [(0.0, 0.0, 4.0 * k) for k in range(3)], ""),
-        ((0.5, 0.5), [(0.0, 0.0, 0.0)], ""),
-        ((0.05, 0.05), [(0.0, 0.0, 0.0)], "pixels of 0.05 x 0.05 mm"),
-        ((0.3, 0.3), [(0.0, 0.0, 0.0)], "a field of view of 60 mm"),
-        ((0.5, 0.5), [(0.0, 0.0, 60.0 * k) for k in range(3)], "steps between slices of 60 mm"),
-        ((0.5, 0.5), [(0.0, 0.0, 0.1 * k) for k in range(3)], "steps between slices of 0.1 mm"),
-    ],
-)
-def test_sizes_that_no_lumbar_mr_has(tmp_path: Path, spacing, places, fault: str) -> None:
-    dicom_files.write_stack(tmp_path, places, spacing=spacing, pixels=np.zeros((160, 200), "uint16"))
-    assert checks.spacing_fault(checks.dicom.read_series(tmp_path, pixels=False)) == fault
-
-
 def test_points_that_are_not_in_their_images(tmp_path: Path, tables: Tables) -> None:
     points = tables["train_label_coordinates"]
     points.loc[0, "instance_number"] = 40
@@ -183,7 +167,7 @@ def test_points_that_are_not_in_their_images(tmp_path: Path, tables: Tables) -> 
     points.loc[2, "x"] = 49.4
     save(tmp_path, {"train_label_coordinates": points.drop(index=7)})
     checked = check(tmp_path)
-    assert told(checked.findings) == {
+    assert rows_of(checked.findings) == {
         (101, 1012, "point_on_missing_instance", "spinal_canal_stenosis_l1_l2"),
         (101, 1012, "point_outside_image", "spinal_canal_stenosis_l2_l3"),
         (101, 0, "grade_without_point", "1 of 25"),
@@ -192,7 +176,7 @@ def test_points_that_are_not_in_their_images(tmp_path: Path, tables: Tables) -> 
     assert labels.index[labels.X.isna()].tolist() == labels.index[labels.x.isna()].tolist() == [0, 1, 7]
 
 
-def test_a_repaired_file_is_told(tmp_path: Path, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repaired_file_is_reported(tmp_path: Path, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     read = checks.dicom.read_series
 
     def repairing(source: Path, pixels: bool = True):
@@ -202,7 +186,7 @@ def test_a_repaired_file_is_told(tmp_path: Path, tables: Tables, monkeypatch: py
         return series
 
     monkeypatch.setattr(checks.dicom, "read_series", repairing)
-    assert told(check(tmp_path).findings) == {(101, 1011, "file_repaired", "2.dcm: spacing taken from the others")}
+    assert rows_of(check(tmp_path).findings) == {(101, 1011, "file_repaired", "2.dcm: spacing taken from the others")}
 
 
 # ---- points in the patient ------------------------------------------------------------------------------------------
@@ -294,7 +278,7 @@ def test_a_point_that_breaks_a_rule_has_no_place_and_keeps_its_grade(tmp_path: P
     points.loc[here, "condition"] = points.condition[here].map(titles)
     save(tmp_path, {"train_label_coordinates": points})
     checked = check(tmp_path)
-    assert told(checked.findings) == {(101, 1013, "point_on_wrong_side", f"{side}_l4_l5") for side in (LEFT, RIGHT)}
+    assert rows_of(checked.findings) == {(101, 1013, "point_on_wrong_side", f"{side}_l4_l5") for side in (LEFT, RIGHT)}
     labels = checked.labels.set_index("row_id")
     lost = labels[labels.x.isna()]
     assert set(lost.index) == {f"101_{side}_l4_l5" for side in (LEFT, RIGHT)}
@@ -334,7 +318,7 @@ def test_sides_swapped_by_the_phantom_are_all_found_and_no_others(tmp_path: Path
     moved = before.merge(after, on=competition.KEY).query("x_x != x_y or y_x != y_y")
     found = other.findings[other.findings.rule == "point_on_wrong_side"]
     assert len(moved) > 10 and set(zip(found.study_id, found.value, strict=True)) == set(
-        zip(moved.study_id, competition.names(moved), strict=True)
+        zip(moved.study_id, competition.label_names(moved), strict=True)
     )
     kept = other.labels.dropna(subset="x")
     assert len(kept.merge(one.labels, on=[*keys, "condition", "level"])) == len(kept)
@@ -380,7 +364,7 @@ def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> Non
 
 def test_every_rule_that_the_code_names_has_a_meaning() -> None:
     named = set()
-    for module in ("unsorted", "competition", "checks", "stacks"):
+    for module in ("unsorted", "competition", "point_rules", "checks", "stacks"):
         tree = ast.parse((Path(checks.__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add" and len(node.args) == 4:
@@ -401,8 +385,8 @@ def test_the_command_counts_and_writes_findings(tmp_path: Path, tables: Tables, 
     shutil.rmtree(folder(tmp_path, 1021))
     assert checks.main(tmp_path, tmp_path / "out" / "findings.csv") == 0
     text = capsys.readouterr().out
-    assert "1 x series_not_on_disk in 1 studies: series left out" in text
-    assert checks.RULES["series_not_on_disk"] in text and "e.g. 102/1021: Sagittal T1" in text
+    assert "series_not_on_disk: 1 (studies: 1)" in text and "action: series left out" in text
+    assert checks.RULES["series_not_on_disk"] in text and "example: 102/1021: Sagittal T1" in text
     assert pd.read_csv(tmp_path / "out" / "findings.csv").rule.tolist() == ["series_not_on_disk"]
 
 

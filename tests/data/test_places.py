@@ -25,7 +25,8 @@ from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
 from lsdc_utils.published.grid import grid_points, study_grid
-from lsdc_utils.vit.crops import SLOTS, level_cuts, level_slices
+from lsdc_utils.vit.crops import SLOTS, level_cuts
+from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
@@ -210,9 +211,9 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
 def test_squares_show_the_ball_in_its_place_and_on_its_side(planted):
     """The ball lies 16 mm to the left of the canal: in the squares of the left side, and there to half a pixel."""
     stacks = [planted.stack(kind) for kind in SERIES_TYPES]
-    config = VitConfig()
+    config = VitConfig(margin=0)
     size, spacing = 40, 1.0  # wide enough to hold all of the ball
-    images, _ = level_slices(stacks, planted.canal, config.size, config.spacing, config.slices)
+    images = study_input(stacks, planted.canal, config)["images"]
     by_slot = images[LEVEL].reshape(len(SLOTS), config.slices, config.size, config.size)
     cuts = level_cuts(stacks, planted.canal, size, spacing, config.slices)[LEVEL]
     for (kind, side), seen, mine in zip(SLOTS, by_slot, cuts, strict=True):

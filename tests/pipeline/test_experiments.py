@@ -74,7 +74,7 @@ def test_runs_on_other_studies_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_curve_lists_runs_by_size_and_block(tmp_path: Path) -> None:
-    runs = [(80, write_run(tmp_path / "b", 2.0)), (40, write_run(tmp_path / "a", 1.0))]
+    runs = {80: write_run(tmp_path / "b", 2.0), 40: write_run(tmp_path / "a", 1.0)}
     table = curve_table(runs)
     assert table[["n_train", "block"]].to_numpy().tolist() == [[40, "oof"], [80, "oof"]]
     assert table["total"].is_monotonic_decreasing and (table["low"] < table["high"]).all()
@@ -91,5 +91,7 @@ def test_every_ablation_changes_parameters_that_there_are() -> None:
 
 @pytest.mark.parametrize("command", ["ablate", "curve"])
 def test_experiments_need_a_finished_run(command: str, capsys) -> None:
-    assert commands.main([command, "--run", "never"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, "--run", "never"])
+    assert ended.value.code == 2
     assert "no such finished run" in capsys.readouterr().err

@@ -56,6 +56,7 @@ def test_the_command_writes_what_kaggles_own_takes(smoke_project: Path, tmp_path
     about = json.loads((notebook / "kernel-metadata.json").read_text())
     assert (about["enable_internet"], about["enable_gpu"], about["is_private"]) == (False, True, True)
     assert about["machine_shape"] == "NvidiaTeslaT4"
+    assert about["id"] == f"{kaggle.USER}/lsdc-demo-inference" and about["title"] == "lsdc-demo-inference"
     assert about["competition_sources"] == [downloads.COMPETITION]
     assert about["dataset_sources"] == [json.loads((dataset / "dataset-metadata.json").read_text())["id"]]
     assert (notebook / about["code_file"]).is_file()
@@ -65,9 +66,7 @@ def test_the_command_writes_what_kaggles_own_takes(smoke_project: Path, tmp_path
         assert not [word for word in words if word in file.read_text()], file
 
 
-def test_names_are_as_kaggle_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = kaggle.kernel_metadata("me", "lsdc-demo")
-    assert about["id"] == "me/lsdc-demo-inference" and about["title"] == "lsdc-demo-inference"
+def test_the_user_is_the_one_whose_credentials_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert kaggle.user_here() == kaggle.USER
     (tmp_path / ".kaggle").mkdir()

@@ -65,7 +65,7 @@ def test_its_card_states_data_scores_limits_and_licence(archive: Path, smoke_pro
     assert f"{scores['oof']['scores']['ensemble']['total']:.3f}" in card
     low, high = scores["oof"]["interval"]["ensemble"]["total"]
     assert f"{low:.3f} to {high:.3f}" in card
-    for word in ("Not for clinical use", "phantom", "AGPL-3.0", "## Limits", "- Commit: "):
+    for word in ("Not for clinical use", "phantom", "AGPL-3.0", "## Limitations", "- Commit: "):
         assert word in card
 
 
@@ -116,12 +116,9 @@ def changed(contents: dict[str, bytes], **change: object) -> None:
         (lambda c: c.update({MANIFEST: b"{"}), "cannot be read"),
         (lambda c: changed(c, files=[]), "cannot be read"),
         (lambda c: changed(c, files={"blend.json": {"size": "x", "sha256": ""}}), "cannot be read"),
-        (
-            lambda c: changed(c, files={name: {"size": -5, "sha256": ""} for name in c if name != MANIFEST}),
-            "not an archive",
-        ),
+        (lambda c: changed(c, files={n: {"size": -5, "sha256": ""} for n in c if n != MANIFEST}), "is not the file"),
         (lambda c: changed(c, columns=["other"]), "another version"),
-        (lambda c: [listed(c, f"weights/x{k}.pt", b"1") for k in range(501)], "not an archive of models"),
+        (lambda c: [listed(c, f"weights/x{k}.pt", b"1") for k in range(501)], "for an archive of models"),
     ],
 )
 def test_a_changed_archive_is_refused(archive: Path, tmp_path: Path, change: Callable, words: str) -> None:

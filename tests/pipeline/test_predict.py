@@ -22,7 +22,7 @@ from private import UID_ROOT, WORDS, leaks
 from lsdc_utils.data import competition, listing
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.grading import run_tables
-from lsdc_utils.pipeline import commands, graph, predict, run
+from lsdc_utils.pipeline import arguments, commands, graph, predict, run
 from lsdc_utils.vocabulary import (
     AXIAL,
     CONDITIONS,
@@ -136,7 +136,7 @@ def test_a_killed_prediction_leaves_no_result_and_goes_on(killed: dict, out: Pat
     assert killed == {"results": [], "done": []}
     assert f"{SHARDS} steps run" in (out / "said.txt").read_text()
     for number in range(SHARDS):
-        notebook = out / "notebooks" / f"05_ensemble_inference_{graph.shard_name(number)}.ipynb"
+        notebook = out / "notebooks" / f"05_ensemble_inference_shard{number:03d}.ipynb"
         assert graph.all_ran(nbformat.read(notebook, as_version=4))
 
 
@@ -232,7 +232,8 @@ def test_the_same_files_in_one_pile_give_the_same_rows(
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has all that prediction needs, as far as one can see without opening it."""
-    monkeypatch.setattr(commands, "OUTPUTS", tmp_path / "outputs")
+    for module in (arguments, commands):
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
     folder = tmp_path / "outputs" / "demo"
     (folder / "weights").mkdir(parents=True)
     for name in run_tables.weight_files([0]):

@@ -136,7 +136,7 @@ def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path)
 
 def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
     write_tiny_notebook(tiny_project, "01_eda", "print('another figure')")
-    assert would_run(tiny_project) == ["01_eda", "08_report"]
+    assert would_run(tiny_project) == ["01_eda", "06_evaluation", "08_report"]  # both read its tables
 
 
 def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:

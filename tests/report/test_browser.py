@@ -12,7 +12,7 @@ from report_run import write_run
 
 from lsdc_utils import figures
 from lsdc_utils.report import pages, pictures
-from lsdc_utils.report.run import read_run
+from lsdc_utils.report.run import Run
 
 SAMPLE = Path(__file__).resolve().parents[2] / "outputs" / "sample"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -28,7 +28,7 @@ LOAD_ALL = """() => Promise.all([...document.images].map(async (image) => {
 def folder(tmp_path_factory) -> Path:
     """The report of a made-up run."""
     figures.use_style()
-    run = read_run(write_run(tmp_path_factory.mktemp("outputs") / "made-up", n_studies=12))
+    run = Run(write_run(tmp_path_factory.mktemp("outputs") / "made-up", n_studies=12))
     return pages.write_report(run, pictures.run_pictures(run), whole_studies=3).parent
 
 

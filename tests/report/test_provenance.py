@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lsdc_utils.report import provenance
+from lsdc_utils.report.run import write_provenance
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_run_can_be_repeated_from_it(run: Path) -> None:
-    found = provenance.write_provenance(run)
+    found = write_provenance(run)
     assert json.loads((run / "provenance.json").read_text()) == found
     assert found["parameters"] == {"seed": 52, "folds": [0]}
     assert found["weights"] == {"vit3d_fold0": {"sha256": "abc", "git_commit": "d"}}
@@ -42,7 +42,7 @@ def test_a_run_can_be_repeated_from_it(run: Path) -> None:
 
 
 def test_another_table_is_another_fingerprint(run: Path) -> None:
-    first = provenance.write_provenance(run)["data"]["fingerprint"]
-    assert provenance.write_provenance(run)["data"]["fingerprint"] == first
+    first = write_provenance(run)["data"]["fingerprint"]
+    assert write_provenance(run)["data"]["fingerprint"] == first
     (run.parent / "data/phantom-1/train.csv").write_text("study_id\n2\n")
-    assert provenance.write_provenance(run)["data"]["fingerprint"] != first
+    assert write_provenance(run)["data"]["fingerprint"] != first

@@ -55,10 +55,12 @@ def test_marks_lie_where_the_points_are(rows, run_dir):
         stack = next(s for k, s in enumerate(sorted_stacks(stacks)) if f"series{k}" == viewer)
         off = [abs(np.linalg.solve(a, [row.X, row.Y, row.Z, 1])[2]) for a in stack.affines]
         assert n == int(np.argmin(off))
-        [mark] = film.marks
+        [mark] = film["marks"]
         assert mark["grade"] == row.grade and mark["box_mm"] == (14.6 if row.group == "scs" else 0)
-        assert min(film.width, film.height) > 60 and 0 < mark["x"] < film.width and 0 < mark["y"] < film.height
-        assert f"{row.confidence:.0%}" in film.alt and mark["words"] in film.alt
+        assert (
+            min(film["width"], film["height"]) > 60 and 0 < mark["x"] < film["width"] and 0 < mark["y"] < film["height"]
+        )
+        assert f"{row.confidence:.0%}" in film["alt"] and mark["words"] in film["alt"]
 
 
 def sorted_stacks(stacks):
@@ -68,13 +70,13 @@ def sorted_stacks(stacks):
 
 def test_the_patients_left_is_at_the_viewers_right(rows, run_dir):
     _, viewers = studies.show_study(rows[rows["study_id"] == 3], load_study(run_dir / "slices", 3), {}, whole=True)
-    axial = next(viewer for viewer in viewers if viewer.title.startswith("Axial"))
-    film = next(film for film in axial.films if len(film.marks) >= 2)
-    assert (film.letters["left"], film.letters["right"]) == ("R", "L")
-    places = {mark["words"].split()[1]: mark["x"] for mark in film.marks}
+    axial = next(viewer for viewer in viewers if viewer["title"].startswith("Axial"))
+    film = next(film for film in axial["films"] if len(film["marks"]) >= 2)
+    assert (film["letters"]["left"], film["letters"]["right"]) == ("R", "L")
+    places = {mark["words"].split()[1]: mark["x"] for mark in film["marks"]}
     assert places["left"] > places["right"]
     assert studies.GRID.index("left_subarticular_stenosis") > studies.GRID.index("right_subarticular_stenosis")
-    image = Image.open(io.BytesIO(base64.b64decode(film.address.partition(",")[2])))
+    image = Image.open(io.BytesIO(base64.b64decode(film["address"].partition(",")[2])))
     assert image.format == "AVIF" and image.size == (64, 64)
 
 

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from spines import SAGITTAL, make_affines, make_stack, mirror_study, noisy_study, ramp, spine
 
-from lsdc_utils.vit.crops import SAGITTAL_MIDDLE, CropError, level_cuts, level_frames, level_slices
+from lsdc_utils.vit.crops import SAGITTAL_MIDDLE, level_cuts, level_frames
+from lsdc_utils.vit.inputs import study_input
+from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import T2
+
+
+def level_slices(stacks, points, size, spacing, slices):
+    """Images (5, slots * slices, size, size) and places (5, slots * slices) of a study."""
+    record = study_input(stacks, points, VitConfig(size=size, spacing=spacing, slices=slices, margin=0, patch=1))
+    return record["images"], record["places"]
 
 
 def test_frames_follow_the_canal_and_fill_missing_levels():
@@ -20,7 +28,7 @@ def test_frames_follow_the_canal_and_fill_missing_levels():
     assert axes[0, 2, 1] > 0 > axes[4, 2, 1] and (np.abs(axes[:, 2, 0] - 0.1) < 0.03).all()
     filled, _ = level_frames(spine(n_missing=2))
     np.testing.assert_allclose(filled, level_frames(spine())[0], atol=1e-6)
-    with pytest.raises(CropError, match="no canal point"):
+    with pytest.raises(ValueError, match="no canal point"):
         level_frames(spine().iloc[:0])
 
 

@@ -49,8 +49,7 @@ class Slice:
     @property
     def spacing(self) -> tuple[float, float]:
         """Distance in mm of neighbouring columns (along x) and of neighbouring rows (along y)."""
-        x, y = geometry.spacing(self.affine)
-        return float(x), float(y)
+        return tuple(geometry.spacing(self.affine).tolist())
 
     @property
     def centre(self) -> np.ndarray:
@@ -61,11 +60,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one folder, sorted by block, and within a block along the normal.
-
-    Sagittal ones run from the patient's right to the left, coronal ones from front to back, axial ones from head to
-    foot. Blocks follow each other in the same direction.
-    """
+    """The images of one folder, sorted by block, and within a block along the normal, both as ORDER says."""
 
     folder: Path
     slices: tuple[Slice, ...]
@@ -78,14 +73,12 @@ class Series:
         """Place (X, Y, Z) in LPS mm of column x, row y of an instance; DicomError where there is no such instance."""
         for image in self.slices:
             if image.instance_number == instance_number:
-                place = geometry.to_patient(image.affine, np.array([x, y]))
-                return float(place[0]), float(place[1]), float(place[2])
+                return tuple(geometry.to_patient(image.affine, np.array([x, y])).tolist())
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
     def to_pixel(self, x: float, y: float, z: float) -> tuple[int, float, float, float]:
-        """The slice nearest to the patient point (x, y, z) in mm: its index in `slices`, column, row, and the distance
-        of the point from the plane in mm, never negative. Nearest is meant by geometry.image_distances.
-        """
+        """The slice nearest (geometry.image_distances) to the patient point (x, y, z) in mm: its index in `slices`,
+        column, row, and the point's distance from the plane in mm, never negative."""
         affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
         shapes = np.array([image.shape for image in self.slices])
         nearest = int(geometry.image_distances(affines, shapes, point[None])[:, 0].argmin())
@@ -102,17 +95,23 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
     """Read one series, its images sorted by where they lie in the patient.
 
     source: the folder that holds the series and nothing else, or its files.
-    pixels: False reads the headers alone, about five times faster; `Series.pixels` is None then. Truncated files are
-    recognised all the same, by the lengths in them.
+    pixels: False reads headers alone, five times faster, with `Series.pixels` None; truncated files are found as well.
     Pixels are rescaled where the header says so (float32), and as stored otherwise; MONOCHROME1 is inverted, so that
-    more signal is always a higher value. `skipped` lists files that cannot be used or repeat another one's image.
-    `repaired` lists files that lack an orientation or a spacing and got those on which all others agree. Where a file
-    has several frames, the images of the series are numbered 1, 2, ...
+    more signal is always a higher value. Where a file has several frames, the images are numbered 1, 2, ...
+    `skipped`: files that cannot be used or repeat another one's image. `repaired`: files that lack an orientation or a
+    spacing and got those on which all others agree.
     Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
     names its slice by that number would be ambiguous.
     """
     folder, files = _files(source)
-    images, skipped = _read_files(folder, files, pixels)
+    images, skipped = [], []
+    for file in files:
+        try:
+            images += _read_file(file, pixels)
+        except DicomError as error:
+            skipped.append((file, str(error)))
+        if pixels and sum(image.pixels.size for image in images) > MAX_SERIES:
+            raise DicomError(f"series {folder}: holds more pixels than any of a spine; is it several series in one?")
     images, repaired = _repair(images, skipped)
     images = _without_duplicates(folder, images, skipped)
     if not images:
@@ -128,7 +127,8 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
     order = [(i, block) for block, members in enumerate(_blocks(slices, np.array(ORDER[plane]))) for i in members]
     ordered = tuple(dataclasses.replace(slices[i], block=block) for i, block in order)
     kept = [images[i].pixels for i, _ in order] if pixels else None
-    return Series(folder, ordered, kept, _unique(skipped), plane, _unique(repaired))
+    skipped, repaired = dict.fromkeys(skipped), dict.fromkeys(repaired)  # once, where frames of a file share a note
+    return Series(folder, ordered, kept, tuple(skipped), plane, tuple(repaired))
 
 
 def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
@@ -164,19 +164,6 @@ class _Image:
     pixels: np.ndarray | None  # None where only headers are read
 
 
-def _read_files(folder: Path, files: list[Path], pixels: bool) -> tuple[list[_Image], list[Note]]:
-    """The images that can be read, and the other files with the reason; DicomError where memory would not hold them."""
-    images, skipped = [], []
-    for file in files:
-        try:
-            images += _read_file(file, pixels)
-        except DicomError as error:
-            skipped.append((file, str(error)))
-        if pixels and sum(image.pixels.size for image in images) > MAX_SERIES:
-            raise DicomError(f"series {folder}: holds more pixels than any of a spine; is it several series in one?")
-    return images, skipped
-
-
 def _read_file(file: Path, pixels: bool) -> list[_Image]:
     """One file's images with their pixels, if asked for; DicomError where it cannot be used."""
     with opened(file) as header:
@@ -187,20 +174,16 @@ def _read_file(file: Path, pixels: bool) -> list[_Image]:
         places = [_place(of_frame) for of_frame in datasets]
         values = [None] * layout.frames
         if pixels:
-            frames = zip(read_frames(header, layout), datasets, strict=True)
-            values = [_rescale(stored, of_frame) for stored, of_frame in frames]
-    shape = layout.rows, layout.columns
-    return [
-        _Image(file, frame, layout.frames, number, uid, shape, *places[frame], values[frame])
-        for frame in range(layout.frames)
-    ]
+            values = list(map(_rescale, read_frames(header, layout), datasets))
+    head, shape = (layout.frames, number, uid), (layout.rows, layout.columns)
+    placed = enumerate(zip(places, values, strict=True))
+    return [_Image(file, frame, *head, shape, *place, value) for frame, (place, value) in placed]
 
 
 def _instance_number(file: Path, dataset: Dataset) -> int:
     """The instance number of a file, or else the number that is its name."""
     number = integer(dataset, "InstanceNumber")
-    if number is None and file.stem.isdecimal():
-        number = int(file.stem)
+    number = int(file.stem) if number is None and file.stem.isdecimal() else number
     if number is None:
         raise DicomError("has no InstanceNumber, and its name is not a number either: labels cannot name it")
     if abs(number) >= 2**31:
@@ -210,9 +193,12 @@ def _instance_number(file: Path, dataset: Dataset) -> int:
 
 def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, list[float] | None]:
     """Position, orientation and spacing of one frame by its header; DicomError where they make no sense."""
-    position = _numbers(datasets, "ImagePositionPatient", 3)
-    orientation = _numbers(datasets, "ImageOrientationPatient", 6)
-    spacing = _numbers(datasets, "PixelSpacing", 2)
+    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    values = {name: frame_numbers(datasets, name, n) for name, n in counts.items()}
+    for name, n in counts.items():
+        if values[name] is None and text(datasets[-1], name):
+            raise DicomError(f"has something else as {name} where {n} finite numbers are expected")
+    position, orientation, spacing = values.values()
     if position is None:
         raise DicomError("has no ImagePositionPatient: where in the patient it lies is unknown")
     if max(map(abs, position)) > FARTHEST:
@@ -224,14 +210,6 @@ def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, li
     if spacing is not None and (min(spacing) < FINEST or max(spacing) > COARSEST):
         raise DicomError(f"has PixelSpacing {spacing} mm, which no scanner makes")
     return position, orientation, spacing
-
-
-def _numbers(datasets: list[Dataset], name: str, n: int) -> list[float] | None:
-    """The n numbers of a tag; None where it is missing or empty, DicomError where it holds something else."""
-    values = frame_numbers(datasets, name, n)
-    if values is None and text(datasets[-1], name):
-        raise DicomError(f"has something else as {name} where {n} finite numbers are expected")
-    return values
 
 
 def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
@@ -246,26 +224,21 @@ def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
 
 
 def _repair(images: list[_Image], skipped: list[Note]) -> tuple[list[_Image], list[Note]]:
-    """Give images without orientation or spacing those of the series, where all its other images agree on them.
-
-    A spacing is taken only where all images have one size.
-    """
-    same_size = len({image.shape for image in images}) == 1
+    """Give images without orientation or spacing those of the series, where all its other images agree on them."""
     orientation = _common([image.orientation for image in images], SAME_TILT)
+    same_size = len({image.shape for image in images}) == 1
     spacing = _common([image.spacing for image in images], SAME_SPACING) if same_size else None
     usable, repaired = [], []
     for image in images:
         values = {"ImageOrientationPatient": image.orientation, "PixelSpacing": image.spacing}
         missing = " and no ".join(name for name, value in values.items() if value is None)
-        image = dataclasses.replace(
-            image, orientation=image.orientation or orientation, spacing=image.spacing or spacing
-        )
-        if image.orientation is None or image.spacing is None:
+        found = {"orientation": image.orientation or orientation, "spacing": image.spacing or spacing}
+        if None in found.values():
             skipped.append((image.file, f"has no {missing}, and the series has none on which all its images agree"))
             continue
         if missing:
             repaired.append((image.file, f"has no {missing}: taken from the series' other images, which agree on it"))
-        usable.append(image)
+        usable.append(dataclasses.replace(image, **found))
     return usable, repaired
 
 
@@ -282,27 +255,20 @@ def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note])
     kept = []
     for image in images:
         earlier = first.setdefault((image.number, image.frame), image)
-        if earlier is not image and _same(earlier, image):
+        place, other = ((i.shape, i.position, i.orientation, i.spacing) for i in (image, earlier))
+        same = earlier is not image and place == other
+        if same and image.pixels is None:
+            same = image.uid == earlier.uid != ""
+        elif same:
+            same = np.array_equal(image.pixels, earlier.pixels)
+        if same:
             skipped.append((image.file, f"is the same image as {earlier.file.name}"))
-            continue
-        if earlier is not image and not renumber:
+        elif earlier is image or renumber:
+            kept.append(image)
+        else:
             names = f"{earlier.file.name} and {image.file.name}"
             raise DicomError(f"series {folder}: {names} both have instance number {image.number}")
-        kept.append(image)
     return kept
-
-
-def _same(image: _Image, other: _Image) -> bool:
-    """Whether two images are equal and at the same place; without pixels, by the identifier of the image."""
-    places = [(i.shape, i.position, i.orientation, i.spacing) for i in (image, other)]
-    if image.pixels is None:
-        return places[0] == places[1] and image.uid == other.uid != ""
-    return places[0] == places[1] and np.array_equal(image.pixels, other.pixels)
-
-
-def _unique(notes: list[Note]) -> tuple[Note, ...]:
-    """Notes without repetition: frames of one file may have the same."""
-    return tuple(dict.fromkeys(notes))
 
 
 def _affine(image: _Image) -> np.ndarray:
@@ -314,27 +280,20 @@ def _affine(image: _Image) -> np.ndarray:
 
 
 def _blocks(slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
-    """Indices of the slices of each block, sorted within the block and among blocks along a patient direction (3,)."""
-    blocks = [block for members in _by_tilt(slices) for block in _by_gap(members, slices, direction)]
-    return sorted(blocks, key=lambda block: np.mean([direction @ slices[i].centre for i in block]))
-
-
-def _by_tilt(slices: list[Slice]) -> list[np.ndarray]:
-    """Indices grouped by orientation: columns and rows of a group run in the same directions."""
-    directions = np.array([image.affine[:3, :2] / image.spacing for image in slices])
-    groups, left = [], np.arange(len(slices))
+    """Indices of the parallel slices of each block, sorted in it and among blocks along a patient direction (3,)."""
+    tilts = np.array([image.affine[:3, :2] / image.spacing for image in slices])
+    blocks, left = [], np.arange(len(slices))
     while left.size:
-        same = np.abs(directions[left] - directions[left[0]]).max(axis=(1, 2)) < SAME_TILT
-        groups.append(left[same])
+        same = np.abs(tilts[left] - tilts[left[0]]).max(axis=(1, 2)) < SAME_TILT
+        blocks += _by_gap(left[same], slices, direction)
         left = left[~same]
-    return groups
+    return sorted(blocks, key=lambda block: np.mean([direction @ slices[i].centre for i in block]))
 
 
 def _by_gap(members: np.ndarray, slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
     """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual.
 
-    Of several images at one place (echoes, or a series scanned twice) the k-th by number goes to the k-th stack, so
-    that neighbours in a block always lie apart.
+    Of images at one place (echoes, or a second scan) the k-th by number goes to the k-th stack: neighbours lie apart.
     """
     normal = slices[members[0]].affine[:3, 2]
     normal = normal if normal @ direction >= 0 else -normal

@@ -249,7 +249,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(root: str | Path, out: str | Path | None = None, workers: int | None = None) -> int:
-    """Check the folder `root`, print its findings, and write them to the csv `out`; 1 if it is not usable, otherwise 0."""
+    """Check the folder `root`, print its findings, write them to the csv `out`; 1 if it is not usable, otherwise 0."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)

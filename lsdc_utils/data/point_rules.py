@@ -38,7 +38,7 @@ def judge(places: pd.DataFrame, middles: Mapping[int, float]) -> list[str]:
 
 
 def _side_rules(places: pd.DataFrame, middles: Mapping[int, float]) -> pd.Series:
-    """The rule that each point on the wrong side of the canal breaks, otherwise ''; a swapped pair breaks it by itself."""
+    """The rule that each point on the wrong side of the canal breaks, otherwise ''; a swapped pair does by itself."""
     conditions = places.condition.map(words.CONDITIONS)
     discs = places.assign(group=[c.group for c in conditions], side=[c.side or "canal" for c in conditions])
     keys = ["study_id", "group", "level"]

@@ -154,7 +154,6 @@ def convert_studies(
 
 
 def _convert_study(folder: Path, series: list[Described]) -> pd.DataFrame:
-    """Write the stacks of one study; returns its findings."""
     findings = []
     for stack, rows in _read_series(series):
         if stack:

@@ -20,7 +20,6 @@ from lsdc_utils.files import readable
 from lsdc_utils.parallel import each
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # a file with one of these names should be DICOM
-PROGRESS = 5000  # files between two lines of progress
 FEW_FILES = 2000  # below this, starting processes takes longer than reading
 STACK = 5  # images; fewer in one plane beside another plane are a localiser
 TO_USE_IT = (  # for a series of unknown contrast
@@ -72,7 +71,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
             images.append((split, header))
         else:
             others[file.parent].append((file, header))
-        if n % PROGRESS == 0:
+        if n % 5000 == 0:
             print(f"{n} of {len(files)} headers read", flush=True)
     counts = Counter(file.parent for _, file in files)
     series = [part for group in _group(root, images) for part in _split(group, root)]
@@ -152,10 +151,8 @@ def _split(group: _Series, root: Path) -> list[_Series]:
     parts = [part(images, reason) for reason, images in sorted(by_reason.items())]
     for images in _by_content(usable) if usable else ():
         numbers = sorted(n for n, times in Counter(map(_instance, images)).items() if n is not None and times > 1)
-        several = [images]
-        if numbers and all(tags.frames == 1 for tags in images):  # frames have no numbers of their own
-            several = _by_number(images)
-        several = [part(some) for some in several]
+        single = all(tags.frames == 1 for tags in images)  # frames have no numbers of their own
+        several = [part(some) for some in (_by_number(images) if numbers and single else [images])]
         if len(several) > 1:
             names = [_name(root, tags.file) for tags in images if _instance(tags) == numbers[0]]
             value = f"{len(numbers)} numbers, e.g. {numbers[0]}: {' and '.join(names[:2])}"
@@ -198,7 +195,6 @@ def _instance(tags: Tags) -> int | None:
 
 
 def _set_type(part: _Series) -> None:
-    """Set the type of a series, or the reason to skip it."""
     tags = part.images[0]
     planes = Counter(plane_of(tags) for tags in part.images if tags.orientation)
     plane = planes.most_common(1)[0][0] if planes else ""

@@ -1,8 +1,7 @@
 """The faults of a data folder, for `./run_all.sh validate` and 01_eda, and the label table without wrong points.
 
-`competition.read` checks tables; here the header of every image is read, and label points are checked by their place in
-the patient (`point_rules`). A grade is never changed. A point that cannot be right loses its place in the label table,
-so that detectors are trained without the points that findings name.
+`competition.read` checks tables; here every header is read, and points are checked by their place in the patient
+(`point_rules`). A point that cannot be right loses its place in the label table. A grade is never changed.
 """
 
 from collections import Counter, defaultdict
@@ -86,10 +85,9 @@ COUNTS = [name for name in COLUMNS if name not in TYPES]  # 0 if no image can be
 class Checked:
     """A data folder whose tables and headers were checked.
 
-    series: `Competition.series` with plane, n_slices (0 if no image can be read), rows, cols (of most slices),
-        spacing_x, spacing_y, slice_step (mm; the median distance of neighbours), n_blocks (parts of different tilt, or
-        separated by a gap), first_instance, last_instance, instance_order (of instance numbers along the sorted slices:
-        up, down or mixed) and n_skipped (unusable files).
+    series: `Competition.series` with `COLUMNS`: n_slices (0 if no image can be read), rows, cols (of most slices),
+        medians of spacings and slice_step (mm), n_blocks (parts of different tilt, or separated by a gap),
+        instance_order (of instance numbers along the sorted slices: up, down or mixed), n_skipped (unusable files).
     labels: the training labels with their places: row_id, study_id, condition, level, severity (-1 missing), series_id,
         instance_number (-1 without a usable point), x, y (pixels), X, Y, Z (LPS mm). x and y are NaN without a usable
         point; X, Y and Z also if its image is not there.
@@ -102,10 +100,7 @@ class Checked:
 
 
 def check(comp: Competition, workers: int = 1) -> Checked:
-    """Read the header of every image, and check the label points by their place in the patient.
-
-    A header takes about half a millisecond. With `workers` above 1 a script needs `if __name__ == "__main__"`.
-    """
+    """Read the header of every image, and check the label points by their place in the patient."""
     findings = Findings([comp.findings])
     points = defaultdict(list)
     for point in comp.coordinates[POINTS].itertuples(index=False, name=None):
@@ -117,7 +112,21 @@ def check(comp: Competition, workers: int = 1) -> Checked:
     read = list(each(_read_headers, tasks, workers, FEW_SERIES, chunk=16))
     faults = [(row["study_id"], row["series_id"], *fault) for row, faults, _ in read for fault in faults]
     findings.tables.append(pd.DataFrame(faults, columns=FINDINGS))
-    _check_folders(comp, findings)
+    known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
+    listed = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
+    studies = {*known.study_id.dropna(), *comp.labels.study_id}
+    for split in competition.SPLITS:
+        for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
+            study = number_of(folder.name)
+            if study not in studies:
+                ids = pd.DataFrame({"study_id": [study]}, dtype="Int64")
+                findings.add(ids, "study_not_in_tables", readable(f"{split}_images/{folder.name}"), "study left out")
+                continue
+            for inner in sorted(folder.glob("[!.]*/")):
+                if (study, number_of(inner.name)) not in listed:
+                    ids = pd.DataFrame({"study_id": [study], "series_id": [number_of(inner.name)]}, dtype="Int64")
+                    value = readable(f"{split}_images/{folder.name}/{inner.name}")
+                    findings.add(ids, "series_not_in_tables", value, "series left out")
     headers = pd.DataFrame([row for row, *_ in read], columns=[*SERIES, *COLUMNS, "middle"])
     series = comp.series.merge(headers.drop(columns="middle"), "left", SERIES)
     series[COUNTS] = series[COUNTS].astype("float64").fillna(0)
@@ -152,10 +161,7 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
 
 
 def _read_headers(task: tuple[Source, dict[str, Any], list[tuple]]) -> tuple[dict[str, Any], list[tuple], list[tuple]]:
-    """One series (source, ids and type, points): its line of the table, its faults (rule, value, action), its points.
-
-    The line has `middle` too: patient x of the middle of sagittal slices, mm. The points get X, Y, Z; NaN: not usable.
-    """
+    """A series' line of the table with `middle` (x of sagittal slices, mm), faults, and points with X, Y, Z or NaN."""
     source, row, points = task
     unplaced = [(*point, np.nan, np.nan, np.nan) for point in points]
     try:
@@ -194,7 +200,6 @@ def _read_headers(task: tuple[Source, dict[str, Any], list[tuple]]) -> tuple[dic
 
 
 def _measures(series: dicom.Series) -> dict[str, Any]:
-    """The columns of the series table besides the size of the images."""
     spacing = np.median([image.spacing for image in series.slices], axis=0)
     numbers = [image.instance_number for image in series.slices]
     turns = set(np.sign(np.diff(numbers)).tolist())
@@ -213,28 +218,7 @@ def _measures(series: dicom.Series) -> dict[str, Any]:
     }
 
 
-def _check_folders(comp: Competition, findings: Findings) -> None:
-    """Add findings about folders of studies and series that no table lists."""
-    known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
-    series = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
-    studies = {*known.study_id.dropna(), *comp.labels.study_id}
-    for split in competition.SPLITS:
-        for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
-            study = number_of(folder.name)
-            if study not in studies:
-                ids = pd.DataFrame({"study_id": [study]}, dtype="Int64")
-                findings.add(ids, "study_not_in_tables", readable(f"{split}_images/{folder.name}"), "study left out")
-                continue
-            for inner in sorted(folder.glob("[!.]*/")):
-                if (study, number_of(inner.name)) not in series:
-                    ids = pd.DataFrame({"study_id": [study], "series_id": [number_of(inner.name)]}, dtype="Int64")
-                    value = readable(f"{split}_images/{folder.name}/{inner.name}")
-                    findings.add(ids, "series_not_in_tables", value, "series left out")
-
-
-def _label_table(
-    comp: Competition, points: pd.DataFrame, middles: dict[int, float], findings: Findings
-) -> pd.DataFrame:
+def _label_table(comp: Competition, points: pd.DataFrame, middles: dict, findings: Findings) -> pd.DataFrame:
     """The label table; points that cannot be right lose their place, and findings name them."""
     placed = points.dropna(subset="X")
     placed = placed.assign(rule=judge(placed, middles))
@@ -265,10 +249,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(root: str | Path, out: str | Path | None = None, workers: int | None = None) -> int:
-    """Check the folder `root` and print its findings; write them to the csv `out` if it is given.
-
-    Returns 0 if the folder can be used, otherwise 1: its tables, or all of its images, cannot be read.
-    """
+    """Check the folder `root`, print its findings, write them to the csv `out`; 1 if it is not usable, otherwise 0."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)

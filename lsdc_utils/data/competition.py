@@ -1,13 +1,11 @@
 """A data folder in the competition's layout: its tables read, checked and repaired.
 
-Every repair is a line of the findings table: study_id, series_id, rule, value, action (`checks` explains the rules, and
-looks at the images). A grade is never changed: if it cannot be read, it is missing.
+Every repair is a line of the findings table (`checks` explains the rules). A grade that cannot be read is missing.
 
     root/train.csv, train_label_coordinates.csv, train_series_descriptions.csv, test_series_descriptions.csv,
     sample_submission.csv, {train,test}_images/<study_id>/<series_id>/<instance_number>.dcm
 
-Tables or images may be absent, as long as one of the two tables of series is there. Without a table of series, in this
-layout or in any folder of DICOM files, `unsorted` finds the series.
+Tables or images may be absent. Without a table of series, in any folder of DICOM files, `unsorted` finds the series.
 """
 
 import json
@@ -88,13 +86,10 @@ def label_names(rows: pd.DataFrame) -> pd.Series:
 def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1) -> Competition:
     """Read, check and repair the tables of a data folder; answers beside the test tables are never opened.
 
-    If no table lists the series, `workers` processes read the headers of all images (`unsorted.find`).
-
     exclude_csv: what to leave out: study_id, series_id (blank: the whole study), condition and level (blank: all; if
         one is given, the points of these labels are not used, and their grades stay), reason.
     points_csv: points to use instead of the folder's own, in the columns of train_label_coordinates.csv.
-    Raises CompetitionError if a table lacks a column or holds an id that is not a number, if there is neither a table
-    of series nor a usable series among the files, or if a line of the two files names something that does not exist.
+    Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
     root = Path(root)
     findings = Findings()
@@ -107,7 +102,17 @@ def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path 
     if exclude_csv:
         labels, coordinates, series = _leave_out(labels, coordinates, series, Path(exclude_csv), findings)
     coordinates = _check_points(coordinates, labels, series, findings)
-    _check_series(series, labels, findings)
+    counts = series.groupby(["split", "study_id", "series_type"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=list(words.SERIES_TYPES), fill_value=0).reset_index()
+    for kind in words.SERIES_TYPES:
+        findings.add(counts[counts[kind] == 0], "series_type_missing", kind, "graded from the other series")
+        several = counts[counts[kind] > 1]
+        findings.add(several, "series_type_repeated", several[kind].map(f"{{}} x {kind}".format), "all are used")
+    training = series.study_id[series.split == "train"]
+    without_series = labels.loc[~labels.study_id.isin(training), ["study_id"]].drop_duplicates()
+    findings.add(without_series, "study_without_series", "in train.csv only", "labels kept")
+    without_labels = pd.DataFrame({"study_id": training[~training.isin(labels.study_id)].unique()})
+    findings.add(without_labels, "study_without_labels", "not in train.csv", "not used for training")
     return Competition(root, labels, coordinates, series, sample_rows, findings.table(), files)
 
 
@@ -154,13 +159,8 @@ def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> 
     return read_required_table(file, columns, ids) if file.is_file() else None
 
 
-def _read_series_tables(
-    root: Path, findings: Findings, workers: int
-) -> tuple[pd.DataFrame, dict[tuple[int, int], tuple[Path, ...]]]:
-    """study_id, series_id, series_type, split of both splits, and the files of series without a folder of their own.
-
-    A series that no table lists, or that is described in unknown words, is typed by its headers.
-    """
+def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[pd.DataFrame, dict]:
+    """The series, those not listed or in unknown words typed by headers, and files of those without own folder."""
     columns = ["study_id", "series_id", "series_type", "split"]
     ids, tables = ["study_id", "series_id"], {}
     for split in SPLITS:
@@ -196,7 +196,6 @@ def _read_series_tables(
 
 
 def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
-    """The labels of train.csv in rows: study_id, condition, level, severity; no rows if there is no train.csv."""
     wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
     if wide is None:
         wide = pd.DataFrame(columns=["study_id", *words.COLUMNS], dtype=object).astype({"study_id": "int64"})
@@ -305,7 +304,6 @@ def _leave_out(
 
 
 def _matches(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.Series:
-    """Which rows hold these values."""
     return (table[list(values)] == pd.Series(values)).all(axis=1)
 
 
@@ -327,18 +325,3 @@ def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFra
     value = missing.map("{} of 25".format)
     findings.add(missing.reset_index(), "grade_without_point", value, "grades kept, not used to train detectors")
     return points[POINTS].reset_index(drop=True)
-
-
-def _check_series(series: pd.DataFrame, labels: pd.DataFrame, findings: Findings) -> None:
-    """Add findings about studies without a series of each type, or with several, and about those without labels."""
-    counts = series.groupby(["split", "study_id", "series_type"]).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=list(words.SERIES_TYPES), fill_value=0).reset_index()
-    for kind in words.SERIES_TYPES:
-        findings.add(counts[counts[kind] == 0], "series_type_missing", kind, "graded from the other series")
-        several = counts[counts[kind] > 1]
-        findings.add(several, "series_type_repeated", several[kind].map(f"{{}} x {kind}".format), "all are used")
-    training = series.study_id[series.split == "train"]
-    without_series = labels.loc[~labels.study_id.isin(training), ["study_id"]].drop_duplicates()
-    findings.add(without_series, "study_without_series", "in train.csv only", "labels kept")
-    without_labels = pd.DataFrame({"study_id": training[~training.isin(labels.study_id)].unique()})
-    findings.add(without_labels, "study_without_labels", "not in train.csv", "not used for training")

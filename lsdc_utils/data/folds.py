@@ -12,10 +12,9 @@ from lsdc_utils.data.competition import CompetitionError, read_required_table
 def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     """Cut the studies of a label table into folds that are alike: study_id, fold (0 .. n_splits - 1).
 
-    Alike in any-severe canal and in the counts of moderate and severe grades of each condition group. Studies with the
-    most disease are dealt first, n_splits at a time, one to each fold: each study goes to the fold that has least of
-    what the study has. Fold sizes differ by one study at most. The same labels and seed give the same folds, whatever
-    the order of the rows. Raises CompetitionError if there are fewer studies than folds.
+    Alike in any-severe canal and in the counts of moderate and severe grades of each condition group: studies, the most
+    diseased first, go one to each fold, where least of what they have is. The order of rows does not matter. Raises
+    CompetitionError if there are fewer studies than folds.
     """
     group = labels.condition.map({c.name: c.group for c in words.CONDITIONS.values()})
     traits = pd.DataFrame({"study_id": labels.study_id})

@@ -26,16 +26,19 @@ def judge(places: pd.DataFrame, middles: Mapping[int, float]) -> list[str]:
     places = places.reset_index(drop=True)
     rules = _side_rules(places, middles)
     rules[(rules == "") & places.index.isin(_out_of_order(places))] = "levels_out_of_order"
-    rules[(rules == "") & places.index.isin(_apart(places))] = "level_points_apart"
+    # far from their level on most of at least two witnesses: the nearest point of another series, or the other side
+    pairs = places.reset_index().merge(places, on=["study_id", "level"], suffixes=("", "_other"))
+    pairs = pairs[pairs.condition != pairs.condition_other]
+    witness = pairs.condition_other.where(pairs.series_id == pairs.series_id_other, pairs.series_id_other.astype(str))
+    far = (pairs.Z - pairs.Z_other).abs().groupby([pairs["index"], witness]).min() > LEVEL_APART
+    share = far.groupby(level=0).agg(["size", "mean"])
+    apart = share.index[(share["size"] >= 2) & (share["mean"] > 0.5)]
+    rules[(rules == "") & places.index.isin(apart)] = "level_points_apart"
     return rules.tolist()
 
 
 def _side_rules(places: pd.DataFrame, middles: Mapping[int, float]) -> pd.Series:
-    """The rule that each point on the wrong side of the canal breaks, otherwise ''.
-
-    The canal is located by its own points and by the midpoints of other left and right pairs. A pair whose left point
-    lies to the right of its right one is wrong by itself.
-    """
+    """The rule that each point on the wrong side of the canal breaks, otherwise ''; a swapped pair does by itself."""
     conditions = places.condition.map(words.CONDITIONS)
     discs = places.assign(group=[c.group for c in conditions], side=[c.side or "canal" for c in conditions])
     keys = ["study_id", "group", "level"]
@@ -59,11 +62,7 @@ def _side_rules(places: pd.DataFrame, middles: Mapping[int, float]) -> pd.Series
 
 
 def _canal(discs: pd.DataFrame, middle: float) -> list[tuple[float, float]]:
-    """Patient x of the canal at each disc (NaN if unknown), and how far a point may lie beyond it; mm.
-
-    discs: z, and known x of one study. x is the median at the other discs, weighted by nearness in height: a single
-    point clicked on the neighbouring slice, 4 mm off, does not move it.
-    """
+    """x of the canal at a study's discs, by the median of the others (NaN: none), and how far points may lie beyond."""
     heights, xs = discs.z.to_numpy(), discs.known.to_numpy()
     rows = []
     for disc, height in enumerate(heights):
@@ -79,10 +78,7 @@ def _canal(discs: pd.DataFrame, middle: float) -> list[tuple[float, float]]:
 
 
 def _out_of_order(places: pd.DataFrame) -> list[int]:
-    """The points without which the levels of each study and condition follow each other from head to foot.
-
-    The point that contradicts most others is removed first; of two that only contradict each other, both are.
-    """
+    """The points, most contradicting first, without which the levels of each study and condition are in order."""
     removed = []
     for _, heights in places.sort_values("level").groupby(["study_id", "condition"]).Z:
         left = heights
@@ -95,16 +91,3 @@ def _out_of_order(places: pd.DataFrame) -> list[int]:
             removed += left.index[worst].tolist()
             left = left[~worst]
     return removed
-
-
-def _apart(places: pd.DataFrame) -> pd.Index:
-    """The points that lie far in height from their level on most of at least two other witnesses.
-
-    A witness is another series, by its nearest point of the level, or the point of the other side.
-    """
-    pairs = places.reset_index().merge(places, on=["study_id", "level"], suffixes=("", "_other"))
-    pairs = pairs[pairs.condition != pairs.condition_other]
-    witness = pairs.condition_other.where(pairs.series_id == pairs.series_id_other, pairs.series_id_other.astype(str))
-    far = (pairs.Z - pairs.Z_other).abs().groupby([pairs["index"], witness]).min() > LEVEL_APART
-    share = far.groupby(level=0).agg(["size", "mean"])
-    return share.index[(share["size"] >= 2) & (share["mean"] > 0.5)]

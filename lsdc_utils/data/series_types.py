@@ -38,9 +38,7 @@ UNKNOWN_CONTRAST = "the header does not say T1 or T2"
 
 def plane_of(tags: Tags) -> str:
     """sagittal, coronal or axial; '' without an orientation."""
-    if tags.orientation is None:
-        return ""
-    return geometry.plane_of(np.cross(tags.orientation[:3], tags.orientation[3:]))
+    return geometry.plane_of(np.cross(tags.orientation[:3], tags.orientation[3:])) if tags.orientation else ""
 
 
 def skip_reason(tags: Tags) -> str:
@@ -57,14 +55,9 @@ def skip_reason(tags: Tags) -> str:
 
 
 def contrast_of(tags: Tags) -> tuple[str | None, str]:
-    """T1 or T2 (words of the vocabulary) by echo, repetition and inversion time, otherwise by the description.
-
-    Times (ms) are used where they leave no doubt; the limits are those of spin echoes. Without either: None and the
-    reason to skip the series.
-    """
+    """T1 or T2 (vocabulary) by times (ms) that leave no doubt in spin echoes, else by description; or None, and why."""
     echo, repetition, inversion = (time or 0 for time in (tags.echo_time, tags.repetition_time, tags.inversion_time))
-    # GRADIENT: of enhanced images
-    gradient_echo = bool({"GR", "GRADIENT"} & {*tags.sequence}) and "SE" not in tags.sequence
+    gradient_echo = {"GR", "GRADIENT"} & {*tags.sequence} and "SE" not in tags.sequence  # GRADIENT: of enhanced images
     if not gradient_echo:
         stir = 80 <= inversion <= 300  # fat is nulled
         if not stir and 0 < echo < 40 and (400 <= inversion < 1500 or 0 < repetition < 1200):  # T1 FLAIR or T1

@@ -1,8 +1,7 @@
 """Studies in a folder of DICOM files that no table describes: files grouped into series, each with its type.
 
-Files are grouped by StudyInstanceUID, then SeriesInstanceUID, then folder; in the competition's layout by the numbers
-of the folders. Only headers are read (`series_types`). A series that is not sagittal T1, sagittal T2/STIR or axial
-T2 is skipped, and a finding gives the reason.
+Files are grouped by StudyInstanceUID, SeriesInstanceUID and folder; in the competition's layout by its folders. A
+series that is not sagittal T1, sagittal T2/STIR or axial T2 by its headers is skipped, and a finding gives the reason.
 """
 
 import hashlib
@@ -21,7 +20,6 @@ from lsdc_utils.files import readable
 from lsdc_utils.parallel import each
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # a file with one of these names should be DICOM
-PROGRESS = 5000  # files between two lines of progress
 FEW_FILES = 2000  # below this, starting processes takes longer than reading
 STACK = 5  # images; fewer in one plane beside another plane are a localiser
 TO_USE_IT = (  # for a series of unknown contrast
@@ -57,10 +55,8 @@ class _Series:
 def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1) -> Discovered:
     """Look for studies in `places` (split, folder under `root`); by default in `root` itself, as test studies.
 
-    A place is <root>/<split>_images or a folder in it: there <study>/<series>/, if both are numbers, are the ids.
-    Elsewhere an id is the UID if it is a plain number (a series UID may begin with its study's and a dot, as in the
-    competition's files), otherwise 48 bits of its hash: no real UID enters a table. `workers` processes read the
-    headers, each once.
+    In <root>/<split>_images numeric folders <study>/<series>/ are the ids. Elsewhere an id is the UID if it is a plain
+    number (a series UID may begin with its study's and a dot), otherwise its hash: no real UID enters a table.
     """
     root = Path(root)
     result, unopened = Discovered(), []
@@ -75,7 +71,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
             images.append((split, header))
         else:
             others[file.parent].append((file, header))
-        if n % PROGRESS == 0:
+        if n % 5000 == 0:
             print(f"{n} of {len(files)} headers read", flush=True)
     counts = Counter(file.parent for _, file in files)
     series = [part for group in _group(root, images) for part in _split(group, root)]
@@ -83,16 +79,12 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
         if not part.reason:
             _set_type(part)
     _set_ids(series)
-    _collect(root, series, counts, result)
-    _report_files(root, series, others, counts, result)
+    _collect(root, series, others, counts, result)
     return result
 
 
 def walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
-    """Files at any depth in a fixed order, except hidden ones and DICOMDIRs. Links are followed, each folder once.
-
-    Errors of folders that cannot be opened are added to `unopened`.
-    """
+    """Files at any depth in a fixed order, not hidden ones and DICOMDIRs; folders that do not open go to `unopened`."""
     seen = set()
     for folder, inner, names in os.walk(top, followlinks=True, onerror=unopened.append):
         status = os.stat(folder)
@@ -111,10 +103,8 @@ def _read_header(file: Path) -> Tags | str:
     named_dicom = file.suffix.lower() in SUFFIXES
     try:
         tags = read_tags(file)
-    except NotDicomError as error:
-        return str(error) if named_dicom else ""
     except DicomError as error:
-        return str(error)
+        return str(error) if named_dicom or not isinstance(error, NotDicomError) else ""
     if tags.study_uid or tags.series_uid or tags.rows:
         return tags
     return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
@@ -161,10 +151,8 @@ def _split(group: _Series, root: Path) -> list[_Series]:
     parts = [part(images, reason) for reason, images in sorted(by_reason.items())]
     for images in _by_content(usable) if usable else ():
         numbers = sorted(n for n, times in Counter(map(_instance, images)).items() if n is not None and times > 1)
-        several = [images]
-        if numbers and all(tags.frames == 1 for tags in images):  # frames have no numbers of their own
-            several = _by_number(images)
-        several = [part(some) for some in several]
+        single = all(tags.frames == 1 for tags in images)  # frames have no numbers of their own
+        several = [part(some) for some in (_by_number(images) if numbers and single else [images])]
         if len(several) > 1:
             names = [_name(root, tags.file) for tags in images if _instance(tags) == numbers[0]]
             value = f"{len(numbers)} numbers, e.g. {numbers[0]}: {' and '.join(names[:2])}"
@@ -207,7 +195,6 @@ def _instance(tags: Tags) -> int | None:
 
 
 def _set_type(part: _Series) -> None:
-    """Set the type of a series, or the reason to skip it."""
     tags = part.images[0]
     planes = Counter(plane_of(tags) for tags in part.images if tags.orientation)
     plane = planes.most_common(1)[0][0] if planes else ""
@@ -235,10 +222,7 @@ def number_of(text: str) -> int | None:
 
 
 def _free_id(wish: int | None, names: tuple[str, ...], taken: set[int]) -> int:
-    """`wish` if it is given and free, otherwise a hash of `names`; added to `taken`.
-
-    A hash has 48 bits: two of 10,000 studies share one with a probability below one in a million.
-    """
+    """`wish` if it is given and free, otherwise a 48-bit hash of `names`; added to `taken`."""
     number, tries = wish, 0
     while number is None or number in taken:
         text = "\0".join((*names, str(tries)) if tries else names)
@@ -266,14 +250,16 @@ def _set_ids(series: list[_Series]) -> None:
 
 
 def _name(root: Path, file: Path) -> str:
-    """A file or folder as findings name it."""
     return readable(file.relative_to(root))
 
 
-def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: Discovered) -> None:
-    """Add the series with their files, and the findings about series and studies."""
+def _collect(root: Path, series: list[_Series], others: dict, counts: Counter, result: Discovered) -> None:
+    """Add the series with their files, and the findings about series, studies and other files."""
+    owners = defaultdict(set)
     for part in series:
         ids = part.study_id, part.series_id
+        for tags in part.images:
+            owners[tags.file.parent].add(ids)
         result.findings += [(*ids, *finding) for finding in part.findings]
         files = tuple(tags.file for tags in part.images)
         if part.reason:
@@ -293,16 +279,6 @@ def _collect(root: Path, series: list[_Series], counts: Counter[Path], result: D
         if len(study) == 3:
             value = "several patients have its StudyInstanceUID"
             result.findings.append((study_id, None, "study_uid_shared", value, "split by patient"))
-
-
-def _report_files(
-    root: Path, series: list[_Series], others: dict[Path, list], counts: Counter, result: Discovered
-) -> None:
-    """Add the findings about files that are not DICOM or cannot be read."""
-    owners = defaultdict(set)
-    for part in series:
-        for tags in part.images:
-            owners[tags.file.parent].add((part.study_id, part.series_id))
     for folder, files in others.items():
         ids = owners[folder]
         study_id = next(iter(ids))[0] if len({study_id for study_id, _ in ids}) == 1 else None

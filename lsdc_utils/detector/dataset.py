@@ -99,8 +99,13 @@ def write_dataset(
     folder, group = Path(folder), GROUPS[config.condition]
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
-    own = labels[labels["condition"].map({c.name: c.group for c in CONDITIONS.values()}) == group.key]
-    canal = study_canal(_label_points(labels, "scs"), _label_points(labels, "nfn"))
+    groups = labels["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    own = labels[groups == group.key]
+    columns = ["study_id", "level", "side", *"XYZ", "confidence"]  # of detected points
+    sides = labels["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()})
+    points = labels.assign(side=sides, confidence=1.0)[columns].dropna(subset=[*"XYZ"])
+    groups = groups[points.index]
+    canal = study_canal(points[groups == "scs"], points[groups == "nfn"])
     images, boxes, numbers = [], [], {}
     for stack in stacks:
         here = own[own["series_id"] == stack.series_id]
@@ -155,14 +160,6 @@ def _skipped(labels: pd.DataFrame, numbers: dict[int, np.ndarray]) -> pd.DataFra
     }
     reason = np.select(list(reasons.values()), list(reasons), "outside the strip")
     return pd.DataFrame({"row_id": labels["row_id"], "reason": reason})
-
-
-def _label_points(labels: pd.DataFrame, group: str) -> pd.DataFrame:
-    """The readers' points of a condition group, in the columns of detected ones."""
-    side = {c.name: c.side or "" for c in CONDITIONS.values() if c.group == group}
-    points = labels[labels["condition"].isin(list(side))].dropna(subset=["X", "Y", "Z"])
-    points = points.assign(side=points["condition"].map(side), confidence=1.0)
-    return points[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
 
 
 def _write_images(stack: Stack, table: pd.DataFrame, inputs: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:

@@ -41,6 +41,7 @@ DONE, FAILED, EXHAUSTED = 0, 1, 2  # states; exhausted: failed, and may have kep
 
 NATIVE = uid.UncompressedTransferSyntaxes  # deflated ones too: their pixels come inflated
 JPEG_FAMILY = {*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes}
+TRUNCATED = "is truncated, with {} present: copy it again from the archive"
 GREY = {"MONOCHROME1", "MONOCHROME2", ""}
 ITEM, SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 
@@ -109,11 +110,11 @@ def check_lengths(header: Header, layout: Layout) -> None:
     if native:
         there, expected = min(header.pixels_length, header.size - header.pixels_at), layout.bytes * layout.frames
         if there < expected:
-            raise DicomError(_truncated(f"{there} of {expected} bytes of pixels"))
+            raise DicomError(TRUNCATED.format(f"{there} of {expected} bytes of pixels"))
         return
     lengths = _fragment_lengths(header)
     if len(lengths) < layout.frames:
-        raise DicomError(_truncated(f"{len(lengths)} of {layout.frames} frames"))
+        raise DicomError(TRUNCATED.format(f"{len(lengths)} of {layout.frames} frames"))
     if layout.syntax == uid.RLELossless and sum(lengths) * RLE_EXPANDS < layout.bytes * layout.frames:
         raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
@@ -129,7 +130,7 @@ def _fragment_lengths(header: Header) -> list[int]:
             raise DicomError("has compressed pixel data of broken structure: copy it again from the archive")
         at += 8
         if at + length > header.size:
-            raise DicomError(_truncated(f"{header.size - at} of {length} bytes of compressed pixels"))
+            raise DicomError(TRUNCATED.format(f"{header.size - at} of {length} bytes of compressed pixels"))
         if len(lengths) > MAX_FRAGMENTS:
             raise DicomError(f"has pixel data of more than {MAX_FRAGMENTS} pieces")
         lengths.append(length)
@@ -139,10 +140,6 @@ def _fragment_lengths(header: Header) -> list[int]:
     return lengths[1:]
 
 
-def _truncated(what: str) -> str:
-    return f"is truncated, with {what} present: copy it again from the archive"
-
-
 def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
     """The stored values of each frame, (rows, columns) of `layout.dtype`, more is brighter; DicomError where broken."""
     frames, in_worker = _stored_frames(header, layout), layout.syntax in JPEG_FAMILY
@@ -150,7 +147,7 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
-            raise DicomError(_truncated(f"{number} of {layout.frames} frames"))
+            raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
         yield _mask(_worker(os.getpid()).decode(data, layout) if in_worker else decode(data, layout), layout)
 
 

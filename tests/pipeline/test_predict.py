@@ -340,7 +340,7 @@ def test_a_file_s_name_need_not_be_utf8(tmp_path: Path) -> None:
     file = tmp_path / "test_images/1/11" / os.fsdecode(b"M\xfcller.dcm")
     file.write_text("no image")
     comp = competition.read(tmp_path)
-    listing.files_of(comp, comp.series, [1, 2]).to_parquet(tmp_path / "listed.parquet")
+    predict.files_of(comp, comp.series, [1, 2]).to_parquet(tmp_path / "listed.parquet")
     listed = listing.read_listed(tmp_path, tmp_path / "listed.parquet")
     assert file in listed.source("test", 1, 11)
     assert listed.sample_rows == study_row_ids(1) + study_row_ids(2)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import competition
-from lsdc_utils.data.listing import NONE
+from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
@@ -65,7 +65,7 @@ def _digest(root: Path) -> str:
         with contextlib.suppress(OSError):  # a broken link
             facts = file.stat()
             digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    for file in [*sorted(module_files("from lsdc_utils.data import competition, listing")), Path(__file__)]:
+    for file in [*sorted(module_files("from lsdc_utils.data import competition")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

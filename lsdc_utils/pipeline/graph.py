@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import modulefinder
 import os
@@ -134,8 +135,10 @@ def _tree(source: str) -> ast.Module:
 def module_files(source: str) -> set[Path]:
     """Files of lsdc_utils that `source` may use: modules imported transitively, and data files beside them."""
     finder = modulefinder.ModuleFinder([str(ROOT)])
-    finder.scan_code(compile(_tree(source), "source", "exec"), finder.add_module("__main__"))
-    files = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+    text = io.StringIO(ast.unparse(_tree(source)))
+    finder.load_module("__main__", text, "source", ("", "r", modulefinder._PY_SOURCE))  # reads imports, runs nothing
+    modules = (module for module in finder.modules.values() if module.__name__ != "__main__")
+    files = {Path(module.__file__) for module in modules if module.__file__}
     for folder in {file.parent for file in files} - {ROOT / "lsdc_utils"}:  # e.g. page templates
         files |= {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     return files

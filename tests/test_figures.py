@@ -125,3 +125,12 @@ def test_reliability_of_calibrated_rows_lies_on_the_diagonal(ax):
         np.testing.assert_allclose(line.get_xdata(), line.get_ydata(), atol=0.03)
     figures.show_reliability(ax, np.full((4, 3), 1 / 3), np.array([0, 1, 2, 2]), "one bin")
     assert [len(line.get_xdata()) for line in ax.lines[-3:]] == [1, 1, 1]
+
+
+def test_confusion_counts_labels_against_grades_and_takes_no_rows() -> None:
+    ax = plt.figure().add_subplot()
+    figures.show_confusion(ax, np.array([0, 0, 2]), np.array([0, 1, 2]), "some")
+    assert [text.get_text().split()[0] for text in ax.texts] == ["1", "1", "0", "0", "0", "0", "0", "0", "1"]
+    ax = plt.figure().add_subplot()
+    figures.show_confusion(ax, np.array([], dtype=int), np.array([], dtype=int), "none")
+    assert {text.get_text().split()[0] for text in ax.texts} == {"0"}

@@ -4,6 +4,7 @@ Those of the JPEG family are C libraries that a broken file can crash, hang or f
 process of their own, replaced after a crash. The RLE decoder is called directly: 1.0 ms a slice, not 1.6 ms.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +38,11 @@ FRAME_SECONDS = 3.0  # of processor time to decode one frame; usual ones take 5 
 WAIT_SECONDS = 30.0  # by the clock, for a busy machine
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
 WORKER_MEMORY = 1 << 29  # bytes of data a worker may hold; it starts with 70 MB
-ANSWER = struct.Struct("<BL")  # how the worker's answer starts: its state, and the bytes that follow
-DONE, FAILED, EXHAUSTED = 0, 1, 2  # states; exhausted: failed, and may have kept the memory that it took
+DONE, FAILED, EXHAUSTED = 0, 1, 2  # an answer's first byte; exhausted: failed, and may have kept its memory
 
 NATIVE = uid.UncompressedTransferSyntaxes  # deflated ones too: their pixels come inflated
 JPEG_FAMILY = {*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes}
+TRUNCATED = "is truncated, with {} present: copy it again from the archive"
 GREY = {"MONOCHROME1", "MONOCHROME2", ""}
 ITEM, SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 
@@ -109,11 +111,11 @@ def check_lengths(header: Header, layout: Layout) -> None:
     if native:
         there, expected = min(header.pixels_length, header.size - header.pixels_at), layout.bytes * layout.frames
         if there < expected:
-            raise DicomError(_truncated(f"{there} of {expected} bytes of pixels"))
+            raise DicomError(TRUNCATED.format(f"{there} of {expected} bytes of pixels"))
         return
     lengths = _fragment_lengths(header)
     if len(lengths) < layout.frames:
-        raise DicomError(_truncated(f"{len(lengths)} of {layout.frames} frames"))
+        raise DicomError(TRUNCATED.format(f"{len(lengths)} of {layout.frames} frames"))
     if layout.syntax == uid.RLELossless and sum(lengths) * RLE_EXPANDS < layout.bytes * layout.frames:
         raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
@@ -129,7 +131,7 @@ def _fragment_lengths(header: Header) -> list[int]:
             raise DicomError("has compressed pixel data of broken structure: copy it again from the archive")
         at += 8
         if at + length > header.size:
-            raise DicomError(_truncated(f"{header.size - at} of {length} bytes of compressed pixels"))
+            raise DicomError(TRUNCATED.format(f"{header.size - at} of {length} bytes of compressed pixels"))
         if len(lengths) > MAX_FRAGMENTS:
             raise DicomError(f"has pixel data of more than {MAX_FRAGMENTS} pieces")
         lengths.append(length)
@@ -139,29 +141,25 @@ def _fragment_lengths(header: Header) -> list[int]:
     return lengths[1:]
 
 
-def _truncated(what: str) -> str:
-    return f"is truncated, with {what} present: copy it again from the archive"
-
-
 def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
     """The stored values of each frame, (rows, columns) of `layout.dtype`, more is brighter; DicomError where broken."""
-    frames, in_worker = _stored_frames(header, layout), layout.syntax in JPEG_FAMILY
+    frames = _stored_frames(header, layout)
+    decoder = _worker(os.getpid()).decode if layout.syntax in JPEG_FAMILY else decode
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
-            raise DicomError(_truncated(f"{number} of {layout.frames} frames"))
-        yield _mask(_worker(os.getpid()).decode(data, layout) if in_worker else decode(data, layout), layout)
+            raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
+        yield _mask(decoder(data, layout), layout)
 
 
 def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
     """The bytes of each frame: native ones lie one after the other, compressed ones in one or more fragments each."""
+    header.stream.seek(header.pixels_at)
     if layout.syntax in NATIVE:
         for number in range(layout.frames):
             yield read_bytes(header, header.pixels_at + number * layout.bytes, layout.bytes)
-        return
-    header.stream.seek(header.pixels_at)
-    if layout.frames > 1:
+    elif layout.frames > 1:
         yield from generate_frames(header.stream, number_of_frames=layout.frames)
     else:  # all fragments, whatever the offset table says
         _, *fragments = generate_fragments(header.stream)
@@ -228,14 +226,14 @@ class Worker:
 
     def decode(self, data: bytes, layout: Layout) -> np.ndarray:
         """Values of one compressed frame, (rows, columns); DicomError where it is broken or takes too long."""
-        request = json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data
+        request = json.dumps(asdict(layout)).encode() + b"\n" + data
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             start = time.monotonic()
             try:
                 state, content = self._ask(request, layout.bytes, WAIT_SECONDS)
-            except (OSError, struct.error):
+            except (OSError, EOFError):
                 reason, waited = "made the decoder crash", time.monotonic() - start
                 if self.stop() == -signal.SIGPROF:
                     reason = f"take more than {FRAME_SECONDS:g} s to decode"
@@ -249,44 +247,44 @@ class Worker:
                 self.stop()
         if state != DONE:
             raise DicomError(content.decode("utf-8", "replace"))
-        return np.frombuffer(bytearray(content), layout.dtype).reshape(layout.rows, layout.columns)
+        return np.frombuffer(content, layout.dtype).reshape(layout.rows, layout.columns)
 
     def _start(self) -> None:
         self.stop()
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         variables = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "lsdc_utils.dicom.pixels"]
-        self._process = subprocess.Popen(command, env=variables, **pipes)
+        self._pipe, end = Pipe()
+        with end:
+            pipes = dict(stdin=end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._process = subprocess.Popen(command, env=variables, **pipes)
         try:
-            self._ask(b"", 0, START_SECONDS)  # it answers once when it is ready
-        except (OSError, struct.error):
+            self._ask(None, 0, START_SECONDS)  # it answers once when it is ready
+        except (OSError, EOFError):
             self.stop()
             reason = "needs a decoder that does not start: run `python -m lsdc_utils.dicom.pixels` to see why"
             raise DicomError(reason) from None
 
-    def _ask(self, request: bytes, limit: int, seconds: float) -> tuple[int, bytes]:
-        """State and content of an answer; OSError or struct.error where none comes within `seconds`, which kill."""
+    def _ask(self, request: bytes | None, limit: int, seconds: float) -> tuple[int, bytearray]:
+        """State and content of an answer; OSError or EOFError where none comes within `seconds`, which kill."""
         watchdog = threading.Timer(seconds, self._process.kill)
         watchdog.start()
         try:
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-            state, size = ANSWER.unpack(self._process.stdout.read(ANSWER.size))
-            content = self._process.stdout.read(min(size, limit + 4096))
+            if request:
+                self._pipe.send_bytes(request)
+            answer = self._pipe.recv_bytes(limit + 4096)
         finally:
             watchdog.cancel()
-        if len(content) != size:
-            raise OSError("the answer is incomplete")
-        return state, content
+        return answer[0], bytearray(memoryview(answer)[1:])
 
     def stop(self) -> int:
         """End the process, whatever it is doing; its return code."""
         process, self._process = self._process, None
-        if process:
-            process.kill()
-            process.communicate()  # closes the pipes
-        return process.returncode if process else 0
+        if process is None:
+            return 0
+        process.kill()
+        self._pipe.close()
+        return process.wait()
 
 
 @functools.lru_cache(maxsize=1)
@@ -295,28 +293,24 @@ def _worker(process: int) -> Worker:
     return Worker()
 
 
-def serve() -> None:
-    """Decode what comes in at the standard input until it closes: the worker's whole life."""
+def serve(pipe: Connection) -> None:
+    """Decode what comes through the pipe until it closes: the worker's whole life."""
     resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     sizes = Path("/proc/self/statm")  # not every system has it
-    os.dup2(2, 1)  # what a decoder prints is not an answer
-    answers.write(ANSWER.pack(DONE, 0))
-    answers.flush()
-    for line in requests:
-        request = json.loads(line)
-        data = requests.read(request.pop("bytes"))
+    pipe.send_bytes(bytes([DONE]))
+    while True:
+        layout, _, data = pipe.recv_bytes().partition(b"\n")
         signal.setitimer(signal.ITIMER_PROF, FRAME_SECONDS)  # ends the process
         try:
-            content, state = decode(data, Layout(**request)).tobytes(), DONE
+            content, state = decode(data, Layout(**json.loads(layout))).tobytes(), DONE
         except DicomError as error:
             held = int(sizes.read_text().split()[5]) * resource.getpagesize() if sizes.exists() else 0
             content, state = str(error).encode(), EXHAUSTED if held > WORKER_MEMORY // 2 else FAILED
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(ANSWER.pack(state, len(content)) + content)
-        answers.flush()
+        pipe.send_bytes(bytes([state]) + content)
 
 
 if __name__ == "__main__":
-    serve()
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
+        serve(Connection(0))

@@ -31,10 +31,9 @@ def fingerprint(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file of one training in a folder of its own, replaced as a whole after each epoch.
+    """The file of one training, whose `fingerprint` is `key`, in a folder of its own: replaced after each epoch.
 
-    It is not a pickle: tensors are stored as safetensors, everything else as JSON in the header. `key` is the
-    training's `fingerprint`; the state of another training is ignored.
+    It is not a pickle: tensors are stored as safetensors, everything else as JSON in the header.
     """
 
     folder: Path
@@ -59,9 +58,8 @@ class Checkpoint:
         try:
             with safe_open(self.file, "pt") as file:
                 header = file.metadata() or {}
-                if header.get("key") != self.key:  # of other settings, data or code
-                    return None
-                return _join(json.loads(header["state"]), file)
+                same = header.get("key") == self.key  # otherwise of other settings, data or code
+                return _join(json.loads(header["state"]), file) if same else None
         except (SafetensorError, OSError) as error:
             print(f"{self.file} cannot be read ({error}): the training starts from the beginning", flush=True)
             return None
@@ -70,8 +68,7 @@ class Checkpoint:
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """`value` as JSON, its tensors moved to `tensors`; a dict becomes a list of pairs, so that whole numbers stay."""
     if isinstance(value, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name := str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}

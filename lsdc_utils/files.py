@@ -39,16 +39,13 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, marked 'with changes' if files differ from it.
-
-    `unknown` where the tree is not a git checkout of its own, such as an unpacked archive within another repository.
-    """
+    """The commit of this source tree, marked 'with changes' if files differ from it; `unknown` if it is not a checkout of
+    its own, such as an archive unpacked within another repository."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:

@@ -81,8 +81,7 @@ def read_layout(header: Header) -> Layout:
         raise DicomError(f"has Rows {rows} and Columns {columns}: it holds no image")
     if header.pixels_at is None:
         raise DicomError("has no integer pixels, or a header broken before them: copy it again from the archive")
-    frames = integer(dataset, "NumberOfFrames")
-    frames = 1 if frames is None else frames
+    frames = 1 if (claimed := integer(dataset, "NumberOfFrames")) is None else claimed
     photometric = text(dataset, "PhotometricInterpretation").upper()
     if (integer(dataset, "SamplesPerPixel") or 1) != 1 or photometric not in GREY:
         raise DicomError("is a colour image, such as a report or a screenshot")
@@ -95,8 +94,8 @@ def read_layout(header: Header) -> Layout:
     stored = stored if stored and 0 < stored <= allocated else allocated
     high = integer(dataset, "HighBit")
     high = high if high is not None and stored - 1 <= high < allocated else stored - 1
-    signed, inverse = integer(dataset, "PixelRepresentation") == 1, photometric == "MONOCHROME1"
-    words = header.pixels_vr == "OW"
+    signed, words = integer(dataset, "PixelRepresentation") == 1, header.pixels_vr == "OW"
+    inverse = photometric == "MONOCHROME1"
     return Layout(header.syntax, frames, rows, columns, allocated, stored, high, signed, inverse, words)
 
 
@@ -113,16 +112,7 @@ def check_lengths(header: Header, layout: Layout) -> None:
         if there < expected:
             raise DicomError(TRUNCATED.format(f"{there} of {expected} bytes of pixels"))
         return
-    lengths = _fragment_lengths(header)
-    if len(lengths) < layout.frames:
-        raise DicomError(TRUNCATED.format(f"{len(lengths)} of {layout.frames} frames"))
-    if layout.syntax == uid.RLELossless and sum(lengths) * RLE_EXPANDS < layout.bytes * layout.frames:
-        raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
-
-
-def _fragment_lengths(header: Header) -> list[int]:
-    """Bytes of each fragment of compressed pixel data, after the offset table (PS3.5, A.4)."""
-    at, lengths = header.pixels_at, []
+    at, lengths = header.pixels_at, []  # of the offset table and of each fragment (PS3.5, A.4)
     while at + 8 <= header.size:
         group, element, length = struct.unpack("<HHL", read_bytes(header, at, 8))
         if (group, element) == SEQUENCE_END:
@@ -138,7 +128,10 @@ def _fragment_lengths(header: Header) -> list[int]:
         at += length
     if len(lengths) < 2:
         raise DicomError("has compressed pixel data without an image in it: copy it again from the archive")
-    return lengths[1:]
+    if len(lengths) - 1 < layout.frames:
+        raise DicomError(TRUNCATED.format(f"{len(lengths) - 1} of {layout.frames} frames"))
+    if layout.syntax == uid.RLELossless and sum(lengths[1:]) * RLE_EXPANDS < layout.bytes * layout.frames:
+        raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
@@ -195,10 +188,10 @@ def decode(data: bytes, layout: Layout) -> np.ndarray:
     how = dict(raw=True, correct_unused_bits=False, decoding_plugin=plugin)  # `_mask` corrects them, wherever they are
     size = dict(rows=layout.rows, columns=layout.columns, number_of_frames=1, samples_per_pixel=1)
     bits = dict(bits_allocated=layout.allocated, bits_stored=layout.stored, pixel_representation=int(layout.signed))
-    kind = dict(photometric_interpretation="MONOCHROME2", pixel_keyword="PixelData")
     vr = "OW" if layout.words else "OB"
+    kind = dict(photometric_interpretation="MONOCHROME2", pixel_keyword="PixelData", pixel_vr=vr)
     with broken_file("broken pixel data"):
-        values, _ = get_decoder(uid.UID(layout.syntax)).as_array(data, **how, **size, **bits, **kind, pixel_vr=vr)
+        values, _ = get_decoder(uid.UID(layout.syntax)).as_array(data, **how, **size, **bits, **kind)
     return values.astype(layout.dtype, copy=False)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from lsdc_utils import geometry
-from lsdc_utils.dicom.headers import DicomError, frame_datasets, frame_numbers, integer, opened, text
+from lsdc_utils.dicom.headers import DicomError, first_number, frame_datasets, frame_numbers, integer, opened, text
 from lsdc_utils.dicom.pixels import check_lengths, read_frames, read_layout
 
 ORDER = {  # plane -> patient direction in which its slices are sorted
@@ -169,7 +169,12 @@ def _read_file(file: Path, pixels: bool) -> list[_Image]:
     with opened(file) as header:
         layout = read_layout(header)
         check_lengths(header, layout)
-        number, uid = _instance_number(file, header.dataset), text(header.dataset, "SOPInstanceUID")
+        number, uid = integer(header.dataset, "InstanceNumber"), text(header.dataset, "SOPInstanceUID")
+        number = int(file.stem) if number is None and file.stem.isdecimal() else number
+        if number is None:
+            raise DicomError("has no InstanceNumber, and its name is not a number either: labels cannot name it")
+        if abs(number) >= 2**31:
+            raise DicomError(f"has InstanceNumber {number}, which no scanner gives")
         datasets = [frame_datasets(header.dataset, frame) for frame in range(layout.frames)]
         places = [_place(of_frame) for of_frame in datasets]
         values = [None] * layout.frames
@@ -178,17 +183,6 @@ def _read_file(file: Path, pixels: bool) -> list[_Image]:
     head, shape = (layout.frames, number, uid), (layout.rows, layout.columns)
     placed = enumerate(zip(places, values, strict=True))
     return [_Image(file, frame, *head, shape, *place, value) for frame, (place, value) in placed]
-
-
-def _instance_number(file: Path, dataset: Dataset) -> int:
-    """The instance number of a file, or else the number that is its name."""
-    number = integer(dataset, "InstanceNumber")
-    number = int(file.stem) if number is None and file.stem.isdecimal() else number
-    if number is None:
-        raise DicomError("has no InstanceNumber, and its name is not a number either: labels cannot name it")
-    if abs(number) >= 2**31:
-        raise DicomError(f"has InstanceNumber {number}, which no scanner gives")
-    return number
 
 
 def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, list[float] | None]:
@@ -214,8 +208,8 @@ def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, li
 
 def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
     """Stored values as signal, in float32 where the header gives a slope or an intercept, and untouched otherwise."""
-    slope, intercept = frame_numbers(datasets, "RescaleSlope"), frame_numbers(datasets, "RescaleIntercept")
-    slope, intercept = (slope[0] or 1.0) if slope else 1.0, intercept[0] if intercept else 0.0
+    slope = first_number(datasets, "RescaleSlope") or 1.0
+    intercept = first_number(datasets, "RescaleIntercept") or 0.0
     if (slope, intercept) == (1.0, 0.0):
         return values
     if not 1e-9 < abs(slope) < 1e9 or abs(intercept) > 1e15:

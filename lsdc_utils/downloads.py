@@ -40,10 +40,9 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
         if mounted.is_dir():
             return mounted, "kaggle"
     if not download:
-        ways = (
-            "Give its folder with --data DIR, or download it with download=true after accepting the competition's rules"
-        )
-        raise DataNotFound(f"The real data set is not in {MOUNTS[0] / COMPETITION}. {ways} on kaggle.com.")
+        ways = "Give its folder with --data DIR, or download it with download=true"
+        rules = "after accepting the competition's rules on kaggle.com"
+        raise DataNotFound(f"The real data set is not in {MOUNTS[0] / COMPETITION}. {ways} {rules}.")
     files = [Path.home() / ".kaggle" / name for name in ("kaggle.json", "access_token")]
     if not any(map(os.environ.get, CREDENTIALS)) and not any(file.is_file() for file in files):
         where = "put kaggle.json into ~/.kaggle, or set KAGGLE_USERNAME and KAGGLE_KEY"

@@ -64,7 +64,7 @@ class NotDicomError(DicomError):
 
 @dataclass(frozen=True)
 class Tags:
-    """One header as plain values, empty or None where it lacks them; of several frames, what they share or the first's."""
+    """One header as plain values, empty or None where missing; of several frames, what they share or the first's."""
 
     file: Path
     study_uid: str

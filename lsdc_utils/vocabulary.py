@@ -54,18 +54,11 @@ GROUPS = {
 }
 
 
-def _condition(group: Group, side: str | None) -> Condition:
-    name = group.base if side is None else f"{side}_{group.base}"
-    return Condition(name, name.replace("_", " ").title(), group.key, side)
-
-
 CONDITIONS = {
-    c.name: c
-    for c in (
-        _condition(GROUPS["scs"], None),
-        *(_condition(GROUPS["nfn"], side) for side in SIDES),
-        *(_condition(GROUPS["ss"], side) for side in SIDES),
-    )
+    name: Condition(name, name.replace("_", " ").title(), key, side)
+    for key, sides in (("scs", (None,)), ("nfn", SIDES), ("ss", SIDES))
+    for side in sides
+    for name in ["_".join(filter(None, (side, GROUPS[key].base)))]
 }
 COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)  # the 25 of train.csv
 
@@ -93,16 +86,4 @@ def study_row_ids(study_id: int | str) -> list[str]:
 def mirrored(condition: str) -> str:
     """The condition on the other side of the body; the canal is its own mirror image."""
     side = CONDITIONS[condition].side
-    if side is None:
-        return condition
-    return condition.replace(side, SIDES[1 - SIDES.index(side)], 1)
-
-
-def level_from_name(name: str) -> str:
-    """`L4/L5`, as the competition's tables write it, to `l4_l5`; ValueError for any other name."""
-    return LEVELS[LEVEL_NAMES.index(name)]
-
-
-def severity_from_name(name: str) -> int:
-    """`Normal/Mild`, `Moderate`, `Severe` to 0, 1, 2; ValueError for any other name."""
-    return SEVERITY_NAMES.index(name)
+    return condition.replace(side, SIDES[1 - SIDES.index(side)], 1) if side else condition

@@ -23,51 +23,8 @@ from lsdc_utils.data.unsorted import number_of
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each, usable_cores
 
-RULES = {  # rule -> what a finding of it means
-    # the tables
-    "study_repeated": "the study has several lines in train.csv",
-    "series_repeated": "the series has several lines in the table of series",
-    "series_type_unknown": "the description in the table is not one of the three series types",
-    "series_type_missing": "the study has no series of this type",
-    "series_type_repeated": "the study has several series of this type",
-    "study_without_series": "the study has no series that could be graded",
-    "study_without_labels": "the training study has series but no line in train.csv",
-    "grade_unknown": "the grade is not Normal/Mild, Moderate or Severe",
-    "labels_missing": "some of the study's 25 grades are missing",
-    "point_unusable": "condition, level or a number of the point cannot be read",
-    "point_repeated": "the label has several points",
-    "point_without_grade": "the label has a point but no grade",
-    "grade_without_point": "some of the study's grades have no point",
-    "point_on_unknown_series": "the table of series does not list the point's series",
-    "point_on_other_series_type": "the condition is graded on another series type than the point's",
-    "excluded": "left out by exclude.csv, for the given reason",
-    "point_corrected": "the point comes from points.csv",
-    # folders and files
-    "images_missing": "the folder of this split's images does not exist",
-    "study_not_on_disk": "the tables list the study, but it has no folder",
-    "series_not_on_disk": "the tables list the series, but it has no folder",
-    "study_not_in_tables": "the study has a folder, but no table lists it",
-    "series_not_in_tables": "the series has a folder, but the table of series does not list it",
-    "study_uid_shared": "images of several patients have the same StudyInstanceUID",
-    "series_skipped": "the series is not one of the graded types, or its type is unknown",
-    "files_skipped": "files in the folder are not DICOM images",
-    "file_repeated": "several files hold the same image",
-    "instance_number_repeated": "different images of one series have the same instance number",
-    "file_unusable": "the file cannot be used as an image",
-    "file_repaired": "a value missing in the file's header was taken from the other files of its series",
-    "series_unusable": "the series cannot be read",
-    "shapes_mixed": "the series holds images of several sizes",
-    "plane_differs": "the images lie in another plane than the table says",
-    "contrast_differs": "the header describes another contrast than the table, or than its echo times",
-    "spacing_outlier": "pixels, field of view or slice distances are implausible for a lumbar MR",
-    # points in images and in the patient
-    "point_on_missing_instance": "the point's image does not exist",
-    "point_outside_image": "the point lies outside its image",
-    "point_on_wrong_side": "the point lies on the other side of the canal than its condition says",
-    "one_side_twice": "left and right point of a level lie on the same side; this one is on the wrong side",
-    "levels_out_of_order": "the point lies below a lower level's, or above a higher level's",
-    "level_points_apart": "the point lies far above or below its level on the other series",
-}
+# rule -> what a finding of it means: rules of tables, of folders and files, of points in images and in the patient
+RULES = pd.read_csv(Path(__file__).with_name("rules.csv"), index_col="rule")["meaning"].to_dict()
 POINT_UNUSED = "point not used, grade kept"
 
 FEW_SERIES = 100  # below this, starting processes takes longer than reading

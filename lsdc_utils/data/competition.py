@@ -30,6 +30,9 @@ CONDITION_WORDS = {word: c.name for c in words.CONDITIONS.values() for word in (
 LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: level for level in words.LEVELS}
 
 
+NONE = -1  # series of a listed study that has none
+
+
 class CompetitionError(ValueError):
     """A data folder that cannot be used; the message names the table and the reason."""
 
@@ -325,3 +328,19 @@ def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFra
     value = missing.map("{} of 25".format)
     findings.add(missing.reset_index(), "grade_without_point", value, "grades kept, not used to train detectors")
     return points[POINTS].reset_index(drop=True)
+
+
+def read_listed(root: str | Path, table: str | Path) -> Competition:
+    """The studies of one shard as a Competition without labels, all as test studies."""
+    listed = pd.read_parquet(table)
+    series = listed.loc[listed["series_id"] != NONE, ["study_id", "series_id", "series_type"]].drop_duplicates()
+    there = listed[listed["file"] != b""].groupby(["study_id", "series_id"])["file"]
+    return Competition(
+        root=Path(root),
+        labels=pd.DataFrame(columns=[*KEY, "severity"]),
+        coordinates=pd.DataFrame(columns=POINTS),
+        series=series.assign(split="test").reset_index(drop=True),
+        sample_rows=[row for study in listed["study_id"].unique() for row in words.study_row_ids(study)],
+        findings=pd.DataFrame(columns=FINDINGS),
+        files={key: tuple(Path(os.fsdecode(file)) for file in files) for key, files in there},
+    )

@@ -1,36 +1,16 @@
 """What the header of an image says its series is: plane, contrast, and why it is not one that is graded."""
 
 import re
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from lsdc_utils import geometry
 from lsdc_utils import vocabulary as words
 from lsdc_utils.dicom import Tags
 
-# Reasons to skip an image, by its description (lower case, words separated by blanks) ...
-DESCRIBED = {
-    "localiser": r"\b(loc|locali[sz]er\w*|scouts?|aahscout|survey|planning|pilot|3 ?pl|3 ?planes?|three planes?)\b",
-    "diffusion": r"\b(dwi|diff|diffusion|adc|tracew?|dti|b ?\d{3,4})\b",
-    "projection or reformat": r"\b(mip|minip|mpr|reformat\w*|proj\w*|curved)\b",
-    "myelogram": r"\bmyelo\w*",
-    "subtraction": r"\b(sub|subtr\w*)\b",
-    "angiography": r"\b(mra|mrv|tof|angio\w*)\b",
-    "calibration": r"\b(calib\w*|cal|asset|shim\w*|b1 ?map|field ?map)\b",
-    "perfusion or susceptibility": r"\b(swi|perf\w*|dce|dsc|asl)\b",
-    "T2*": r"t2\*|t2 ?star|\b(medic|merge|m ?ffe)\b",
-    "other part of the spine": r"^(?!.*(lumb|\bls\b|\bl ?sp|lws|\bl5)).*\b(cervical|thoracic|[ct] ?spine|hws|bws)\b",
-}
-# ... and by its image type.
-TYPED = {
-    "localiser": {"LOCALIZER"},
-    "projection or reformat": {"MPR", "CSA MPR", "MIP", "MINIP", "PROJECTION IMAGE", "REFORMATTED", "CPR", "VOLREN"},
-    "subtraction": {"SUBTRACTION", "SUB", "SUBTRACT"},
-    "diffusion": {"ADC", "TRACEW", "DIFFUSION", "FA", "EADC"},
-    "phase image": {"P", "PHASE", "PHASE MAP"},
-    "fat image": {"FAT", "F"},
-    "screen capture": {"SCREEN SAVE", "SCREENSAVE"},
-}
+SKIP_WORDS = yaml.safe_load(Path(__file__).with_name("skip_words.yml").read_text())  # reasons to skip an image
 CONTRAST_WORDS = {words.T1: r"t1(?!\d)|\bt 1 ?w", words.T2: r"t2(?!\d)|\bt 2 ?w|stir|tirm|spair"}
 SHORT = {words.T1: "T1", words.T2: "T2"}
 UNKNOWN_CONTRAST = "the header does not say T1 or T2"
@@ -47,11 +27,11 @@ def skip_reason(tags: Tags) -> str:
         return "modality other than MR"
     if not tags.rows and not tags.has_pixels:
         return "no images"
-    for reason, marks in TYPED.items():
-        if marks.intersection(tags.image_type[2:] or ()) or ("LOCALIZER" in tags.image_type and reason == "localiser"):
+    for reason, marks in SKIP_WORDS["image_type"].items():
+        if {*marks}.intersection(tags.image_type[2:]) or ("LOCALIZER" in tags.image_type and reason == "localiser"):
             return reason
     text = _described(tags)
-    return next((reason for reason, pattern in DESCRIBED.items() if re.search(pattern, text)), "")
+    return next((reason for reason, pattern in SKIP_WORDS["description"].items() if re.search(pattern, text)), "")
 
 
 def contrast_of(tags: Tags) -> tuple[str | None, str]:

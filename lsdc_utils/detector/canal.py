@@ -29,19 +29,15 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
 
 
 def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
-    """Canal points of studies: the canal detector's, or those from the foramina in studies where it gave none.
+    """Canal points of studies: the canal detector's; where it gave none, from the foramina of levels with both sides.
 
     scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result.
     """
-    return pd.concat([scs, canal_from_foramina(nfn[~nfn["study_id"].isin(scs["study_id"])])], ignore_index=True)
-
-
-def canal_from_foramina(points: pd.DataFrame) -> pd.DataFrame:
-    """Canal points of studies from their foramen points, at levels with points on both sides; same columns."""
-    both = points.groupby(["study_id", "level"]).filter(lambda level: set(level["side"]) == set(SIDES))
-    middle = both.groupby(["study_id", "level"], as_index=False)[["X", "Y", "Z", "confidence"]].mean()
+    levels = nfn[~nfn["study_id"].isin(scs["study_id"])].groupby(["study_id", "level"])
+    both = levels.filter(lambda level: set(level["side"]) == set(SIDES)).groupby(["study_id", "level"], as_index=False)
+    middle = both[["X", "Y", "Z", "confidence"]].mean()
     middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
-    return middle.assign(side="")[points.columns]
+    return pd.concat([scs, middle.assign(side="")[nfn.columns]], ignore_index=True)
 
 
 def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:

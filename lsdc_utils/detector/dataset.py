@@ -90,17 +90,21 @@ def write_dataset(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Write images, labels and data.yaml of one detector in YOLO's format; return its images, boxes, skipped labels.
 
-    `stacks` may hold any series: those of the condition's type are used. A slice without a box is left out if a label
-    lies up to `margin_mm` beyond its copies: what it shows is not known. `background` slices beyond that are added
-    from each series that has boxes. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without
-    a box), weight (mean over the boxes of a normal curve of their distance from the click, 1 at the click).
-    The tables are also written, as images.csv, boxes.csv and skipped.csv.
+    A slice without a box is left out if a label lies up to `margin_mm` beyond its copies: what it shows is not known.
+    `background` slices beyond that are added from each series with boxes. images: file, study_id, series_id, slice,
+    boxes, worst (severity, -1 without a box), weight (1 at the click, falling with the distance). The tables are also
+    written, as images.csv, boxes.csv and skipped.csv.
     """
     folder, group = Path(folder), GROUPS[config.condition]
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
-    own = labels[labels["condition"].map({c.name: c.group for c in CONDITIONS.values()}) == group.key]
-    canal = study_canal(_label_points(labels, "scs"), _label_points(labels, "nfn"))
+    groups = labels["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    own = labels[groups == group.key]
+    columns = ["study_id", "level", "side", *"XYZ", "confidence"]  # of detected points
+    sides = labels["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()})
+    points = labels.assign(side=sides, confidence=1.0)[columns].dropna(subset=[*"XYZ"])
+    groups = groups[points.index]
+    canal = study_canal(points[groups == "scs"], points[groups == "nfn"])
     images, boxes, numbers = [], [], {}
     for stack in stacks:
         here = own[own["series_id"] == stack.series_id]
@@ -113,9 +117,8 @@ def write_dataset(
         for _, _, off in _clicks(stack, here):
             free &= off > copy_mm + margin_mm
         free[table["slice"].to_numpy(dtype=int)] = False
-        free = np.flatnonzero(free)
-        count = min(background, len(free)) if len(table) else 0
-        free = free[np.linspace(0, len(free) - 1, count).round().astype(int)]  # spread evenly
+        free, count = np.flatnonzero(free), background if len(table) else 0
+        free = free[np.linspace(0, len(free) - 1, min(count, len(free))).round().astype(int)]  # spread evenly
         inputs = network_inputs(stack, config, canal[canal["study_id"] == stack.study_id])
         images += _write_images(stack, table, inputs, free, folder)
         boxes += [table.assign(study_id=stack.study_id, series_id=stack.series_id)] if len(table) else []
@@ -155,14 +158,6 @@ def _skipped(labels: pd.DataFrame, numbers: dict[int, np.ndarray]) -> pd.DataFra
     }
     reason = np.select(list(reasons.values()), list(reasons), "outside the strip")
     return pd.DataFrame({"row_id": labels["row_id"], "reason": reason})
-
-
-def _label_points(labels: pd.DataFrame, group: str) -> pd.DataFrame:
-    """The readers' points of a condition group, in the columns of detected ones."""
-    side = {c.name: c.side or "" for c in CONDITIONS.values() if c.group == group}
-    points = labels[labels["condition"].isin(list(side))].dropna(subset=["X", "Y", "Z"])
-    points = points.assign(side=points["condition"].map(side), confidence=1.0)
-    return points[["study_id", "level", "side", "X", "Y", "Z", "confidence"]]
 
 
 def _write_images(stack: Stack, table: pd.DataFrame, inputs: np.ndarray, free: np.ndarray, folder: Path) -> list[tuple]:

@@ -86,7 +86,10 @@ def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> 
         images = torch.from_numpy(part).to(device).float() / 255
         images = images.flip(axis) if axis else images
         if scale != 1:
-            images = _scaled(images, scale)
+            size = [round(side * scale) for side in images.shape[2:]]
+            images = torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            pad = (0, -size[1] % 32, 0, -size[0] % 32)  # right and below, to multiples of 32
+            images = torch.nn.functional.pad(images, pad, value=GREY / 255)
         raw = detector.model(images)[1]["one2one"]
         corners = head._get_decode_boxes(raw)[:, :4].transpose(1, 2)
         centres = (corners[..., :2] + corners[..., 2:]) / 2 / scale
@@ -98,14 +101,6 @@ def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> 
     if axis == 3:
         centres[..., 0] = 1 - centres[..., 0]
     return centres, np.concatenate(all_scores)
-
-
-def _scaled(images: torch.Tensor, scale: float) -> torch.Tensor:
-    """Images resized by `scale` and filled with grey, right and below, to multiples of 32."""
-    size = [round(side * scale) for side in images.shape[2:]]
-    images = torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    pad = (0, -size[1] % 32, 0, -size[0] % 32)
-    return torch.nn.functional.pad(images, pad, value=GREY / 255)
 
 
 def patient_points(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config: DetectorConfig) -> np.ndarray:

@@ -1,6 +1,6 @@
 """From detections to the five levels of a study, and from these to severity rows. Coordinates are LPS mm."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,11 +48,14 @@ def level_evidence(
     if not len(detections.scores):
         return []
     canal = None if canal is None or canal.empty else canal.set_index("level")[["X", "Y", "Z"]].astype(float)
-    find = {"scs": _find_canal, "nfn": _find_foramina, "ss": _find_recesses}[config.condition]
+    if config.condition == "scs":
+        found = _sagittal_levels("", detections, np.arange(len(detections.scores)), None)
+    else:
+        found = {"nfn": _find_foramina, "ss": _find_recesses}[config.condition](detections, canal)
     result = []
-    for side, level, point, evidence, scores in find(detections, canal):
+    for side, level, point, evidence, scores in found:
         row = row_id(study_id, "_".join(filter(None, (side, GROUPS[config.condition].base))), level)
-        result.append(LevelEvidence(row, study_id, level, side or "", point, float(scores.max()), evidence, scores))
+        result.append(LevelEvidence(row, study_id, level, side, point, float(scores.max()), evidence, scores))
     return result
 
 
@@ -153,8 +156,10 @@ def _support(plane: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * (apart / SAME_PLACE) ** 2) @ evidence
 
 
-def _sagittal_levels(detections: Detections, index: np.ndarray, expected: pd.DataFrame | None) -> list[tuple]:
-    """(level, point, evidence, severity scores) of the five levels from detections `index` on sagittal slices.
+def _sagittal_levels(
+    side: str, detections: Detections, index: np.ndarray, expected: pd.DataFrame | None
+) -> list[tuple]:
+    """(side, level, point, evidence, severity scores) of the levels from detections `index` on sagittal slices.
 
     `expected`: points (index level) where the canal's points let each level be; if they are five, they name the levels.
     """
@@ -171,12 +176,8 @@ def _sagittal_levels(detections: Detections, index: np.ndarray, expected: pd.Dat
         place = (weight[:, None] * points).sum(axis=0) / weight.sum()
         near = np.flatnonzero(np.linalg.norm(points[:, 1:] - place[1:], axis=1) <= NEAR)
         if len(near) and evidence[near, number].max() >= 1e-3:
-            result.append((LEVELS[number], place, evidence[near, number], scores[near, number]))
+            result.append((side, LEVELS[number], place, evidence[near, number], scores[near, number]))
     return result
-
-
-def _find_canal(detections: Detections, canal: pd.DataFrame | None) -> list[tuple]:
-    return [(None, *level) for level in _sagittal_levels(detections, np.arange(len(detections.scores)), None)]
 
 
 def _find_foramina(detections: Detections, canal: pd.DataFrame | None) -> list[tuple]:
@@ -191,8 +192,7 @@ def _find_foramina(detections: Detections, canal: pd.DataFrame | None) -> list[t
     result = []
     for side, own in zip(SIDES, (x > middle, x < middle), strict=True):
         if own.any():
-            levels = _sagittal_levels(detections, np.flatnonzero(own), expected)
-            result += [(side, *level) for level in levels]
+            result += _sagittal_levels(side, detections, np.flatnonzero(own), expected)
     return result
 
 
@@ -224,17 +224,6 @@ def study_evidence(
     return (detector.scheme.level_evidence or level_evidence)(detections, study_id, detector.config, canal)
 
 
-def find_levels(
-    detector: Detector, studies: Iterable[tuple[int, Sequence[Stack]]], canal: pd.DataFrame | None = None
-) -> list[LevelEvidence]:
-    """Evidence of one detector in studies, given as (study id, stacks). `canal`: points of any number of studies."""
-    result = []
-    for study_id, stacks in studies:
-        here = None if canal is None else canal[canal["study_id"] == study_id]
-        result += study_evidence(detector, detect_study(detector, stacks, here), study_id, here)
-    return result
-
-
 def grade_condition(
     detectors: Sequence[Detector], study_id: int, stacks: Sequence[Stack], canal: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -243,9 +232,17 @@ def grade_condition(
     `canal`: the study's canal points. The mean is over the detectors that have evidence; points are weighted by
     confidence.
     """
-    tables = [evidence_tables(find_levels(d, [(study_id, stacks)], canal), d.config.power) for d in detectors]
+    tables = []
+    for detector in detectors:
+        found = study_evidence(detector, detect_study(detector, stacks, canal), study_id, canal)
+        tables.append(evidence_tables(found, detector.config.power))
     rows, points = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
-    return rows.groupby("row_id", sort=False, as_index=False)[list(SEVERITIES)].mean(), _mean_points(points)
+    weighted = points.assign(**{axis: points[axis] * points["confidence"] for axis in "XYZ"}, n=1)
+    keys = ["study_id", "level", "side"]
+    mean = weighted.groupby(keys, sort=False, as_index=False)[[*"XYZ", "confidence", "n"]].sum()
+    mean[[*"XYZ"]] = mean[[*"XYZ"]].div(mean["confidence"], axis=0)
+    mean["confidence"] /= mean.pop("n")
+    return rows.groupby("row_id", sort=False, as_index=False)[list(SEVERITIES)].mean(), mean
 
 
 def grade_study(
@@ -263,12 +260,3 @@ def grade_study(
     rows["ss"], points["ss"] = grade_condition(detectors["ss"], study_id, stacks, canal)
     named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal
-
-
-def _mean_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Confidence-weighted mean of each study's points of one level and side."""
-    weighted = points.assign(**{axis: points[axis] * points["confidence"] for axis in "XYZ"}, n=1)
-    keys = ["study_id", "level", "side"]
-    mean = weighted.groupby(keys, sort=False, dropna=False)[["X", "Y", "Z", "confidence", "n"]].sum().reset_index()
-    mean[["X", "Y", "Z"]] = mean[["X", "Y", "Z"]].div(mean["confidence"], axis=0)
-    return mean.assign(confidence=mean["confidence"] / mean["n"]).drop(columns="n")

@@ -138,6 +138,12 @@ def _trainer(
     work = checkpoint.folder / "ultralytics"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    for name in ("images", "labels"):  # links give each job its own labels.cache: jobs side by side don't share one
+        (work / name).symlink_to(folder / name, target_is_directory=True)
+    for name, lines in (("train", shown["file"]), ("val", held_out or shown["file"][:1])):
+        (work / f"{name}.txt").write_text("\n".join(str(work / line) for line in lines) + "\n")
+    data = yaml.safe_load((folder / "data.yaml").read_text()) | {"path": str(work), "train": "train.txt"}
+    (work / "data.yaml").write_text(yaml.safe_dump(data | {"val": "val.txt"}))
     weights = dict(zip(shown["file"].map(lambda file: Path(file).name), shown["weight"], strict=True))
     batch = min(settings["batch"], max(int(shown["weight"].sum() + 1e-6), 1))
     box = pd.read_csv(folder / "boxes.csv")[["width", "height"]].median().to_numpy() * config.size[::-1]
@@ -148,7 +154,7 @@ def _trainer(
         "nbs": batch,
         **{key: value for key, value in settings.items() if key not in TRICKS},
         **FIXED,
-        "data": str(_data_file(folder, work, list(shown["file"]), held_out)),
+        "data": str(work / "data.yaml"),
         "project": str(work),
         "device": "0" if on_gpu else "cpu",
         "imgsz": max(config.size),
@@ -158,17 +164,6 @@ def _trainer(
     }
     tricks = {key: settings.get(key, default) for key, default in TRICKS.items()}
     return DetectorTrainer(overrides, weights, tricks, box, threads, checkpoint)
-
-
-def _data_file(folder: Path, work: Path, files: Sequence[str], held_out: Sequence[str]) -> Path:
-    """The data.yaml of one job. Links give each job its own labels.cache, so that jobs side by side don't share one."""
-    for name in ("images", "labels"):
-        (work / name).symlink_to(folder / name, target_is_directory=True)
-    for name, lines in (("train", files), ("val", held_out or files[:1])):
-        (work / f"{name}.txt").write_text("\n".join(str(work / line) for line in lines) + "\n")
-    data = yaml.safe_load((folder / "data.yaml").read_text()) | {"path": str(work), "train": "train.txt"}
-    (work / "data.yaml").write_text(yaml.safe_dump(data | {"val": "val.txt"}))
-    return work / "data.yaml"
 
 
 def _training_key(

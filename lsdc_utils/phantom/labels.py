@@ -1,11 +1,8 @@
 """Grades of the phantom: a latent narrowing for each of the 25 columns, and the label a reader gives it.
 
-A study's latent is a vector of 25 correlated normal numbers z; the narrowing of column c is u = Phi(a_c + b_c z_c), 0
-for an open and 1 for a closed passage. A reader sees u with an error e and grades u + e against two cut-offs that are
-the same for every level and side of a condition group. `a_c` and `b_c` are solved so that labels have the prevalence of
-the real column *after* that error, and the correlation of z so that any two columns of labels have the real Spearman
-correlation, also after it. Real figures: `facts.json`, counted from the competition's public tables. `body.py` says
-what the cut-offs mean in millimetres.
+The narrowing of column c is u = Phi(a_c + b_c z_c), z a vector of 25 correlated normal numbers. A reader sees u with an
+error and grades it against two cut-offs, the same for every level and side. `a_c`, `b_c` and the correlation of z are
+solved so that labels, after that error, have the real prevalences and Spearman correlations (`facts.json`).
 """
 
 import functools
@@ -24,8 +21,7 @@ COLUMN_GROUPS = np.array([c.group for c in CONDITIONS.values() for _ in LEVELS])
 
 # Narrowing at which an error-free reader turns from normal/mild to moderate and from moderate to severe.
 CUTS = {"scs": (0.50, 0.70), "nfn": (0.45, 0.70), "ss": (0.45, 0.65)}
-# Standard deviation of a reader's error in units of narrowing. Chosen for where it leaves the oracle: near the scores
-# that the best solutions of the competition reached (spinal .25, foraminal .44, subarticular .52, any severe .3).
+# Standard deviation of a reader's error in narrowing: it leaves the oracle near the competition's best scores.
 NOISE = {"scs": 0.112, "nfn": 0.116, "ss": 0.121}
 SHARED = 0.6  # share of the error's variance that one reader carries through all columns of a study: strict or lenient
 SMALLEST_EIGENVALUE = 1e-3  # of the latent correlation: kept off 0 so that its Cholesky factor is stable
@@ -62,8 +58,7 @@ def draw_grades(n: int, seed: int | Sequence[int]) -> Grades:
     offset, slope, correlation = latent_model()
     latent_rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
     z = latent_rng.standard_normal((n, len(COLUMNS))) @ np.linalg.cholesky(correlation).T
-    narrowing = ndtr(offset + slope * z)
-    return grade(np.round(narrowing, 6), seed)  # rounded, so that the last bits of a matrix product cannot matter
+    return grade(np.round(ndtr(offset + slope * z), 6), seed)  # rounded: a product's last bits cannot matter
 
 
 def grade(narrowing: np.ndarray, seed: int | Sequence[int]) -> Grades:
@@ -80,18 +75,14 @@ def read(narrowing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def oracle(narrowing: np.ndarray) -> np.ndarray:
-    """Natural probability (n, 25, 3) of each label given the narrowing (n, 25): the best that any model can know.
-
-    A reader's error does not depend on narrowings, so the other 24 columns add nothing to a row's own.
-    """
+    """Natural probability (n, 25, 3) of each label given the narrowing (n, 25): the best that any model can know."""
     exceeds = ndtr((narrowing[..., None] - _CUTS) / _NOISE[:, None])
     return np.stack([1 - exceeds[..., 0], exceeds[..., 0] - exceeds[..., 1], exceeds[..., 1]], axis=-1)
 
 
 @functools.cache
 def latent_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offset a (25,), slope b (25,) and correlation (25, 25) of the latent, solved for the real prevalences and
-    correlations; rounded to six decimals, so that the threads of the linear algebra cannot matter."""
+    """Offset a (25,), slope b (25,) and correlation (25, 25) of the latent; rounded, so that threads cannot matter."""
     offset, slope = np.array([_solve_column(c) for c in range(len(COLUMNS))]).T
     spearman, steps = _label_spearman(offset, slope)
     wanted = np.array(real_facts()["label_spearman"])
@@ -145,11 +136,8 @@ def _solve_column(column: int) -> tuple[float, float]:
 
 
 def _label_spearman(offset: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spearman correlation (steps, 25, 25) of the labels for each correlation (steps,) that the latents may have.
-
-    With mid-ranks a label is a step function of its latent: the expected rank given the latent z and the reader's
-    shared error r is smooth, and the covariance of two ranks is a sum over a grid of (z_i, z_j, r).
-    """
+    """Spearman correlation (steps, 25, 25) of labels for each correlation (steps,) that latents may have, by expected
+    mid-ranks over a grid of latents and of the reader's shared error."""
     prevalence = real_prevalence()
     ranks = np.cumsum(prevalence, axis=1) - prevalence / 2  # mid-ranks of the three labels, as a share of the studies
     mean = (ranks * prevalence).sum(axis=1)

@@ -1,8 +1,7 @@
 """What lies at a point of the body: tissues in layers, each covering part of those before it.
 
-All functions take arrays of points in spine coordinates (u left, v back, s up, mm) and yield `(index, cover, tissue)`:
-which points, the share of each that the tissue covers (edges are `soft` mm wide, so that pixels have partial volume),
-and the tissue's name. Numbers without a comment are millimetres of an adult lumbar spine.
+Functions take points in spine coordinates (u left, v back, s up, mm) and yield `(index, cover, tissue)`: which points,
+the share of each that the tissue covers (edges are `soft` mm wide: partial volume), and its name. Numbers are mm.
 """
 
 import functools
@@ -72,10 +71,7 @@ class Points:
 
 
 def texture(body: Body, affine: Array, rows: int, cols: int) -> tuple[Array, Array]:
-    """Coarse and fine texture (rows, cols) on a plane of the body (affine (4, 4), LPS mm), mean 0 and sd about 1.
-
-    A sum of plane waves; each is an outer product of a wave down the rows and one along the columns.
-    """
+    """Coarse and fine texture (rows, cols), sd about 1, in a plane (affine (4, 4), LPS mm): sums of plane waves."""
     fields = []
     for waves in (body.waves[:WAVES], body.waves[WAVES:]):
         down = np.arange(rows)[:, None] * (waves[:, :3] @ affine[:3, 1]) + waves[:, :3] @ affine[:3, 3] + waves[:, 3]

@@ -52,13 +52,10 @@ USUAL = Protocol()
 
 @dataclass(frozen=True)
 class Acquisition:
-    """A planned series. `affines` map (column, row, 0, 1) of a slice to LPS mm.
-
-    Slices run from the patient's right to left (sagittal) or from head to foot (axial).
-    """
+    """A planned series; slices run from the patient's right to left (sagittal) or from head to foot (axial)."""
 
     series_type: str
-    affines: Array  # (n, 4, 4)
+    affines: Array  # (n, 4, 4) from (column, row, 0, 1) of a slice to LPS mm
     rows: int
     cols: int
     spacing: float  # mm between pixels
@@ -83,11 +80,8 @@ def plan_series(
     square: bool = True,
     protocol: Protocol = USUAL,
 ) -> Acquisition:
-    """Plan a series as a technician would.
-
-    levels: indices of the levels that axial slices cover. tilted: axial slices in one block per level, each along its
-    disc, else one parallel stack. square: as many rows as columns. A protocol changes only what it names.
-    """
+    """Plan a series. levels: which axial slices cover. tilted: an axial block along each disc, else one parallel stack.
+    square: as many rows as columns. A protocol changes only what it names."""
     rows = cols = int(rng.choice([160, 176, 192, 208, 224], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
     if not square:
         rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
@@ -169,8 +163,7 @@ def _axial_axes(tilt: float) -> Array:
 
 
 def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
-    """Image the body: uint16 (n, rows, cols), 12 bits. Coil and receiver add fall-off to the front, an uneven field, a
-    saturation band, noise and scale."""
+    """Image the body: uint16 (n, rows, cols), 12 bits, with fall-off, uneven field, saturation band, noise, scale."""
     image = expose(body, acquisition)
     rows, cols = image.shape[1:]
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
@@ -191,8 +184,7 @@ def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Ar
 
 
 def expose(body: Body, acquisition: Acquisition) -> Array:
-    """Signal of each slice before coil and noise, float32 (n, rows, cols), 1 for the brightest tissue; in the spine a
-    mean over the slice's thickness."""
+    """Signal (n, rows, cols) before coil and noise, 1 at most; in the spine a mean over the slice's thickness."""
     sequence = SEQUENCES.index(acquisition.sequence)
     signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
     n, soft = SUBSAMPLES[PLANES[acquisition.series_type]], acquisition.spacing
@@ -221,10 +213,7 @@ def expose(body: Body, acquisition: Acquisition) -> Array:
 
 
 class _Lattice:
-    """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines.
-
-    They are smooth: computing them at every pixel would be a waste.
-    """
+    """Spine coordinates and depth under the skin on a coarse lattice of a block's slices, refined by cubic splines."""
 
     def __init__(self, body: Body, acquisition: Acquisition, affines: Array) -> None:
         """The lattice of parallel slices with affines (n, 4, 4), which reaches half a thickness beyond them."""

@@ -31,11 +31,8 @@ def _rate(default: float, meaning: str) -> float:
 
 @dataclass(frozen=True)
 class Dirt:
-    """How often each flaw occurs; the defaults are the rates of the real training set. 0 switches a kind off.
-
-    Where a series is missing, or its slices do not reach a level, nobody could grade: those labels are missing too.
-    No public table gives `tilted_blocks`, `non_square` and `far_numbers`: these rates are assumptions.
-    """
+    """How often each flaw occurs, by default as in the real training set (`tilted_blocks`, `non_square` and
+    `far_numbers`: assumed). Where a series is missing or does not reach a level, labels are missing too."""
 
     series_missing: float = _rate(3 / 1975, "studies without one sagittal series; T1 twice as often as T2/STIR")
     second_axial: float = _rate(335 / 1975, "studies with two axial series")
@@ -90,10 +87,7 @@ class Series:
 
 
 def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
-    """The rows of a study in each of `write.TABLES`; where `root` is a folder, its images are written there.
-
-    Body, dirt, series, clicks and noise each have their own random stream, so a kind of dirt changes only itself.
-    """
+    """The rows of a study in each of `write.TABLES`; images go to `root`. Each part has a random stream of its own."""
     body_rng, dirt_rng, series_rng, click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in range(5))
     rates = [getattr(plan.dirt, kind) for kind in KINDS]
     draws = dirt_rng.random((1 + SERIES_PER_STUDY, len(KINDS))) < rates  # a row for the study, then one per series
@@ -210,8 +204,8 @@ def _in_image(acquisition: Acquisition, x: float, y: float) -> bool:
 def _points(
     split: str, series: Series, body: Body, rng: np.random.Generator, lost: np.ndarray, swapped: np.ndarray
 ) -> Iterator[Row]:
-    """The point of each column graded on a series, as clicked in training and the true one in test studies. Outside the
-    images there is none. lost: levels (5,) without canal point; swapped: with exchanged subarticular points."""
+    """The points of a series: clicked in training, true in test studies, none outside the images. lost: levels (5,)
+    without canal point; swapped: with exchanged subarticular points."""
     acquisition, clicked = series.acquisition, split == "train"
     affines, blocks = acquisition.affines, acquisition.blocks
     seen, direction = acquisition.to_scanner(body.points()), rng.choice([-1, 1], len(LEVELS))

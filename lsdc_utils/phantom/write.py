@@ -1,7 +1,6 @@
 """The phantom's data folder: studies written in parallel, the competition's tables, and the answers beside them.
 
-Images lie in train_images/<study>/<series>/<instance>.dcm and test_images/..., the arguments and the fingerprint in
-phantom.json, the columns of each table in `TABLES`.
+Images lie in train_images/<study>/<series>/<instance>.dcm and test_images/..., arguments in phantom.json.
 """
 
 import hashlib
@@ -86,22 +85,23 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
 
     choices, by name:
 
-    - `images=False` writes the same tables without images.
-    - Rates of `Dirt`, e.g. `tilted_blocks=0`.
-    - Factors of `Protocol`, e.g. `noise=2` for twice the usual noise, `stir=1` for STIR only.
+    - `images=False`: no images. Rates of `Dirt`, e.g. `tilted_blocks=0`. Factors of `Protocol`, e.g. `noise=2`.
     - `slip`, `transitional`: True or False force or forbid a slipped or a transitional vertebra in every spine.
     - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.
-    - `bodies`: (n_train + n_test,) integers. Studies of a split with the same number are one patient, imaged in the
-      same way with the same noise: only their narrowings and ids differ.
+    - `bodies`: (n_train + n_test,) integers; studies of a split with the same one differ in narrowings and ids alone.
 
-    Arguments you omit do not change the result of a seed, and `workers` (processes) never does. The folder appears
-    whole: it is built beside its place and moved there. ValueError where `root` exists or an argument makes no sense.
+    `workers` (processes) changes no byte. The folder appears whole. ValueError where `root` exists or an argument makes
+    no sense.
     """
     root, design = Path(root), Design.of(n_train, n_test, seed, **choices)
     if root.exists():
         raise ValueError(f"{root} exists already: choose a new folder for the phantom, or use that one")
     root.parent.mkdir(parents=True, exist_ok=True)
-    building = _new_folder(root)
+    prefix = f".writing-{root.name}-{socket.gethostname()}-"
+    for left in root.parent.glob(f"{prefix}*"):  # what killed processes of this machine left behind
+        if not psutil.pid_exists(int(left.name.removeprefix(prefix))):
+            shutil.rmtree(left, ignore_errors=True)
+    building = root.parent / f"{prefix}{os.getpid()}"
     record = asdict(design) | {"fingerprint": fingerprint(n_train, n_test, seed, **choices)}
     try:
         plans = _plan_studies(design)
@@ -125,8 +125,7 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
 
 
 def fingerprint(n_train: int, n_test: int, seed: int, **choices: Any) -> str:
-    """Twelve hexadecimal digits that identify a phantom: a hash of the arguments of `write_phantom` and of the source
-    that uses them."""
+    """Twelve hexadecimal digits that identify a phantom: a hash of arguments of `write_phantom` and of the source."""
     design = asdict(Design.of(n_train, n_test, seed, **choices))
     digest = hashlib.sha256(json.dumps(design, sort_keys=True).encode())
     sources = [file for file in resources.files(__package__).iterdir() if file.name.endswith((".py", ".json"))]
@@ -135,24 +134,15 @@ def fingerprint(n_train: int, n_test: int, seed: int, **choices: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _new_folder(root: Path) -> Path:
-    """Where this process builds the phantom; removes what killed processes of this machine left behind."""
-    prefix = f".writing-{root.name}-{socket.gethostname()}-"
-    for left in root.parent.glob(f"{prefix}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(prefix))):
-            shutil.rmtree(left, ignore_errors=True)
-    return root.parent / f"{prefix}{os.getpid()}"
-
-
 def _plan_studies(design: Design) -> list[StudyPlan]:
     """Plans of the training studies, then of the test studies; ids carry no information, sorted within a split."""
     counts, seed = (design.n_train, design.n_test), design.seed
     total = sum(counts)
     bodies = [*range(design.n_train), *range(design.n_test)] if design.bodies is None else design.bodies
-    ids = np.random.default_rng([seed, 2]).choice(LARGEST_ID - 1_000_000, total * (1 + SERIES_PER_STUDY), replace=False)
-    ids += 1_000_000
+    rng, least = np.random.default_rng([seed, 2]), 1_000_000
+    ids = least + rng.choice(LARGEST_ID - least, total * (1 + SERIES_PER_STUDY), replace=False)
     series_ids = ids[total:].reshape(total, SERIES_PER_STUDY).tolist()
-    common = {name: getattr(design, name) for name in ("dirt", "protocol", "slip", "transitional")}
+    common = (design.dirt, design.protocol, design.slip, design.transitional)
     plans = []
     for k, (split, n) in enumerate(zip(("train", "test"), counts, strict=True)):
         first = len(plans)
@@ -162,8 +152,8 @@ def _plan_studies(design: Design) -> list[StudyPlan]:
             given = np.array(design.narrowing[first : first + n], float).reshape(-1, len(COLUMNS))
             grades = labels.grade(given, [seed, k])
         for i, study_id in enumerate(np.sort(ids[first : first + n]).tolist()):
-            drawn, body = (grades.narrowing[i], grades.labels[i]), bodies[first + i]
-            plans.append(StudyPlan(split, study_id, series_ids[first + i], *drawn, (seed, k, body), **common))
+            drawn = (grades.narrowing[i], grades.labels[i], (seed, k, bodies[first + i]))
+            plans.append(StudyPlan(split, study_id, series_ids[first + i], *drawn, *common))
     return plans
 
 

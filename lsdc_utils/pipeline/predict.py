@@ -7,6 +7,8 @@ once all shards are done. Of the run only its weights and blend.json are needed.
 import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import competition
-from lsdc_utils.data.listing import files_of
+from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
@@ -63,7 +65,7 @@ def _digest(root: Path) -> str:
         with contextlib.suppress(OSError):  # a broken link
             facts = file.stat()
             digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    for file in [*sorted(module_files("from lsdc_utils.data import competition, listing")), Path(__file__)]:
+    for file in [*sorted(module_files("from lsdc_utils.data import competition")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -119,3 +121,23 @@ def collect(out: Path, shards: list[Path]) -> str:
     if len(findings):
         lines += ["findings: " + ", ".join(f"{n} {rule}" for rule, n in findings["rule"].value_counts().items())]
     return "\n".join(lines)
+
+
+def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
+    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), size (bytes),
+    time (ns). A series without files, or a study without series, has one line with an empty file."""
+    lines = []
+    by_study = dict(list(series.groupby("study_id")))
+    for study_id in studies:
+        if study_id not in by_study:
+            lines.append((study_id, NONE, "", b"", 0, 0))
+            continue
+        for row in by_study[study_id].itertuples():
+            source = comp.source(row.split, study_id, row.series_id)
+            if isinstance(source, Path):
+                inside = source.iterdir() if source.is_dir() else ()
+                source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
+            stats = [(os.fsencode(file), file.stat()) for file in source]
+            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats] or [(b"", 0, 0)]
+            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
+    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])

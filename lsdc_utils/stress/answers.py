@@ -34,23 +34,16 @@ MOVES = ["case", "version", "moved"]
 
 
 class Answers(NamedTuple):
-    """The models' answers to all cases.
+    """The models' answers to all cases, by the case's number."""
 
-    rows: case (its number), factor, setting, body, condition, level, model, natural probabilities. looks: `LOOKS`, see
-    `occlusion.attention`. moves: the largest change of a natural probability in any row of the ensemble.
-    """
-
-    rows: pd.DataFrame
-    looks: pd.DataFrame
-    moves: pd.DataFrame
+    rows: pd.DataFrame  # case, factor, setting, body, condition, level, model, natural probabilities
+    looks: pd.DataFrame  # `LOOKS`, see `occlusion.attention`
+    moves: pd.DataFrame  # `MOVES`: the largest change of a natural probability in any row of the ensemble
 
 
 def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, workers: int, threads: int) -> Answers:
-    """Draw and grade all cases in `workers` processes of `threads` torch threads each, and print progress.
-
-    run, recipe: the run's folder and its blend.json. Two processes at most share a GPU: each holds all models.
-    """
-    workers = min(workers, 2) if torch.cuda.is_available() else workers
+    """Grade all cases in `workers` processes of `threads` torch threads. run: its folder; recipe: the blend."""
+    workers = min(workers, 2) if torch.cuda.is_available() else workers  # each holds all models
     numbered = list(enumerate(cases))
     chunks = [numbered[start : start + CHUNK] for start in range(0, len(cases), CHUNK)]
     torch.set_num_threads(threads)

@@ -1,7 +1,6 @@
-"""The studies of the stress tests: fresh phantom studies in which one thing is changed at a time.
+"""The studies of the stress tests: fresh phantom studies, no test studies, with one thing changed at a time.
 
-Studies with the same `body` are one patient, imaged in the same way with the same noise: they differ only in what was
-changed. No test study of a run is used.
+Studies with the same `body` are one patient, imaged alike: they differ only in what was changed.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,8 @@
 """Where a model looks: how much its answer changes when a small ball of the patient is hidden, place by place.
 
-A ball is painted over with its slice's mean grey in the very images that a network is shown, and the log odds of
-moderate or worse are computed again. For a transformer balls lie on a cubic lattice round a place of the patient, for a
-detector on a square one in the plane of the slice nearest to the place. The change within `NEAR` of the place, as a
-share of all, tells whether the model looks there (occlusion: Zeiler and Fergus, ECCV 2014); whether the largest change
-lies there is the pointing game of Zhang et al., IJCV 2018. The baseline is `shuffled`: the same network with its
-weights in random order.
+A ball is painted over with its slice's mean grey, on a cubic lattice round a place for a transformer and on a square
+one in the nearest slice for a detector. Measured: the share of the change of log odds within `NEAR` of it (Zeiler
+and Fergus, ECCV 2014), and whether the largest lies there (Zhang et al., IJCV 2018); the baseline is `shuffled`.
 """
 
 import copy
@@ -62,8 +59,8 @@ def hidden(images: np.ndarray, places: np.ndarray, centre: np.ndarray) -> np.nda
 def look_vit(
     model: Vit3d, stacks: list[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """How hiding each ball round a place (3,) changes a transformer's answer for a row (condition, level): off (mm from
-    the place), change. Empty where the study cannot be graded. canal: the study's detected canal points."""
+    """How hiding each ball round a place (3,) changes a transformer's answer for a row: off (mm from it), change.
+    Empty where the study cannot be graded. canal: its detected canal points."""
     record = study_input(stacks, canal, model.config)
     if record is None:
         return NOTHING
@@ -90,8 +87,7 @@ def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -
 def look_detector(
     network: Detector, stacks: Sequence[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """How hiding each ball changes a detector's scores for a row near its place, on the slice nearest to the place;
-    `off` in its plane, else as `look_vit`."""
+    """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane."""
     config = network.config
     of_type = [stack for stack in stacks if stack.series_type == GROUPS[config.condition].series_type]
     off = [geometry.plane_distances(stack.affines, place[None])[:, 0] for stack in of_type]
@@ -114,8 +110,7 @@ def look_detector(
 
 
 def attention(changes: pd.DataFrame) -> dict[str, float]:
-    """Of the changes round a place: `share` within `NEAR` of it, `hit` (1 where the largest is, else 0), and `chance`,
-    the share of balls that lie there; NaN where nothing changes."""
+    """Of changes: `share` within `NEAR`, `hit` (is the largest there?), `chance` (share of balls there); or NaN."""
     near, total = (changes["off"] <= NEAR + 1e-3).to_numpy(), changes["change"].sum()
     if not total:
         return {"share": np.nan, "hit": np.nan, "chance": np.nan}
@@ -124,7 +119,6 @@ def attention(changes: pd.DataFrame) -> dict[str, float]:
 
 
 def _changes(offsets: np.ndarray, numbers: np.ndarray) -> pd.DataFrame:
-    """`off` (mm) of balls at offsets (m, 3) from the place, and `change` of the log odds of moderate or worse, from
-    probabilities or scores (1 + m, 3): the unchanged image first."""
+    """`off` (mm) of balls at offsets (m, 3), `change` of log odds from scores (1 + m, 3), the unchanged image first."""
     odds = np.log((numbers[:, 1:].sum(axis=1) + FLOOR) / (numbers[:, 0] + FLOOR))
     return pd.DataFrame({"off": np.linalg.norm(offsets, axis=1), "change": np.abs(odds[1:] - odds[0])})

@@ -17,9 +17,8 @@ READERS = 50
 
 
 def responses(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
-    """Dose and response: case, body, condition, level, dose, model (also oracle and readers), the natural probabilities
-    `severe` and `moderate` (or worse) of the narrowed row, and an error-free reader's cut-offs `severe_from` and
-    `moderate_from`."""
+    """Dose and response: case, body, condition, level, dose, model (or oracle, readers), probabilities `severe` and
+    `moderate` (or worse) of the narrowed row, an error-free reader's cut-offs `severe_from` and `moderate_from`."""
     lines = []
     for number, case in enumerate(cases):
         if case.factor != "dose":
@@ -41,12 +40,8 @@ def responses(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def slopes(curves: pd.DataFrame) -> pd.DataFrame:
-    """The rise of each response at its cut-off, by condition and event: a column for each model, and `ratio`, the
-    ensemble's slope over the oracle's.
-
-    A slope is the rise per unit of narrowing, from the second dose below the error-free reader's cut-off to the second
-    above it (as far as there are doses), of the mean over bodies.
-    """
+    """The rise of each mean response per unit of narrowing, from the second dose below the cut-off to the second above,
+    by condition and event: a column for each model, and `ratio`, the ensemble's slope over the oracle's."""
     lines = []
     for (condition, model), rows in curves.groupby(["condition", "model"], sort=False):
         for event in ("moderate", "severe"):
@@ -60,8 +55,7 @@ def slopes(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
-    """For every row of the ensemble that is not narrowed, the range of its probability of moderate or worse over all
-    doses: narrowed (condition and level), body, row (condition and level), leak."""
+    """The range over doses of each other row's probability of moderate or worse: narrowed, body, row, leak."""
     rows = rows[(rows["factor"] == "dose") & (rows["model"] == "ensemble")]
     rows = rows.assign(
         leak=rows["moderate"] + rows["severe"],
@@ -73,12 +67,8 @@ def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, moves: pd.DataFrame) -> dict[str, Any]:
-    """The numbers of stress/numbers.json, None where there is nothing to measure.
-
-    slope: mean ratio of the ensemble's slopes to the oracle's, and slope_by_group; leak: the largest; looked: the
-    trained transformer's mean share of change within `occlusion.NEAR`; moved: the largest change of a probability under
-    the transformations of `symmetry`; bodies: how many had a dose.
-    """
+    """The numbers of stress/numbers.json, None where nothing was measured: slope, by group too (mean ratio to the
+    oracle's), leak (largest), looked (the transformer's mean share near the place), moved (largest), bodies (dosed)."""
     slope = slopes(curves)
     parts = [GROUPS[CONDITIONS[condition].group].score for condition, _ in slope.index]
     by_group = slope["ratio"].groupby(parts, sort=False).mean()

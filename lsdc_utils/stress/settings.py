@@ -8,11 +8,10 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.phantom import labels
+from lsdc_utils.phantom.study import COLUMN_KEYS
 from lsdc_utils.stress.cases import USUAL, Case
 from lsdc_utils.stress.responses import READERS
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, study_row_ids
-
-KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
 def scores_by_setting(cases: Sequence[Case], rows: pd.DataFrame, recipe: dict[str, Any]) -> pd.DataFrame:
@@ -21,14 +20,22 @@ def scores_by_setting(cases: Sequence[Case], rows: pd.DataFrame, recipe: dict[st
     usual = {case.body: case.narrowing for case in cases if case.factor == USUAL}
     bodies, truth = list(usual), np.stack(list(usual.values()))
     read = [labels.read(truth, np.random.default_rng([7, reader])) for reader in range(READERS)]
-    prior = pd.DataFrame(recipe["prior"]).set_index(["condition", "level"]).loc[KEYS, list(SEVERITIES)].to_numpy()
+    prior = (
+        pd.DataFrame(recipe["prior"]).set_index(["condition", "level"]).loc[COLUMN_KEYS, list(SEVERITIES)].to_numpy()
+    )
     natural = {"oracle": labels.oracle(truth), "prior": np.broadcast_to(prior, (len(bodies), *prior.shape))}
     rows = rows[(rows["model"] == "ensemble") & (rows["factor"] != "dose")]
-    order = [(body, *key) for body in bodies for key in KEYS]
+    order = [(body, *key) for body in bodies for key in COLUMN_KEYS]
     for setting, part in rows.groupby(["factor", "setting"], sort=False):
         table = part.set_index(["body", "condition", "level"])[list(SEVERITIES)]
         natural[setting] = table.loc[order].to_numpy().reshape(len(bodies), len(COLUMNS), 3)
-    losses = {name: _mean_losses(bodies, read, table) for name, table in natural.items()}
+    row_ids, losses = pd.DataFrame({"row_id": [row for body in bodies for row in study_row_ids(body)]}), {}
+    scorers = [metric.Scorer(row_ids.assign(severity=severity.ravel())) for severity in read]
+    for name, table in natural.items():
+        weighted = metric.weight_rows(table.reshape(-1, 3))
+        own = [scorer.losses(weighted) for scorer in scorers]
+        means = (np.mean([getattr(each, part) for each in own], axis=0) for part in ("losses", "weights"))
+        losses[name] = metric.StudyLosses(own[0].studies, *means)
     drawn = metric.resampled_scores(losses)
     whole = {name: part.resampled(np.ones((1, len(bodies)))) for name, part in losses.items()}
     lines = []
@@ -45,12 +52,3 @@ def _skill(scores: dict[Any, np.ndarray], key: tuple[str, str]) -> np.ndarray:
     """Skill (n,) of total scores, the last column of arrays (n, parts)."""
     prior, model, oracle = (scores[name][:, -1] for name in ("prior", key, "oracle"))
     return (prior - model) / (prior - oracle)
-
-
-def _mean_losses(bodies: Sequence[int], read: Sequence[np.ndarray], natural: np.ndarray) -> metric.StudyLosses:
-    """What each study adds to the score of natural probabilities (n, 25, 3), as a mean over readers' labels (n, 25)."""
-    rows = pd.DataFrame({"row_id": [row for body in bodies for row in study_row_ids(body)]})
-    weighted = metric.weight_rows(natural.reshape(-1, 3))
-    losses = [metric.Scorer(rows.assign(severity=severity.ravel())).losses(weighted) for severity in read]
-    means = (np.mean([getattr(each, name) for each in losses], axis=0) for name in ("losses", "weights"))
-    return metric.StudyLosses(losses[0].studies, *means)

@@ -1,8 +1,7 @@
 """Versions of a study that must not change a grade.
 
-mirrored: left and right of the patient exchanged, so left and right rows change places. renumbered: slices numbered,
-named and written the other way round. rescaled: other pixel values, as from another scanner. renamed: other ids of
-study and series, which also reverses the order of the series.
+mirrored: left and right exchanged, also of rows. renumbered: slices numbered and written the other way round. rescaled:
+other pixel values. renamed: other ids of study and series, which also reverses the order of the series.
 """
 
 import shutil
@@ -61,8 +60,7 @@ def _write(source: Path, target: Path, version: str) -> None:
 
 
 def _mirror(dataset: pydicom.FileDataset) -> None:
-    """Patient x becomes -x. Axial images are flipped, so that columns still run to the patient's left; sagittal slices
-    keep their pixels and change places."""
+    """Patient x becomes -x: axial images are flipped, sagittal slices keep their pixels and change places."""
     column, row = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
     place = np.array(dataset.ImagePositionPatient, float)
     if np.abs(column).argmax() == 0:

@@ -31,7 +31,7 @@ def test_a_clean_folder_is_read_as_it_is(tmp_path: Path, tables: Tables) -> None
     assert comp.findings.empty
     assert len(comp.labels) == 12 * 25
     assert (comp.labels.condition + "_" + comp.labels.level).tolist()[:25] == list(words.COLUMNS)
-    first = tables["train"][list(words.COLUMNS)].iloc[0].map(words.severity_from_name)
+    first = tables["train"][list(words.COLUMNS)].iloc[0].map(words.SEVERITY_NAMES.index)
     assert comp.labels.severity[:25].tolist() == first.tolist()
     assert comp.series.split.value_counts().to_dict() == {"train": 36, "test": 6}
     assert comp.sample_rows == tables["sample_submission"].row_id.tolist()

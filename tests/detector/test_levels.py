@@ -19,7 +19,7 @@ from toy_spine import (
 )
 
 from lsdc_utils import metric
-from lsdc_utils.detector.canal import CANAL_FROM_FORAMINA, canal_from_foramina, study_canal
+from lsdc_utils.detector.canal import CANAL_FROM_FORAMINA, study_canal
 from lsdc_utils.detector.classes import Detector, DetectorConfig
 from lsdc_utils.detector.levels import (
     LevelEvidence,
@@ -167,9 +167,9 @@ def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatc
     shift = canal[["Y", "Z"]].to_numpy() - [level_centre(level)[1:] for level in canal["level"]]
     np.testing.assert_allclose(shift, CANAL_FROM_FORAMINA, atol=1)
     one_side = points[(points["condition"] == "nfn") & (points["side"] == "left")].drop(columns="condition")
-    assert list(canal_from_foramina(one_side)) == list(one_side)
-    assert canal_from_foramina(one_side).empty
-    assert canal_from_foramina(one_side.head(0)).empty
+    for foramina in (one_side, one_side.head(0)):
+        assert study_canal(foramina.head(0), foramina).empty
+        assert list(study_canal(foramina.head(0), foramina)) == list(one_side)
 
 
 def test_only_studies_without_canal_points_take_them_from_their_foramina():

@@ -346,7 +346,7 @@ def test_anatomy_is_where_readers_click_in_the_same_series(folder):
     clicked, anatomy = in_patient(folder), seen_points(folder)
     names = {c.title: c.name for c in vocabulary.CONDITIONS.values()}
     clicked["condition"] = clicked["condition"].map(names)
-    clicked["level"] = clicked["level"].map(vocabulary.level_from_name)
+    clicked["level"] = clicked["level"].map(dict(zip(vocabulary.LEVEL_NAMES, vocabulary.LEVELS, strict=True)))
     both = clicked.merge(anatomy.reset_index(), on=anatomy.index.names, how="left", suffixes=("", "_true"))
     off = np.linalg.norm(both[[*"XYZ"]].to_numpy() - both[["X_true", "Y_true", "Z_true"]].to_numpy(float), axis=1)
     assert len(off) > 60 and np.isfinite(off).all()  # every point that was clicked is one that the series shows

@@ -19,7 +19,7 @@ import pytest
 from conftest import run_all
 from private import UID_ROOT, WORDS, leaks
 
-from lsdc_utils.data import competition, listing
+from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.grading import run_tables
 from lsdc_utils.pipeline import arguments, commands, graph, predict, run
@@ -311,7 +311,7 @@ def test_studies_are_cut_into_shards_and_listed_once(finished: Path, tmp_path: P
     write_listing(root, 250)
     assert predict.prepare(root, finished, out, cores=2)["n_shards"] == 3
     shards = sorted((out / "tables").glob("shard*.parquet"))
-    listed = [listing.read_listed(root, shard) for shard in shards]
+    listed = [competition.read_listed(root, shard) for shard in shards]
     studies = [study for comp in listed for study in comp.series.study_id]
     assert studies == list(range(1, 251))
     assert max(len(comp.series) for comp in listed) <= predict.LARGEST_SHARD
@@ -340,8 +340,8 @@ def test_a_file_s_name_need_not_be_utf8(tmp_path: Path) -> None:
     file = tmp_path / "test_images/1/11" / os.fsdecode(b"M\xfcller.dcm")
     file.write_text("no image")
     comp = competition.read(tmp_path)
-    listing.files_of(comp, comp.series, [1, 2]).to_parquet(tmp_path / "listed.parquet")
-    listed = listing.read_listed(tmp_path, tmp_path / "listed.parquet")
+    predict.files_of(comp, comp.series, [1, 2]).to_parquet(tmp_path / "listed.parquet")
+    listed = competition.read_listed(tmp_path, tmp_path / "listed.parquet")
     assert file in listed.source("test", 1, 11)
     assert listed.sample_rows == study_row_ids(1) + study_row_ids(2)
     read_study(listed, "test", 1)[1].to_parquet(tmp_path / "findings.parquet")

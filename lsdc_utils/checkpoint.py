@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter).copy_(value)
-
-
-def forget(folder: str | Path) -> None:
-    """Remove the folder of a training whose weights are saved."""
-    shutil.rmtree(folder, ignore_errors=True)

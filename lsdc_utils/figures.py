@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -18,7 +17,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
 from lsdc_utils import geometry
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITY_NAMES
+from lsdc_utils.vocabulary import MISSING, SEVERITY_NAMES
 
 # Keys are classes: 0, 1, 2, and -1 for a missing label. They are dicts because a tuple's [-1] would be severe.
 SEVERITY_COLOURS = {0: "#4C9BD6", 1: "#F5B32A", 2: "#CC3311", MISSING: "#ABABAB"}
@@ -147,34 +146,3 @@ def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title:
         shares, means = calibration_curve(severity == k, natural[:, k], n_bins=8, strategy="quantile")
         ax.plot(means, shares, marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k], label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Natural probability", ylabel="Share of labels")
-
-
-DOSE_LINES = {"oracle": "--", "yolo": ":", "vit3d": "-.", "ensemble": "-"}  # columns of a table of doses
-
-
-def show_doses(figure: Figure, responses: pd.DataFrame) -> None:
-    """Draw the dose-response curves of a table such as stress/doses.csv: one panel for each condition group.
-
-    Curves are means over bodies and sides: P(moderate or worse) and P(severe) of each model. Marks are the shares of
-    simulated readers, vertical lines the cut-offs of an error-free reader.
-    """
-    groups = responses["condition"].map(lambda name: CONDITIONS[name].group)
-    for ax, (key, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
-        rows = responses[groups == key]
-        for event, severity in (("moderate", 1), ("severe", 2)):
-            colour, marker = SEVERITY_COLOURS[severity], SEVERITY_MARKERS[severity]
-            curves = rows.pivot_table(index="dose", columns="model", values=event)
-            for model, line in DOSE_LINES.items():
-                ax.plot(curves.index, curves[model], line, color=colour)
-            ax.plot(curves.index, curves["readers"], marker, color=colour, markersize=5, alpha=0.6)
-            ax.axvline(rows[f"{event}_from"].iloc[0], color="#606060", linewidth=0.8, linestyle="--")
-        ax.set(title=group.score, xlabel="Narrowing (0 open, 1 closed)", ylim=(-0.02, 1.02))
-    first = figure.axes[0]
-    first.set_ylabel("Probability")
-    for line, name in zip(DOSE_LINES.values(), ("oracle", "detectors", "3D ViT", "ensemble"), strict=True):
-        first.plot([], [], line, color="#404040", label=name)
-    for severity, name in ((1, "moderate or worse"), (2, "severe")):
-        marker, colour = SEVERITY_MARKERS[severity], SEVERITY_COLOURS[severity]
-        first.plot([], [], marker=marker, color=colour, label=f"{name} (marks: readers)")
-    figure.legend(loc="outside lower center", ncols=6)
-    figure.suptitle("Dose and response: one location narrowed step by step, everything else unchanged")

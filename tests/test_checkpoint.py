@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lsdc_utils import checkpoint
 from lsdc_utils.checkpoint import Checkpoint, fingerprint, restore_optimizer
 
 
@@ -37,8 +36,6 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         key: a_state()[key] for key in ("nothing", "empty", "history")
     }
     assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.pt"]
-    checkpoint.forget(tmp_path / "work")
-    assert not (tmp_path / "work").exists()
 
 
 def test_a_checkpoint_of_another_training_is_ignored(tmp_path):

@@ -92,9 +92,8 @@ def train_detector(
     `threads`: of torch; another number gives slightly different weights.
     `held_out`: images to validate on after each epoch (none: no validation, which costs as much as training here).
     `work`: a folder for ultralytics' files and for the checkpoint of the last completed epoch, from which the same
-    training resumes when it is started again; `checkpoint.forget` it once the weights are saved. The last epoch's
-    weights are returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and, if
-    validated, mAP.
+    training resumes when it is started again; remove it once the weights are saved. The last epoch's weights are
+    returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and mAP if validated.
     """
     check_settings(settings)
     folder, work = Path(folder).resolve(), Path(work).resolve()

@@ -1,13 +1,18 @@
 """A lumbar spine as a continuous function of place: shapes in millimetres, disease driven by 25 narrowing latents.
 
-Points (LPS mm) are first expressed along the spine: `s` runs up the back wall of the bodies (0 at L3/L4), `v` is the
-distance behind it, `u` the distance to the left. Sizes are tables over `s`; lordosis and slips only change the curve.
-A narrowing n in [0, 1] sets one size, by the same function at every level and in every body:
+Every point of the patient (LPS mm) is first expressed along the spine: `s` runs up the posterior wall of the vertebral
+bodies (0 at the disc L3/L4), `v` is the distance behind that wall, `u` the distance to the left of the midline. Sizes,
+discs and narrowing are tables over `s`; lordosis, scoliosis and slips only change the curve.
 
-- canal: the sac's area, 170 (1 - 0.45 n)^2 mm2; narrow below 100, severely so below 75 (Schonstrom et al., Spine 1985;
-  Ullrich et al., Radiology 1980). Roots keep 52 mm2: no CSF in grades C and D of Schizas et al. (Spine 2010).
-- foramen: 138 mm2 open; loses 0.35 of its height, 0.6 of its width (Hasegawa et al., Spine 1995; Lee et al., AJR 2010).
-- recess: 6 (1 - 0.7 n) mm, disc to facet; 5 is normal, 3 stenosis (Ciric, J Neurosurg 1980; Mikhael, Radiology 1981).
+A narrowing n in [0, 1] sets one size, by the same function at every level and in every body, in an envelope of its own:
+
+- canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
+  narrow, below about 75 mm2 as severely narrow (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
+  roots keep their own 52 mm2, so CSF disappears where Schizas et al. (Spine 2010) see grades C and D.
+- foramen: area in its sagittal plane, 138 mm2 when open; it loses up to 0.35 of its height, from below, and up to
+  0.6 of its width (40 to 160 mm2 in Hasegawa et al., Spine 1995; order of loss as graded by Lee et al., AJR 2010).
+- recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
+  (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
 Levels are named from below: L5/S1 is the lowest disc with at least half the height of the one above it.
 """

@@ -90,8 +90,8 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
     - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.
     - `bodies`: (n_train + n_test,) integers; studies of a split with the same one differ in narrowings and ids alone.
 
-    `workers` (processes) changes no byte. The folder appears whole. ValueError where `root` exists or an argument makes
-    no sense.
+    Arguments you omit do not change the result of a seed; `workers` (processes) changes no byte. The folder appears
+    whole. ValueError where `root` exists or an argument makes no sense.
     """
     root, design = Path(root), Design.of(n_train, n_test, seed, **choices)
     if root.exists():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import load_study
+from lsdc_utils.grading.dose_figure import show_doses
 from lsdc_utils.grading.marks import draw_still
 from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
@@ -83,7 +84,7 @@ def plot_doses(run: Run) -> Picture | None:
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     texts = ", ".join(f"{MODEL_NAMES[model]} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     figure = Figure(figsize=(12, 4.4))
-    figures.show_doses(figure, run.doses)
+    show_doses(figure, run.doses)
     alt = f"Probability against narrowing, a panel for each condition group. Severe at full narrowing: {texts}."
     return Picture("doses", caption, alt, figure, wide=True)
 

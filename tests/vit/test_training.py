@@ -218,7 +218,7 @@ def test_the_notebook_resumes_after_a_kill_and_not_with_another_loss(small_run, 
         execute(small_run, before_fit=KILL)
     assert not list(small_run.glob("weights/*"))
     changed, resumed = shutil.copytree(small_run, tmp_path / "changed"), small_run / "resumed.safetensors"
-    keep = f"vit.save_vit(model, {str(resumed)!r}, 0, {{}})\ncheckpoint.forget(saved.folder)"
+    keep = f"vit.save_vit(model, {str(resumed)!r}, 0, {{}})\nshutil.rmtree(saved.folder)"
     shown = execute(small_run, again=keep)
     assert shown.count("resumes after epoch 1") == 1 and shown.count("epoch 1/3") == 1
     undisturbed = load_file(small_run / "weights/vit3d_fold0.safetensors")

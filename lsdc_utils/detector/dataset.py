@@ -102,9 +102,8 @@ def write_dataset(
     own = labels[groups == group.key]
     columns = ["study_id", "level", "side", *"XYZ", "confidence"]  # of detected points
     sides = labels["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()})
-    points = labels.assign(side=sides, confidence=1.0)[columns].dropna(subset=[*"XYZ"])
-    groups = groups[points.index]
-    canal = study_canal(points[groups == "scs"], points[groups == "nfn"])
+    points = labels.assign(side=sides, confidence=1.0)[columns]
+    canal = study_canal(*(points[groups == key].dropna(subset=[*"XYZ"]) for key in ("scs", "nfn")))
     images, boxes, numbers = [], [], {}
     for stack in stacks:
         here = own[own["series_id"] == stack.series_id]

@@ -36,20 +36,17 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
         if not folder.is_dir():
             raise DataNotFound(f"data_dir: there is no folder {folder}")
         return folder, "folder"
-    for mount in MOUNTS:
-        if (mount / COMPETITION).is_dir():
-            return mount / COMPETITION, "kaggle"
+    for mounted in (mount / COMPETITION for mount in MOUNTS):
+        if mounted.is_dir():
+            return mounted, "kaggle"
     if not download:
-        raise DataNotFound(
-            f"The real data set is not in {MOUNTS[0] / COMPETITION}. Give its folder with --data DIR, "
-            "or download it with download=true after accepting the competition's rules on kaggle.com."
-        )
+        ways = "Give its folder with --data DIR, or download it with download=true"
+        rules = "after accepting the competition's rules on kaggle.com"
+        raise DataNotFound(f"The real data set is not in {MOUNTS[0] / COMPETITION}. {ways} {rules}.")
     files = [Path.home() / ".kaggle" / name for name in ("kaggle.json", "access_token")]
-    if not any(os.environ.get(name) for name in CREDENTIALS) and not any(file.is_file() for file in files):
-        raise DataNotFound(
-            "The download needs Kaggle's credentials: "
-            "put kaggle.json into ~/.kaggle, or set KAGGLE_USERNAME and KAGGLE_KEY."
-        )
+    if not any(map(os.environ.get, CREDENTIALS)) and not any(file.is_file() for file in files):
+        where = "put kaggle.json into ~/.kaggle, or set KAGGLE_USERNAME and KAGGLE_KEY"
+        raise DataNotFound(f"The download needs Kaggle's credentials: {where}.")
     import kagglehub  # here, since nothing else needs it and it looks for the network when imported
 
     return Path(kagglehub.competition_download(COMPETITION)), "kaggle"
@@ -58,9 +55,9 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
 def find_weights(name: str, fetch: bool = False) -> Path:
     """The file of pretrained weights `name`: a path, else a file in the cache, else a download into the cache.
 
-    YOLO weights (yolov10x.pt) come from ultralytics' release, timm's (<model>.safetensors) from its page on the Hugging
-    Face hub. No checksum is pinned here: the download must match the SHA-256 that its own source states at that time,
-    which is kept beside the file and compared on every later use. Nothing is downloaded unless `fetch` is true.
+    YOLO weights (yolov10x.pt) come from ultralytics' release, timm's (<model>.safetensors) from the Hugging Face hub.
+    The download must match the SHA-256 that its own source states at that time, which is kept beside the file and
+    compared on every later use. Nothing is downloaded unless `fetch` is true.
     """
     path, cached = Path(name).expanduser(), cache() / Path(name).name
     if path.is_file():
@@ -68,10 +65,8 @@ def find_weights(name: str, fetch: bool = False) -> Path:
     about = cached.with_name(f"{cached.name}.json")
     if not cached.is_file():
         if not fetch:
-            raise WeightsNotFound(
-                f"there are no pretrained weights {name}. Put the file into {Path.cwd()} or {cached.parent}, give its "
-                "path, or download it once with fetch_weights=true"
-            )
+            ways = f"Put the file into {Path.cwd()} or {cached.parent}, give its path, or download it once"
+            raise WeightsNotFound(f"there are no pretrained weights {name}. {ways} with fetch_weights=true")
         from torch.hub import download_url_to_file  # here, since importing torch takes seconds
 
         url, checksum = _source(cached.name)

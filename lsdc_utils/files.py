@@ -39,10 +39,8 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, marked 'with changes' if files differ from it.
-
-    `unknown` where the tree is not a git checkout of its own, such as an unpacked archive within another repository.
-    """
+    """The commit of this source tree, marked 'with changes' if files differ from it; `unknown` if the tree is not a
+    git checkout of its own, such as an archive unpacked within another repository."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:

@@ -41,10 +41,10 @@ UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 WANTED_NAMES = """
     AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored Columns EchoPulseSequence EchoTime EffectiveEchoTime
     HighBit ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber InversionTime InversionTimes Modality
-    NumberOfFrames PatientBirthDate PatientID PatientName
-    PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelRepresentation PixelSpacing ProtocolName
-    RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SeriesDescription
-    SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID StudyInstanceUID TransferSyntaxUID
+    NumberOfFrames PatientBirthDate PatientID PatientName PerFrameFunctionalGroupsSequence PhotometricInterpretation
+    PixelRepresentation PixelSpacing ProtocolName RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel
+    ScanningSequence SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID
+    StudyInstanceUID TransferSyntaxUID
 """
 WANTED_TAGS = [tag_for_keyword(name) for name in WANTED_NAMES.split()]
 GROUP_NAMES = """
@@ -64,10 +64,7 @@ class NotDicomError(DicomError):
 
 @dataclass(frozen=True)
 class Tags:
-    """One header as plain values; empty or None where the header lacks them.
-
-    For a multi-frame file: what its frames share, or the first frame's.
-    """
+    """One header as plain values, empty or None where missing; of several frames, what they share or the first's."""
 
     file: Path
     study_uid: str
@@ -109,7 +106,6 @@ def read_tags(file: str | Path) -> Tags:
     with opened(file) as header:
         dataset = header.dataset
         datasets = frame_datasets(dataset, 0)
-        names = text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")
         patient = "|".join(text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
         return Tags(
             file=Path(file),
@@ -118,14 +114,14 @@ def read_tags(file: str | Path) -> Tags:
             sop_uid=text(dataset, "SOPInstanceUID"),
             patient=hashlib.sha256(patient.encode()).hexdigest()[:16] if patient.strip("|") else "",
             modality=text(dataset, "Modality").upper(),
-            description=" ".join(filter(None, names)),
+            description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),
             image_type=_words(dataset, "ImageType"),
             sequence=_words(dataset, "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast"),
             orientation=tuple(frame_numbers(datasets, "ImageOrientationPatient", 6) or ()) or None,
             position=tuple(frame_numbers(datasets, "ImagePositionPatient", 3) or ()) or None,
-            echo_time=_first_number(datasets, "EchoTime", "EffectiveEchoTime"),
-            repetition_time=_first_number(datasets, "RepetitionTime"),
-            inversion_time=_first_number(datasets, "InversionTime", "InversionTimes"),
+            echo_time=first_number(datasets, "EchoTime", "EffectiveEchoTime"),
+            repetition_time=first_number(datasets, "RepetitionTime"),
+            inversion_time=first_number(datasets, "InversionTime", "InversionTimes"),
             frames=integer(dataset, "NumberOfFrames") or 1,
             rows=integer(dataset, "Rows"),
             columns=integer(dataset, "Columns"),
@@ -185,7 +181,6 @@ class _Limited:
         self.reads_left, self.bytes_left = MAX_READS, MAX_HEADER
 
     def read(self, n: int) -> bytes:
-        """At most n bytes."""
         content = self.stream.read(min(n, self.bytes_left))
         self.reads_left, self.bytes_left = self.reads_left - 1, self.bytes_left - len(content)
         if self.reads_left < 0:
@@ -270,9 +265,9 @@ def text(dataset: Dataset, name: str) -> str:
         value = dataset[tag].value
     except Exception:  # KeyError where it is missing, anything where it is broken
         return ""
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        return "" if value is None else str(value)
-    return "\\".join(str(part) for part in value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    return "\\".join(map(str, value if hasattr(value, "__iter__") else [value]))
 
 
 def _items(dataset: Dataset, name: str) -> Sequence | list[Dataset]:
@@ -293,6 +288,6 @@ def _words(dataset: Dataset, *names: str) -> tuple[str, ...]:
     return tuple(part.strip() for name in names for part in text(dataset, name).upper().split("\\") if part)
 
 
-def _first_number(datasets: list[Dataset], *names: str) -> float | None:
+def first_number(datasets: list[Dataset], *names: str) -> float | None:
     """The first number of the first of these tags that has one."""
     return next((values[0] for values in (frame_numbers(datasets, name) for name in names) if values), None)

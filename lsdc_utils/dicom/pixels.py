@@ -4,6 +4,7 @@ Those of the JPEG family are C libraries that a broken file can crash, hang or f
 process of their own, replaced after a crash. The RLE decoder is called directly: 1.0 ms a slice, not 1.6 ms.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,7 @@ FRAME_SECONDS = 3.0  # of processor time to decode one frame; usual ones take 5 
 WAIT_SECONDS = 30.0  # by the clock, for a busy machine
 START_SECONDS = 60.0  # to start the worker, which takes half a second on an idle machine
 WORKER_MEMORY = 1 << 29  # bytes of data a worker may hold; it starts with 70 MB
-ANSWER = struct.Struct("<BL")  # how the worker's answer starts: its state, and the bytes that follow
-DONE, FAILED, EXHAUSTED = 0, 1, 2  # states; exhausted: failed, and may have kept the memory that it took
+DONE, FAILED, EXHAUSTED = 0, 1, 2  # an answer's first byte; exhausted: failed, and may have kept its memory
 
 NATIVE = uid.UncompressedTransferSyntaxes  # deflated ones too: their pixels come inflated
 JPEG_FAMILY = {*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes}
@@ -80,8 +81,7 @@ def read_layout(header: Header) -> Layout:
         raise DicomError(f"has Rows {rows} and Columns {columns}: it holds no image")
     if header.pixels_at is None:
         raise DicomError("has no integer pixels, or a header broken before them: copy it again from the archive")
-    frames = integer(dataset, "NumberOfFrames")
-    frames = 1 if frames is None else frames
+    frames = 1 if (claimed := integer(dataset, "NumberOfFrames")) is None else claimed
     photometric = text(dataset, "PhotometricInterpretation").upper()
     if (integer(dataset, "SamplesPerPixel") or 1) != 1 or photometric not in GREY:
         raise DicomError("is a colour image, such as a report or a screenshot")
@@ -94,8 +94,8 @@ def read_layout(header: Header) -> Layout:
     stored = stored if stored and 0 < stored <= allocated else allocated
     high = integer(dataset, "HighBit")
     high = high if high is not None and stored - 1 <= high < allocated else stored - 1
-    signed, inverse = integer(dataset, "PixelRepresentation") == 1, photometric == "MONOCHROME1"
-    words = header.pixels_vr == "OW"
+    signed, words = integer(dataset, "PixelRepresentation") == 1, header.pixels_vr == "OW"
+    inverse = photometric == "MONOCHROME1"
     return Layout(header.syntax, frames, rows, columns, allocated, stored, high, signed, inverse, words)
 
 
@@ -112,16 +112,7 @@ def check_lengths(header: Header, layout: Layout) -> None:
         if there < expected:
             raise DicomError(TRUNCATED.format(f"{there} of {expected} bytes of pixels"))
         return
-    lengths = _fragment_lengths(header)
-    if len(lengths) < layout.frames:
-        raise DicomError(TRUNCATED.format(f"{len(lengths)} of {layout.frames} frames"))
-    if layout.syntax == uid.RLELossless and sum(lengths) * RLE_EXPANDS < layout.bytes * layout.frames:
-        raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
-
-
-def _fragment_lengths(header: Header) -> list[int]:
-    """Bytes of each fragment of compressed pixel data, after the offset table (PS3.5, A.4)."""
-    at, lengths = header.pixels_at, []
+    at, lengths = header.pixels_at, []  # of the offset table and of each fragment (PS3.5, A.4)
     while at + 8 <= header.size:
         group, element, length = struct.unpack("<HHL", read_bytes(header, at, 8))
         if (group, element) == SEQUENCE_END:
@@ -137,28 +128,31 @@ def _fragment_lengths(header: Header) -> list[int]:
         at += length
     if len(lengths) < 2:
         raise DicomError("has compressed pixel data without an image in it: copy it again from the archive")
-    return lengths[1:]
+    if len(lengths) - 1 < layout.frames:
+        raise DicomError(TRUNCATED.format(f"{len(lengths) - 1} of {layout.frames} frames"))
+    if layout.syntax == uid.RLELossless and sum(lengths[1:]) * RLE_EXPANDS < layout.bytes * layout.frames:
+        raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
     """The stored values of each frame, (rows, columns) of `layout.dtype`, more is brighter; DicomError where broken."""
-    frames, in_worker = _stored_frames(header, layout), layout.syntax in JPEG_FAMILY
+    frames = _stored_frames(header, layout)
+    decoder = _worker(os.getpid()).decode if layout.syntax in JPEG_FAMILY else decode
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
             raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
-        yield _mask(_worker(os.getpid()).decode(data, layout) if in_worker else decode(data, layout), layout)
+        yield _mask(decoder(data, layout), layout)
 
 
 def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
     """The bytes of each frame: native ones lie one after the other, compressed ones in one or more fragments each."""
+    header.stream.seek(header.pixels_at)
     if layout.syntax in NATIVE:
         for number in range(layout.frames):
             yield read_bytes(header, header.pixels_at + number * layout.bytes, layout.bytes)
-        return
-    header.stream.seek(header.pixels_at)
-    if layout.frames > 1:
+    elif layout.frames > 1:
         yield from generate_frames(header.stream, number_of_frames=layout.frames)
     else:  # all fragments, whatever the offset table says
         _, *fragments = generate_fragments(header.stream)
@@ -194,10 +188,10 @@ def decode(data: bytes, layout: Layout) -> np.ndarray:
     how = dict(raw=True, correct_unused_bits=False, decoding_plugin=plugin)  # `_mask` corrects them, wherever they are
     size = dict(rows=layout.rows, columns=layout.columns, number_of_frames=1, samples_per_pixel=1)
     bits = dict(bits_allocated=layout.allocated, bits_stored=layout.stored, pixel_representation=int(layout.signed))
-    kind = dict(photometric_interpretation="MONOCHROME2", pixel_keyword="PixelData")
     vr = "OW" if layout.words else "OB"
+    kind = dict(photometric_interpretation="MONOCHROME2", pixel_keyword="PixelData", pixel_vr=vr)
     with broken_file("broken pixel data"):
-        values, _ = get_decoder(uid.UID(layout.syntax)).as_array(data, **how, **size, **bits, **kind, pixel_vr=vr)
+        values, _ = get_decoder(uid.UID(layout.syntax)).as_array(data, **how, **size, **bits, **kind)
     return values.astype(layout.dtype, copy=False)
 
 
@@ -225,14 +219,14 @@ class Worker:
 
     def decode(self, data: bytes, layout: Layout) -> np.ndarray:
         """Values of one compressed frame, (rows, columns); DicomError where it is broken or takes too long."""
-        request = json.dumps({"bytes": len(data), **asdict(layout)}).encode() + b"\n" + data
+        request = json.dumps(asdict(layout)).encode() + b"\n" + data
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             start = time.monotonic()
             try:
                 state, content = self._ask(request, layout.bytes, WAIT_SECONDS)
-            except (OSError, struct.error):
+            except (OSError, EOFError):
                 reason, waited = "made the decoder crash", time.monotonic() - start
                 if self.stop() == -signal.SIGPROF:
                     reason = f"take more than {FRAME_SECONDS:g} s to decode"
@@ -246,44 +240,44 @@ class Worker:
                 self.stop()
         if state != DONE:
             raise DicomError(content.decode("utf-8", "replace"))
-        return np.frombuffer(bytearray(content), layout.dtype).reshape(layout.rows, layout.columns)
+        return np.frombuffer(content, layout.dtype).reshape(layout.rows, layout.columns)
 
     def _start(self) -> None:
         self.stop()
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         variables = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "lsdc_utils.dicom.pixels"]
-        self._process = subprocess.Popen(command, env=variables, **pipes)
+        self._pipe, end = Pipe()
+        with end:
+            pipes = dict(stdin=end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._process = subprocess.Popen(command, env=variables, **pipes)
         try:
-            self._ask(b"", 0, START_SECONDS)  # it answers once when it is ready
-        except (OSError, struct.error):
+            self._ask(None, 0, START_SECONDS)  # it answers once when it is ready
+        except (OSError, EOFError):
             self.stop()
             reason = "needs a decoder that does not start: run `python -m lsdc_utils.dicom.pixels` to see why"
             raise DicomError(reason) from None
 
-    def _ask(self, request: bytes, limit: int, seconds: float) -> tuple[int, bytes]:
-        """State and content of an answer; OSError or struct.error where none comes within `seconds`, which kill."""
+    def _ask(self, request: bytes | None, limit: int, seconds: float) -> tuple[int, bytearray]:
+        """State and content of an answer; OSError or EOFError where none comes within `seconds`, which kill."""
         watchdog = threading.Timer(seconds, self._process.kill)
         watchdog.start()
         try:
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-            state, size = ANSWER.unpack(self._process.stdout.read(ANSWER.size))
-            content = self._process.stdout.read(min(size, limit + 4096))
+            if request:
+                self._pipe.send_bytes(request)
+            answer = self._pipe.recv_bytes(limit + 4096)
         finally:
             watchdog.cancel()
-        if len(content) != size:
-            raise OSError("the answer is incomplete")
-        return state, content
+        return answer[0], bytearray(memoryview(answer)[1:])
 
     def stop(self) -> int:
         """End the process, whatever it is doing; its return code."""
         process, self._process = self._process, None
-        if process:
-            process.kill()
-            process.communicate()  # closes the pipes
-        return process.returncode if process else 0
+        if process is None:
+            return 0
+        process.kill()
+        self._pipe.close()
+        return process.wait()
 
 
 @functools.lru_cache(maxsize=1)
@@ -292,28 +286,24 @@ def _worker(process: int) -> Worker:
     return Worker()
 
 
-def serve() -> None:
-    """Decode what comes in at the standard input until it closes: the worker's whole life."""
+def serve(pipe: Connection) -> None:
+    """Decode what comes through the pipe until it closes: the worker's whole life."""
     resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     sizes = Path("/proc/self/statm")  # not every system has it
-    os.dup2(2, 1)  # what a decoder prints is not an answer
-    answers.write(ANSWER.pack(DONE, 0))
-    answers.flush()
-    for line in requests:
-        request = json.loads(line)
-        data = requests.read(request.pop("bytes"))
+    pipe.send_bytes(bytes([DONE]))
+    while True:
+        layout, _, data = pipe.recv_bytes().partition(b"\n")
         signal.setitimer(signal.ITIMER_PROF, FRAME_SECONDS)  # ends the process
         try:
-            content, state = decode(data, Layout(**request)).tobytes(), DONE
+            content, state = decode(data, Layout(**json.loads(layout))).tobytes(), DONE
         except DicomError as error:
             held = int(sizes.read_text().split()[5]) * resource.getpagesize() if sizes.exists() else 0
             content, state = str(error).encode(), EXHAUSTED if held > WORKER_MEMORY // 2 else FAILED
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(ANSWER.pack(state, len(content)) + content)
-        answers.flush()
+        pipe.send_bytes(bytes([state]) + content)
 
 
 if __name__ == "__main__":
-    serve()
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
+        serve(Connection(0))

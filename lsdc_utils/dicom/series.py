@@ -16,7 +16,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from lsdc_utils import geometry
-from lsdc_utils.dicom.headers import DicomError, frame_datasets, frame_numbers, integer, opened, text
+from lsdc_utils.dicom.headers import DicomError, first_number, frame_datasets, frame_numbers, integer, opened, text
 from lsdc_utils.dicom.pixels import check_lengths, read_frames, read_layout
 
 ORDER = {  # plane -> patient direction in which its slices are sorted
@@ -208,8 +208,8 @@ def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, li
 
 def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
     """Stored values as signal, in float32 where the header gives a slope or an intercept, and untouched otherwise."""
-    slope, intercept = frame_numbers(datasets, "RescaleSlope"), frame_numbers(datasets, "RescaleIntercept")
-    slope, intercept = (slope[0] or 1.0) if slope else 1.0, intercept[0] if intercept else 0.0
+    slope = first_number(datasets, "RescaleSlope") or 1.0
+    intercept = first_number(datasets, "RescaleIntercept") or 0.0
     if (slope, intercept) == (1.0, 0.0):
         return values
     if not 1e-9 < abs(slope) < 1e9 or abs(intercept) > 1e15:

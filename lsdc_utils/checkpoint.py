@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lsdc_utils.files import atomic
 
@@ -31,9 +32,8 @@ def fingerprint(*parts: Any) -> str:
 class Checkpoint:
     """The file of one training in a folder of its own, replaced as a whole after each epoch.
 
-    `key` is the training's `fingerprint`; the state of another training is ignored. Loading executes no code: torch
-    reads weights only.
-    """
+    Not a pickle: tensors are safetensors, everything else is JSON in the header. `key`: the training's `fingerprint`;
+    the state of another training is ignored."""
 
     folder: Path
     key: str
@@ -41,23 +41,49 @@ class Checkpoint:
     @property
     def file(self) -> Path:
         """Path of the file."""
-        return self.folder / "checkpoint.pt"
+        return self.folder / "checkpoint.safetensors"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep `state`: tensors, numbers, texts and None in nested dicts and lists."""
+        """Keep `state`: tensors, numbers, texts and None in nested dicts (keys: text or whole numbers) and lists."""
+        tensors: dict[str, torch.Tensor] = {}
+        header = {"key": self.key, "state": json.dumps(_split(state, tensors))}
         with atomic(self.file) as temporary:
-            torch.save({"key": self.key, "state": state}, temporary)
+            save_file(tensors, temporary, header)
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, on the CPU; None if there is none of this training, or the file is damaged."""
+        """The state that was saved last; None if there is none of this training, or the file is damaged."""
         if not self.file.is_file():
             return None
         try:
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, OSError, EOFError) as error:
+            with safe_open(self.file, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("key") != self.key:  # of other settings, data or code
+                    return None
+                return _join(json.loads(header["state"]), file)
+        except (SafetensorError, OSError) as error:
             print(f"{self.file} cannot be read ({error}): the training starts from the beginning", flush=True)
             return None
-        return saved["state"] if saved["key"] == self.key else None  # another key: other settings, data or code
+
+
+def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors`; a dict becomes a list of pairs, so that whole numbers stay."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}
+    return [_split(item, tensors) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _join(value: Any, file: Any) -> Any:
+    """What `_split` took apart, with the tensors of an open file; tuples become lists."""
+    if isinstance(value, list):
+        return [_join(item, file) for item in value]
+    if isinstance(value, dict):
+        tensor = value.get("tensor")
+        return file.get_tensor(tensor) if tensor else {key: _join(item, file) for key, item in value["dict"]}
+    return value
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind
     if moment.in_checkpoint:
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
-        first = work / "checkpoint.pt"
+        first = work / "checkpoint.safetensors"
         _wait(
             lambda: (first.exists() and [*work.glob(".writing-*")]) or ends.search(output.read_text()), running, output
         )

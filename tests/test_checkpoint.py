@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lsdc_utils import checkpoint
 from lsdc_utils.checkpoint import Checkpoint, fingerprint, restore_optimizer
 
 
@@ -31,11 +32,11 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert loaded["model"]["a.weight"].equal(a_state()["model"]["a.weight"])
     assert loaded["model"]["also"].equal(a_state()["model"]["also"])
     assert loaded["optimizer"]["state"][0]["step"] == 3
-    assert loaded["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2, "betas": (0.9, 1)}]
+    assert loaded["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2, "betas": [0.9, 1]}]
     assert {key: loaded[key] for key in ("nothing", "empty", "history")} == {
         key: a_state()[key] for key in ("nothing", "empty", "history")
     }
-    assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.pt"]
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_a_checkpoint_of_another_training_is_ignored(tmp_path):
@@ -49,7 +50,7 @@ def test_a_damaged_checkpoint_is_reported_and_ignored(tmp_path, capsys, size):
     kept.save(a_state())
     kept.file.write_bytes(kept.file.read_bytes()[:size])
     assert kept.load() is None
-    assert "checkpoint.pt cannot be read" in capsys.readouterr().out
+    assert "checkpoint.safetensors cannot be read" in capsys.readouterr().out
 
 
 def test_a_state_that_cannot_be_written_leaves_the_last_state(tmp_path, monkeypatch):
@@ -59,7 +60,7 @@ def test_a_state_that_cannot_be_written_leaves_the_last_state(tmp_path, monkeypa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torch.save", no_space)
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         kept.save({"epoch": 2})
     assert kept.load() == {"epoch": 1}

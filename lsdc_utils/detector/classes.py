@@ -38,10 +38,8 @@ class DetectorConfig:
             raise DetectorError(f"size {self.size} of detector {self.condition}: both must be multiples of 32")
         left, right, top, bottom = self.strip
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise DetectorError(
-                f"strip {self.strip} of detector {self.condition}: need 0 <= left < right <= 1 and "
-                "0 <= top < bottom <= 1"
-            )
+            limits = "need 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+            raise DetectorError(f"strip {self.strip} of detector {self.condition}: {limits}")
 
 
 def config_from(values: dict[str, Any]) -> DetectorConfig:

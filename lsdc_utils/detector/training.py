@@ -88,9 +88,8 @@ def train_detector(
 ) -> tuple[torch.nn.Module, pd.DataFrame]:
     """Train YOLO by ultralytics' trainer on images of the data set in `folder`; return the EMA model and its history.
 
-    `shown`: file and weight of each image, as `training_images` gives them. `settings`: see `check_settings`.
-    `threads`: of torch; another number gives slightly different weights.
-    `held_out`: images to validate on after each epoch (none: no validation, which costs as much as training here).
+    `shown`: as `training_images` gives it. `settings`: see `check_settings`. `threads`: of torch; another number gives
+    slightly different weights. `held_out`: images to validate on after each epoch, which costs as much as training.
     `work`: a folder for ultralytics' files and for the checkpoint of the last completed epoch, from which the same
     training resumes when it is started again; remove it once the weights are saved. The last epoch's weights are
     returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and mAP if validated.

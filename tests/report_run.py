@@ -135,7 +135,7 @@ def write_images(folder: Path, labels: pd.DataFrame) -> None:
         table = pd.DataFrame(places, columns=["study_id", "level", "side"])
         table["X"] = table["side"].map({"left": 10.0, "right": -10.0}).fillna(0.0).astype(float)
         table["Y"], table["Z"] = 5.0, [40.0 - 20 * LEVELS.index(level) for level in table["level"]]
-        table["confidence"] = 0.5
+        table["confidence"], table["level_confidence"] = 0.5, 0.6
         points.append(table.assign(condition=key))
     pd.concat(points).to_parquet(folder / "predictions/points_oof.parquet")
     (folder / "weights").mkdir(exist_ok=True)

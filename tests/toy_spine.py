@@ -9,6 +9,7 @@ from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import DetectorConfig, class_table
 from lsdc_utils.detector.detections import Detections
+from lsdc_utils.detector.levels import CONFIDENCES
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, T1, T2, row_id
 
 SIZES = {"nfn": (64, 32), "scs": (64, 32), "ss": (32, 32)}
@@ -111,20 +112,22 @@ def ideal(condition: str, severities: dict, table: pd.DataFrame | None = None) -
         points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
         scores.append(np.full(len(table), 0.02))
         levels.append(int(rng.integers(5)))
-    return Detections(np.array(points), np.array(scores), np.array(levels)), settings
+    return Detections(np.array(points), np.array(scores), np.array(levels), np.array(levels)), settings
 
 
 def no_detections(settings: DetectorConfig) -> Detections:
-    return Detections(np.empty((0, 3)), np.empty((0, len(class_table(settings)))), np.empty(0, int))
+    none = np.empty(0, int)
+    return Detections(np.empty((0, 3)), np.empty((0, len(class_table(settings)))), none, none)
 
 
 def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
-    lines = [(study_id, level, "", *level_centre(level, shift), 0.9) for level in LEVELS]
-    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
+    lines = [(study_id, level, "", *level_centre(level, shift), 0.9, 0.95) for level in LEVELS]
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES])
 
 
 def foramen_points(study_id: int = 1) -> pd.DataFrame:
     lines = [
-        (study_id, level, CONDITIONS[name].side, *point, 0.8) for (name, level), point in toy_points("nfn").items()
+        (study_id, level, CONDITIONS[name].side, *point, 0.8, 0.95)
+        for (name, level), point in toy_points("nfn").items()
     ]
-    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", "confidence"])
+    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES])

@@ -7,12 +7,11 @@ import pandas as pd
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.vocabulary import AXIAL, LEVELS, SIDES
+from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, LEVELS, SIDES
 
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
-# mm to posterior and to the head from the middle of a level's two foramen points to its canal point, from head to foot:
-# medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm.
-CANAL_FROM_FORAMINA = np.array([[2.4, -9.9], [2.6, -9.7], [3.0, -9.5], [5.6, -8.2], [8.7, -6.3]])
+FEW_PAIRS = 5  # studies; below this a median of labels is worth less than that of other data
 
 
 def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
@@ -28,15 +27,30 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
     return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
 
 
-def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame) -> pd.DataFrame:
+def canal_from_foramina(labels: pd.DataFrame) -> tuple[tuple[float, float], ...]:
+    """For each level the median over studies, in mm to posterior and to the head, of the way from the middle of its two
+    foramen points to its canal point, by the label table. A level that few studies show this way: by the phantom's."""
+    placed = labels.dropna(subset=[*"XYZ"])
+    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    keys = ["study_id", "level"]
+    foramina = placed[group == "nfn"].groupby(keys)[["Y", "Z"]].agg(["mean", "size"])
+    middle = foramina.xs("mean", axis=1, level=1)[foramina["Y", "size"] == len(SIDES)]
+    way = (placed[group == "scs"].set_index(keys)[["Y", "Z"]] - middle).dropna().groupby("level")
+    known = way.median()[way.size() >= FEW_PAIRS].round(2)
+    usual = dict(zip(LEVELS, CANAL_FROM_FORAMINA, strict=True))
+    return tuple(tuple(known.loc[level].tolist()) if level in known.index else usual[level] for level in LEVELS)
+
+
+def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> pd.DataFrame:
     """Canal points of studies: the canal detector's; where it gave none, from the foramina of levels with both sides.
 
-    scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result.
+    scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result. offsets: see
+    `canal_from_foramina`.
     """
     levels = nfn[~nfn["study_id"].isin(scs["study_id"])].groupby(["study_id", "level"])
     both = levels.filter(lambda level: set(level["side"]) == set(SIDES)).groupby(["study_id", "level"], as_index=False)
-    middle = both[["X", "Y", "Z", "confidence"]].mean()
-    middle[["Y", "Z"]] += CANAL_FROM_FORAMINA[[LEVELS.index(level) for level in middle["level"]]]
+    middle = both[[name for name in nfn if name not in ("study_id", "level", "side")]].mean()
+    middle[["Y", "Z"]] += np.array(offsets)[[LEVELS.index(level) for level in middle["level"]]]
     return pd.concat([scs, middle.assign(side="")[nfn.columns]], ignore_index=True)
 
 

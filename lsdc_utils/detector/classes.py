@@ -13,6 +13,9 @@ import torch
 
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES
 
+# medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm, from head to foot
+CANAL_FROM_FORAMINA = ((2.4, -9.9), (2.6, -9.7), (3.0, -9.5), (5.6, -8.2), (8.7, -6.3))
+
 
 class DetectorError(ValueError):
     """Settings, labels or weights that a detector cannot work with; the message says which and why."""
@@ -30,6 +33,10 @@ class DetectorConfig:
     # Prediction, the same for out-of-fold and test studies:
     views: tuple[tuple[float, bool], ...] = ((1.0, False),)  # scale, and whether the patient is mirrored
     power: float = 2.0  # of the evidence, see `LevelEvidence`; fitted on out-of-fold studies
+    calibration: tuple[float, float] = (1.0, 0.98)  # of the chosen levels, see `chain.calibrate`; fitted likewise
+    # mm to posterior and to the head from the middle of a level's two foramen points to its canal point, see
+    # `canal.canal_from_foramina`, which measures them in the label table
+    canal_from_foramina: tuple[tuple[float, float], ...] = CANAL_FROM_FORAMINA
 
     def __post_init__(self) -> None:
         if self.condition not in GROUPS:
@@ -45,6 +52,8 @@ class DetectorConfig:
 def config_from(values: dict[str, Any]) -> DetectorConfig:
     """A config from JSON or from a notebook's parameters, where tuples are lists."""
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if "canal_from_foramina" in tuples:
+        tuples["canal_from_foramina"] = tuple(map(tuple, tuples["canal_from_foramina"]))
     tuples["views"] = tuple((float(scale), bool(flip)) for scale, flip in tuples.get("views", [(1.0, False)]))
     return DetectorConfig(**tuples)
 

@@ -103,7 +103,8 @@ def write_dataset(
     columns = ["study_id", "level", "side", *"XYZ", "confidence"]  # of detected points
     sides = labels["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()})
     points = labels.assign(side=sides, confidence=1.0)[columns]
-    canal = study_canal(*(points[groups == key].dropna(subset=[*"XYZ"]) for key in ("scs", "nfn")))
+    placed = [points[groups == key].dropna(subset=[*"XYZ"]) for key in ("scs", "nfn")]
+    canal = study_canal(*placed, config.canal_from_foramina)
     images, boxes, numbers = [], [], {}
     for stack in stacks:
         here = own[own["series_id"] == stack.series_id]

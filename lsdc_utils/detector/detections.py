@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ class Detections:
     points: np.ndarray  # (m, 3) LPS mm
     scores: np.ndarray  # (m, classes)
     levels: np.ndarray  # (m,) number of the level that its axial slice shows by the canal points; -1: none, not axial
+    slices: np.ndarray  # (m,) number of its slice among all of the study's series
 
 
 def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
@@ -36,9 +37,10 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
     `canal`: points of the scs detector for this study, round which foramina and recesses are looked for; None or empty
     if there are none. Views are those of the detector's config.
     """
-    config, parts = detector.config, []
+    config, parts, first = detector.config, [], 0
     for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
         wanted = np.flatnonzero(_wanted(stack, config, canal))
+        first += len(stack.pixels)
         if not len(wanted):
             continue
         by_canal = canal is not None and config.condition == "ss"
@@ -46,18 +48,23 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
         images = network_inputs(stack, config, canal)[wanted]
         for scale, flip in config.views:
             centres, scores = forward(detector, images, scale, flip)
-            parts.append((patient_points(stack, wanted, centres, config), scores, levels[wanted]))
+            parts.append((patient_points(stack, wanted, centres, config), scores, levels[wanted], wanted + first))
     return join_detections(parts, len(detector.scheme.class_table(config)))
 
 
-def join_detections(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int) -> Detections:
-    """One table of the parts of a study: points (n, k, 3), scores (n, k, C) and levels (n,) of a view of n slices."""
-    parts = [(np.empty((0, 1, 3)), np.empty((0, 1, classes), np.float32), np.empty(0, dtype=int)), *parts]
-    return Detections(
-        np.concatenate([points.reshape(-1, 3) for points, _, _ in parts]),
-        np.concatenate([scores.reshape(-1, classes) for _, scores, _ in parts]),
-        np.concatenate([np.repeat(levels, points.shape[1]) for points, _, levels in parts]),
-    )
+def join_detections(parts: Sequence[tuple[np.ndarray, ...]], classes: int) -> Detections:
+    """One table of the parts of a study: points (n, k, 3), scores (n, k, C), levels (n,) and slices (n,) of a view."""
+    none = np.empty(0, dtype=int)
+    parts = [(np.empty((0, 1, 3)), np.empty((0, 1, classes), np.float32), none, none), *parts]
+    places = np.concatenate([points.reshape(-1, 3) for points, *_ in parts])
+    scores = np.concatenate([scores.reshape(-1, classes) for _, scores, *_ in parts])
+    of_slices = [[np.repeat(part[k], part[0].shape[1]) for part in parts] for k in (2, 3)]
+    return Detections(places, scores, *map(np.concatenate, of_slices))
+
+
+def pool_detections(parts: Sequence[Detections]) -> Detections:
+    """Those of several detectors as one table, in their order."""
+    return Detections(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Detections)))
 
 
 def _wanted(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:

@@ -3,7 +3,7 @@
 `published.grade` has the same functions for the published method.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.detector.canal import axial_slices
 from lsdc_utils.detector.classes import Detector
-from lsdc_utils.detector.levels import grade_study
+from lsdc_utils.detector.levels import CONFIDENCES, grade_study
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
@@ -27,11 +27,12 @@ BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  
 COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
     "yolo": ["row_id", *SEVERITIES],
     "vit3d": ["row_id", *SEVERITIES],
-    "points": ["study_id", "level", "side", "X", "Y", "Z", "confidence", "condition"],
+    "points": ["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES, "condition"],
     "findings": competition.FINDINGS,
     "series": ["study_id", "series_type"],
     "slices": ["study_id"],
 }
+SURE = 0.8  # level confidence below which a study's levels are to be checked
 Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF
 
 
@@ -48,14 +49,28 @@ class Models:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points, canal = grade_study(self.yolos, study_id, stacks)
         types = sorted({stack.series_type for stack in stacks})
+        doubts = pd.DataFrame(_doubts(study_id, types, points), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
             "vit3d": self.predict(self.vits, [(study_id, list(stacks))], canal, self.views),
             "points": points,
-            "findings": pd.DataFrame(columns=COLUMNS_OF["findings"]) if findings is None else findings,
+            "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
             "slices": axial_slices(stacks, canal),
         }
+
+
+def _doubts(study_id: int, types: Sequence[str], points: pd.DataFrame) -> Iterator[tuple]:
+    """Findings about the grading of a study: series on which nothing was detected, and levels that may be named wrong.
+
+    types: those of its readable series; points: of all detectors, with their condition group.
+    """
+    for key, group in GROUPS.items():
+        if group.series_type in types and not (points["condition"] == key).any():
+            value = f"no {group.score} level found on {group.series_type}, although its images can be read"
+            yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
+    if (sure := points["level_confidence"].min()) < SURE:
+        yield study_id, None, "levels_uncertain", f"{sure:.2f}", "graded; check the levels on its page"
 
 
 def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:

@@ -13,7 +13,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES
 
-FORMAT = 2  # of blend.json
+FORMAT = 3  # of blend.json
 RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
 BLOCKS = {"oof": "train", "test": "test"}  # block of the scores -> the split its studies come from
 SOURCE_NAMES = {  # values of the column `source`, in words
@@ -69,8 +69,9 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     Columns: those of `metric.row_keys` (study_id as int) and block; the ensemble's natural probabilities normal_mild,
     moderate, severe; grade (0, 1, 2: the most probable) and confidence, its probability; source (a key of
     `SOURCE_NAMES`) and own_series (whether the study has the series on which readers grade the row); X, Y, Z (LPS mm)
-    of the detected point, NaN where there is none; severity, the label (-1 where none is known); the models' own
-    probabilities as detector_<severity> and vit_<severity>. FileNotFoundError where 05 has not run.
+    of the detected point, NaN where there is none; level_confidence of the study, NaN where it is not known; severity,
+    the label (-1 where none is known); the models' own probabilities as detector_<severity> and vit_<severity>.
+    FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
     natural = _read(run, f"ensemble_{block}")
@@ -79,7 +80,9 @@ def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     rows[list(SEVERITIES)] = chances = natural[list(SEVERITIES)].to_numpy()
     rows = rows.assign(grade=chances.argmax(axis=1), confidence=chances.max(axis=1, initial=0))
     rows = rows.merge(_read(run, f"sources_{block}"), on="row_id", how="left")
-    rows = rows.join(points_of(rows, _read(run, f"points_{block}")), on="row_id")
+    points = _read(run, f"points_{block}")
+    rows = rows.join(points_of(rows, points), on="row_id")
+    rows["level_confidence"] = rows["study_id"].map(points.groupby("study_id")["level_confidence"].min())
     rows["severity"] = rows["row_id"].map(_labels(run, block)).fillna(MISSING).astype(int)
     for model, prefix in (("yolo", "detector"), ("vit3d", "vit")):
         rows = rows.join(_read(run, f"{model}_{block}").set_index("row_id").add_prefix(f"{prefix}_"), on="row_id")

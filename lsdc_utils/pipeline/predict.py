@@ -100,16 +100,19 @@ def collect(out: Path, shards: list[Path]) -> str:
     """Join the answers in the folders of the shards to RESULTS in `out`; return a summary.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
-    (models joined by +, or prior), own_series (whether the study has the series on which this condition is read).
+    (models joined by +, or prior), own_series (whether the study has the series on which this condition is read),
+    level_confidence (probability that the study's levels are named right; empty where no level was found).
     """
-    natural, sources, problems = (
+    natural, sources, problems, points = (
         pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
-        for name in ("ensemble", "sources", "findings")
+        for name in ("ensemble", "sources", "findings", "points")
     )
     keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])
     probabilities = natural[list(SEVERITIES)]
     grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
     grades = grades.merge(sources, on="row_id")
+    sure = points.groupby(points["study_id"].astype(str))["level_confidence"].min()
+    grades["level_confidence"] = grades["study_id"].map(sure).astype(float)
     findings = pd.concat([pd.read_parquet(out / "tables" / "findings.parquet"), problems]).drop_duplicates()
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
         with atomic(out / name) as file:

@@ -66,7 +66,7 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
             centres, scores = forward(detector, shown, scale, False)
             if flip:
                 centres[..., 0] = 1 - centres[..., 0]
-            parts.append((patient_points(stack, every, centres, config), scores, np.full(len(every), -1)))
+            parts.append((patient_points(stack, every, centres, config), scores, np.full(len(every), -1), every))
     return join_detections(parts, len(class_table(config)))
 
 

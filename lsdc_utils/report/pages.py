@@ -16,6 +16,7 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.files import atomic
+from lsdc_utils.grading.grade import SURE
 from lsdc_utils.grading.marks import SHORT_NAMES
 from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import run as tables
@@ -108,7 +109,7 @@ def _write_studies(run: tables.Run, write: partial, graded: pd.DataFrame, count:
     for page, line, (study, rows) in zip(chain[1:], lines, graded.groupby("study_id", sort=True), strict=True):
         keys, viewers = studies.show_study(rows, readers[rows["block"].iloc[0]](study), boxes, study in whole)
         context = {"line": line, "reason": whole.get(study, ""), "keys": keys, "viewers": viewers}
-        context |= {"rows": rows.to_dict("records"), "script": "study.js" if viewers else ""}
+        context |= {"rows": rows.to_dict("records"), "script": "study.js" if viewers else "", "sure": SURE}
         files.append(write("study.html.j2", page, styles="study", around=chain, **NAMES, **context))
     context = {
         "lines": lines,

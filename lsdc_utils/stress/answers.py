@@ -108,7 +108,7 @@ class _Study:
     def canal(self) -> pd.DataFrame:
         points = self.graded["points"]
         of = {key: points[points["condition"] == key].drop(columns="condition") for key in ("scs", "nfn")}
-        return study_canal(of["scs"], of["nfn"])
+        return study_canal(of["scs"], of["nfn"], self.models.yolos["nfn"][0].config.canal_from_foramina)
 
     def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
         """The study graded without each type of series, and with crop centres beside the detected canal points."""

@@ -20,7 +20,7 @@ from lsdc_utils.detector.classes import DetectorConfig
 from lsdc_utils.detector.dataset import write_dataset
 from lsdc_utils.detector.detections import Detections, _wanted, patient_points
 from lsdc_utils.detector.images import strip_window
-from lsdc_utils.detector.levels import _find_foramina, _find_recesses
+from lsdc_utils.detector.places import FINDERS
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
@@ -248,15 +248,17 @@ def detected(planted: Planted, columns: slice, series_type: str) -> Detections:
     for number in range(len(points)):
         scores[number, number % per_level, 1] = 0.9
     levels = np.arange(len(points)) % len(LEVELS) if series_type == AXIAL else np.full(len(points), -1)
-    return Detections(np.array(points), scores.reshape(len(points), -1), levels)
+    return Detections(np.array(points), scores.reshape(len(points), -1), levels, levels)
 
 
 def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
     canal = planted.canal.set_index("level")[["X", "Y", "Z"]]
     truth = planted.body.points()
-    for find, columns, series_type in ((_find_foramina, slice(5, 15), T1), (_find_recesses, slice(15, 25), AXIAL)):
-        found = find(detected(planted, columns, series_type), canal)
-        named = {(side, level): place for side, level, place, _, _ in found}
+    for key, columns, series_type in (("nfn", slice(5, 15), T1), ("ss", slice(15, 25), AXIAL)):
+        settings = DetectorConfig(key, (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
+        seen = detected(planted, columns, series_type)
+        found = FINDERS[key](seen, [seen], [settings], canal)
+        named = dict(zip(found.names, found.points, strict=True))
         assert len(named) == len(truth[columns])
         for number, (side, level) in enumerate((side, level) for side in SIDES for level in LEVELS):
             assert np.linalg.norm(named[side, level] - truth[columns][number]) < 5  # a step between slices, not a level

@@ -19,11 +19,11 @@ from toy_spine import (
 )
 
 from lsdc_utils import metric
-from lsdc_utils.detector.canal import CANAL_FROM_FORAMINA, study_canal
-from lsdc_utils.detector.classes import Detector, DetectorConfig
+from lsdc_utils.detector.canal import study_canal
+from lsdc_utils.detector.chain import chain
+from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA, Detector, DetectorConfig
 from lsdc_utils.detector.levels import (
     LevelEvidence,
-    assign_levels,
     cross_read,
     evidence_tables,
     fit_power,
@@ -90,8 +90,8 @@ def test_foramina_take_their_level_from_the_canal():
     scores = detections.scores.reshape(-1, 5, 3)
     slipped = replace(detections, scores=np.roll(scores, 1, axis=1).reshape(scores.shape[0], -1) + 0.02)
     canal = canal_points()
-    canal[["Y", "Z"]] += CANAL_FROM_FORAMINA
-    levels = level_evidence(slipped, 1, settings, canal)
+    canal[["Y", "Z"]] += np.array(CANAL_FROM_FORAMINA)
+    levels = level_evidence([slipped], 1, [settings], canal)[0]
     assert len(levels) == 10
     for level in levels:
         assert np.abs(level.point[1:] - level_centre(level.level)[1:]).max() < 3, level.level
@@ -105,8 +105,8 @@ def test_perfect_detections_give_perfect_rows_and_points(condition):
     detections, settings = ideal(condition, severities)
     canal = canal_points()
     if condition == "nfn":  # as the body has it: the canal's points lie behind and below the foramina's
-        canal[["Y", "Z"]] += CANAL_FROM_FORAMINA
-    rows, points = evidence_tables(level_evidence(detections, 1, settings, canal), settings.power)
+        canal[["Y", "Z"]] += np.array(CANAL_FROM_FORAMINA)
+    rows, points = evidence_tables(level_evidence([detections], 1, [settings], canal)[0], settings.power)
     labels = toy_labels(stack, condition, severities)
     both = rows.merge(labels, on="row_id")
     assert len(both) == len(labels) == len(rows)
@@ -123,7 +123,7 @@ def test_a_mirrored_study_exchanges_left_and_right(condition):
     detections, settings = ideal(condition, severities)
     mirrored = replace(detections, points=detections.points * [-1, 1, 1])
     rows, mirror = (
-        evidence_tables(level_evidence(d, 1, settings, canal_points()), settings.power)[0].set_index("row_id")
+        evidence_tables(level_evidence([d], 1, [settings], canal_points())[0], settings.power)[0].set_index("row_id")
         for d in (detections, mirrored)
     )
     for row in rows.index:
@@ -135,20 +135,21 @@ def test_levels_are_assigned_once_in_anatomical_order():
     points = np.array([level_centre(level) for level in LEVELS])
     evidence = np.full((5, 5), 0.01) + 0.8 * np.eye(5)
     evidence[2] = [0.01, 0.5, 0.45, 0.01, 0.01]  # on its own, L3/L4 would rather be L2/L3
-    assert assign_levels(points, evidence).tolist() == [0, 1, 2, 3, 4]
     order = np.array([3, 0, 4, 2, 1])
-    assert order[assign_levels(points[order], evidence[order])].tolist() == [0, 1, 2, 3, 4]
+    for some in (np.arange(5), order):
+        found = chain(points[some], evidence[some])
+        assert some[found.index[found.best()]].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_no_evidence_no_rows():
     for condition in GROUPS:
         settings = config(condition)
-        levels = level_evidence(no_detections(settings), 1, settings, canal_points())
+        levels = level_evidence([no_detections(settings)], 1, [settings], canal_points())[0]
         rows, points = evidence_tables(levels, settings.power)
         assert rows.empty and points.empty and list(rows) == ["row_id", *SEVERITIES]
     severities = dict.fromkeys(toy_points("ss"), 0)
     detections, settings = ideal("ss", severities)
-    assert not level_evidence(detections, 1, settings, None)  # no canal points, no levels
+    assert level_evidence([detections], 1, [settings], None) == [[]]  # no canal points, no levels
 
 
 def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatch):
@@ -168,20 +169,20 @@ def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatc
     np.testing.assert_allclose(shift, CANAL_FROM_FORAMINA, atol=1)
     one_side = points[(points["condition"] == "nfn") & (points["side"] == "left")].drop(columns="condition")
     for foramina in (one_side, one_side.head(0)):
-        assert study_canal(foramina.head(0), foramina).empty
-        assert list(study_canal(foramina.head(0), foramina)) == list(one_side)
+        assert study_canal(foramina.head(0), foramina, CANAL_FROM_FORAMINA).empty
+        assert list(study_canal(foramina.head(0), foramina, CANAL_FROM_FORAMINA)) == list(one_side)
 
 
 def test_only_studies_without_canal_points_take_them_from_their_foramina():
     nfn = pd.concat([foramen_points(1), foramen_points(2)])
-    canal = study_canal(canal_points(1), nfn)
+    canal = study_canal(canal_points(1), nfn, CANAL_FROM_FORAMINA)
     assert list(canal) == list(canal_points(1)) and set(canal["side"]) == {""}
     pd.testing.assert_frame_equal(canal[canal["study_id"] == 1], canal_points(1))
     second = canal[canal["study_id"] == 2]
     assert list(second["level"]) == list(LEVELS)
     shift = second[["X", "Y", "Z"]].to_numpy() - [level_centre(level) for level in LEVELS]
-    np.testing.assert_allclose(shift, np.c_[np.zeros(5), CANAL_FROM_FORAMINA])
-    assert study_canal(canal_points(1).head(0), foramen_points(2).head(0)).empty
+    np.testing.assert_allclose(shift, np.c_[np.zeros(5), np.array(CANAL_FROM_FORAMINA)])
+    assert study_canal(canal_points(1).head(0), foramen_points(2).head(0), CANAL_FROM_FORAMINA).empty
 
 
 def test_tables_without_evidence_join_with_others() -> None:

@@ -29,7 +29,7 @@ PRIORS = [{"condition": c, "level": v, **dict(zip(SEVERITIES, PRIOR, strict=True
 MIXTURE = {"weights": {"yolo": 0.5, "vit3d": 0.5}, "bias": [0.0, 0.0], "gain": [], "kept": "simple"}
 ALONE = {name: {**MIXTURE, "weights": {name: 1.0}} for name in ("yolo", "vit3d")}
 FITTED = {
-    "format": 2,
+    "format": 3,
     "kind": "fitted",
     "prior": PRIORS,
     "ensemble": dict.fromkeys(("nfn", "scs", "ss"), MIXTURE),

@@ -74,7 +74,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition):
 def test_a_class_never_seen_gets_the_published_floor():
     scores = np.zeros((1, 30))
     scores[0, 2] = 0.5
-    detections = Detections(np.zeros((1, 3)), scores, np.array([-1]))
+    detections = Detections(np.zeros((1, 3)), scores, np.array([-1]), np.array([0]))
     rows = evidence_tables(published.level_evidence(detections, 1, config("ss")), 1.0)[0].set_index("row_id")
     first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)
     np.testing.assert_allclose(first, np.array([FLOOR, FLOOR, 0.5]) / (0.5 + 2 * FLOOR))

@@ -16,6 +16,12 @@ from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
+FILL, STANDS_OUT = 1e-3, 4  # a value of a larger share of pixels, and of 4 times as many as the next ones, is a filling
+EMPTY = 0.02  # share of an image's pixels; one with less signal shows nothing
+FEW_VALUES = 8  # different ones inside the window; a series with fewer shows nothing
+ODD = 2.0  # images whose values spread twice or half as much as usual have another scale; the usual range is 1 / 1.8
+BLANK = "shows nothing: it holds one grey value, or next to no others"
+NOISE = 0.2  # correlation of pixels SPARSE apart; of noise about 0, of anatomy .34 or more
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
 Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
@@ -35,19 +41,28 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, tuple]:
-    """A series windowed by its own percentiles, and files left out, with the reason; DicomError if it is unusable."""
+def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, list]:
+    """A series windowed by its own percentiles, notes (rule, file, reason, action); DicomError if it is unusable."""
     series = dicom.read_series(source)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
-    shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
-    pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
-    window_images(series.pixels, *_percentiles(series.pixels), pixels)
-    affines = np.stack([image.affine for image in series.slices]).astype(np.float64)
-    numbers = np.array([image.instance_number for image in series.slices], dtype=np.int32)
-    blocks = np.array([image.block for image in series.slices], dtype=np.int32)
-    stack = Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks)
-    return stack, series.skipped
+    windows, scales = _windows(series.pixels)
+    notes = [("file_unusable", *note, "file left out") for note in series.skipped]
+    for i in np.flatnonzero(scales != 1):
+        image, what = series.slices[i], f"its values have {scales[i]:.3g} times the scale of its neighbours', or an offset"
+        blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
+        notes.append(("scale_differs", image.file, what, "scaled as its neighbours") if scales[i] else blank)
+    kept = np.flatnonzero(scales)
+    if not len(kept):
+        raise dicom.DicomError(f"series {series.folder}: {BLANK}: check it in a viewer, and export it again")
+    slices, images = ([of[i] for i in kept] for of in (series.slices, series.pixels))
+    shapes = np.array([image.shape for image in slices], dtype=np.int32)
+    pixels = np.zeros((len(kept), *shapes.max(axis=0)), dtype=np.uint8)
+    window_images(images, windows[kept], pixels)
+    affines = np.stack([image.affine for image in slices]).astype(np.float64)
+    numbers = np.array([image.instance_number for image in slices], dtype=np.int32)
+    blocks = np.array([image.block for image in slices], dtype=np.int32)
+    return Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks), notes
 
 
 def spacing_fault(series: dicom.Series) -> str:
@@ -64,10 +79,37 @@ def spacing_fault(series: dicom.Series) -> str:
     return ""
 
 
-def _percentiles(images: list[np.ndarray]) -> np.ndarray:
-    """The two percentiles `WINDOW` of all images, from every `SPARSE`-th pixel each way; the same if mirrored."""
-    sample = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
-    return np.percentile(np.concatenate(sample), WINDOW)
+def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of each image that become 0 and 255 (n, 2), and how its scale differs (n,): 0 where it shows nothing.
+
+    They are the percentiles `WINDOW` of the signal in all images, in every `SPARSE`-th pixel each way, mirrored or not.
+    Not signal: padding (-inf), and values that stand out of the histogram, as those of borders and burnt-in text. An
+    image of another scale does not count, and gets the window that its neighbours imply.
+    """
+    samples = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
+    values, counts = np.unique(np.concatenate(samples), return_counts=True)
+    around = np.pad(counts, 2)
+    around = np.max([around[:-4], around[1:-3], around[3:-1], around[4:]], axis=0)  # of the two next values each way
+    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * around, max(FILL * counts.sum(), 9)))]
+    signal = [sample[~np.isin(sample, fills)] for sample in samples] if len(fills) else samples
+    full = np.flatnonzero([len(part) > EMPTY * len(sample) for part, sample in zip(signal, samples, strict=True)])
+    windows, scales = np.zeros((len(images), 2)), np.zeros(len(images))
+    if not len(full):
+        return windows, scales
+    middle, spread = np.array([(signal[i].mean(dtype=float), signal[i].std(dtype=float)) for i in full]).T
+    usual = np.median(spread)
+    alike = (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - np.median(middle)) <= usual)
+    alike |= not alike.any()  # too few images to say which is odd
+    window = np.percentile(np.concatenate([signal[i] for i in full[alike]]), WINDOW)
+    if ((values >= window[0]) & (values <= window[1])).sum() < FEW_VALUES:
+        return windows, scales
+    windows[full], scales[full] = window, 1
+    for i, its_middle, its_spread in zip(full[~alike], middle[~alike], spread[~alike], strict=True):
+        if np.corrcoef(signal[i][1:], signal[i][:-1])[0, 1] > NOISE:
+            middle_here, spread_here = (np.interp(i, full[alike], of[alike]) for of in (middle, spread))
+            scales[i] = its_spread / spread_here
+            windows[i] = its_middle + (window - middle_here) * scales[i]
+    return windows, scales
 
 
 def _sparse(count: int) -> slice:
@@ -77,17 +119,18 @@ def _sparse(count: int) -> slice:
     return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
 
 
-def window_images(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:
-    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; low becomes 0, high 255."""
-    table = None  # of all values of up to 16 bits: takes a fifth of the time
-    for place, image in zip(target, images, strict=True):
+def window_images(images: list[np.ndarray], windows: np.ndarray, target: np.ndarray) -> None:
+    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; windows (n, 2): become 0, 255."""
+    table, window = None, None  # of all values of up to 16 bits: takes a fifth of the time
+    for place, image, (low, high) in zip(target, images, windows, strict=True):
         image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         place = place[: image.shape[0], : image.shape[1]]
         if image.dtype.kind not in "iu" or image.itemsize > 2:
             place[:] = _to_grey(image, low, high)
             continue
         index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
-        if table is None or table.dtype != image.dtype:
+        if table is None or table.dtype != image.dtype or window != (low, high):
+            window = low, high
             table = np.arange(256**image.itemsize, dtype=index).view(image.dtype)
             grey = _to_grey(table, low, high)
         cv2.LUT(image.view(index), grey, dst=place)
@@ -95,7 +138,8 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
 
 def _to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Grey levels 0..255 (uint8) of values of any type."""
-    scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / max(float(high - low), 1e-6))
+    scaled = np.subtract(values, low, dtype=np.result_type(values, np.float32))  # float64 for 32-bit integers
+    scaled *= 255 / max(float(high - low), 1e-6)
     return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
@@ -136,12 +180,12 @@ def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, li
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
     for source, study_id, series_id, kind in series:
         try:
-            stack, skipped = read_stack(source, study_id, series_id, kind)
+            stack, notes = read_stack(source, study_id, series_id, kind)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue
-        reasons = [readable(f"{file.name}: {reason}") for file, reason in skipped]
-        yield stack, [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]
+        findings = [(rule, readable(f"{file.name}: {reason}"), action) for rule, file, reason, action in notes]
+        yield stack, [(study_id, series_id, *finding) for finding in findings]
 
 
 def convert_studies(

@@ -16,12 +16,10 @@ from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
-FILL, STANDS_OUT = 1e-3, 4  # a value of a larger share of pixels, and of 4 times as many as the next ones, is a filling
-EMPTY = 0.02  # share of an image's pixels; one with less signal shows nothing
-FEW_VALUES = 8  # different ones inside the window; a series with fewer shows nothing
-ODD = 2.0  # images whose values spread twice or half as much as usual have another scale; the usual range is 1 / 1.8
+FILL, STANDS_OUT = 1e-3, 16  # a filling is a value of this share of pixels, and of this many times as many as near it
+EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.01  # least share of signal, different values, deviation as a share of the window
+ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
-NOISE = 0.2  # correlation of pixels SPARSE apart; of noise about 0, of anatomy .34 or more
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
 Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
@@ -49,7 +47,7 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
     windows, scales = _windows(series.pixels)
     notes = [("file_unusable", *note, "file left out") for note in series.skipped]
     for i in np.flatnonzero(scales != 1):
-        image, what = series.slices[i], f"its values have {scales[i]:.3g} times the scale of its neighbours', or an offset"
+        image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
         blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
         notes.append(("scale_differs", image.file, what, "scaled as its neighbours") if scales[i] else blank)
     kept = np.flatnonzero(scales)
@@ -80,36 +78,50 @@ def spacing_fault(series: dicom.Series) -> str:
 
 
 def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Values of each image that become 0 and 255 (n, 2), and how its scale differs (n,): 0 where it shows nothing.
+    """Values of each image that become 0 and 255 (n, 2), and its scale against its neighbours' (n,): 0 if it is blank.
 
-    They are the percentiles `WINDOW` of the signal in all images, in every `SPARSE`-th pixel each way, mirrored or not.
-    Not signal: padding (-inf), and values that stand out of the histogram, as those of borders and burnt-in text. An
-    image of another scale does not count, and gets the window that its neighbours imply.
+    The values are the percentiles `WINDOW` of the signal in all images. An image of another scale or offset that is
+    not noise counts, and is shown, as if it had those of its neighbours.
     """
-    samples = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
-    values, counts = np.unique(np.concatenate(samples), return_counts=True)
-    around = np.pad(counts, 2)
-    around = np.max([around[:-4], around[1:-3], around[3:-1], around[4:]], axis=0)  # of the two next values each way
-    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * around, max(FILL * counts.sum(), 9)))]
-    signal = [sample[~np.isin(sample, fills)] for sample in samples] if len(fills) else samples
-    full = np.flatnonzero([len(part) > EMPTY * len(sample) for part, sample in zip(signal, samples, strict=True)])
-    windows, scales = np.zeros((len(images), 2)), np.zeros(len(images))
-    if not len(full):
+    signal = _signal(images)
+    middle, spread = np.array([(part.mean(), np.abs(part - part.mean()).mean()) for part in signal]).T
+    windows, scales, full = np.zeros((len(images), 2)), np.zeros(len(images)), spread > 0
+    usual, centre = (np.median(of[full]) if full.any() else 0 for of in (spread, middle))
+    alike = full & (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - centre) <= ODD * usual)
+    alike = alike if alike.any() else full  # of two images none is usual
+    if len(np.unique(signal[np.argmax(alike)])) < FEW_VALUES:
         return windows, scales
-    middle, spread = np.array([(signal[i].mean(dtype=float), signal[i].std(dtype=float)) for i in full]).T
-    usual = np.median(spread)
-    alike = (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - np.median(middle)) <= usual)
-    alike |= not alike.any()  # too few images to say which is odd
-    window = np.percentile(np.concatenate([signal[i] for i in full[alike]]), WINDOW)
-    if ((values >= window[0]) & (values <= window[1])).sum() < FEW_VALUES:
-        return windows, scales
-    windows[full], scales[full] = window, 1
-    for i, its_middle, its_spread in zip(full[~alike], middle[~alike], spread[~alike], strict=True):
-        if np.corrcoef(signal[i][1:], signal[i][:-1])[0, 1] > NOISE:
-            middle_here, spread_here = (np.interp(i, full[alike], of[alike]) for of in (middle, spread))
-            scales[i] = its_spread / spread_here
-            windows[i] = its_middle + (window - middle_here) * scales[i]
+    shown = np.array([np.interp(np.arange(len(images)), np.flatnonzero(alike), of[alike]) for of in (middle, spread)]).T
+    for i in np.flatnonzero(full & ~alike):
+        if np.corrcoef(signal[i][1:], signal[i][:-1])[0, 1] <= NOISE:
+            shown[i] = middle[i], spread[i]
+            signal[i] = signal[i][:0]
+        else:
+            signal[i] = (signal[i] - middle[i]) * (shown[i, 1] / spread[i]) + shown[i, 0]
+    low, high = np.percentile(np.concatenate([part for part, used in zip(signal, full, strict=True) if used]), WINDOW)
+    if usual > FLAT * (high - low):
+        scales[full] = spread[full] / shown[full, 1]
+        windows[full] = middle[full, None] + ([low, high] - shown[full, :1]) * scales[full, None]
     return windows, scales
+
+
+def _signal(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Every `SPARSE`-th pixel each way of each image, mirrored or not, where it is signal; one pixel if next to none is.
+
+    Not signal: padding (-inf), and values that stand out of the histogram, as those of borders and burnt-in text; with
+    what is within two pixels, as soft edges of letters.
+    """
+    places = [tuple(map(_sparse, image.shape)) for image in images]
+    signal = [image[place].ravel() for image, place in zip(images, places, strict=True)]
+    values, counts = np.unique(np.concatenate(signal), return_counts=True)
+    near = np.pad(counts, 2)
+    near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
+    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, max(FILL * counts.sum(), 9)))]
+    if len(fills):
+        for i, (image, place) in enumerate(zip(images, places, strict=True)):
+            filled = cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))[place].ravel() > 0
+            signal[i] = signal[i][~filled] if np.mean(filled) < 1 - EMPTY else signal[i][:1]
+    return signal
 
 
 def _sparse(count: int) -> slice:
@@ -120,7 +132,7 @@ def _sparse(count: int) -> slice:
 
 
 def window_images(images: list[np.ndarray], windows: np.ndarray, target: np.ndarray) -> None:
-    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; windows (n, 2): become 0, 255."""
+    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8 by windows (n, 2): low, high."""
     table, window = None, None  # of all values of up to 16 bits: takes a fifth of the time
     for place, image, (low, high) in zip(target, images, windows, strict=True):
         image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))

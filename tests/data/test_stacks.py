@@ -63,7 +63,8 @@ def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])
 @pytest.mark.parametrize(
-    ("shape", "rows", "columns"), [((23, 24), range(1, 23, 5), range(4, 24, 5)), ((41, 60), range(0, 41, 5), range(2, 60, 5))]
+    ("shape", "rows", "columns"),
+    [((23, 24), range(1, 23, 5), range(4, 24, 5)), ((41, 60), range(0, 41, 5), range(2, 60, 5))],
 )
 def test_percentiles_are_numpys(kind, shape, rows, columns):
     images = [np.random.default_rng(k).gamma(2, 30, shape).astype(kind) for k in range(3)]

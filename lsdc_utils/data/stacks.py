@@ -16,6 +16,10 @@ from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
+FILL, STANDS_OUT = 1e-3, 16  # a filling is a value of this share of pixels, and of this many times as many as near it
+EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.01  # least share of signal, different values, deviation as a share of the window
+ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
+BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
 Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
 Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
@@ -35,19 +39,28 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, tuple]:
-    """A series windowed by its own percentiles, and files left out, with the reason; DicomError if it is unusable."""
+def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, list]:
+    """A series windowed by its own percentiles, notes (rule, file, reason, action); DicomError if it is unusable."""
     series = dicom.read_series(source)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
-    shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
-    pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
-    window_images(series.pixels, *_percentiles(series.pixels), pixels)
-    affines = np.stack([image.affine for image in series.slices]).astype(np.float64)
-    numbers = np.array([image.instance_number for image in series.slices], dtype=np.int32)
-    blocks = np.array([image.block for image in series.slices], dtype=np.int32)
-    stack = Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks)
-    return stack, series.skipped
+    windows, scales = _windows(series.pixels)
+    notes = [("file_unusable", *note, "file left out") for note in series.skipped]
+    for i in np.flatnonzero(scales != 1):
+        image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
+        blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
+        notes.append(("scale_differs", image.file, what, "scaled as its neighbours") if scales[i] else blank)
+    kept = np.flatnonzero(scales)
+    if not len(kept):
+        raise dicom.DicomError(f"series {series.folder}: {BLANK}: check it in a viewer, and export it again")
+    slices, images = ([of[i] for i in kept] for of in (series.slices, series.pixels))
+    shapes = np.array([image.shape for image in slices], dtype=np.int32)
+    pixels = np.zeros((len(kept), *shapes.max(axis=0)), dtype=np.uint8)
+    window_images(images, windows[kept], pixels)
+    affines = np.stack([image.affine for image in slices]).astype(np.float64)
+    numbers = np.array([image.instance_number for image in slices], dtype=np.int32)
+    blocks = np.array([image.block for image in slices], dtype=np.int32)
+    return Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks), notes
 
 
 def spacing_fault(series: dicom.Series) -> str:
@@ -64,10 +77,51 @@ def spacing_fault(series: dicom.Series) -> str:
     return ""
 
 
-def _percentiles(images: list[np.ndarray]) -> np.ndarray:
-    """The two percentiles `WINDOW` of all images, from every `SPARSE`-th pixel each way; the same if mirrored."""
-    sample = [image[_sparse(image.shape[0]), _sparse(image.shape[1])].ravel() for image in images]
-    return np.percentile(np.concatenate(sample), WINDOW)
+def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of each image that become 0 and 255 (n, 2), and its scale against its neighbours' (n,): 0 if it is blank.
+
+    The values are the percentiles `WINDOW` of the signal in all images. An image of another scale or offset that is
+    not noise counts, and is shown, as if it had those of its neighbours.
+    """
+    signal = _signal(images)
+    middle, spread = np.array([(part.mean(), np.abs(part - part.mean()).mean()) for part in signal]).T
+    windows, scales, full = np.zeros((len(images), 2)), np.zeros(len(images)), spread > 0
+    usual, centre = (np.median(of[full]) if full.any() else 0 for of in (spread, middle))
+    alike = full & (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - centre) <= ODD * usual)
+    alike = alike if alike.any() else full  # of two images none is usual
+    if len(np.unique(signal[np.argmax(alike)])) < FEW_VALUES:
+        return windows, scales
+    shown = np.array([np.interp(np.arange(len(images)), np.flatnonzero(alike), of[alike]) for of in (middle, spread)]).T
+    for i in np.flatnonzero(full & ~alike):
+        if np.corrcoef(signal[i][1:], signal[i][:-1])[0, 1] <= NOISE:
+            shown[i] = middle[i], spread[i]
+            signal[i] = signal[i][:0]
+        else:
+            signal[i] = (signal[i] - middle[i]) * (shown[i, 1] / spread[i]) + shown[i, 0]
+    low, high = np.percentile(np.concatenate([part for part, used in zip(signal, full, strict=True) if used]), WINDOW)
+    if usual > FLAT * (high - low):
+        scales[full] = spread[full] / shown[full, 1]
+        windows[full] = middle[full, None] + ([low, high] - shown[full, :1]) * scales[full, None]
+    return windows, scales
+
+
+def _signal(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Every `SPARSE`-th pixel each way of each image, mirrored or not, where it is signal; one pixel if next to none is.
+
+    Not signal: padding (-inf), and values that stand out of the histogram, as those of borders and burnt-in text; with
+    what is within two pixels, as soft edges of letters.
+    """
+    places = [tuple(map(_sparse, image.shape)) for image in images]
+    signal = [image[place].ravel() for image, place in zip(images, places, strict=True)]
+    values, counts = np.unique(np.concatenate(signal), return_counts=True)
+    near = np.pad(counts, 2)
+    near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
+    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, max(FILL * counts.sum(), 9)))]
+    if len(fills):
+        for i, (image, place) in enumerate(zip(images, places, strict=True)):
+            filled = cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))[place].ravel() > 0
+            signal[i] = signal[i][~filled] if np.mean(filled) < 1 - EMPTY else signal[i][:1]
+    return signal
 
 
 def _sparse(count: int) -> slice:
@@ -77,17 +131,18 @@ def _sparse(count: int) -> slice:
     return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
 
 
-def window_images(images: list[np.ndarray], low: float, high: float, target: np.ndarray) -> None:
-    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; low becomes 0, high 255."""
-    table = None  # of all values of up to 16 bits: takes a fifth of the time
-    for place, image in zip(target, images, strict=True):
+def window_images(images: list[np.ndarray], windows: np.ndarray, target: np.ndarray) -> None:
+    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8 by windows (n, 2): low, high."""
+    table, window = None, None  # of all values of up to 16 bits: takes a fifth of the time
+    for place, image, (low, high) in zip(target, images, windows, strict=True):
         image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         place = place[: image.shape[0], : image.shape[1]]
         if image.dtype.kind not in "iu" or image.itemsize > 2:
             place[:] = _to_grey(image, low, high)
             continue
         index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
-        if table is None or table.dtype != image.dtype:
+        if table is None or table.dtype != image.dtype or window != (low, high):
+            window = low, high
             table = np.arange(256**image.itemsize, dtype=index).view(image.dtype)
             grey = _to_grey(table, low, high)
         cv2.LUT(image.view(index), grey, dst=place)
@@ -95,7 +150,8 @@ def window_images(images: list[np.ndarray], low: float, high: float, target: np.
 
 def _to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Grey levels 0..255 (uint8) of values of any type."""
-    scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / max(float(high - low), 1e-6))
+    scaled = np.subtract(values, low, dtype=np.result_type(values, np.float32))  # float64 for 32-bit integers
+    scaled *= 255 / max(float(high - low), 1e-6)
     return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
@@ -136,12 +192,12 @@ def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, li
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
     for source, study_id, series_id, kind in series:
         try:
-            stack, skipped = read_stack(source, study_id, series_id, kind)
+            stack, notes = read_stack(source, study_id, series_id, kind)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue
-        reasons = [readable(f"{file.name}: {reason}") for file, reason in skipped]
-        yield stack, [(study_id, series_id, "file_unusable", reason, "file left out") for reason in reasons]
+        findings = [(rule, readable(f"{file.name}: {reason}"), action) for rule, file, reason, action in notes]
+        yield stack, [(study_id, series_id, *finding) for finding in findings]
 
 
 def convert_studies(

@@ -42,9 +42,9 @@ WANTED_NAMES = """
     AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored Columns EchoPulseSequence EchoTime EffectiveEchoTime
     HighBit ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber InversionTime InversionTimes Modality
     NumberOfFrames PatientBirthDate PatientID PatientName PerFrameFunctionalGroupsSequence PhotometricInterpretation
-    PixelRepresentation PixelSpacing ProtocolName RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel
-    ScanningSequence SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID
-    StudyInstanceUID TransferSyntaxUID
+    PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing ProtocolName RepetitionTime
+    RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SeriesDescription SeriesInstanceUID
+    SharedFunctionalGroupsSequence SOPInstanceUID StudyInstanceUID TransferSyntaxUID
 """
 WANTED_TAGS = [tag_for_keyword(name) for name in WANTED_NAMES.split()]
 GROUP_NAMES = """
@@ -257,7 +257,7 @@ def text(dataset: Dataset, name: str) -> str:
     element = dataset.get_item(tag, keep_deferred=True)
     if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
         vr = element.VR or dictionary_VR(tag)
-        if vr == "US":
+        if vr in ("US", "US or SS"):  # of the second, only the pixels tell the sign
             return str(int.from_bytes(element.value[:2], "little" if element.is_little_endian else "big"))
         if vr in STR_VR:
             return element.value.decode("latin-1").strip(" \0\t\r\n")

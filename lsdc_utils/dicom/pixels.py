@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
-from pydicom import uid
+from pydicom import Dataset, uid
 from pydicom.encaps import encapsulate, generate_fragments, generate_frames
 from pydicom.pixels import get_decoder
 from rle.rle import decode_frame
@@ -60,6 +60,7 @@ class Layout:
     high: int  # the highest of them
     signed: bool
     inverse: bool  # MONOCHROME1: more is darker
+    padding: tuple[int, int] | None = None  # lowest and highest stored value that is no signal
     words: bool = False  # whether 8-bit pixels are stored in 16-bit words, which matters in big endian
 
     @property
@@ -95,8 +96,18 @@ def read_layout(header: Header) -> Layout:
     high = integer(dataset, "HighBit")
     high = high if high is not None and stored - 1 <= high < allocated else stored - 1
     signed, words = integer(dataset, "PixelRepresentation") == 1, header.pixels_vr == "OW"
-    inverse = photometric == "MONOCHROME1"
-    return Layout(header.syntax, frames, rows, columns, allocated, stored, high, signed, inverse, words)
+    inverse, padding = photometric == "MONOCHROME1", _padding(dataset, signed)
+    return Layout(header.syntax, frames, rows, columns, allocated, stored, high, signed, inverse, padding, words)
+
+
+def _padding(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
+    """Lowest and highest stored value of padding (PS3.3, C.7.5.1.1.2), signed like the pixels; None where not given."""
+    value, limit = integer(dataset, "PixelPaddingValue"), integer(dataset, "PixelPaddingRangeLimit")
+    if value is None:
+        return None
+    ends = [value, value if limit is None else limit]
+    ends = [n - (1 << 16) * (n >> 15 == 1) if signed else n + (1 << 16) * (n < 0) for n in ends]  # another sign's VR
+    return min(ends), max(ends)
 
 
 def check_lengths(header: Header, layout: Layout) -> None:
@@ -134,8 +145,11 @@ def check_lengths(header: Header, layout: Layout) -> None:
         raise DicomError("has RLE pixel data that is too short for its image: copy it again from the archive")
 
 
-def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
-    """The stored values of each frame, (rows, columns) of `layout.dtype`, more is brighter; DicomError where broken."""
+def read_frames(header: Header, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Stored values (rows, columns) of each frame, of `layout.dtype`, and where they are padding (None: nowhere).
+
+    DicomError where the pixels are broken.
+    """
     frames = _stored_frames(header, layout)
     decoder = _worker(os.getpid()).decode if layout.syntax in JPEG_FAMILY else decode
     for number in range(layout.frames):
@@ -143,7 +157,18 @@ def read_frames(header: Header, layout: Layout) -> Iterator[np.ndarray]:
             data = next(frames, None)
         if data is None:
             raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
-        yield _mask(decoder(data, layout), layout)
+        raw = decoder(data, layout)
+        values = _mask(raw if layout.padding is None else raw.copy(), layout)
+        yield values, _padded(values, raw, layout)
+
+
+def _padded(values: np.ndarray, raw: np.ndarray, layout: Layout) -> np.ndarray | None:
+    """Where values are padding, sought in `raw` if it needs more bits than are stored; None without padding."""
+    if layout.padding is None:
+        return None
+    (low, high), room = layout.padding, 1 << (layout.stored - layout.signed)
+    seen = values if -room * layout.signed <= low and high < room else raw
+    return (seen >= low) & (seen <= high)
 
 
 def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
@@ -160,14 +185,12 @@ def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
 
 
 def _mask(values: np.ndarray, layout: Layout) -> np.ndarray:
-    """Values with their unused bits cleared, wherever these are, and MONOCHROME1 inverted."""
+    """Values with their unused bits cleared, wherever these are."""
     high = layout.stored - 1 if layout.syntax in JPEG_FAMILY else layout.high  # these decoders move the values down
     unused = layout.allocated - layout.stored
     if unused:
         values <<= layout.allocated - 1 - high
         values >>= unused  # an arithmetic shift for signed numbers, so that their sign is kept
-    if layout.inverse:
-        values = ~values if layout.signed else values.dtype.type(2**layout.stored - 1) - values
     return values
 
 

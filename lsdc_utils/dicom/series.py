@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pydicom.dataset import Dataset
 
 from lsdc_utils import geometry
 from lsdc_utils.dicom.headers import DicomError, first_number, frame_datasets, frame_numbers, integer, opened, text
-from lsdc_utils.dicom.pixels import check_lengths, read_frames, read_layout
+from lsdc_utils.dicom.pixels import Layout, check_lengths, read_frames, read_layout
 
 ORDER = {  # plane -> patient direction in which its slices are sorted
     "sagittal": (1.0, 0.0, 0.0),  # from the patient's right to the left
@@ -96,8 +97,8 @@ def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Ser
 
     source: the folder that holds the series and nothing else, or its files.
     pixels: False reads headers alone, five times faster, with `Series.pixels` None; truncated files are found as well.
-    Pixels are rescaled where the header says so (float32), and as stored otherwise; MONOCHROME1 is inverted, so that
-    more signal is always a higher value. Where a file has several frames, the images are numbered 1, 2, ...
+    Pixels are rescaled where the header says so (float), and as stored otherwise; MONOCHROME1 is inverted, so that more
+    signal is always a higher value. Padding is -inf. Where a file has several frames, the images are numbered 1, 2, ...
     `skipped`: files that cannot be used or repeat another one's image. `repaired`: files that lack an orientation or a
     spacing and got those on which all others agree.
     Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
@@ -179,7 +180,7 @@ def _read_file(file: Path, pixels: bool) -> list[_Image]:
         places = [_place(of_frame) for of_frame in datasets]
         values = [None] * layout.frames
         if pixels:
-            values = list(map(_rescale, read_frames(header, layout), datasets))
+            values = list(map(partial(_rescale, layout), read_frames(header, layout), datasets))
     head, shape = (layout.frames, number, uid), (layout.rows, layout.columns)
     placed = enumerate(zip(places, values, strict=True))
     return [_Image(file, frame, *head, shape, *place, value) for frame, (place, value) in placed]
@@ -206,15 +207,21 @@ def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, li
     return position, orientation, spacing
 
 
-def _rescale(values: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
-    """Stored values as signal, in float32 where the header gives a slope or an intercept, and untouched otherwise."""
+def _rescale(layout: Layout, frame: tuple[np.ndarray, np.ndarray | None], datasets: list[Dataset]) -> np.ndarray:
+    """Stored values as signal, more is brighter and padding is -inf; floats where the header gives scale or padding."""
+    values, padded = frame
     slope = first_number(datasets, "RescaleSlope") or 1.0
     intercept = first_number(datasets, "RescaleIntercept") or 0.0
-    if (slope, intercept) == (1.0, 0.0):
-        return values
     if not 1e-9 < abs(slope) < 1e9 or abs(intercept) > 1e15:
         raise DicomError(f"has RescaleSlope {slope} and RescaleIntercept {intercept}, which are implausible")
-    return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    kind = np.result_type(values, np.float32).type  # float64 for 32 bits
+    if (slope, intercept) != (1.0, 0.0):
+        kind = np.float64 if abs(intercept) > 1e5 * abs(slope) else kind  # else steps of 1 would be lost
+        sign = -1 if layout.inverse else 1
+        values = values.astype(kind) * kind(sign * slope) + kind(sign * intercept)
+    elif layout.inverse:
+        values = ~values if layout.signed else values.dtype.type(2**layout.stored - 1) - values
+    return values if padded is None or not padded.any() else np.where(padded, kind(-np.inf), values)
 
 
 def _repair(images: list[_Image], skipped: list[Note]) -> tuple[list[_Image], list[Note]]:

@@ -15,7 +15,7 @@ from lsdc_utils.data.competition import Competition
 from lsdc_utils.data.stacks import (
     WINDOW,
     Stack,
-    _percentiles,
+    _windows,
     coarsen,
     convert_studies,
     load_study,
@@ -53,7 +53,7 @@ def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
     images = [rng.integers(*limits, shape).clip(0 if "u" in kind else None).astype(kind) for shape in ((9, 7), (5, 8))]
     for low, high in ((10.3, 90.9), (limits[0] * 0.8, limits[1] * 0.9), (5, 5)):
         target = np.full((2, 9, 8), 77, dtype=np.uint8)
-        window_images(images, low, high, target)
+        window_images(images, [(low, high)] * 2, target)
         for image, grey in zip(images, target, strict=True):
             expected = (image.astype(float) - low) * 255 / max(high - low, 1e-6)
             found = grey[: image.shape[0], : image.shape[1]].astype(float)
@@ -63,12 +63,13 @@ def test_windowing_is_the_plain_formula_for_any_kind_of_pixels(kind):
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])
 @pytest.mark.parametrize(
-    ("shape", "rows", "columns"), [((1, 1), [0], [0]), ((7, 9), [3], [4]), ((41, 60), range(0, 41, 5), range(2, 60, 5))]
+    ("shape", "rows", "columns"),
+    [((23, 24), range(1, 23, 5), range(4, 24, 5)), ((41, 60), range(0, 41, 5), range(2, 60, 5))],
 )
 def test_percentiles_are_numpys(kind, shape, rows, columns):
     images = [np.random.default_rng(k).gamma(2, 30, shape).astype(kind) for k in range(3)]
     seen = np.stack(images)[:, list(rows)][:, :, list(columns)]
-    np.testing.assert_allclose(_percentiles(images), np.percentile(seen, WINDOW), rtol=1e-6)
+    np.testing.assert_allclose(_windows(images)[0], [np.percentile(seen, WINDOW)] * 3, rtol=1e-6)
 
 
 @pytest.fixture
@@ -124,10 +125,10 @@ def test_a_stack_is_kept_whole(sagittal, tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7, 4), (9, 6), (33, 40), (64, 61), (70, 62), (51, 63)])
 def test_a_mirrored_image_has_the_same_window(shape: tuple[int, int]) -> None:
     image = np.random.default_rng(3).integers(0, 4000, shape).astype(np.uint16)
-    window = _percentiles([image]).tolist()
-    assert _percentiles([image[:, ::-1]]).tolist() == window
-    assert _percentiles([image[::-1]]).tolist() == window
-    assert _percentiles([image.astype(float)[:, ::-1]]) == pytest.approx(window)
+    window = _windows([image])[0].tolist()
+    assert _windows([image[:, ::-1]])[0].tolist() == window
+    assert _windows([image[::-1]])[0].tolist() == window
+    np.testing.assert_allclose(_windows([image.astype(float)[:, ::-1]])[0], window)
 
 
 @pytest.mark.parametrize(

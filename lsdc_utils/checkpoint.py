@@ -1,8 +1,9 @@
-"""The state of a training after each epoch, from which a stopped training resumes."""
+"""The state of a training after its last epochs, from which a stopped training resumes."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lsdc_utils.files import atomic
+
+SHARE = 0.01  # of a training's time that may go into writing checkpoints: detectors of full size write 0.5 GB each time
+FREE = 10.0  # seconds that may go into it besides, so that short trainings keep every epoch
 
 
 def fingerprint(*parts: Any) -> str:
@@ -28,27 +32,36 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:20]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """The file of one training in a folder of its own, replaced as a whole after each epoch.
+    """The file of one training in a folder of its own, replaced as a whole by each `save`.
 
     Not a pickle: tensors are safetensors, everything else is JSON in the header. `key`: the training's `fingerprint`;
     the state of another training is ignored."""
 
     folder: Path
     key: str
+    began: float = field(default_factory=time.monotonic)
+    spent: float = 0.0  # seconds of all saves
+    last: float = 0.0  # seconds of the last one
 
     @property
     def file(self) -> Path:
         """Path of the file."""
         return self.folder / "checkpoint.safetensors"
 
+    def due(self, last: bool) -> bool:
+        """Whether to save after this epoch: after the `last` one, and whenever the time spent on it allows."""
+        return last or self.spent + self.last <= FREE + SHARE * (time.monotonic() - self.began)
+
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state`: tensors, numbers, texts and None in nested dicts (keys: text or whole numbers) and lists."""
-        tensors: dict[str, torch.Tensor] = {}
+        start, tensors = time.monotonic(), {}
         header = {"key": self.key, "state": json.dumps(_split(state, tensors))}
         with atomic(self.file) as temporary:
             save_file(tensors, temporary, header)
+        self.last = time.monotonic() - start
+        self.spent += self.last
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last; None if there is none of this training, or the file is damaged."""

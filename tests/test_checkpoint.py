@@ -67,6 +67,28 @@ def test_a_state_that_cannot_be_written_leaves_the_last_state(tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_writing_costs_a_small_share_of_a_long_training(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+
+    def train(epochs, epoch_seconds, save_seconds):
+        kept, saved = Checkpoint(tmp_path / str(save_seconds), "k", clock[0]), []
+        monkeypatch.setattr(checkpoint, "save_file", lambda *_: clock.__setitem__(0, clock[0] + save_seconds))
+        for epoch in range(1, epochs + 1):
+            clock[0] += epoch_seconds
+            if kept.due(last=epoch == epochs):
+                kept.save({"epoch": epoch})
+                saved.append(epoch)
+        return saved
+
+    assert train(12, 0.5, 0.1) == list(range(1, 13))  # short ones keep every epoch
+    saved = train(1500, 60.0, 2.0)
+    assert saved[0] == 1 and saved[-1] == 1500 and 1500 not in saved[:-1]
+    assert max(np.diff(saved)) <= 4  # a checkpoint every 200 seconds
+    assert 2.0 * len(saved) <= 10 + 0.011 * 1500 * 60
+    assert train(20, 1.0, 30.0) == [1, 20]  # a slow disk: at first, and at the end
+
+
 def test_fingerprints_differ_where_anything_differs():
     kinds = [("images", np.uint8, (2, 2)), ("places", np.float32, (2,))]
     records = np.zeros(3, dtype=kinds)

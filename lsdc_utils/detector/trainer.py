@@ -1,4 +1,4 @@
-"""ultralytics' trainer, made repeatable: weighted images, and an exact resume after the last completed epoch.
+"""ultralytics' trainer, made repeatable: weighted images, and an exact resume after the last epoch that was saved.
 
 Importing this module imports ultralytics, so `training.quiet_ultralytics` must have run before.
 """
@@ -50,7 +50,7 @@ class Loader(torch.utils.data.DataLoader):
 
 
 class DetectorTrainer(DetectionTrainer):
-    """Trains on images drawn by weight, keeps a checkpoint after each epoch, and returns the last epoch's weights.
+    """Trains on images drawn by weight, keeps a checkpoint of its last epochs, and returns the last epoch's weights.
 
     weights: of each image, by its file's name. tricks: see `training.TRICKS`. box: usual width and height in input
     pixels. ultralytics' own checkpoint halves the precision of weights and optimiser and keeps no random state, so a
@@ -84,7 +84,7 @@ class DetectorTrainer(DetectionTrainer):
         )  # fmt: skip
 
     def resume_training(self, ckpt: Any) -> None:
-        """What has to be set once ultralytics has set itself up; then resume from the last completed epoch, if any."""
+        """What has to be set once ultralytics has set itself up; then resume after the last epoch that was saved."""
         torch.set_num_threads(self.threads)  # which ultralytics changes, and their number changes the weights
         if self.tricks["box_start"]:
             start_boxes((self.model, self.ema.ema), self.box)
@@ -132,7 +132,7 @@ class DetectorTrainer(DetectionTrainer):
         self.sampler.epoch = self.epoch
 
     def end_epoch(self) -> None:
-        """Print and keep an epoch's figures, and save the state; DetectorError if a loss or weight is not finite."""
+        """Print and keep an epoch's figures, save the state if due; DetectorError if a loss or weight is not finite."""
         metrics = self.metrics.items() if self.args.val else ()
         line = {
             "epoch": self.epoch + 1,
@@ -153,7 +153,8 @@ class DetectorTrainer(DetectionTrainer):
         self.history.append(line)
         others = {"ema_updates": self.ema.updates, "history": self.history}
         states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.checkpoint.save({**models, **states, **others})
+        if self.checkpoint.due(last=self.stop):
+            self.checkpoint.save({**models, **states, **others})
 
     def validate(self) -> tuple[dict[str, float], float]:
         """ultralytics' validation if it was asked for; it would also validate after the last epoch."""

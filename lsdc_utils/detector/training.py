@@ -1,4 +1,4 @@
-"""Training of a detector by ultralytics' trainer, resumable from the last completed epoch, and its weights."""
+"""Training of a detector by ultralytics' trainer, resumable from its last checkpoint, and its weights."""
 
 import contextlib
 import hashlib
@@ -90,7 +90,7 @@ def train_detector(
 
     `shown`: as `training_images` gives it. `settings`: see `check_settings`. `threads`: of torch; another number gives
     slightly different weights. `held_out`: images to validate on after each epoch, which costs as much as training.
-    `work`: a folder for ultralytics' files and for the checkpoint of the last completed epoch, from which the same
+    `work`: a folder for ultralytics' files and for the checkpoint of one of the last epochs, from which the same
     training resumes when it is started again; remove it once the weights are saved. The last epoch's weights are
     returned: nothing is chosen on held-out images. history: epoch, seconds, lr, loss parts and mAP if validated.
     """

@@ -124,12 +124,14 @@ def _stack(middle: Array, axes: Array, offsets: Array, size: tuple[int, int], sp
 
 
 def _plan_sagittal(rng: np.random.Generator, body: Body, shift: Array, wider: float) -> Blocks:
-    """13 or 14 slices, fewer where steps are `wider`."""
+    """13 or 14 slices, fewer where steps are `wider`, more in a bowed spine."""
     step = float(rng.choice([4.0, 4.3, 4.5]))
     n = round((14 if step == 4.0 else 13) / wider)
     step *= wider
     aside, back, up = rng.normal(0, [1.5, 14, 14])
     middle = body.points()[:5].mean(0) + (shift + np.array([aside, 0, 0])) + np.array([0, back, up])
+    if body.traits["bow"]:  # more slices, so that all foramina are seen
+        n = max(n, round(2 * (np.abs(body.points()[5:15, 0] - middle[0]).max() + 4) / step + 0.5))
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
     return step, [(middle, axes, (np.arange(n) - (n - 1) / 2) * step)]

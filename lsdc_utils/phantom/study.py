@@ -10,7 +10,7 @@ import numpy as np
 
 from lsdc_utils import geometry, vocabulary
 from lsdc_utils.phantom import labels
-from lsdc_utils.phantom.body import Body
+from lsdc_utils.phantom.body import Body, draw_bow
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, MISSING, SEVERITIES, T1, T2
@@ -74,6 +74,7 @@ class StudyPlan:
     protocol: Protocol
     slip: bool | None  # forced, forbidden, or drawn
     transitional: bool | None
+    scoliosis: float  # mm; 0: the usual small one
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     rates = [getattr(plan.dirt, kind) for kind in KINDS]
     draws = dirt_rng.random((1 + SERIES_PER_STUDY, len(KINDS))) < rates  # a row for the study, then one per series
     flaws = [dict(zip(KINDS, row, strict=True)) for row in draws]
-    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional)
+    bow = draw_bow(np.random.default_rng([*plan.seed, 7]), plan.scoliosis) if plan.scoliosis else None
+    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, bow)
     series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
     seen = np.any([part.columns for part in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing

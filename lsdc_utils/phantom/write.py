@@ -27,6 +27,7 @@ from lsdc_utils.phantom.study import NORMAL, SERIES_PER_STUDY, Dirt, StudyPlan, 
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
 
 LARGEST_ID = 4_294_967_295  # ids of the real studies and series fill 32 bits
+LARGEST_BOW = 30  # mm; a Cobb angle of up to 98 degrees
 POINTS = ("study_id", "series_id", "instance_number", "condition", "level", "x", "y")
 SERIES = ("study_id", "series_id", "series_description")
 SEEN = ("study_id", "split", "series_id", "series_type")  # a patient moves a little between series
@@ -63,6 +64,7 @@ class Design:
     bodies: list[int] | None = None
     slip: bool | None = None
     transitional: bool | None = None
+    scoliosis: float = 0.0
 
     @staticmethod
     def of(n_train: int, n_test: int, seed: int, **choices: Any) -> "Design":
@@ -75,6 +77,9 @@ class Design:
             if rows is not None and len(rows) != n:
                 raise ValueError(f"phantom: {name} has {len(rows)} entries for {n} studies")
             choices[name] = None if rows is None else np.asarray(rows).tolist()
+        choices["scoliosis"] = bow = float(choices.get("scoliosis", 0))
+        if not 0 <= bow <= LARGEST_BOW:
+            raise ValueError(f"phantom: scoliosis is a bow of 0 to {LARGEST_BOW} mm, not {bow}")
         dirt = Dirt(**{name: choices.pop(name) for name in Dirt.__dataclass_fields__ if name in choices})
         protocol = Protocol(**{name: choices.pop(name) for name in Protocol.__dataclass_fields__ if name in choices})
         return Design(n_train, n_test, seed, dirt, protocol, **choices)
@@ -87,6 +92,8 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
 
     - `images=False`: no images. Rates of `Dirt`, e.g. `tilted_blocks=0`. Factors of `Protocol`, e.g. `noise=2`.
     - `slip`, `transitional`: True or False force or forbid a slipped or a transitional vertebra in every spine.
+    - `scoliosis`: mm from a straight line to the apex of the one bow of every spine, a wave of 250 to 400 mm, its
+      vertebrae turned; 0: the usual slight curves.
     - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.
     - `bodies`: (n_train + n_test,) integers; studies of a split with the same one differ in narrowings and ids alone.
 
@@ -142,7 +149,7 @@ def _plan_studies(design: Design) -> list[StudyPlan]:
     rng, least = np.random.default_rng([seed, 2]), 1_000_000
     ids = least + rng.choice(LARGEST_ID - least, total * (1 + SERIES_PER_STUDY), replace=False)
     series_ids = ids[total:].reshape(total, SERIES_PER_STUDY).tolist()
-    common = (design.dirt, design.protocol, design.slip, design.transitional)
+    common = (design.dirt, design.protocol, design.slip, design.transitional, design.scoliosis)
     plans = []
     for k, (split, n) in enumerate(zip(("train", "test"), counts, strict=True)):
         first = len(plans)

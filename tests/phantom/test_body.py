@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lsdc_utils.phantom import scanner
-from lsdc_utils.phantom.body import FIRST, RECESS, Body
+from lsdc_utils.phantom.body import AXIS, FIRST, RECESS, STEP, Body, draw_bow
 from lsdc_utils.phantom.layers import Points, paint
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, SERIES_TYPES, T1, T2
 
@@ -82,6 +82,49 @@ def test_spine_coordinates_and_back():
     patient = body(seed=5)
     u, v, s = np.random.default_rng(0).uniform([-30, -40, -60], [30, 40, 100], (200, 3)).T
     assert np.allclose(patient.to_spine(patient.to_patient(u, v, s)), (u, v, s), atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def bowed():
+    """A spine that bows 15 mm to the left at L3/L4, its vertebrae turned by a third of the Cobb angle."""
+    bow = draw_bow(np.random.default_rng(0), 15.0) | {"scoliosis_phase": np.pi / 2, "scoliosis_wave": 300.0}
+    cobb = 2 * np.arcsin(15 * 2 * np.pi / 300)
+    return body(seed=5, slip=False, bow=bow | {"turn": cobb / 3})
+
+
+def test_what_is_drawn_of_a_bow_lies_within_its_bounds():
+    bows = [draw_bow(np.random.default_rng(seed), 15.0) for seed in range(400)]
+    waves, phases, turns = (np.array([bow[n] for bow in bows]) for n in ("scoliosis_wave", "scoliosis_phase", "turn"))
+    shares = turns / (2 * np.arcsin(2 * np.pi * 15 / waves))
+    for values, low, high in ((waves, 250, 400), (phases, 0, 2 * np.pi), (shares, 0, 1 / 3)):
+        assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high
+
+
+def test_a_bow_has_its_size_and_its_discs_lean_with_it(bowed):
+    zero = np.argmin(np.abs(AXIS))
+    assert bowed.centre[zero, 0] == pytest.approx(15) and bowed.centre[:, 0].min() == pytest.approx(-15, abs=0.01)
+    np.testing.assert_allclose(np.linalg.norm(np.diff(bowed.centre, axis=0), axis=1), STEP, rtol=1e-3)
+    along = np.gradient(bowed.centre, axis=0) / STEP
+    _, normals = bowed.disc_planes()
+    for disc, normal in zip(bowed.discs[FIRST : FIRST + 5], normals, strict=True):
+        np.testing.assert_allclose(along[np.argmin(np.abs(AXIS - disc))], normal, atol=0.002)
+
+
+def test_turned_vertebrae_take_their_points_and_tissues_with_them(bowed):
+    points = bowed.points()
+    front, _ = bowed.disc_planes()
+    recesses = points[17] - points[22]  # left and right at L3/L4, the apex
+    turn = 2 * np.arcsin(15 * 2 * np.pi / 300) / 3
+    assert np.arctan2(recesses[1], recesses[0]) == pytest.approx(turn, abs=0.01)
+    assert front[2, 0] > points[2, 0] + 5, "the body turns to the convex side, the left"
+    assert np.linalg.norm(recesses) == pytest.approx(2 * RECESS[0])
+    u, v, s = np.random.default_rng(0).uniform([-60, -60, -60], [60, 50, 100], (300, 3)).T
+    np.testing.assert_allclose(bowed.to_spine(bowed.to_patient(u, v, s)), (u, v, s), atol=0.05)
+    acquisition, image = clean_images(bowed)[AXIAL]
+    pixels = np.linalg.solve(acquisition.affines, np.append(points[2], 1))
+    k = np.abs(pixels[:, 2]).argmin()
+    col, row = np.rint(pixels[k, :2]).astype(int)
+    assert image[k, row, col] > 0.8  # CSF
 
 
 def test_points_lie_in_order():

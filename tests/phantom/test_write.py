@@ -177,9 +177,10 @@ def test_fingerprint_tells_arguments_apart():
         fingerprint(2, 1, 8),
         fingerprint(2, 1, 7, images=False),
         fingerprint(2, 1, 7, non_square=0.5),
+        fingerprint(2, 1, 7, scoliosis=15),
     }
-    assert len(told) == 5
-    assert fingerprint(2, 1, 7) in told
+    assert len(told) == 6
+    assert fingerprint(2, 1, 7) in told and fingerprint(2, 1, 7, scoliosis=0) in told
 
 
 # ---- one thing changed, all else the same ----------------------------------------------------------------------------
@@ -230,6 +231,7 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
         ({"pixel": 1.3}, {"solution_coordinates"}),
         ({"slip": True}, {"spines", "anatomy", "discs", "solution_coordinates"}),
         ({"transitional": True}, {"spines"}),
+        ({"scoliosis": 15.0}, {"spines", "anatomy", "discs", "solution_coordinates"}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -239,6 +241,24 @@ def test_a_choice_changes_what_it_names_and_nothing_else(tmp_path, choice, chang
     other = write_phantom(tmp_path / "other", 0, 4, 7, **{"slip": False, **BARE, **choice})
     assert {name for name in names if not table(usual, name).equals(table(other, name))} == changed
     assert fingerprint(0, 4, 7, slip=False, **BARE) != fingerprint(0, 4, 7, **{"slip": False, **BARE, **choice})
+
+
+def test_no_scoliosis_changes_no_byte(tmp_path):
+    usual = write_phantom(tmp_path / "usual", 0, 1, 7)
+    assert digests(usual) == digests(write_phantom(tmp_path / "none", 0, 1, 7, scoliosis=0.0))
+
+
+def test_a_scoliosis_bends_every_spine_by_its_size_and_readers_see_all_its_points(tmp_path):
+    root = write_phantom(tmp_path / "p", 0, 40, 7, scoliosis=15.0, **BARE)
+    assert (table(root, "spines")["scoliosis_mm"] == 15).all()
+    assert table(root, "solution_coordinates").groupby("study_id").size().tolist() == [len(COLUMNS)] * 40
+    anatomy = table(root, "anatomy")
+    assert (anatomy[anatomy["series_type"] == T1].groupby("study_id").size() == len(COLUMNS)).mean() > 0.9
+    canal = anatomy[(anatomy["series_type"] == T2) & (anatomy["condition"] == vocabulary.SPINAL_CANAL)]
+    studies = [(rows["Z"], rows["X"]) for _, rows in canal.groupby("study_id")]
+    bows = [x - np.polyval(np.polyfit(z, x, 1), z) for z, x in studies]
+    ranges = [np.ptp(bow) for bow in bows]
+    assert 5 < np.median(ranges) < 15 and max(ranges) < 25  # the lumbar spine is a part of the wave
 
 
 def test_a_choice_is_seen_in_the_images(tmp_path):
@@ -272,6 +292,8 @@ def test_a_choice_is_seen_in_the_images(tmp_path):
         ({"bodies": [1, 2, 3]}, ValueError, "bodies has 3 entries for 1 studies"),
         ({"narrowing": np.full((1, 25), 1.5)}, ValueError, "25 numbers"),
         ({"nosie": 2.0}, TypeError, "nosie"),
+        ({"scoliosis": -1}, ValueError, "0 to 30 mm, not -1"),
+        ({"scoliosis": np.nan}, ValueError, "0 to 30 mm"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(tmp_path, choices, error, message):

@@ -47,10 +47,11 @@ class Models:
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points, canal = grade_study(self.yolos, study_id, stacks)
+        crop_points = pd.concat([canal, points[points["condition"] == "ss"]], ignore_index=True)
         types = sorted({stack.series_type for stack in stacks})
         return {
             "yolo": rows,
-            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], canal, self.views),
+            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], crop_points, self.views),
             "points": points,
             "findings": pd.DataFrame(columns=COLUMNS_OF["findings"]) if findings is None else findings,
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),

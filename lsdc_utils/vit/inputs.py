@@ -108,6 +108,7 @@ def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
         for condition, level, *place in own[["condition", "level", "X", "Y", "Z"]].itertuples(index=False):
             k, slot = LEVELS.index(level), crops.SLOTS.index(slots[condition])
             off = frames[k] @ (place - middles[k, slot])
+            off[2] = frames[k, 2] @ (place - centres[k])  # places of slices too are told from the level's point
             out = off[0] * (-1 if slots[condition][1] == SIDES[1] else 1) - crops.AIMS[slot]
             rows.append((study, level, *slots[condition], out, *off[1:]))
     return pd.DataFrame(rows, columns=["study_id", "level", "series_type", "side", *AXES])

@@ -56,8 +56,8 @@ AXIAL_PLANE = {"columns": (1, 0, 0), "rows": (0, 1, 0)}
 def spine(n_missing=0, tilt=0.0, x=3.0):
     """Canal points of one study, leaning by `tilt` mm a mm in the coronal plane, the last `n_missing` levels absent."""
     z = SPINE_Z - 40
-    table = {"study_id": 7, "level": LEVELS, "X": x + tilt * z, "Y": SPINE_Y + 30, "Z": z}
-    return pd.DataFrame(table).iloc[: len(LEVELS) - n_missing]
+    table = {"study_id": 7, "level": LEVELS, "side": "", "X": x + tilt * z, "Y": SPINE_Y + 30, "Z": z}
+    return pd.DataFrame(table | {"confidence": 1.0}).iloc[: len(LEVELS) - n_missing]
 
 
 def mirror_study(stack):

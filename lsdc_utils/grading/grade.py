@@ -48,11 +48,12 @@ class Models:
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points, canal = grade_study(self.yolos, study_id, stacks)
+        crop_points = pd.concat([canal, points[points["condition"] == "ss"]], ignore_index=True)
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, points), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
-            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], canal, self.views),
+            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], crop_points, self.views),
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),

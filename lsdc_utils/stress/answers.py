@@ -27,7 +27,7 @@ from lsdc_utils.vit.predict import predict_studies
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SERIES_TYPES, SEVERITIES, mirrored, parse_row_id, row_id
 
 MODELS = ("yolo", "vit3d", "ensemble")
-CENTRE_MM = (2.0, 4.0, 8.0)  # errors added to the canal points that the transformer is given
+CENTRE_MM = (2.0, 4.0, 8.0)  # errors added to the points that the transformer is given
 CHUNK = 5  # cases that a process takes at a time
 LOOKS = ["case", "condition", "level", "model", "weights", "share", "hit", "chance"]
 MOVES = ["case", "version", "moved"]
@@ -105,20 +105,22 @@ class _Study:
     def blend(self, graded: Graded) -> Tables:
         return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
 
-    def canal(self) -> pd.DataFrame:
+    def crop_points(self) -> pd.DataFrame:
+        """Canal points and recesses, as the transformer is given them."""
         points = self.graded["points"]
-        of = {key: points[points["condition"] == key].drop(columns="condition") for key in ("scs", "nfn")}
-        return study_canal(of["scs"], of["nfn"], self.models.yolos["nfn"][0].config.canal_from_foramina)
+        of = {key: points[points["condition"] == key].drop(columns="condition") for key in GROUPS}
+        offsets = self.models.yolos["nfn"][0].config.canal_from_foramina
+        return pd.concat([study_canal(of["scs"], of["nfn"], offsets), of["ss"]], ignore_index=True)
 
     def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
-        """The study graded without each type of series, and with crop centres beside the detected canal points."""
+        """The study graded without each type of series, and with crop centres beside the detected points."""
         for kind in SERIES_TYPES:
             stacks = [stack for stack in self.stacks if stack.series_type != kind]
             yield "missing series", f"no {kind}", self.blend(self.models.grade(self.study_id, stacks))
-        canal = self.canal()
-        directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(canal), 3)))
+        points = self.crop_points()
+        directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(points), 3)))
         for error in CENTRE_MM:
-            beside = canal.copy()
+            beside = points.copy()
             beside[[*"XYZ"]] += error * directions
             rows = predict_studies(self.models.vits, [(self.study_id, self.stacks)], beside, self.models.views)
             yield "error of the centres", f"{error:g} mm", self.blend(self.graded | {"vit3d": rows})
@@ -131,14 +133,17 @@ class _Study:
         here = anatomy.query("condition == @condition and level == @level and series_type == @group.series_type")
         if here.empty:
             return
-        place, canal = here[list("XYZ")].to_numpy(float).mean(axis=0), self.canal()
+        place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.crop_points()
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
-        where = (self.stacks, canal, case.row, place)
+        canal = points[points["side"] == ""]
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {"yolo": occlusion.look_detector(detector, *where), "vit3d": occlusion.look_vit(vit, *where)}
+            maps = {
+                "yolo": occlusion.look_detector(detector, self.stacks, canal, case.row, place),
+                "vit3d": occlusion.look_vit(vit, self.stacks, points, case.row, place),
+            }
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

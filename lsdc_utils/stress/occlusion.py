@@ -57,14 +57,14 @@ def hidden(images: np.ndarray, places: np.ndarray, centre: np.ndarray) -> np.nda
 
 
 def look_vit(
-    model: Vit3d, stacks: list[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
+    model: Vit3d, stacks: list[Stack], points: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
     """How hiding each ball round a place (3,) changes a transformer's answer for a row: off (mm from it), change.
-    Empty where the study cannot be graded. canal: its detected canal points."""
-    record = study_input(stacks, canal, model.config)
+    Empty where the study cannot be graded. points: its detected canal points and recesses."""
+    record = study_input(stacks, points, model.config)
     if record is None:
         return NOTHING
-    centres, places = lattice(place, np.eye(3), REACH["vit3d"]), _pixel_places(stacks, canal, model.config)
+    centres, places = lattice(place, np.eye(3), REACH["vit3d"]), _pixel_places(stacks, points, model.config)
     inputs = np.repeat(record[None], 1 + len(centres), axis=0)
     for images, centre in zip(inputs["images"][1:], centres, strict=True):
         images[:] = hidden(images, places, centre)
@@ -72,12 +72,12 @@ def look_vit(
     return _changes(centres - place, natural[:, COLUMNS.index("_".join(row))])
 
 
-def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -> np.ndarray:
+def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray:
     """LPS mm (5, slots * n, h, w, 3) of every pixel of what `study_input` gives, NaN where there is no slice."""
     side = config.size + 2 * config.margin
     places = np.full((len(LEVELS), len(SLOTS), config.slices, side, side, 3), np.nan)
     steps = np.arange(side)[:, None]
-    for level, slots in enumerate(level_cuts(stacks, canal, side, config.spacing, config.slices)):
+    for level, slots in enumerate(level_cuts(stacks, points, side, config.spacing, config.slices)):
         for slot, cuts in enumerate(slots):
             for k, cut in enumerate(cuts):
                 places[level, slot, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
@@ -87,7 +87,8 @@ def _pixel_places(stacks: list[Stack], canal: pd.DataFrame, config: VitConfig) -
 def look_detector(
     network: Detector, stacks: Sequence[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane."""
+    """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane. canal: the
+    study's canal points."""
     config = network.config
     of_type = [stack for stack in stacks if stack.series_type == GROUPS[config.condition].series_type]
     off = [geometry.plane_distances(stack.affines, place[None])[:, 0] for stack in of_type]

@@ -9,14 +9,15 @@ import torch
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import Seen, cut_views
 from lsdc_utils.vit.model import KINDS, VitConfig
-from lsdc_utils.vocabulary import COLUMNS, LEVELS, SERIES_TYPES
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, SERIES_TYPES
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """How strongly training varies what it shows."""
 
-    jitter: tuple[float, float, float] = (2.3, 1.6, 1.6)  # mm, sd of a level's shift to the left, posterior and head
+    # mm, sd of the shift of each of `SLOTS` to the side, to posterior and to the head; the demo's
+    jitter: tuple[tuple[float, float, float], ...] = ((2.3, 1.6, 1.6),) * len(SLOTS)
     rotation: float = 0.08  # radians, sd of the turn of a slot's slices in their plane
     scale: float = 0.06  # sd of the logarithm of their size
     intensity: float = 0.15  # sd of contrast and of brightness, a series
@@ -29,11 +30,13 @@ def augment(
     """A training batch of records and labels (B, 25): what the network sees, the labels, and for each study the order
     (B, 25) in which columns are taken, which stays as it is. rngs: one a study, so that a batch can be drawn again."""
     series, shifts, turns = [], [], []
-    slots = (len(LEVELS), len(SLOTS))
+    slots, jitter = (len(LEVELS), len(SLOTS)), np.array(strength.jitter)
+    # Slots hang on the level's canal point, axial ones by their height alone, so they share what it is off.
+    shared = np.minimum(jitter, jitter[0]) * [[kind != AXIAL, kind != AXIAL, True] for kind, _ in SLOTS]
     for rng in rngs:
         series.append(draw_series(strength, rng))
-        rng.random()  # not used; so a seed trains the same weights as in earlier versions
-        shifts.append(rng.normal(0, 1, (len(LEVELS), 3)).clip(-2.5, 2.5) * strength.jitter)
+        common, own = rng.normal(0, 1, (len(LEVELS), 1, 3)), rng.normal(0, 1, (*slots, 3))
+        shifts.append(common.clip(-2.5, 2.5) * shared + own.clip(-2.5, 2.5) * np.sqrt(jitter**2 - shared**2))
         angles = rng.normal(0, strength.rotation, slots)
         turns.append(np.stack([angles, np.exp(rng.normal(0, strength.scale, slots))], axis=-1))
     gain, gamma, kept = (np.stack(drawn)[:, KINDS].repeat(config.slices, axis=1) for drawn in zip(*series, strict=True))

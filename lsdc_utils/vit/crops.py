@@ -3,6 +3,7 @@
 Nothing is resampled between slices. Slice thickness and instance numbers are never used.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import cv2
@@ -29,45 +30,89 @@ SLOT_AXES[:, :, 0] *= np.array([[LATERAL[SIDES.index(side)] if side else 1.0] fo
 SLICE_REACH = 14.0  # mm from there that a slice may lie: three steps
 SAME_SLICE = 1.0  # mm between slices that show the same
 SAGITTAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
-AXIAL_MIDDLE = (8.0, -1.0)  # mm outwards and to posterior
+AXIAL_MIDDLE = (8.0, -3.0)  # mm outwards and to posterior from a level's point to its recess, if no point tells more
+# Spines bow sideways: mm of the bow and share of spines; one in ten old ones bows by 4 to 12 mm, rarely by 16.
+BOWS = ((1.5, 0.8), (6.0, 0.12), (15.0, 0.08))
+WAVES = np.array([180.0, 250.0, 320.0, 400.0])  # mm, lengths of a bow
+LEAN, ANYWHERE = 0.06, 100.0  # spread of a spine's slope, and mm of its place
+POINT_ERROR, WILD_ERROR = 1.2, 8.0  # mm, spread of a point that is right, and what a wild one adds to it
+WILD_SHARE = 0.05  # of points that are as sure as the study's best
+# Spreads in mm of recesses about `AXIAL_MIDDLE`: of a whole study, since series differ; of its turn, 50 mm from the
+# middle; of a level; of all recesses outwards.
+RECESS_SPREADS = (4.0, 2.5, 1.5, 1.5)
 
 
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Centres (5, 3) of a study's levels in the canal, and frames (5, 3, 3): unit vectors to the left, to posterior and
     to the head along the canal.
 
-    points: canal points of one study: level, X, Y, Z and, where they are detections, confidence; ValueError for
-    none. Missing levels follow the shape of an average spine. X is smoothed along the spine, because a point clicked on
-    the neighbouring slice is 4 mm off the midline.
+    points: of one study: level, side, X, Y, Z, confidence. The canal's have the side '' and no others are used;
+    ValueError for none. Missing levels follow the shape of an average spine. X is smoothed along the spine, because a
+    point clicked on the neighbouring slice is 4 mm off the midline.
     """
-    places = points[["X", "Y", "Z"]].to_numpy(dtype=float)
-    weight = np.maximum(points["confidence"].to_numpy(), 1e-6) if "confidence" in points else np.ones(len(points))
-    of_level = (points["level"].to_numpy() == np.array(LEVELS)[:, None]) & np.isfinite(places).all(axis=1)
-    if not of_level.any():
+    canal = points[points["side"] == ""].groupby("level")[[*"XYZ", "confidence"]].mean().reindex(list(LEVELS))
+    *places, confidence = canal.to_numpy(dtype=float).T
+    order, known = np.arange(len(LEVELS)), np.isfinite(places).all(axis=0)
+    if not known.any():
         raise ValueError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
-    share = of_level * weight  # (5, points)
-    with np.errstate(invalid="ignore"):
-        weighted = share @ np.nan_to_num(places) / share.sum(axis=1, keepdims=True)  # NaN where a level has no point
-
-    order, known = np.arange(len(LEVELS)), np.isfinite(weighted[:, 0])
-    average = np.stack([np.zeros(len(LEVELS)), SPINE_Y, SPINE_Z], axis=1)
-    offset = (weighted - average)[known]
-    offset = np.stack([np.interp(order, order[known], offset[:, axis]) for axis in range(3)], axis=1)
-    centres = average + offset
-    z = centres[:, 2]
-    centres[:, 0] = _smooth(z, centres[:, 0], 1)
-    slope_y = SPINE_SLOPE + np.gradient(_smooth(z, offset[:, 1], 2), z)
-    head = geometry.unit(np.stack([np.gradient(centres[:, 0], z), slope_y, np.ones(len(LEVELS))], axis=1))
+    average = np.stack([np.zeros(len(LEVELS)), SPINE_Y, SPINE_Z])
+    offset = np.where(known, places - average, np.nan)  # from an average spine: 3 x levels
+    centres = average + [np.interp(order, order[known], axis[known]) for axis in offset]
+    middle, height = np.nanmedian(offset, axis=1), centres[2] - centres[2].mean()
+    height = np.append(height, height + 1)  # a mm higher, for the slope
+    bow = np.cos(2 * np.pi * (height - height[:, None])[..., None] / WAVES).mean(axis=-1) / 2
+    priors = [(ANYWHERE**2 + LEAN**2 * np.outer(height, height) + size**2 * bow, share) for size, share in BOWS]
+    x, y = (_robust_means(axis[:, None], confidence, priors)[0].reshape(2, -1) for axis in (offset.T - middle).T[:2])
+    centres[0] = middle[0] + x[0]
+    head = geometry.unit(np.stack([x[1] - x[0], SPINE_SLOPE + y[1] - y[0], np.ones(len(LEVELS))], axis=1))
     left = geometry.unit(np.array([1.0, 0, 0]) - head * head[:, :1])
-    return centres, np.stack([left, np.cross(head, left), head], axis=1)
+    return centres.T, np.stack([left, np.cross(head, left), head], axis=1)
 
 
-def _smooth(z: np.ndarray, values: np.ndarray, degree: int) -> np.ndarray:
-    """A polynomial in z through values (n,) of levels, held back by a ridge: spines bend less than clicks err."""
-    scaled = (z - z.mean()) / 50  # mm: about half a lumbar spine
-    basis = np.stack([scaled**power for power in range(degree + 1)], axis=1)
-    ridge = np.diag([0.0] + [0.5] * degree)  # a click's variance over that of a slope of 3 mm in 50 mm
-    return basis @ np.linalg.solve(basis.T @ basis + ridge, basis.T @ values)
+def slot_centres(points: pd.DataFrame, centres: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """LPS mm (5, slots, 3) about which the squares of each slot lie: the level's centre; for axial ones the recess.
+
+    points, centres, frames: of `level_frames`; points with a side are recesses. A recess without a point, or one whose
+    point contradicts the study's others, lies where these let it be expected: series differ by some mm.
+    """
+    off, confidence = np.full((len(LEVELS), len(SIDES), 3), np.nan), np.ones((len(LEVELS), len(SIDES)))
+    names = ["level", "side", "confidence", *"XYZ"]
+    for level, side, sure, *place in points.loc[points["side"] != "", names].itertuples(index=False):
+        k = LEVELS.index(level), SIDES.index(side)
+        off[k], confidence[k] = frames[k[0]] @ (place - centres[k[0]]), sure
+    off -= (usual := np.array([[out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0] for out in LATERAL]))
+    height, out = np.repeat((centres[:, 2] - centres[:, 2].mean()) / 50, len(SIDES)), np.tile(LATERAL, len(LEVELS))
+    study, turn, level, half = np.square(RECESS_SPREADS)
+    spread = study + turn * np.outer(height, height) + half * np.outer(out, out)
+    spread += level * np.kron(np.eye(len(LEVELS)), np.ones((len(SIDES), len(SIDES))))
+    means, wild = _robust_means(off.reshape(-1, 3)[:, :2], confidence.ravel(), [(spread, 1.0)])
+    expected = np.pad(means, ((0, 0), (0, 1))).reshape(off.shape)
+    off = expected + (1 - wild.reshape(*off.shape[:2], 1)) * np.nan_to_num(off - expected)
+    recesses = centres[:, None] + np.einsum("lsi,lij->lsj", usual + off, frames)
+    return np.stack([recesses[:, SIDES.index(side)] if kind == AXIAL else centres for kind, side in SLOTS], axis=1)
+
+
+def _robust_means(values: np.ndarray, confidence: np.ndarray, priors: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (p, k) at places, of which the first n have `values` (n, k), NaN where unknown, and `confidence` (n,); and
+    the probability (n,) that a value is wild, 1 where unknown. priors: covariances (p, p), about 0, and shares.
+
+    The mean over normal distributions, one for each prior and each choice of wild values, at most a third, weighted by
+    how well they explain the values. So what values share is followed, and one that is far off is not.
+    """
+    known = np.flatnonzero(np.isfinite(values).all(axis=1))
+    values, sure, n = values[known], confidence[known], len(known)
+    wild_share = np.clip(WILD_SHARE * sure.max(initial=0) / np.maximum(sure, 1e-9), WILD_SHARE, 0.5)
+    chosen = [list(some) for count in range(n // 3 + 1) for some in itertools.combinations(range(n), count)]
+    wild = np.array([np.isin(np.arange(n), some) for some in chosen])  # (choices, n)
+    covariances, shares = (np.array(part) for part in zip(*priors, strict=True))
+    own = covariances[:, None, known[:, None], known] + (POINT_ERROR**2 + wild * WILD_ERROR**2)[:, None] * np.eye(n)
+    solved = np.linalg.solve(own, values)
+    fit = (values * solved).sum(axis=(2, 3)) + values.shape[1] * np.linalg.slogdet(own)[1]
+    weight = np.exp(fit.min() / 2 - fit / 2) * shares[:, None] * np.where(wild, wild_share, 1 - wild_share).prod(axis=1)
+    weight /= weight.sum()
+    is_wild = np.ones(len(confidence))
+    is_wild[known] = weight.sum(axis=0) @ wild
+    return np.einsum("qm,qpn,qmnk->pk", weight, covariances[:, :, known], solved, optimize=True), is_wild
 
 
 @dataclass(frozen=True)
@@ -97,22 +142,25 @@ def level_cuts(
 
     points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
     to the head; in axial slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
+    Sagittal squares lie about the level's point, axial ones about the recess.
     """
     slices = {kind: [] for kind in SERIES_TYPES}
     for stack in (coarsen(stack, spacing) for stack in stacks):
         for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
             slices[stack.series_type].append((image[:rows, :cols], affine, geometry.normals(affine)))
     levels = []
-    for centre, frame in zip(*level_frames(points), strict=True):
+    centres, frames = level_frames(points)
+    for centre, frame, anchors in zip(centres, frames, slot_centres(points, centres, frames), strict=True):
         slots = []
-        for (kind, _), aim, axes in zip(SLOTS, AIMS, SLOT_AXES, strict=True):
+        for (kind, _), aim, axes, anchor in zip(SLOTS, AIMS, SLOT_AXES, anchors, strict=True):
             across, down, _ = axes @ frame
-            offset, cuts = AXIAL_MIDDLE if kind == AXIAL else SAGITTAL_MIDDLE, []
+            offset, cuts = (0.0, 0.0) if kind == AXIAL else SAGITTAL_MIDDLE, []
             for place, image, affine, normal in _nearest(slices[kind], centre, axes[2], aim, count):
                 columns = geometry.unit(across - normal * (normal @ across))
                 rows = down - normal * (normal @ down)
                 rows = geometry.unit(rows - columns * (columns @ rows))
-                middle = centre + normal * place + columns * offset[0] + rows * offset[1]
+                middle = anchor + normal * (place - normal @ (anchor - centre))
+                middle = middle + columns * offset[0] + rows * offset[1]
                 origin = middle - (columns + rows) * (size - 1) / 2 * spacing
                 cuts.append(Cut(image, affine, origin, columns * spacing, rows * spacing, place))
             slots.append(cuts)

@@ -1,6 +1,7 @@
 """What the network sees of a study: squares and their centres, labels as arrays, and shifted views."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,11 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.files import atomic
 from lsdc_utils.vit import crops
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, MISSING, SERIES_TYPES, SPINAL_CANAL
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, SERIES_TYPES, SIDES
 
-AXES = ("left", "posterior", "head")  # of a level's frame
+AXES = ("outwards", "posterior", "head")  # of a level's frame
 VIEW_STEP = 1.5  # mm that a view at prediction is shifted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Seen = tuple[torch.Tensor, ...]  # what the network is called with
@@ -21,7 +23,7 @@ Seen = tuple[torch.Tensor, ...]  # what the network is called with
 def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray | None:
     """A record of one study, the squares of `level_cuts` slot by slot: `images` uint8 (5, slots * n, h, w) with margin,
     `places` float32 (5, slots * n) in mm, NaN where there is no slice. None without a series or a canal point."""
-    if not stacks or points.empty:
+    if not stacks or not (points["side"] == "").any():
         return None
     side, shape = config.size + 2 * config.margin, (len(LEVELS), len(crops.SLOTS) * config.slices)
     record = np.zeros((), dtype=[("images", np.uint8, (*shape, side, side)), ("places", np.float32, shape)])
@@ -45,13 +47,27 @@ def seen_studies(
 
 
 def study_inputs(
-    studies: Iterable[tuple[int, list[Stack]]], points: pd.DataFrame, config: VitConfig, see: Callable = study_input
+    studies: Iterable[tuple[int, list[Stack]]],
+    points: pd.DataFrame,
+    config: VitConfig,
+    file: str | Path,
+    see: Callable = study_input,
 ) -> tuple[list[int], np.ndarray]:
-    """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none."""
-    pairs = list(seen_studies(studies, points, config, see))
-    if not pairs:
-        raise ValueError("no study has a readable series and a canal point, so there is nothing to show the network")
-    return [study for study, _ in pairs], np.stack([seen for _, seen in pairs])
+    """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none.
+
+    The inputs are written to `file` study by study and mapped into memory, read-only: thousands of studies need no more
+    memory than twenty. An interrupted call leaves no file.
+    """
+    ids, seen = [], None
+    with atomic(file) as temporary, temporary.open("wb") as target:
+        for study_id, seen in seen_studies(studies, points, config, see):
+            ids.append(study_id)
+            target.write(seen.tobytes())
+        if seen is None:
+            raise ValueError(
+                "no study has a readable series and a canal point, so there is nothing to show the network"
+            )
+    return ids, np.asarray(np.memmap(file, seen.dtype, "r", shape=(len(ids), *seen.shape)))
 
 
 def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
@@ -62,39 +78,52 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
 
 
 def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Canal points to cut training crops round: study_id, level, X, Y, Z (LPS mm), confidence.
+    """Points to cut crops about: study_id, level, side ('' for the canal, else of a recess), X, Y, Z (LPS mm),
+    confidence.
 
     A study in one of the tables `detected` takes its points from there. These are out of fold, so training meets the
     errors that prediction will meet. Every other study takes the label table's points.
     """
-    tables, columns = list(detected), ["study_id", "level", "X", "Y", "Z", "confidence"]
-    clicked = labels[(labels["condition"] == SPINAL_CANAL) & labels["X"].notna()].assign(confidence=1.0)
+    tables, columns = list(detected), ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
+    side = {name: condition.side or "" for name, condition in CONDITIONS.items() if condition.group != "nfn"}
+    clicked = labels[labels["condition"].isin(side) & labels["X"].notna()]
+    clicked = clicked.assign(side=clicked["condition"].map(side), confidence=1.0)
     for table in tables:
         clicked = clicked[~clicked["study_id"].isin(table["study_id"])]
     return pd.concat([table[columns] for table in (*tables, clicked)], ignore_index=True)
 
 
 def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
-    """For each study and level in both tables: study_id, level, and mm to the left, to posterior and to the head along
-    the canal, from the point that a crop is cut round (`detected`: canal points) to the readers' (label table)."""
-    clicked, rows = crop_centres(labels), []
-    for study, points in clicked[clicked["study_id"].isin(detected["study_id"])].groupby("study_id"):
-        centres, frames = crops.level_frames(detected[detected["study_id"] == study])
-        level = points["level"].map(LEVELS.index).to_numpy()
-        off = np.einsum("nij,nj->ni", frames[level], points[["X", "Y", "Z"]].to_numpy() - centres[level])
-        rows += [(study, LEVELS[k], *mm) for k, mm in zip(level, off, strict=True)]
-    return pd.DataFrame(rows, columns=["study_id", "level", *AXES])
+    """For each point of a label table how far it lies from where crops about `detected` points look: study_id, level,
+    series_type, side, and mm outwards (T2: to the left), to posterior and to the head along the canal. T2 looks at the
+    level's point, T1 `FORAMEN` mm outwards of it, axial at the recess."""
+    rows, clicked = [], labels[labels["X"].notna()]
+    slots = {name: (GROUPS[c.group].series_type, c.side or "") for name, c in CONDITIONS.items()}
+    for study, points in detected.groupby("study_id"):
+        own = clicked[clicked["study_id"] == study]
+        if own.empty or not (points["side"] == "").any():
+            continue
+        centres, frames = crops.level_frames(points)
+        middles = crops.slot_centres(points, centres, frames)
+        for condition, level, *place in own[["condition", "level", "X", "Y", "Z"]].itertuples(index=False):
+            k, slot = LEVELS.index(level), crops.SLOTS.index(slots[condition])
+            off = frames[k] @ (place - middles[k, slot])
+            off[2] = frames[k, 2] @ (place - centres[k])  # places of slices too are told from the level's point
+            out = off[0] * (-1 if slots[condition][1] == SIDES[1] else 1) - crops.AIMS[slot]
+            rows.append((study, level, *slots[condition], out, *off[1:]))
+    return pd.DataFrame(rows, columns=["study_id", "level", "series_type", "side", *AXES])
 
 
 def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: np.ndarray | None = None) -> Seen:
-    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of levels moved by `shifts` (B, 5, 3).
+    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of slots moved by `shifts` (B, 5, slots,
+    3).
 
     shifts: mm to the left, to posterior and to the head: in the plane the square moves, across it the places of the
     slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
     """
     shape = (*inputs["places"].shape[:2], len(crops.SLOTS), config.slices)
     turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns
-    across, down, through = np.einsum("sac,blc->abls", crops.SLOT_AXES, shifts)
+    across, down, through = np.einsum("sac,blsc->abls", crops.SLOT_AXES, shifts)
     images = torch.from_numpy(inputs["images"]).to(DEVICE).float()
     stored = images.shape[-1]
     angle, size = turns[..., 0], turns[..., 1] * config.size / stored
@@ -113,7 +142,7 @@ def prediction_views(inputs: np.ndarray, config: VitConfig, count: int) -> Itera
     then shifted by `VIEW_STEP` mm to either side, back and forth, up and down."""
     steps = [np.zeros(3), *(sign * VIEW_STEP * axis for axis in np.eye(3) for sign in (1, -1))]
     for shift in steps[:count]:
-        moved = np.broadcast_to(shift, (len(inputs), len(LEVELS), 3))
+        moved = np.broadcast_to(shift, (len(inputs), len(LEVELS), len(crops.SLOTS), 3))
         yield cut_views(inputs, config, moved), list(range(len(COLUMNS)))
 
 
@@ -122,14 +151,14 @@ def shown_slices(
 ) -> Iterator[tuple[str, np.ndarray, float, tuple]]:
     """For each series type the square of a level's left half that is nearest to where its slot looks, as the network
     sees it: series type, image (blank if there is none), the slice's place in mm, and the image's extent for imshow, mm
-    from the level's point. Sagittal images have the head at the top, axial ones anterior."""
+    from the level's point or the recess. Sagittal images have the head at the top, axial ones anterior."""
     images, places = (part[study, level].cpu().numpy() for part in seen)
     for kind in SERIES_TYPES:
         slot = [of_slot for of_slot, _ in crops.SLOTS].index(kind)  # the left side's
         off = np.abs(places.reshape(-1, config.slices)[slot] - crops.AIMS[slot])
         nearest = slot * config.slices + int(np.argsort(off)[0])  # a missing slice is sorted last
         image = images[nearest] * np.isfinite(places[nearest])
-        across, down = crops.AXIAL_MIDDLE if kind == AXIAL else crops.SAGITTAL_MIDDLE
+        across, down = (0.0, 0.0) if kind == AXIAL else crops.SAGITTAL_MIDDLE
         half = config.size * config.spacing / 2
         extent = (across - half, across + half, down + half, down - half)
         if kind != AXIAL:  # its rows lead to the head

@@ -265,8 +265,12 @@ class Vit3d(nn.Module):
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         slots = (len(images), len(LEVELS), len(SLOTS), self.config.slices)
         places = places.reshape(slots)
-        seen = normalise(images.reshape(*slots, *images.shape[3:]), ~places.isnan())
-        features = self.encoder(seen.reshape(-1, 1, *images.shape[3:])).reshape(*slots, -1)
+        there = ~places.isnan()  # of missing slices the encoder sees nothing, since it may keep statistics
+        seen = normalise(images.reshape(*slots, *images.shape[3:]), there)
+        features = seen.new_zeros(*slots, self.encoder.num_features)
+        if there.any():
+            encoded = self.encoder(seen[there][:, None])
+            features = features.to(encoded.dtype).masked_scatter(there[..., None], encoded)
         tokens, present = self.reader(features, places)
         halves = self.slice_blocks(tokens.flatten(0, 2), present.flatten(0, 2))
         return self.head(self.study_blocks(halves.reshape(len(images), len(LEVELS), len(SIDES), -1)))

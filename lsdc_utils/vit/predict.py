@@ -34,7 +34,8 @@ def probabilities(
     total = np.zeros((len(inputs), len(COLUMNS), len(SEVERITIES)))
     models = [model.to(DEVICE).eval() for model in models]
     for start in range(0, len(inputs), batch):
-        seen, orders = zip(*views(inputs[start : start + batch], models[0].config, n_views), strict=True)
+        part = np.array(inputs[start : start + batch])  # a copy, since torch takes no read-only file
+        seen, orders = zip(*views(part, models[0].config, n_views), strict=True)
         stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
         for model in models:
             natural = np.split(model(*stacked).exp().cpu().numpy(), len(orders))
@@ -60,8 +61,8 @@ def predict_studies(
 ) -> pd.DataFrame:
     """The prediction table of studies (id, stacks), 25 rows each, by the mean of `models`, which share one config.
 
-    points: canal points of all studies, as in `level_frames`. A study without a point or a series has no rows. Studies
-    are read, cut and released one by one.
+    points: of all studies, as in `crop_centres`. A study without a canal point or a series has no rows. Studies are
+    read, cut and released one by one.
     """
     ids, natural = [], [np.zeros((0, len(COLUMNS), len(SEVERITIES)))]
     for study_id, seen in seen_studies(studies, points, models[0].config, see):

@@ -31,6 +31,7 @@ def study() -> tuple[list[Stack], pd.DataFrame]:
         numbers = np.arange(1, len(pixels) + 1, dtype=np.int32)
         stacks.append(Stack(1, number, kind, pixels, shapes, plan.affines, numbers, plan.blocks.astype(np.int32)))
     points = pd.DataFrame(body.points()[:5], columns=list("XYZ")).assign(level=LEVELS, study_id=1)
+    points = points.assign(side="", confidence=1.0)
     return stacks, points
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from spines import SAGITTAL, make_affines, make_stack, mirror_study, noisy_study, ramp, spine
 
-from lsdc_utils.vit.crops import SAGITTAL_MIDDLE, level_cuts, level_frames
+from lsdc_utils.vit.crops import AXIAL_MIDDLE, SAGITTAL_MIDDLE, SLOTS, level_cuts, level_frames, slot_centres
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import T2
+from lsdc_utils.vocabulary import AXIAL, LEVELS, SIDES, T2
 
 
 def level_slices(stacks, points, size, spacing, slices):
@@ -32,11 +33,90 @@ def test_frames_follow_the_canal_and_fill_missing_levels():
         level_frames(spine().iloc[:0])
 
 
-def test_a_click_on_the_next_slice_moves_the_midline_little():
+@pytest.mark.parametrize(
+    ("off", "most"),
+    [({1: 4.5, 3: 4.5}, 2.6), ({2: 4.0}, 1.2), ({1: -4.0}, 1.5), ({4: 4.0}, 2.6), ({2: 20.0}, 0.5), ({0: -20.0}, 1.5)],
+    ids=["two clicks", "click", "other click", "click at the end", "wild", "wild at the end"],
+)
+def test_a_click_on_the_next_slice_moves_the_midline_little_and_a_wild_point_does_not(off, most):
     clicked = spine()
-    clicked.loc[[1, 3], "X"] += 4.5
-    centres, _ = level_frames(clicked)
-    assert np.abs(centres[:, 0] - 3).max() < 2.5
+    for level, mm in off.items():
+        clicked.loc[level, "X"] += mm
+    centres, frames = level_frames(clicked)
+    assert np.abs(centres[:, 0] - 3).max() < most
+    assert np.abs(frames[:, 2, 0]).max() < 0.07
+
+
+@pytest.mark.parametrize("wave", [250.0, 320.0, 400.0])
+@pytest.mark.parametrize("phase", [0.0, 0.8, 1.6, 2.4])
+def test_a_bow_is_followed(wave, phase):
+    bowed, turn = spine(), 2 * np.pi / wave
+    bowed["X"] += 15 * np.sin(turn * bowed["Z"] + phase)
+    centres, frames = level_frames(bowed)
+    assert np.abs(centres[:, 0] - bowed["X"]).max() < 1.5
+    slope = 15 * turn * np.cos(turn * bowed["Z"] + phase)
+    assert np.abs(frames[:, 2, 0] / frames[:, 2, 2] - slope).max() < 0.08
+    bowed.loc[2, "X"] += 20  # on another structure
+    assert np.abs(np.delete(level_frames(bowed)[0][:, 0] - bowed["X"], 2)).max() < 2.5
+
+
+def recesses(points, outwards=7.0, posterior=-2.0, moved=(0.0, 0.0, 0.0)):
+    """Points of both recesses of each level, beside its canal point."""
+    sides = [
+        points.assign(side=side, X=points["X"] + sign * outwards, Y=points["Y"] + posterior)
+        for side, sign in zip(SIDES, (1, -1), strict=True)
+    ]
+    table = pd.concat(sides, ignore_index=True)
+    table[[*"XYZ"]] += np.array(moved)
+    return table
+
+
+def off_recess(points, truth):
+    """Distance (10,) in the axial plane of the axial slots' centres from true recesses."""
+    found = slot_centres(points, *level_frames(points))
+    place = truth.set_index(["level", "side"]).loc[[(level, side) for level in LEVELS for side in SIDES], ["X", "Y"]]
+    return np.linalg.norm(found[:, 3:, :2].reshape(-1, 2) - place.to_numpy(), axis=1)
+
+
+def test_axial_squares_lie_about_the_recesses_that_were_found_wherever_the_canal_point_lies():
+    canal = spine(tilt=0.05)
+    truth = recesses(canal, moved=(-5.7, 2.0, 0.0))
+    assert off_recess(pd.concat([canal, truth]), truth).max() < 0.3
+    centres, frames = level_frames(canal)
+    none = slot_centres(canal, centres, frames)
+    for slot, (kind, side) in enumerate(SLOTS):
+        off = np.einsum("nij,nj->ni", frames, none[:, slot] - centres)
+        out = 1 if side == "left" else -1
+        usual = (out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0) if kind == AXIAL else (0.0, 0.0, 0.0)
+        np.testing.assert_allclose(off, np.tile(usual, (5, 1)), atol=1e-9)
+    axial = [stack for stack in noisy_study() if stack.series_type == AXIAL]
+    for level, slots in enumerate(level_cuts(axial, pd.concat([canal, truth]), 6, 2.0, 5)):
+        for side, cuts in zip(SIDES, slots[3:], strict=True):
+            place = truth[(truth["level"] == LEVELS[level]) & (truth["side"] == side)][[*"XYZ"]].to_numpy(float)[0]
+            for cut in cuts:  # its middle is the recess, in the plane of the slice
+                off = cut.origin + 2.5 * (cut.columns + cut.rows) - place
+                assert np.hypot(*off[:2]) < 0.3
+
+
+def test_a_recess_without_a_point_lies_where_the_others_let_it_be_expected():
+    canal = spine()
+    truth = recesses(canal, moved=(-5.0, 1.0, 0.0))
+    part = truth.drop(index=[0, 3, 7])  # of both sides
+    assert off_recess(pd.concat([canal, part]), truth).max() < 0.6
+    one_side = truth[truth["side"] == "left"]
+    assert off_recess(pd.concat([canal, one_side]), truth).max() < 2.5
+    assert off_recess(pd.concat([canal, truth.iloc[[2]]]), truth).max() < 3.0
+
+
+def test_a_wild_recess_moves_no_square():
+    canal = spine()
+    truth = recesses(canal, moved=(-5.0, 1.0, 0.0))
+    wild = truth.copy()
+    wild.loc[[1, 8], ["X", "Y"]] += np.array([[12.0, -6.0], [-9.0, 9.0]])
+    assert off_recess(pd.concat([canal, wild]), truth).max() < 0.8
+    unsure = truth.copy()
+    unsure.loc[4, ["X", "confidence"]] += [6.0, -0.95]
+    assert off_recess(pd.concat([canal, unsure]), truth).max() < 1.5
 
 
 def test_a_mirrored_study_gives_the_same_squares_with_sides_exchanged():

@@ -114,12 +114,52 @@ def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
     assert torch.isfinite(model(*seen(records(inputs["images"], np.full((2, 5, 10), np.nan))))).all()
 
 
+class NormEncoder(torch.nn.Module):
+    """An encoder that keeps statistics of what it sees."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, self.num_features, 3), torch.nn.BatchNorm2d(self.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(images)).mean(dim=(2, 3))
+
+
+def test_the_encoder_sees_no_blank_slices():
+    def statistics(images, places):
+        torch.manual_seed(0)
+        model = Vit3d(SMALL, encoder=NormEncoder()).train()
+        loss = model(images, places).sum()
+        loss.backward()
+        assert all(value.isfinite().all() for value in model.state_dict().values()) and loss.isfinite()
+        return model.encoder.norm.running_mean, model.encoder.norm.running_var
+
+    inputs = draw_inputs(2, np.random.default_rng(0))
+    lacking, k = inputs.copy(), SMALL.slices
+    lacking["images"][1, :, k:], lacking["places"][1, :, k:] = 0, np.nan
+    alone, (images, places) = seen(inputs), seen(lacking)
+    only = places.clone()
+    only[1] = np.nan  # a whole study without a slice
+    found, expected = statistics(images, only), statistics(alone[0][:1], alone[1][:1])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    changed = statistics(images, places)
+    assert not torch.allclose(changed[0], expected[0])  # the second study's T2 slices are seen
+    blank = statistics(images, torch.full_like(places, np.nan))
+    torch.testing.assert_close(blank[0], torch.zeros(6))
+
+
 def test_a_cut_moves_squares_and_places_as_the_level_moves():
     config = dataclasses.replace(SMALL, size=8, margin=4, spacing=2.0)
     inputs = draw_inputs(1, np.random.default_rng(0), config)
     inputs["images"][:, :, :, 8, 10] = 255  # row 8, column 10 of 16
-    shift = np.broadcast_to([2.0, 4.0, -2.0], (1, 5, 3))  # mm to the left, posterior, head: pixels are 2 mm
+    shift = np.tile([2.0, 4.0, -2.0], (1, 5, len(SLOTS), 1))  # mm to the left, posterior, head: pixels are 2 mm
+    shift[0, 1, 3:] = 0  # the axial slots of one level
     images, places = cut_views(inputs, config, shift)
+    np.testing.assert_array_equal(places[0, 1, 6:], inputs["places"][0, 1, 6:])
+    assert images[0, 1, 6].argmax().item() == (8 - 4) * 8 + 10 - 4
     for slot, (kind, side) in enumerate(SLOTS):
         out = -1 if side == "right" else 1
         across, down, through = (out, 2, -2.0) if kind == "Axial T2" else (2, -1, 2.0 * out)
@@ -128,18 +168,38 @@ def test_a_cut_moves_squares_and_places_as_the_level_moves():
         np.testing.assert_allclose(places[0, 0, k], inputs["places"][0, 0, k] - through, rtol=1e-6)
 
 
-def test_errors_of_detected_centres_are_measured_along_the_canal():
-    readers = spine().assign(condition="spinal_canal_stenosis")
-    rng, detected = np.random.default_rng(0), []
-    labels = pd.concat([readers.assign(study_id=study) for study in range(60)])
+def beside(points: pd.DataFrame, outwards: float) -> pd.DataFrame:
+    """Points on either side of canal points."""
+    sides = [points.assign(side=side, X=points["X"] + sign * outwards) for side, sign in (("left", 1), ("right", -1))]
+    return pd.concat(sides, ignore_index=True)
+
+
+def named(points: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Points as rows of a label table."""
+    return points.assign(condition=points["side"].map(lambda side: "_".join(filter(None, (side, base)))))
+
+
+def test_errors_of_detected_points_are_measured_for_each_slot_along_the_canal():
+    rng, detected, labels = np.random.default_rng(0), [], []
     for study in range(60):
-        moved = spine().assign(study_id=study)
+        canal = spine().assign(study_id=study)
+        labels += [named(canal, "spinal_canal_stenosis"), named(beside(canal, 9.0), "subarticular_stenosis")]
+        labels.append(named(beside(canal, 18.0), "neural_foraminal_narrowing"))
+        moved, recesses = canal.copy(), beside(canal, 9.0)
         moved[["X", "Y", "Z"]] += rng.normal(0, (2.0, 1.0, 3.0))  # all levels of a study alike
-        detected.append(moved)
-    errors = centre_errors(labels, pd.concat([*detected, spine().assign(study_id=99)]))
-    assert len(errors) == 300 and list(errors.columns) == ["study_id", "level", *AXES]
-    np.testing.assert_allclose(errors[list(AXES)].std(), [2.0, 1.0, 3.0], rtol=0.3)
-    assert centre_errors(labels, detected[0].iloc[:0]).empty
+        recesses[["X", "Y"]] += rng.normal(0, (0.5, 0.2))
+        detected += [moved, recesses]
+    labels, detected = pd.concat(labels), pd.concat([*detected, spine().assign(study_id=99)])
+    errors = centre_errors(labels, detected)
+    assert len(errors) == 60 * 25 and list(errors.columns) == ["study_id", "level", "series_type", "side", *AXES]
+    spread = errors.groupby("series_type")[list(AXES)].std()
+    np.testing.assert_allclose(spread.loc["Sagittal T2/STIR"], [2.0, 1.0, 3.0], rtol=0.3)
+    np.testing.assert_allclose(spread.loc["Sagittal T1"], [2.0, 1.0, 3.0], rtol=0.3)
+    np.testing.assert_allclose(spread.loc["Axial T2"], [0.5, 0.6, 3.0], rtol=0.3)
+    middles = errors.groupby(["series_type", "side"])["outwards"].median()
+    assert abs(middles["Sagittal T1", "left"] + middles["Sagittal T1", "right"] - 4) < 0.2  # 18 - 16 mm either way
+    assert centre_errors(labels, detected.iloc[:0]).empty
+    assert centre_errors(labels, detected[detected["side"] != ""]).empty  # nothing is cut without a canal point
 
 
 def test_weights_come_back_and_strangers_are_refused(tmp_path):
@@ -191,13 +251,14 @@ def test_detected_points_take_the_place_of_clicked_ones():
         [
             {"study_id": study, "condition": condition, **place}
             for study in (1, 2)
-            for condition in ("spinal_canal_stenosis", "left_subarticular_stenosis")
+            for condition in ("spinal_canal_stenosis", "left_subarticular_stenosis", "left_neural_foraminal_narrowing")
         ]
     )
-    detected = pd.DataFrame([{"study_id": 2, "side": None, **place, "X": 9.0, "confidence": 0.4}])
-    found = crop_centres(labels, [detected]).set_index("study_id")
-    assert found["X"].to_dict() == {1: 1.0, 2: 9.0} and found["confidence"].to_dict() == {1: 1.0, 2: 0.4}
-    assert len(crop_centres(labels)) == 2
+    detected = pd.DataFrame([{"study_id": 2, "side": "", **place, "X": 9.0, "confidence": 0.4, "more": 1}])
+    found = crop_centres(labels, [detected])
+    expected = [(2, "", 9.0, 0.4), (1, "", 1.0, 1.0), (1, "left", 1.0, 1.0)]
+    assert [*found[["study_id", "side", "X", "confidence"]].itertuples(index=False, name=None)] == expected
+    assert crop_centres(labels)["side"].tolist() == ["", "left"] * 2
 
 
 def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cannot_see():

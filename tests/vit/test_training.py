@@ -24,9 +24,10 @@ from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
 from lsdc_utils.downloads import WeightsNotFound
 from lsdc_utils.vit.augment import Augmentation, augment
-from lsdc_utils.vit.inputs import prediction_views, shown_slices
+from lsdc_utils.vit.crops import SLOTS
+from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, study_inputs
 from lsdc_utils.vit.loss import row_losses, row_weights
-from lsdc_utils.vit.model import load_vit
+from lsdc_utils.vit.model import Vit3d, load_vit
 from lsdc_utils.vit.predict import probabilities
 from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
 
@@ -148,11 +149,45 @@ def test_augmented_squares_move_and_a_left_out_series_is_black():
     seen, same, order = augment(inputs, labels, SMALL, Augmentation(drop_series=1.0), rngs)
     assert seen[1].isnan().all() and (same == labels).all() and (order == np.arange(25)).all()
     assert all(not image.any() for _, image, _, _ in shown_slices(seen, 0, 2, SMALL))
-    still = Augmentation(jitter=(0, 0, 0), rotation=0, scale=0, intensity=0, drop_series=0)
+    still = Augmentation(jitter=((0, 0, 0),) * len(SLOTS), rotation=0, scale=0, intensity=0, drop_series=0)
     seen, _, _ = augment(inputs, labels, SMALL, still, rngs)
     for part, other in zip(seen, next(prediction_views(inputs, SMALL, 1))[0], strict=True):
         torch.testing.assert_close(part, other, atol=1e-3, rtol=1e-4)
     assert [kind for kind, *_ in shown_slices(seen, 0, 2, SMALL)] == list(SERIES_TYPES)
+
+
+def test_each_slot_is_shifted_by_its_own_spread_and_shares_what_its_canal_point_is_off():
+    """Places show the shift through the plane: T2 to the left, T1 outwards, axial to the head."""
+    jitter = ((2.0, 1.0, 1.0), (3.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 1.0, 4.0), (1.0, 1.0, 4.0))
+    strength = Augmentation(jitter=jitter, rotation=0, scale=0, intensity=0, drop_series=0)
+    inputs, labels = draw_studies(200, seed=0)
+    rngs = [np.random.default_rng(k) for k in range(200)]
+    _, places = augment(inputs, labels, SMALL, strength, rngs)[0]
+    moved = (inputs["places"] - places.numpy())[:, :, :: SMALL.slices].reshape(-1, len(SLOTS))
+    np.testing.assert_allclose(moved.std(axis=0), [2.0, 3.0, 3.0, 4.0, 4.0], rtol=0.1)
+    share = np.corrcoef(moved.T)
+    np.testing.assert_allclose(share[0], [1, 2 / 3, -2 / 3, 0, 0], atol=0.1)
+    assert share[1, 2] == pytest.approx(-4 / 9, abs=0.1) and share[3, 4] == pytest.approx(1 / 16, abs=0.1)
+
+
+def test_inputs_are_mapped_from_a_file_that_is_complete_or_absent(tmp_path):
+    stacks, file = noisy_study(), tmp_path / "work/training"
+    points = pd.concat([spine(x=3.9).assign(study_id=study) for study in (7, 9)])
+    ids, inputs = study_inputs([(7, stacks), (8, stacks), (9, stacks)], points, SMALL, file)
+    assert ids == [7, 9] and inputs.shape == (2,) and file.stat().st_size == inputs.nbytes
+    np.testing.assert_array_equal(inputs[1]["images"], study_input(stacks, spine(x=3.9), SMALL)["images"])
+    assert not inputs.flags.writeable and not inputs.flags.owndata
+    assert np.isfinite(probabilities([Vit3d(SMALL)], inputs)).all()
+
+    def stops():
+        yield 7, stacks
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study_inputs(stops(), points, SMALL, tmp_path / "other")
+    with pytest.raises(ValueError, match="no study has a readable series and a canal point"):
+        study_inputs([(7, [])], points, SMALL, tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
 # ---- the notebook in a kernel ----------------------------------------------------------------------------------------
@@ -180,6 +215,8 @@ def small_run(tmp_path: Path) -> Path:
         table = rows.drop(columns="fold")
         table.to_parquet(run / f"predictions/points_scs_fold{fold}_oof.parquet")
         table.iloc[:0].to_parquet(run / f"predictions/points_nfn_fold{fold}_oof.parquet")
+        recesses = table.assign(side="left", X=table["X"] + 7.0)
+        recesses.to_parquet(run / f"predictions/points_ss_fold{fold}_oof.parquet")
     return run
 
 

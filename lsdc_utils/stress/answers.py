@@ -135,15 +135,12 @@ class _Study:
             return
         place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.crop_points()
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
-        canal = points[points["side"] == ""]
+        where = (self.stacks, points, case.row, place)
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {
-                "yolo": occlusion.look_detector(detector, self.stacks, canal, case.row, place),
-                "vit3d": occlusion.look_vit(vit, self.stacks, points, case.row, place),
-            }
+            maps = {"yolo": occlusion.look_detector(detector, *where), "vit3d": occlusion.look_vit(vit, *where)}
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

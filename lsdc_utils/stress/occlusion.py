@@ -85,10 +85,9 @@ def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) 
 
 
 def look_detector(
-    network: Detector, stacks: Sequence[Stack], canal: pd.DataFrame, row: tuple[str, str], place: np.ndarray
+    network: Detector, stacks: Sequence[Stack], points: pd.DataFrame, row: tuple[str, str], place: np.ndarray
 ) -> pd.DataFrame:
-    """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane. canal: the
-    study's canal points."""
+    """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane."""
     config = network.config
     of_type = [stack for stack in stacks if stack.series_type == GROUPS[config.condition].series_type]
     off = [geometry.plane_distances(stack.affines, place[None])[:, 0] for stack in of_type]
@@ -101,7 +100,7 @@ def look_detector(
     rows, cols = config.size
     shares = np.stack(np.meshgrid((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows), -1)
     places = patient_points(stack, np.array([k]), shares.reshape(1, -1, 2), config).reshape(rows, cols, 3)
-    image = network_inputs(stack, config, canal)[k]
+    image = network_inputs(stack, config, points[points["side"] == ""])[k]
     images = np.stack([image, *(hidden(image, places, centre) for centre in centres)])
     spots, scores = forward(network, images, 1.0, False)
     points = patient_points(stack, np.full(len(images), k), spots, config)

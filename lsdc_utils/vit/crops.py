@@ -31,24 +31,21 @@ SLICE_REACH = 14.0  # mm from there that a slice may lie: three steps
 SAME_SLICE = 1.0  # mm between slices that show the same
 SAGITTAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
 AXIAL_MIDDLE = (8.0, -3.0)  # mm outwards and to posterior from a level's point to its recess, if no point tells more
-# Spines bow sideways: mm of the bow and share of spines; one in ten old ones bows by 4 to 12 mm, rarely by 16.
-BOWS = ((1.5, 0.8), (6.0, 0.12), (15.0, 0.08))
+BOWS = {1.5: 0.8, 6.0: 0.12, 15.0: 0.08}  # mm that spines bow sideways: share; one in ten old ones by 4 to 12
 WAVES = np.array([180.0, 250.0, 320.0, 400.0])  # mm, lengths of a bow
 LEAN, ANYWHERE = 0.06, 100.0  # spread of a spine's slope, and mm of its place
 POINT_ERROR, WILD_ERROR = 1.2, 8.0  # mm, spread of a point that is right, and what a wild one adds to it
 WILD_SHARE = 0.05  # of points that are as sure as the study's best
-# Spreads in mm of recesses about `AXIAL_MIDDLE`: of a whole study, since series differ; of its turn, 50 mm from the
-# middle; of a level; of all recesses outwards.
-RECESS_SPREADS = (4.0, 2.5, 1.5, 1.5)
+RECESS_SPREADS = (4.0, 2.5, 1.5, 1.5)  # mm about `AXIAL_MIDDLE`: of a study, its turn (50 mm up), a level, outwards
 
 
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Centres (5, 3) of a study's levels in the canal, and frames (5, 3, 3): unit vectors to the left, to posterior and
     to the head along the canal.
 
-    points: of one study: level, side, X, Y, Z, confidence. The canal's have the side '' and no others are used;
-    ValueError for none. Missing levels follow the shape of an average spine. X is smoothed along the spine, because a
-    point clicked on the neighbouring slice is 4 mm off the midline.
+    points: of one study: level, side, X, Y, Z, confidence; used are the canal's, whose side is ''; ValueError for none.
+    Missing levels follow the shape of an average spine. X is smoothed along the spine, because a point clicked on the
+    neighbouring slice is 4 mm off the midline.
     """
     canal = points[points["side"] == ""].groupby("level")[[*"XYZ", "confidence"]].mean().reindex(list(LEVELS))
     *places, confidence = canal.to_numpy(dtype=float).T
@@ -56,13 +53,15 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     if not known.any():
         raise ValueError(f"no canal point for study {points['study_id'].iloc[0] if len(points) else '(none given)'}")
     average = np.stack([np.zeros(len(LEVELS)), SPINE_Y, SPINE_Z])
-    offset = np.where(known, places - average, np.nan)  # from an average spine: 3 x levels
+    offset = np.where(known, places - average, np.nan)  # (3, levels)
     centres = average + [np.interp(order, order[known], axis[known]) for axis in offset]
     middle, height = np.nanmedian(offset, axis=1), centres[2] - centres[2].mean()
     height = np.append(height, height + 1)  # a mm higher, for the slope
     bow = np.cos(2 * np.pi * (height - height[:, None])[..., None] / WAVES).mean(axis=-1) / 2
-    priors = [(ANYWHERE**2 + LEAN**2 * np.outer(height, height) + size**2 * bow, share) for size, share in BOWS]
-    x, y = (_robust_means(axis[:, None], confidence, priors)[0].reshape(2, -1) for axis in (offset.T - middle).T[:2])
+    spreads = ANYWHERE**2 + LEAN**2 * np.outer(height, height) + np.square(list(BOWS))[:, None, None] * bow
+    shares = np.array(list(BOWS.values()))
+    smooth = (_robust_means(axis[:, None], confidence, spreads, shares)[0] for axis in (offset.T - middle).T[:2])
+    x, y = (axis.reshape(2, -1) for axis in smooth)
     centres[0] = middle[0] + x[0]
     head = geometry.unit(np.stack([x[1] - x[0], SPINE_SLOPE + y[1] - y[0], np.ones(len(LEVELS))], axis=1))
     left = geometry.unit(np.array([1.0, 0, 0]) - head * head[:, :1])
@@ -72,47 +71,45 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 def slot_centres(points: pd.DataFrame, centres: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """LPS mm (5, slots, 3) about which the squares of each slot lie: the level's centre; for axial ones the recess.
 
-    points, centres, frames: of `level_frames`; points with a side are recesses. A recess without a point, or one whose
-    point contradicts the study's others, lies where these let it be expected: series differ by some mm.
+    points, centres, frames: of `level_frames`; points with a side are recesses. A recess without a point, or with a
+    wild one, lies where the study's others let it be expected, since series differ by some mm.
     """
-    off, confidence = np.full((len(LEVELS), len(SIDES), 3), np.nan), np.ones((len(LEVELS), len(SIDES)))
-    names = ["level", "side", "confidence", *"XYZ"]
-    for level, side, sure, *place in points.loc[points["side"] != "", names].itertuples(index=False):
-        k = LEVELS.index(level), SIDES.index(side)
-        off[k], confidence[k] = frames[k[0]] @ (place - centres[k[0]]), sure
-    off -= (usual := np.array([[out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0] for out in LATERAL]))
-    height, out = np.repeat((centres[:, 2] - centres[:, 2].mean()) / 50, len(SIDES)), np.tile(LATERAL, len(LEVELS))
+    recesses = points[points["side"] != ""].groupby(["level", "side"])[[*"XYZ", "confidence"]].mean()
+    recesses = recesses.reindex(pd.MultiIndex.from_product([LEVELS, SIDES])).to_numpy(dtype=float)
+    usual = np.array([[out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0] for out in LATERAL])
+    off = np.einsum("lij,lsj->lsi", frames, recesses[:, :3].reshape(-1, 2, 3) - centres[:, None]) - usual
+    height, out = np.repeat((centres[:, 2] - centres[:, 2].mean()) / 50, 2), np.tile(LATERAL, len(LEVELS))
     study, turn, level, half = np.square(RECESS_SPREADS)
     spread = study + turn * np.outer(height, height) + half * np.outer(out, out)
-    spread += level * np.kron(np.eye(len(LEVELS)), np.ones((len(SIDES), len(SIDES))))
-    means, wild = _robust_means(off.reshape(-1, 3)[:, :2], confidence.ravel(), [(spread, 1.0)])
+    spread += level * np.kron(np.eye(len(LEVELS)), np.ones((2, 2)))
+    means, wild = _robust_means(off.reshape(-1, 3)[:, :2], recesses[:, 3], spread[None], np.ones(1))
     expected = np.pad(means, ((0, 0), (0, 1))).reshape(off.shape)
-    off = expected + (1 - wild.reshape(*off.shape[:2], 1)) * np.nan_to_num(off - expected)
-    recesses = centres[:, None] + np.einsum("lsi,lij->lsj", usual + off, frames)
-    return np.stack([recesses[:, SIDES.index(side)] if kind == AXIAL else centres for kind, side in SLOTS], axis=1)
+    off = expected + (1 - wild.reshape(-1, 2, 1)) * np.nan_to_num(off - expected)
+    found = centres[:, None] + np.einsum("lsi,lij->lsj", usual + off, frames)
+    return np.stack([found[:, SIDES.index(side)] if kind == AXIAL else centres for kind, side in SLOTS], axis=1)
 
 
-def _robust_means(values: np.ndarray, confidence: np.ndarray, priors: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+def _robust_means(
+    values: np.ndarray, confidence: np.ndarray, spreads: np.ndarray, shares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Means (p, k) at places, of which the first n have `values` (n, k), NaN where unknown, and `confidence` (n,); and
-    the probability (n,) that a value is wild, 1 where unknown. priors: covariances (p, p), about 0, and shares.
+    the probability (n,) that a value is wild, 1 where unknown. spreads: covariances (q, p, p) about 0, of shares (q,).
 
-    The mean over normal distributions, one for each prior and each choice of wild values, at most a third, weighted by
-    how well they explain the values. So what values share is followed, and one that is far off is not.
+    The mean over normal distributions, one for each covariance and each choice of wild values, at most a third, by how
+    well they explain the values. So what values share is followed, and one that is far off is not.
     """
     known = np.flatnonzero(np.isfinite(values).all(axis=1))
-    values, sure, n = values[known], confidence[known], len(known)
-    wild_share = np.clip(WILD_SHARE * sure.max(initial=0) / np.maximum(sure, 1e-9), WILD_SHARE, 0.5)
-    chosen = [list(some) for count in range(n // 3 + 1) for some in itertools.combinations(range(n), count)]
-    wild = np.array([np.isin(np.arange(n), some) for some in chosen])  # (choices, n)
-    covariances, shares = (np.array(part) for part in zip(*priors, strict=True))
-    own = covariances[:, None, known[:, None], known] + (POINT_ERROR**2 + wild * WILD_ERROR**2)[:, None] * np.eye(n)
-    solved = np.linalg.solve(own, values)
-    fit = (values * solved).sum(axis=(2, 3)) + values.shape[1] * np.linalg.slogdet(own)[1]
-    weight = np.exp(fit.min() / 2 - fit / 2) * shares[:, None] * np.where(wild, wild_share, 1 - wild_share).prod(axis=1)
+    values, sure, is_wild = values[known], confidence[known], np.ones(len(values))
+    wild = np.array([odd for odd in itertools.product((0, 1), repeat=len(known)) if 3 * sum(odd) <= len(known)])
+    share = np.clip(WILD_SHARE * sure.max(initial=0) / np.maximum(sure, 1e-9), WILD_SHARE, 0.5)
+    noise = (POINT_ERROR**2 + wild * WILD_ERROR**2)[:, None] * np.eye(len(known))
+    solved = np.linalg.solve(own := spreads[:, None, known[:, None], known] + noise, values)  # (q, choices, n, k)
+    fit = -0.5 * ((values * solved).sum(axis=(2, 3)) + values.shape[1] * np.linalg.slogdet(own)[1])
+    fit += np.log(np.where(wild, share, 1 - share)).sum(axis=1) + np.log(shares)[:, None]
+    weight = np.exp(fit - fit.max())
     weight /= weight.sum()
-    is_wild = np.ones(len(confidence))
     is_wild[known] = weight.sum(axis=0) @ wild
-    return np.einsum("qm,qpn,qmnk->pk", weight, covariances[:, :, known], solved, optimize=True), is_wild
+    return np.einsum("qm,qpn,qmnk->pk", weight, spreads[:, :, known], solved, optimize=True), is_wild
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ AXES = ("outwards", "posterior", "head")  # of a level's frame
 VIEW_STEP = 1.5  # mm that a view at prediction is shifted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Seen = tuple[torch.Tensor, ...]  # what the network is called with
+Studies = Iterable[tuple[int, list[Stack]]]  # ids and stacks
 
 
 def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray | None:
@@ -36,7 +37,7 @@ def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) ->
 
 
 def seen_studies(
-    studies: Iterable[tuple[int, list[Stack]]], points: pd.DataFrame, config: VitConfig, see: Callable = study_input
+    studies: Studies, points: pd.DataFrame, config: VitConfig, see: Callable = study_input
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Id and input by `see` of each study (id, stacks) that can be seen, read one by one; points: those of all."""
     by_study = dict(list(points.groupby("study_id")))
@@ -47,16 +48,11 @@ def seen_studies(
 
 
 def study_inputs(
-    studies: Iterable[tuple[int, list[Stack]]],
-    points: pd.DataFrame,
-    config: VitConfig,
-    file: str | Path,
-    see: Callable = study_input,
+    studies: Studies, points: pd.DataFrame, config: VitConfig, file: Path, see: Callable = study_input
 ) -> tuple[list[int], np.ndarray]:
     """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none.
 
-    The inputs are written to `file` study by study and mapped into memory, read-only: thousands of studies need no more
-    memory than twenty. An interrupted call leaves no file.
+    They are written to `file` study by study, and mapped read-only, so that memory does not grow with them.
     """
     ids, seen = [], None
     with atomic(file) as temporary, temporary.open("wb") as target:
@@ -64,9 +60,7 @@ def study_inputs(
             ids.append(study_id)
             target.write(seen.tobytes())
         if seen is None:
-            raise ValueError(
-                "no study has a readable series and a canal point, so there is nothing to show the network"
-            )
+            raise ValueError("no study has a readable series and a canal point to show the network")
     return ids, np.asarray(np.memmap(file, seen.dtype, "r", shape=(len(ids), *seen.shape)))
 
 
@@ -78,8 +72,7 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
 
 
 def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Points to cut crops about: study_id, level, side ('' for the canal, else of a recess), X, Y, Z (LPS mm),
-    confidence.
+    """Points to cut crops about: study_id, level, side ('': canal, else recess), X, Y, Z (LPS mm), confidence.
 
     A study in one of the tables `detected` takes its points from there. These are out of fold, so training meets the
     errors that prediction will meet. Every other study takes the label table's points.
@@ -107,19 +100,17 @@ def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
         middles = crops.slot_centres(points, centres, frames)
         for condition, level, *place in own[["condition", "level", "X", "Y", "Z"]].itertuples(index=False):
             k, slot = LEVELS.index(level), crops.SLOTS.index(slots[condition])
-            off = frames[k] @ (place - middles[k, slot])
-            off[2] = frames[k, 2] @ (place - centres[k])  # places of slices too are told from the level's point
-            out = off[0] * (-1 if slots[condition][1] == SIDES[1] else 1) - crops.AIMS[slot]
-            rows.append((study, level, *slots[condition], out, *off[1:]))
+            out, back, _ = frames[k] @ (place - middles[k, slot])
+            out = out * (-1 if slots[condition][1] == SIDES[1] else 1) - crops.AIMS[slot]
+            rows.append((study, level, *slots[condition], out, back, frames[k, 2] @ (place - centres[k])))
     return pd.DataFrame(rows, columns=["study_id", "level", "series_type", "side", *AXES])
 
 
 def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: np.ndarray | None = None) -> Seen:
-    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of slots moved by `shifts` (B, 5, slots,
-    3).
+    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of slots moved by `shifts`.
 
-    shifts: mm to the left, to posterior and to the head: in the plane the square moves, across it the places of the
-    slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
+    shifts: (B, 5, slots, 3) mm to the left, to posterior and to the head: in the plane the square moves, across it the
+    places of the slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
     """
     shape = (*inputs["places"].shape[:2], len(crops.SLOTS), config.slices)
     turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns

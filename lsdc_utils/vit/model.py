@@ -265,7 +265,7 @@ class Vit3d(nn.Module):
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         slots = (len(images), len(LEVELS), len(SLOTS), self.config.slices)
         places = places.reshape(slots)
-        there = ~places.isnan()  # of missing slices the encoder sees nothing, since it may keep statistics
+        there = ~places.isnan()  # the encoder, which may keep statistics, sees no missing slices
         seen = normalise(images.reshape(*slots, *images.shape[3:]), there)
         features = seen.new_zeros(*slots, self.encoder.num_features)
         if there.any():

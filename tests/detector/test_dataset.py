@@ -5,9 +5,9 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from toy_spine import config, toy_study
+from toy_spine import config, toy_study, write_dataset
 
-from lsdc_utils.detector.dataset import _box, label_boxes, write_dataset
+from lsdc_utils.detector.dataset import _box, label_boxes
 from lsdc_utils.detector.detections import patient_points
 from lsdc_utils.detector.images import slice_channels, strip_window, strips
 from lsdc_utils.vocabulary import GROUPS

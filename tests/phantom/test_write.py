@@ -180,7 +180,7 @@ def test_fingerprint_tells_arguments_apart():
         fingerprint(2, 1, 7, scoliosis=15),
     }
     assert len(told) == 6
-    assert fingerprint(2, 1, 7) in told and fingerprint(2, 1, 7, scoliosis=0) in told
+    assert fingerprint(2, 1, 7) in told and fingerprint(2, 1, 7, scoliosis=0.0) in told
 
 
 # ---- one thing changed, all else the same ----------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -146,21 +145,21 @@ def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, li
 
 
 def convert_studies(
-    comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1, then: Any = None
+    comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1, use: dict | None = None
 ) -> Iterator[tuple[pd.DataFrame, list]]:
     """Write the stacks of studies as <folder>/<study>/<series>.npz; yields each study's findings as in `read_study`,
-    and what `then`, by study a function that the same process calls, returned for its stacks."""
-    tasks = [(_described(comp, split, study), (then or {}).get(study)) for study in studies]
+    and what the functions in use[study], called in the same process, returned for each of its stacks."""
+    tasks = [(_described(comp, split, study), (use or {}).get(study, ())) for study in studies]
     convert = partial(_convert_study, Path(folder))
     yield from each(convert, tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1))
 
 
-def _convert_study(folder: Path, task: tuple[list[Described], Callable | None]) -> tuple[pd.DataFrame, list]:
-    (series, then), findings, results = task, [], []
+def _convert_study(folder: Path, task: tuple[list[Described], Iterable[Callable]]) -> tuple[pd.DataFrame, list]:
+    (series, functions), findings, results = task, [], []
     for stack, rows in _read_series(series):
         if stack:
             save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
-            results += [then(stack)] if then else []
+            results += [function(stack) for function in functions]
         findings += rows
     return pd.DataFrame(findings, columns=FINDINGS), results
 

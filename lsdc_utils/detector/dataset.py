@@ -1,6 +1,6 @@
 """Data sets of the detectors in YOLO's format: boxes of labels, their copies on neighbouring slices, images."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,7 @@ class Dataset:
     background: int  # slices beyond that, added from each series with boxes
 
     def add(self, stack: Stack, labels: pd.DataFrame) -> tuple | None:
-        """Lines of images.csv, boxes, series and instance numbers; None if the series has no labels of this detector.
-        labels: of the study."""
+        """What `finish` needs of a series; None if it has no labels of this detector. labels: of its study."""
         groups, condition = labels["condition"].map(GROUP_OF), self.config.condition
         here = labels[(groups == condition) & (labels["series_id"] == stack.series_id)]
         if stack.series_type != GROUPS[condition].series_type or here.empty:
@@ -124,22 +123,24 @@ class Dataset:
             worst, weight = (int(shown["severity"].max()), shown["weight"].mean()) if len(shown) else (-1, 1.0)
             lines.append((file, stack.study_id, stack.series_id, index, len(shown), worst, weight))
         boxes = table.assign(study_id=stack.study_id, series_id=stack.series_id)
-        return lines, boxes, stack.series_id, stack.instance_numbers
+        return condition, lines, boxes, stack.series_id, stack.instance_numbers
 
-    def finish(self, labels: pd.DataFrame, parts: Iterable[tuple]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    def finish(
+        self, labels: pd.DataFrame, parts: Iterable[tuple | None]
+    ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         """Write labels, data.yaml and tables: images, boxes, skipped labels, which are returned.
 
-        labels: of all studies. parts: what `add` returned, in the order of the rows. images: file, study_id, series_id,
-        slice, boxes, worst (severity, -1 without a box), weight (1 at the click, falling with the distance).
+        labels: of all studies. parts: all that `add` of any data set returned, in the order of the rows. images: file,
+        study_id, series_id, slice, boxes, worst (severity, -1 without a box), weight (1 at the click, less far off).
         """
-        parts = list(parts)
+        condition = self.config.condition
+        parts = [part[1:] for part in parts if part and part[0] == condition]
         boxes = [boxes for _, boxes, _, _ in parts if len(boxes)]
         if not boxes:
-            where = "no label lies on a series that could be read"
-            raise DetectorError(f"no box for detector {self.config.condition}: {where}")
+            raise DetectorError(f"no box for detector {condition}: no label lies on a series that could be read")
         images = pd.DataFrame([line for lines, *_ in parts for line in lines], columns=IMAGES)
         boxes, numbers = pd.concat(boxes, ignore_index=True), {series: numbers for *_, series, numbers in parts}
-        own = labels["condition"].map(GROUP_OF) == self.config.condition
+        own = labels["condition"].map(GROUP_OF) == condition
         lost = labels[own & ~labels["row_id"].isin(boxes["row_id"])]
         places = zip(lost["series_id"], lost["instance_number"], strict=True)
         counts = np.array([(numbers.get(series, np.empty(0)) == i).sum() for series, i in places], dtype=int)
@@ -156,12 +157,6 @@ class Dataset:
         skipped.to_csv(self.folder / "skipped.csv", index=False)
         write_json(self.folder / "config.json", asdict(self.config))
         return images, boxes, skipped
-
-
-def add_images(datasets: Mapping[str, Dataset], labels: pd.DataFrame, stack: Stack) -> dict[str, tuple]:
-    """What `add` returned, by name, of the data sets to which the series belongs."""
-    parts = {name: dataset.add(stack, labels) for name, dataset in datasets.items()}
-    return {name: part for name, part in parts.items() if part}
 
 
 def write_labels(folder: Path, images: pd.DataFrame, boxes: pd.DataFrame, names: Iterable[str]) -> None:

@@ -67,8 +67,7 @@ class Body:
         rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None,
         bow: dict[str, float] | None = None,
     ) -> "Body":  # fmt: skip
-        """A patient with 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional vertebra;
-        bow: as `draw_bow` returns it."""
+        """A patient with 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional vertebra."""
         narrowing = np.asarray(narrowing, float)
         if narrowing.shape != (len(COLUMNS),) or not ((narrowing >= 0) & (narrowing <= 1)).all():
             raise ValueError(f"narrowing must be {len(COLUMNS)} numbers in [0, 1], got {narrowing}")
@@ -148,7 +147,7 @@ class Body:
 
 
 def draw_bow(rng: np.random.Generator, size: float) -> dict[str, float]:
-    """Traits of a spine with one bow to the side, a sine of 250 to 400 mm whose apex lies `size` mm off the straight
+    """Traits for `Body.draw`: one bow to the side, a sine of 250 to 400 mm whose apex lies `size` mm off the straight
     line; vertebrae turn to the convex side by up to a third of the Cobb angle."""
     wave, phase, share = rng.uniform([250, 0, 0], [400, 2 * np.pi, 1 / 3]).tolist()
     turn = share * 2 * np.arcsin(2 * np.pi * size / wave).item() / size

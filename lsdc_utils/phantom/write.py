@@ -76,8 +76,9 @@ class Design:
             if rows is not None and len(rows) != n:
                 raise ValueError(f"phantom: {name} has {len(rows)} entries for {n} studies")
             choices[name] = None if rows is None else np.asarray(rows).tolist()
-        if not 0 <= choices.get("scoliosis", 0) <= 30:  # a Cobb angle of up to 98 degrees
-            raise ValueError(f"phantom: scoliosis is a bow of 0 to 30 mm, not {choices['scoliosis']}")
+        choices["scoliosis"] = bow = float(choices.get("scoliosis", 0))
+        if not 0 <= bow <= 30:  # a Cobb angle of up to 98 degrees
+            raise ValueError(f"phantom: scoliosis is a bow of 0 to 30 mm, not {bow}")
         dirt = Dirt(**{name: choices.pop(name) for name in Dirt.__dataclass_fields__ if name in choices})
         protocol = Protocol(**{name: choices.pop(name) for name in Protocol.__dataclass_fields__ if name in choices})
         return Design(n_train, n_test, seed, dirt, protocol, **choices)

@@ -100,8 +100,8 @@ def both_ids(study: int, stack: Stack) -> tuple[int, int]:
 def test_conversion_writes_what_was_read_and_reports_what_was_not(competition_of_five, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("lsdc_utils.data.stacks.FEW_STUDIES", 2)
     comp, studies = competition_of_five, [5, 3, 1]
-    places = {5: partial(both_ids, 5), 3: partial(both_ids, 3)}
-    converted = list(convert_studies(comp, "test", studies, tmp_path / "slices", workers, places))
+    use = {5: [partial(both_ids, 5)], 3: [partial(both_ids, 3)]}
+    converted = list(convert_studies(comp, "test", studies, tmp_path / "slices", workers, use))
     problems = [findings for findings, _ in converted]
     assert [table["rule"].tolist() for table in problems] == [
         ["series_unusable"],

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from lsdc_utils.files import atomic
 
-SHARE = 0.01  # of a training's time that may go into writing checkpoints: detectors of full size write 0.5 GB each time
-FREE = 10.0  # seconds that may go into it besides, so that short trainings keep every epoch
+FREE, SHARE = 10.0, 0.01  # seconds that writing may take, so that short trainings keep every epoch, and of longer ones
 
 
 def fingerprint(*parts: Any) -> str:
@@ -43,16 +42,16 @@ class Checkpoint:
     key: str
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0  # seconds of all saves
-    last: float = 0.0  # seconds of the last one
 
     @property
     def file(self) -> Path:
         """Path of the file."""
         return self.folder / "checkpoint.safetensors"
 
-    def due(self, last: bool) -> bool:
-        """Whether to save after this epoch: after the `last` one, and whenever the time spent on it allows."""
-        return last or self.spent + self.last <= FREE + SHARE * (time.monotonic() - self.began)
+    def keep(self, state: dict[str, Any], last: bool) -> None:
+        """Save after the `last` epoch, and whenever the time spent on saving is within `FREE` and `SHARE`."""
+        if last or self.spent <= FREE + SHARE * (time.monotonic() - self.began):
+            self.save(state)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state`: tensors, numbers, texts and None in nested dicts (keys: text or whole numbers) and lists."""
@@ -60,8 +59,7 @@ class Checkpoint:
         header = {"key": self.key, "state": json.dumps(_split(state, tensors))}
         with atomic(self.file) as temporary:
             save_file(tensors, temporary, header)
-        self.last = time.monotonic() - start
-        self.spent += self.last
+        self.spent += time.monotonic() - start
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last; None if there is none of this training, or the file is damaged."""

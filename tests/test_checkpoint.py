@@ -73,12 +73,15 @@ def test_writing_costs_a_small_share_of_a_long_training(tmp_path, monkeypatch):
 
     def train(epochs, epoch_seconds, save_seconds):
         kept, saved = Checkpoint(tmp_path / str(save_seconds), "k", clock[0]), []
-        monkeypatch.setattr(checkpoint, "save_file", lambda *_: clock.__setitem__(0, clock[0] + save_seconds))
+
+        def write(*_):
+            clock[0] += save_seconds
+            saved.append(epoch)
+
+        monkeypatch.setattr(checkpoint, "save_file", write)
         for epoch in range(1, epochs + 1):
             clock[0] += epoch_seconds
-            if kept.due(last=epoch == epochs):
-                kept.save({"epoch": epoch})
-                saved.append(epoch)
+            kept.keep({"epoch": epoch}, last=epoch == epochs)
         return saved
 
     assert train(12, 0.5, 0.1) == list(range(1, 13))  # short ones keep every epoch

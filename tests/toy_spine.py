@@ -8,6 +8,7 @@ import pandas as pd
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import DetectorConfig, class_table
+from lsdc_utils.detector.dataset import Dataset
 from lsdc_utils.detector.detections import Detections
 from lsdc_utils.detector.levels import CONFIDENCES
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, T1, T2, row_id
@@ -15,6 +16,13 @@ from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, T1, T2, row
 SIZES = {"nfn": (64, 32), "scs": (64, 32), "ss": (32, 32)}
 STRIPS = {"nfn": (0.2, 0.8, 0.0, 1.0), "scs": (0.2, 0.8, 0.0, 1.0), "ss": (0.25, 0.75, 0.25, 0.75)}
 LATERAL = {"nfn": 18.0, "scs": 0.0, "ss": 12.0}  # mm off the midline
+
+
+def write_dataset(stacks, labels, folder, *settings) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Write the data set of these stacks; settings: those of `Dataset`."""
+    dataset = Dataset(folder, *settings)
+    parts = [dataset.add(stack, labels[labels["study_id"] == stack.study_id]) for stack in stacks]
+    return dataset.finish(labels, parts)
 
 
 def config(condition: str, **values) -> DetectorConfig:

@@ -1,6 +1,6 @@
 """Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -201,21 +201,23 @@ def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, li
 
 
 def convert_studies(
-    comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1
-) -> Iterator[pd.DataFrame]:
-    """Write the stacks of studies as <folder>/<study>/<series>.npz; yields each study's findings as in `read_study`."""
-    tasks = [_described(comp, split, study) for study in studies]
+    comp: Competition, split: str, studies: Iterable[int], folder: str | Path, workers: int = 1, use: dict | None = None
+) -> Iterator[tuple[pd.DataFrame, list]]:
+    """Write the stacks of studies as <folder>/<study>/<series>.npz; yields each study's findings as in `read_study`,
+    and what the functions in use[study], called in the same process, returned for each of its stacks."""
+    tasks = [(_described(comp, split, study), (use or {}).get(study, ())) for study in studies]
     convert = partial(_convert_study, Path(folder))
     yield from each(convert, tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1))
 
 
-def _convert_study(folder: Path, series: list[Described]) -> pd.DataFrame:
-    findings = []
+def _convert_study(folder: Path, task: tuple[list[Described], Iterable[Callable]]) -> tuple[pd.DataFrame, list]:
+    (series, functions), findings, results = task, [], []
     for stack, rows in _read_series(series):
         if stack:
             save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
+            results += [function(stack) for function in functions]
         findings += rows
-    return pd.DataFrame(findings, columns=FINDINGS)
+    return pd.DataFrame(findings, columns=FINDINGS), results
 
 
 def coarsen(stack: Stack, spacing: float) -> Stack:

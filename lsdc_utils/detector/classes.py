@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import torch
 
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES
 
@@ -97,7 +96,7 @@ class Scheme:
 class Detector:
     """A trained network with its config; `about` is what the JSON file beside the weights holds."""
 
-    model: torch.nn.Module
+    model: Any  # a torch.nn.Module; processes that write data sets need not import torch
     config: DetectorConfig
     fold: int
     about: dict[str, Any]

@@ -153,8 +153,7 @@ class DetectorTrainer(DetectionTrainer):
         self.history.append(line)
         others = {"ema_updates": self.ema.updates, "history": self.history}
         states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        if self.checkpoint.due(last=self.stop):
-            self.checkpoint.save({**models, **states, **others})
+        self.checkpoint.keep({**models, **states, **others}, last=self.stop)
 
     def validate(self) -> tuple[dict[str, float], float]:
         """ultralytics' validation if it was asked for; it would also validate after the last epoch."""

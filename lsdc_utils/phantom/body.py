@@ -58,7 +58,6 @@ class Body:
     centre: Array  # (n, 3) the curve in LPS mm
     tilt: Array  # (n,) radians, forwards-backwards
     lean: Array  # (n,) radians, to the side
-    turn: Array  # (n,) radians of the vertebrae about the spine, their bodies to the left
     tables: dict[str, Array]
     waves: Array  # (2 WAVES, 4) wave vectors (1/mm) and phases of the texture, coarse ones first
     traits: dict[str, Any]
@@ -68,8 +67,7 @@ class Body:
         rng: np.random.Generator, narrowing: ArrayLike, slip: bool | None = None, transitional: bool | None = None,
         bow: dict[str, float] | None = None,
     ) -> "Body":  # fmt: skip
-        """A patient with 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional vertebra.
-        bow: what `draw_bow` returned, instead of the usual small scoliosis."""
+        """A patient with 25 narrowings in [0, 1]; True and False force and forbid a slip or a transitional vertebra."""
         narrowing = np.asarray(narrowing, float)
         if narrowing.shape != (len(COLUMNS),) or not ((narrowing >= 0) & (narrowing <= 1)).all():
             raise ValueError(f"narrowing must be {len(COLUMNS)} numbers in [0, 1], got {narrowing}")
@@ -81,12 +79,12 @@ class Body:
         spacing = SPACING * traits["size"] * rng.normal(1, 0.025, SPACING.size)
         discs = -np.concatenate([[0], np.cumsum(spacing)])
         discs -= discs[DISC_NAMES.index("l3_l4")]
-        centre, tilt, lean, turn = _curve(discs, traits)
+        centre, tilt, lean = _curve(discs, traits)
         tables = _tables(rng, discs, narrowing, traits)
         tables["skin"] = 0.7 * _smooth(centre[:, 1], 50) + traits["back"] + 1.25 * tables["fat"]
         scales = np.repeat([[0.14, 0.14, 0.08], [0.55, 0.55, 0.22]], WAVES, axis=0)  # 1/mm: streaks run along the body
         waves = np.column_stack([rng.normal(0, 1, scales.shape) * scales, rng.uniform(0, 6.28, len(scales))])
-        return Body(narrowing, discs, centre, tilt, lean, turn, tables, waves, traits)
+        return Body(narrowing, discs, centre, tilt, lean, tables, waves, traits)
 
     def points(self) -> Array:
         """The true place of each of COLUMNS: (25, 3) LPS mm."""
@@ -128,32 +126,31 @@ class Body:
     def to_spine(self, points: Array) -> tuple[Array, Array, Array]:
         """LPS mm (..., 3) to u, v, s; Newton steps on the condition that the point lies in the curve's normal plane."""
         s = points[..., 2].astype(float)
-        bend, sway = np.gradient(self.tilt, STEP), np.gradient(self.lean, STEP) * bool(self.traits["bow"])
+        bends = np.gradient(self.tilt, STEP), np.gradient(self.lean, STEP) * bool(self.traits["bow"])
         for _ in range(10):
             place = np.clip((s - AXIS[0]) / STEP, 0, AXIS.size - 2)
             low = place.astype(int)
             part = place - low
-            tables = (self.tilt, self.lean, bend, sway)
-            tilt, lean, curl, swing = (a[low] + part * (a[low + 1] - a[low]) for a in tables)
+            tilt, lean, curl, sway = (a[low] + part * (a[low + 1] - a[low]) for a in (self.tilt, self.lean, *bends))
             centre = self.centre[low] + part[..., None] * (self.centre[low + 1] - self.centre[low])
             left, back, up = _frame(tilt, lean)
             off = points - centre
             u, v = (off * left).sum(-1), (off * back).sum(-1)
-            s = s + np.clip((off * up).sum(-1) / np.maximum(1 - curl * v - swing * u, 0.4), -40, 40)
+            s = s + np.clip((off * up).sum(-1) / np.maximum(1 - curl * v - sway * u, 0.4), -40, 40)
             s = np.clip(s, AXIS[0], AXIS[-1])
         return *self._turned(u, v, s, -1), s
 
     def _turned(self, u: Array, v: Array, s: Array, sign: int) -> tuple[Array, Array]:
-        """u and v from the vertebrae's axes to the curve's (sign 1) or back (-1): muscles turn less, skin does not."""
-        angle = sign * np.interp(s, AXIS, self.turn) * _bump(np.hypot(u, v), 50, 130)
+        """u and v from the vertebrae's axes to the curve's (sign 1) or back (-1); muscles turn less, skin does not."""
+        angle = sign * self.traits["turn"] * np.interp(s, AXIS, self.centre[:, 0]) * _bump(np.hypot(u, v), 50, 130)
         return u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
 
 
 def draw_bow(rng: np.random.Generator, size: float) -> dict[str, float]:
-    """Traits of a spine with one bow to the side, its apex `size` mm off the straight line: a sine of 250 to 400 mm,
-    its vertebrae turned to the convex side by up to a third of the Cobb angle between its steepest places."""
+    """Traits for `Body.draw`: one bow to the side, a sine of 250 to 400 mm whose apex lies `size` mm off the straight
+    line; vertebrae turn to the convex side by up to a third of the Cobb angle."""
     wave, phase, share = rng.uniform([250, 0, 0], [400, 2 * np.pi, 1 / 3]).tolist()
-    turn = share * 2 * np.arcsin(2 * np.pi * size / wave).item()
+    turn = share * 2 * np.arcsin(2 * np.pi * size / wave).item() / size
     return {"bow": size, "scoliosis": size, "scoliosis_phase": phase, "scoliosis_wave": wave, "turn": turn}
 
 
@@ -168,9 +165,7 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "pelvis": rng.normal(0, 3),  # degrees added to every tilt
         "scoliosis": np.clip(rng.normal(0, 2.8), -6, 6).item(),  # mm to the side
         "scoliosis_phase": rng.uniform(0, 6.28),
-        "scoliosis_wave": 170.0,  # mm
-        "bow": 0.0,  # see `draw_bow`
-        "turn": 0.0,
+        **{"scoliosis_wave": 170.0, "bow": 0.0, "turn": 0.0},  # mm, mm, radians a mm: see `draw_bow`
         "slip": rng.choice([-8.0, -6.0, -4.5, 4.0]).item() if slip else 0.0,  # mm of the upper vertebra; forwards < 0
         "slip_level": rng.choice([2, 3, 4], p=[0.2, 0.5, 0.3]).item(),
         "transitional": bool(transitional),
@@ -207,23 +202,20 @@ def _smooth(values: Array, width: float) -> Array:
     return values
 
 
-def _curve(discs: Array, traits: dict[str, Any]) -> tuple[Array, Array, Array, Array]:
-    """The posterior wall's curve: places (n, 3), tilt, lean and turn (n,)."""
+def _curve(discs: Array, traits: dict[str, Any]) -> tuple[Array, Array, Array]:
+    """The posterior wall's curve: places (n, 3), tilt and lean (n,)."""
     degrees = TILT * traits["lordosis"] + (1 - traits["lordosis"]) * 2 + traits["pelvis"]
     tilt = _smooth(np.interp(AXIS, discs[::-1], np.deg2rad(degrees)[::-1]), 14)
     wave = 2 * np.pi / traits["scoliosis_wave"]
-    place = np.sin(wave * AXIS + traits["scoliosis_phase"])
+    side = traits["scoliosis"] * np.sin(wave * AXIS + traits["scoliosis_phase"])
     lean = traits["scoliosis"] * wave * np.cos(wave * AXIS + traits["scoliosis_phase"])
-    rise = 1.0  # a millimetre along a spine that hardly leans is taken for one upwards
-    if traits["bow"]:
-        lean = np.arcsin(lean)
-        rise = np.cos(lean)
+    # Along a spine that hardly leans a millimetre is taken for one upwards.
+    lean, rise = (np.arcsin(lean), np.sqrt(1 - lean**2)) if traits["bow"] else (lean, 1.0)
     slip = traits["slip"] * (discs[FIRST + traits["slip_level"]] < AXIS)
     back = np.cumsum(np.sin(tilt) * rise) * STEP + _smooth(slip, 4)
     up = np.cumsum(np.cos(tilt) * rise) * STEP
     zero = np.argmin(np.abs(AXIS))
-    centre = np.column_stack([traits["scoliosis"] * place, back - back[zero], up - up[zero]])
-    return centre, tilt, lean, traits["turn"] * place
+    return np.column_stack([side, back - back[zero], up - up[zero]]), tilt, lean
 
 
 def _bump(t: Array, flat: float, reach: float) -> Array:

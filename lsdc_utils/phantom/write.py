@@ -27,7 +27,6 @@ from lsdc_utils.phantom.study import NORMAL, SERIES_PER_STUDY, Dirt, StudyPlan, 
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
 
 LARGEST_ID = 4_294_967_295  # ids of the real studies and series fill 32 bits
-LARGEST_BOW = 30  # mm; a Cobb angle of up to 98 degrees
 POINTS = ("study_id", "series_id", "instance_number", "condition", "level", "x", "y")
 SERIES = ("study_id", "series_id", "series_description")
 SEEN = ("study_id", "split", "series_id", "series_type")  # a patient moves a little between series
@@ -78,8 +77,8 @@ class Design:
                 raise ValueError(f"phantom: {name} has {len(rows)} entries for {n} studies")
             choices[name] = None if rows is None else np.asarray(rows).tolist()
         choices["scoliosis"] = bow = float(choices.get("scoliosis", 0))
-        if not 0 <= bow <= LARGEST_BOW:
-            raise ValueError(f"phantom: scoliosis is a bow of 0 to {LARGEST_BOW} mm, not {bow}")
+        if not 0 <= bow <= 30:  # a Cobb angle of up to 98 degrees
+            raise ValueError(f"phantom: scoliosis is a bow of 0 to 30 mm, not {bow}")
         dirt = Dirt(**{name: choices.pop(name) for name in Dirt.__dataclass_fields__ if name in choices})
         protocol = Protocol(**{name: choices.pop(name) for name in Protocol.__dataclass_fields__ if name in choices})
         return Design(n_train, n_test, seed, dirt, protocol, **choices)
@@ -92,8 +91,7 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
 
     - `images=False`: no images. Rates of `Dirt`, e.g. `tilted_blocks=0`. Factors of `Protocol`, e.g. `noise=2`.
     - `slip`, `transitional`: True or False force or forbid a slipped or a transitional vertebra in every spine.
-    - `scoliosis`: mm from a straight line to the apex of the one bow of every spine, a wave of 250 to 400 mm, its
-      vertebrae turned; 0: the usual slight curves.
+    - `scoliosis`: mm from a straight line to the apex of every spine's one bow, as `draw_bow` gives it.
     - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.
     - `bodies`: (n_train + n_test,) integers; studies of a split with the same one differ in narrowings and ids alone.
 

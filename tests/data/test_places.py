@@ -12,12 +12,12 @@ import pandas as pd
 import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
+from toy_spine import write_dataset
 
 from lsdc_utils import dicom
 from lsdc_utils.data.stacks import Stack, load_study, read_stack, save_stack
 from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels
 from lsdc_utils.detector.classes import DetectorConfig
-from lsdc_utils.detector.dataset import write_dataset
 from lsdc_utils.detector.detections import Detections, _wanted, patient_points
 from lsdc_utils.detector.images import strip_window
 from lsdc_utils.detector.places import FINDERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +93,17 @@ def competition_of_five(tmp_path):
     return Competition(tmp_path, none, none, series, [], none)
 
 
+def both_ids(study: int, stack: Stack) -> tuple[int, int]:
+    return study, stack.study_id
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_conversion_writes_what_was_read_and_reports_what_was_not(competition_of_five, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("lsdc_utils.data.stacks.FEW_STUDIES", 2)
     comp, studies = competition_of_five, [5, 3, 1]
-    problems = list(convert_studies(comp, "test", studies, tmp_path / "slices", workers))
+    use = {5: [partial(both_ids, 5)], 3: [partial(both_ids, 3)]}
+    converted = list(convert_studies(comp, "test", studies, tmp_path / "slices", workers, use))
+    problems = [findings for findings, _ in converted]
     assert [table["rule"].tolist() for table in problems] == [
         ["series_unusable"],
         ["file_unusable", "series_unusable"],
@@ -104,6 +111,9 @@ def test_conversion_writes_what_was_read_and_reports_what_was_not(competition_of
     ]
     assert (problems[1]["study_id"] == 3).all() and problems[1]["series_id"].tolist() == [1, 2]
     assert sorted(path.name for path in (tmp_path / "slices").iterdir()) == ["1", "3", "5"]
+    read = [len(load_study(tmp_path / "slices", study)) for study in studies]
+    assert [len(results) for _, results in converted] == [*read[:2], 0]
+    assert all(result == (5, 5) for result in converted[0][1]) and read[0] > 0
     for study in studies:
         stacks, again = read_study(comp, "test", study)
         saved = load_study(tmp_path / "slices", study)

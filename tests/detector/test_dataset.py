@@ -1,15 +1,23 @@
 """Data sets of the detectors: where boxes are, which slices carry them, and what files show."""
 
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
-from toy_spine import config, toy_study
+from toy_spine import config, toy_study, write_dataset
 
-from lsdc_utils.detector.dataset import _box, label_boxes, write_dataset
+from lsdc_utils.data import checks, competition
+from lsdc_utils.data.stacks import convert_studies, load_study
+from lsdc_utils.detector.classes import DetectorError
+from lsdc_utils.detector.dataset import Dataset, _box, label_boxes
 from lsdc_utils.detector.detections import patient_points
 from lsdc_utils.detector.images import slice_channels, strip_window, strips
+from lsdc_utils.phantom import write_phantom
 from lsdc_utils.vocabulary import GROUPS
 
 
@@ -109,3 +117,77 @@ def test_files_show_the_slices_before_at_and_behind(tmp_path):
     split = np.array([0] * 10 + [1] * (len(stack.pixels) - 10))
     apart = slice_channels(strips(stack, settings), split, settings)
     np.testing.assert_array_equal(apart[10, 0], apart[10, 1])  # no neighbour from another block
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A data folder of three studies, of which one has an unreadable T1, and its label table."""
+    root = write_phantom(tmp_path_factory.mktemp("data") / "p", 3, 0, 9, second_axial=0.5, step=1.5)
+    table = pd.read_csv(root / "train_series_descriptions.csv")
+    lost = table[table["series_description"] == "Sagittal T1"].iloc[0]
+    for file in (root / f"train_images/{lost['study_id']}/{lost['series_id']}").iterdir():
+        file.write_bytes(b"no image")
+    comp = competition.read(root)
+    return comp, checks.label_table(comp)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def write_sets(comp, labels, root: Path, workers: int) -> dict[str, tuple]:
+    """The three data sets as 02 writes them: images by the process that converts a series."""
+    sets = {key: Dataset(root / "yolo" / key, config(key), 6.0, 2.0, 2) for key in GROUPS}
+    use = {
+        study: [partial(one.add, labels=rows) for one in sets.values()] for study, rows in labels.groupby("study_id")
+    }
+    converted = convert_studies(comp, "train", sorted(use), root / "slices", workers, use)
+    parts = [part for _, written in converted for part in written]
+    return {key: one.finish(labels, parts) for key, one in sets.items()}
+
+
+def test_data_sets_are_the_same_for_any_number_of_processes_and_for_saved_stacks(labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr("lsdc_utils.data.stacks.FEW_STUDIES", 2)
+    comp, labels = labelled
+    tables = write_sets(comp, labels, tmp_path / "one", 1)
+    write_sets(comp, labels, tmp_path / "two", 2)
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two")
+    stacks = [stack for study in labels["study_id"].unique() for stack in load_study(tmp_path / "one/slices", study)]
+    for key, written in tables.items():
+        again = write_dataset(stacks, labels, tmp_path / "again" / key, config(key), 6.0, 2.0, 2)
+        for table, other in zip(written, again, strict=True):
+            pd.testing.assert_frame_equal(table, other)
+        assert written[0]["file"].is_unique and written[0]["study_id"].is_monotonic_increasing
+        assert sorted(written[0]["file"]) == sorted(
+            f"images/{p.name}" for p in (tmp_path / f"one/yolo/{key}/images").iterdir()
+        )
+        assert json.loads(one[f"yolo/{key}/config.json"])["condition"] == key
+    assert {name: one[f"yolo/{name}"] for name in contents(tmp_path / "again")} == contents(tmp_path / "again")
+    lost = labels["study_id"].min()  # whose T1 cannot be read
+    assert set(tables["nfn"][0]["study_id"]) == set(labels["study_id"]) - {lost}
+    assert tables["nfn"][2]["row_id"].str.startswith(f"{lost}_").sum() == 10
+
+
+def test_a_data_set_that_was_not_finished_has_no_config(tmp_path, monkeypatch):
+    stack, labels = toy_study("scs")
+    dataset = Dataset(tmp_path / "d", config("scs"), 0.0, 0.0, 0)
+    part = dataset.add(stack, labels)
+    assert list((tmp_path / "d/images").iterdir())
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dataset.finish(labels, [part])
+    assert not (tmp_path / "d/config.json").exists()
+
+
+def test_no_box_at_all_is_an_error_and_a_full_disk_too(tmp_path, monkeypatch):
+    stack, labels = toy_study("scs")
+    with pytest.raises(DetectorError, match="no box for detector scs: no label lies on a series"):
+        write_dataset([stack], labels.assign(series_id=7), tmp_path / "d", config("scs"), 0.0, 0.0, 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_dataset([stack], labels, tmp_path / "d", config("scs"), 0.0, 0.0, 0)

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_spine import config, toy_study
+from toy_spine import config, toy_study, write_dataset
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.detector.classes import Detector, DetectorError
-from lsdc_utils.detector.dataset import training_images, write_dataset
+from lsdc_utils.detector.dataset import training_images
 from lsdc_utils.detector.detections import detect
 from lsdc_utils.detector.levels import grade_condition
 from lsdc_utils.detector.training import (

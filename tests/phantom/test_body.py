@@ -89,13 +89,13 @@ def bowed():
     """A spine that bows 15 mm to the left at L3/L4, its vertebrae turned by a third of the Cobb angle."""
     bow = draw_bow(np.random.default_rng(0), 15.0) | {"scoliosis_phase": np.pi / 2, "scoliosis_wave": 300.0}
     cobb = 2 * np.arcsin(15 * 2 * np.pi / 300)
-    return body(seed=5, slip=False, bow=bow | {"turn": cobb / 3})
+    return body(seed=5, slip=False, bow=bow | {"turn": cobb / 3 / 15})
 
 
 def test_what_is_drawn_of_a_bow_lies_within_its_bounds():
     bows = [draw_bow(np.random.default_rng(seed), 15.0) for seed in range(400)]
     waves, phases, turns = (np.array([bow[n] for bow in bows]) for n in ("scoliosis_wave", "scoliosis_phase", "turn"))
-    shares = turns / (2 * np.arcsin(2 * np.pi * 15 / waves))
+    shares = 15 * turns / (2 * np.arcsin(2 * np.pi * 15 / waves))
     for values, low, high in ((waves, 250, 400), (phases, 0, 2 * np.pi), (shares, 0, 1 / 3)):
         assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high
 

@@ -245,7 +245,7 @@ def test_a_choice_changes_what_it_names_and_nothing_else(tmp_path, choice, chang
 
 def test_no_scoliosis_changes_no_byte(tmp_path):
     usual = write_phantom(tmp_path / "usual", 0, 1, 7)
-    assert digests(usual) == digests(write_phantom(tmp_path / "none", 0, 1, 7, scoliosis=0.0))
+    assert digests(usual) == digests(write_phantom(tmp_path / "none", 0, 1, 7, scoliosis=0))
 
 
 def test_a_scoliosis_bends_every_spine_by_its_size_and_readers_see_all_its_points(tmp_path):

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from toy_spine import config, ideal, toy_labels, toy_points, toy_stack, toy_study
+from toy_spine import config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
 
 from lsdc_utils.detector.classes import Detector, DetectorError
-from lsdc_utils.detector.dataset import training_images, write_dataset
+from lsdc_utils.detector.dataset import training_images
 from lsdc_utils.detector.detections import Detections
 from lsdc_utils.detector.levels import FLOOR, evidence_tables, grade_study
 from lsdc_utils.detector.training import load_detector, quiet_ultralytics, save_detector, train_detector

@@ -14,6 +14,7 @@ import json
 import modulefinder
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -258,10 +259,11 @@ def execute(run_dir: Path, step: Step) -> None:
         file.unlink(missing_ok=True)
     with executed.with_suffix(".log").open("w", errors="surrogateescape") as log, own_gpu():
         settings = {"kernel_name": "python3", "cwd": NOTEBOOKS, "stdout_file": log, "stderr_file": log}
-        source = NOTEBOOKS / f"{step.notebook}.ipynb"
-        paths = [re.sub("([{}])", r"\1\1", str(path)) for path in (source, executed)]  # papermill formats them
+        shutil.copyfile(NOTEBOOKS / f"{step.notebook}.ipynb", executed)
+        path = str(executed.relative_to(run_dir))  # papermill fills in braces, and writes its name into the notebook
         try:
-            notebook = papermill.execute_notebook(*paths, parameters, progress_bar=False, **settings)
+            with contextlib.chdir(run_dir):
+                notebook = papermill.execute_notebook(path, path, parameters, progress_bar=False, **settings)
             if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
                 raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")
             if lost := without_figure(notebook):

@@ -1,8 +1,24 @@
 #!/usr/bin/env bash
 # The only entry point: finds or creates the Python environment, then hands over to lsdc_utils/pipeline (see --help).
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+unset CDPATH # with which cd may go elsewhere
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+case $root in *:* | *$'\n'*) echo "run_all.sh: $root: Python needs a folder without a colon or line break in its name" >&2 && exit 1 ;; esac
+pwd -P >/dev/null 2>&1 || cd -- "$root" # the working folder is gone
+
+# Nothing of the user's Python and matplotlib reaches a run, but folders in LSDC_PYTHONPATH.
+for name in ${!PYTHON@} MPLBACKEND MATPLOTLIBRC; do
+    case $name in PYTHONNOUSERSITE | PYTHONUSERBASE | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;; *) unset "$name" ;; esac
+done
+export PYTHONPATH="$root${LSDC_PYTHONPATH:+:$LSDC_PYTHONPATH}" PYTHONUTF8=1 # names of files in any encoding, under any LANG
+export LOGNAME=${LOGNAME:-${USER:-$UID}} # a user in a container has no name
+if ! { [ -d "${HOME:-}" ] && [ -w "$HOME" ]; }; then
+    cache=${TMPDIR:-/tmp}/lsdc_utils_$UID
+    [ -d "${HOME:-}" ] || export HOME=$cache
+    export XDG_CACHE_HOME=$cache/cache MPLCONFIGDIR=$cache/matplotlib IPYTHONDIR=$cache/ipython
+    export JUPYTER_DATA_DIR=$cache/jupyter JUPYTER_CONFIG_DIR=$cache/jupyter/config
+    mkdir -p -- "$XDG_CACHE_HOME" "$MPLCONFIGDIR" 2>/dev/null || true
+fi
 
 find_python() { # the first Python on PATH that is 3.$1 or later
     for candidate in python3 python3.13 python3.12 python3.11 python; do
@@ -23,7 +39,8 @@ PYTHON
 
 pip_install() { # shows a line per package, and how many there are; all that pip says is in the log
     local line number=0 log=$root/.venv/setup.log
-    "$root/.venv/bin/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
+    env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT PIP_USER=0 \
+        "$root/.venv/bin/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
         case $line in
         Collecting\ *) echo "  [$((++number)) of about $pins] ${line%% (*}" ;;
         *Downloading\ *MB\)*) echo "          ${line#"${line%%[! ]*}"}" ;;
@@ -41,6 +58,7 @@ make_environment() {
     base=$(find_python 11) || { echo "run_all.sh: Python 3.11 or later is needed, and is not on PATH" >&2 && return 1; }
     pins=$(grep -c == "$root/requirements.txt")
     echo "Creating .venv: downloading and installing about $pins packages (2 to 10 minutes, 7 GB on disk)" >&2
+    "$root/.venv/bin/python" -c '' 2>/dev/null || rm -rf -- "$root/.venv" # of a Python that is gone
     "$base" -m venv "$root/.venv" >&2 || {
         echo "run_all.sh: could not create .venv; on Debian and Ubuntu: apt install python3-venv" >&2
         return 1

@@ -32,7 +32,7 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
     Nothing is downloaded unless `download` is true and credentials are set. DataNotFound says what is missing.
     """
     if data_dir:
-        folder = Path(data_dir).expanduser().resolve()
+        folder = Path(os.path.expanduser(data_dir)).resolve()
         if not folder.is_dir():
             raise DataNotFound(f"data_dir: there is no folder {folder}")
         return folder, "folder"
@@ -43,7 +43,7 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
         ways = "Give its folder with --data DIR, or download it with download=true"
         rules = "after accepting the competition's rules on kaggle.com"
         raise DataNotFound(f"The real data set is not in {MOUNTS[0] / COMPETITION}. {ways} {rules}.")
-    files = [Path.home() / ".kaggle" / name for name in ("kaggle.json", "access_token")]
+    files = [Path(os.path.expanduser("~/.kaggle"), name) for name in ("kaggle.json", "access_token")]
     if not any(map(os.environ.get, CREDENTIALS)) and not any(file.is_file() for file in files):
         where = "put kaggle.json into ~/.kaggle, or set KAGGLE_USERNAME and KAGGLE_KEY"
         raise DataNotFound(f"The download needs Kaggle's credentials: {where}.")
@@ -59,7 +59,7 @@ def find_weights(name: str, fetch: bool = False) -> Path:
     The download must match the SHA-256 that its own source states at that time, which is kept beside the file and
     compared on every later use. Nothing is downloaded unless `fetch` is true.
     """
-    path, cached = Path(name).expanduser(), cache() / Path(name).name
+    path, cached = Path(os.path.expanduser(name)), cache() / Path(name).name
     if path.is_file():
         return path.resolve()
     about = cached.with_name(f"{cached.name}.json")
@@ -86,7 +86,7 @@ def find_weights(name: str, fetch: bool = False) -> Path:
 
 def cache() -> Path:
     """The folder of downloaded weights: $LSDC_CACHE, else ~/.cache/lsdc."""
-    return Path(os.environ.get("LSDC_CACHE") or "~/.cache/lsdc").expanduser().resolve()
+    return Path(os.path.expanduser(os.environ.get("LSDC_CACHE") or "~/.cache/lsdc")).resolve()
 
 
 def _source(name: str) -> tuple[str, str]:

@@ -2,13 +2,15 @@
 # folder of results as working directory; lsdc_utils/pipeline/predict.py lists the studies and joins the shards' answers.
 # A shard is graded again if its files, the weights, blend.json, a parameter or the code of 05 changed.
 import sys
+from pathlib import Path
 
+from lsdc_utils.files import content_hashes
+from lsdc_utils.grading.run_tables import weight_files
 from lsdc_utils.pipeline import graph
-from lsdc_utils.vocabulary import GROUPS
 
 PYTHON = sys.executable
 STEP = "05_ensemble_inference_{shard}"
-RUN = config["run_dir"]
+MODELS = [Path(config["run_dir"], name) for name in ("blend.json", *weight_files(config["folds"]))]
 TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
 
@@ -20,9 +22,6 @@ rule all:
 rule grade:
     input:
         "tables/{shard}.parquet",
-        f"{RUN}/blend.json",
-        expand(f"{RUN}/weights/yolo_{{condition}}_fold{{fold}}.pt", condition=GROUPS, fold=config["folds"]),
-        expand(f"{RUN}/weights/vit3d_fold{{fold}}.safetensors", fold=config["folds"]),
     output:
         expand("shards/{{shard}}/predictions/{table}_test.parquet", table=TABLES),
         "shards/{shard}/submission.csv",
@@ -32,12 +31,14 @@ rule grade:
         step=STEP,
         parameters=lambda wildcards: graph.tracked_parameters(graph.select_steps(graph.all_steps(config), STEP.format(**wildcards))[0], config),
         source=graph.source_hash("05_ensemble_inference"),
+        models=content_hashes(MODELS),  # not inputs, whose names may not hold a brace
     log:
         "logs/05_ensemble_inference_{shard}.log",
     benchmark:
         "logs/05_ensemble_inference_{shard}.tsv"
     threads: config["threads"]
     resources:
+        mem_mb=1500 + 500 * len(config["folds"]),  # 1,300 with the demo's two folds; largest detectors
         gpu=1,  # none if --resources has none
     shell:
         "{PYTHON:q} -m lsdc_utils.pipeline.graph . {params.step:q}"

@@ -38,10 +38,10 @@ def run_all(
     the machine allows that.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, "PYTHONPATH": "", **environment}
+    variables = {**os.environ, "PATH": path, "LSDC_PYTHONPATH": "", **environment}
     command = ["bash", str(project / "run_all.sh"), *arguments]
     if offline:
-        variables |= {"PYTHONPATH": str(ROOT / "tests" / "watch"), "LSDC_LOOKS": str(project / "looks.txt")}
+        variables |= {"LSDC_PYTHONPATH": str(ROOT / "tests" / "watch"), "LSDC_LOOKS": str(project / "looks.txt")}
         alone = ["unshare", "--user", "--map-root-user", "--net", "bash", "-euc", 'ip link set lo up; "$@"', "alone"]
         if shutil.which("ip") and not subprocess.run([*alone, "true"], capture_output=True).returncode:
             command = [*alone, *command]
@@ -70,17 +70,22 @@ TINY_PROFILE = """\
 data_dir: ""
 phantom: true
 n_train: 3
+workers: 1
 n_splits: 2
 folds: [0, 1]
 threads: 1
 yolo_epochs: {nfn: 2, scs: 3, ss: 1}
+yolo_batch: 2
+yolo_size: {nfn: [8, 8], scs: [8, 8], ss: [8, 8]}
+vit_batch: 2
+vit_size: 8
 vit_lr: 0.001
 stress_bodies: 1
 tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "00_get_data": (
-        'data_dir: str = ""\nphantom: bool = True\nn_train: int = 3',
+        'data_dir: str = ""\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
         "import json\n(run / '../data').mkdir(exist_ok=True)\n"
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],
@@ -92,7 +97,8 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
     ),
     "03_train_yolo": (
-        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\nyolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}',
+        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\nyolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}\n'
+        'yolo_batch: int = 2\nyolo_size: dict = {"nfn": [8, 8], "scs": [8, 8], "ss": [8, 8]}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
         "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
         "for epoch in range(yolo_epochs[condition]):\n    print(f'epoch {epoch + 1}/{yolo_epochs[condition]}')",
@@ -102,7 +108,8 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ],
     ),
     "04_train_vit3d": (
-        "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001",
+        "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001\n"
+        "vit_batch: int = 2\nvit_size: int = 8",
         "name = f'fold{fold}'\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",
         [

@@ -20,7 +20,7 @@ import yaml
 
 from lsdc_utils.checkpoint import Checkpoint, fingerprint
 from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme, config_from
-from lsdc_utils.files import atomic, git_commit, write_json
+from lsdc_utils.files import atomic, content_hashes, git_commit, write_json
 
 FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
@@ -170,8 +170,7 @@ def _training_key(
     """Fingerprint of a training: settings, boxes, images as they are on disk, versions and the code of the training."""
     files = [folder / file for file in shown["file"]]
     files += [Path(settings[0]["model"])] if not settings[0]["model"].endswith(".yaml") else []
-    stats = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    about = [settings, asdict(config), list(shown["file"]), list(held_out), stats]
+    about = [settings, asdict(config), list(shown["file"]), list(held_out), content_hashes(files)]
     versions = [torch.__version__, version("ultralytics"), torch.cuda.is_available()]
     code = [Path(__file__).with_name(name).read_bytes() for name in ("training.py", "trainer.py")]
     return fingerprint(about, shown["weight"].to_numpy(), (folder / "boxes.csv").read_bytes(), versions, *code)

@@ -3,6 +3,7 @@
 A function each, which returns the exit status; arguments.COMMANDS says what they do.
 """
 
+import errno
 import json
 import os
 import shlex
@@ -12,7 +13,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lsdc_utils.parallel import usable_cores
+from lsdc_utils.files import git_commit
+from lsdc_utils.parallel import shorten_tempdir, usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
@@ -21,7 +23,12 @@ from lsdc_utils.pipeline.progress import score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
+# The filter of `lab`, run by git with the top of the tree as its folder: in the environment that is there then.
+FILTER = """for python in "$0" .venv/bin/python python python3; do
+"$python" -c "import nbstripout" 2>/dev/null && exec "$python" -m nbstripout "$@"; done
+echo "no Python with nbstripout: outputs of notebooks are kept; run_all.sh lab repairs this" >&2; exec cat"""
 NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 
@@ -168,28 +175,35 @@ def test(asked: Namespace) -> int:
 
 def lab(asked: Namespace) -> int:
     """Open JupyterLab in notebooks/, after installing the filter that keeps notebooks' outputs out of git."""
-    clean = shlex.join([sys.executable, "-m", "nbstripout", "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS])
-    for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
-        done = subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], capture_output=True)
-        if done.returncode:
-            print("not a git clone: the filter for notebooks is not installed", file=sys.stderr)
-            break
+    clean = shlex.join(["sh", "-c", FILTER, sys.executable, "--keep-id", "--extra-keys", NBSTRIPOUT_KEYS])
+    clean = clean.replace("%", "%%")  # which git fills in
+    if git_commit() == "unknown":  # in a repository around this tree it would be the filter of that
+        print("not a git clone: the filter for notebooks is not installed", file=sys.stderr)
+    else:
+        for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
+            subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], check=True)
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}  # the kernel of this environment
     environment.pop("JUPYTER_PATH", None)
-    options = [f"--notebook-dir={NOTEBOOKS}", "--LabApp.default_url=/lab/tree/start.ipynb", *asked.rest]
+    options = [f"--notebook-dir={NOTEBOOKS}", "--LabApp.default_url=/lab/tree/start.ipynb"]
+    options += [*(["--allow-root"] if os.geteuid() == 0 else []), *asked.rest]
     return subprocess.run([sys.executable, "-m", "jupyterlab", *options], env=environment).returncode
 
 
 def main(words: list[str]) -> int:
     """Parse the arguments and carry out the command; the exit status."""
     asked = arguments.parse(words)
+    shorten_tempdir()
     try:
         return globals()[asked.command.replace("-", "_")](asked)
     except ValueError as error:
         if type(error).__name__ not in EXPLAINED:
             raise
         print(f"run_all.sh: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        if error.errno not in DENIED or error.filename is None:
+            raise
+        print(f"run_all.sh: {error.strerror}: {error.filename}; change that, or name another folder", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import modulefinder
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from lsdc_utils.files import atomic, content_hashes
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import GROUPS
 
@@ -34,6 +36,8 @@ NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_t
                   "05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report")  # fmt: skip
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
+FOLDERS = {"slices": "slices.sha256"} | {f"yolo/{key}": f"yolo/{key}.sha256" for key in GROUPS}  # of 02: its hash
+PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
 
@@ -111,16 +115,39 @@ def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> di
 
 def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     """The parameters whose change re-runs the step, as JSON: of a value by condition the step's own entry, of a file
-    (`*_csv`) its content; not the run's folder, so that a run may be renamed."""
+    (`*_csv`) its content, of a data folder its tables; not the run's folder, so that a run may be renamed."""
     values = step_parameters(step, parameters, "")
-    del values["run_dir"]
+    for name in ("run_dir", *(PREDICTION_PLACES if "n_shards" in parameters else ())):
+        values.pop(name, None)
     condition = step.given.get("condition")
     for name, value in values.items():
         if condition and isinstance(value, dict) and set(value) == set(GROUPS):
             values[name] = value[condition]
         elif name.endswith("_csv") and (NOTEBOOKS / value).is_file():  # notebooks run in their own folder
             values[name] = hashlib.sha256((NOTEBOOKS / value).read_bytes()).hexdigest()
+        elif name == "data_dir" and value:
+            values[name] = [value, *content_hashes(sorted(Path(value).glob("*.csv")))]
     return json.dumps(values, sort_keys=True)
+
+
+def write_folder_hashes(run_dir: Path, again: bool = False) -> None:
+    """Write the hash of all names and contents of each of `FOLDERS` to its file, which later steps have as an input.
+
+    again: only of folders that may have changed since. Times decide no more than this: a copy has the same hash.
+    """
+    for folder, file in ((run_dir / name, run_dir / file) for name, file in FOLDERS.items()):
+        if not folder.is_dir():
+            file.unlink(missing_ok=True)  # so that 02 runs again
+        elif file.is_file() or not again:
+            inside = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
+            changed = max(path.stat().st_ctime_ns for path in (folder, *inside))
+            if again and changed < file.stat().st_mtime_ns:
+                continue
+            files = [path for path in inside if path.is_file()]
+            names = [os.fsencode(path.relative_to(folder)).hex() for path in files]
+            lines = [" ".join(pair) for pair in zip(names, content_hashes(files), strict=True)]
+            with atomic(file) as temporary:
+                temporary.write_text(hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
 @functools.cache
@@ -155,15 +182,21 @@ def source_hash(notebook: str) -> str:
     return digest.hexdigest()
 
 
+def scratch() -> Path:
+    """This user's folder of temporary files that may stay; a user need not have a name."""
+    folder = Path(tempfile.gettempdir(), f"lsdc_utils_{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def own_gpu() -> Iterator[None]:
     """Hold one of several visible GPUs for this process, across all runs of this user; waits until one is free."""
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    locks = Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}"
-    locks.mkdir(exist_ok=True)
+    locks = scratch()
     while len(devices) > 1:
         for device in devices:
-            with (locks / f"gpu-{device}").open("w") as lock:
+            with (locks / f"gpu-{device.replace('/', '-')}").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
                 except BlockingIOError:
@@ -186,33 +219,58 @@ def all_ran(notebook: Any) -> bool:
     return all(cell.execution_count is not None and not has_error(cell) for cell in code)
 
 
+def without_figure(notebook: Any) -> list[int]:
+    """Numbers of executed code cells that end a figure, outside any loop or condition, and hold none."""
+    lost = []
+    for number, cell in enumerate(notebook.cells, start=1):
+        if cell.cell_type == "code" and "plt.show()" in map(ast.unparse, _tree(cell.source).body):
+            kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+            lost += [] if any(kind.startswith("image/") for kind in kinds) else [number]
+    return lost
+
+
+def set_surroundings(threads: int | None) -> None:
+    """Set this process's environment for a kernel: no settings of the user, inline figures, torch's threads."""
+    for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "JUPYTER_RUNTIME_DIR", "MATPLOTLIBRC", "MPLBACKEND"):
+        os.environ.pop(name, None)  # a path may name a kernel python3 of another environment
+    own = {"MPLCONFIGDIR": "matplotlib", "IPYTHONDIR": "ipython"}
+    own |= {"JUPYTER_CONFIG_DIR": "jupyter/config", "JUPYTER_DATA_DIR": "jupyter"}
+    os.environ.update({name: str(scratch() / folder) for name, folder in own.items()}, JUPYTER_PREFER_ENV_PATH="1")
+    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
+        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
+        if threads is not None:
+            os.environ[name] = str(threads)
+
+
 def execute(run_dir: Path, step: Step) -> None:
     """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
 
-    RuntimeError if a cell did not run; errors of papermill and the kernel are passed on.
+    RuntimeError if a cell did not run or a figure is not there; errors of papermill and the kernel are passed on.
     """
     import papermill  # takes a second, which the Snakefile and the command line do not need
 
     parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
-    os.environ.pop("JUPYTER_PATH", None)  # it may name a kernel python3 of another environment
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
-        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
-        if "threads" in parameters:
-            os.environ[name] = str(parameters["threads"])
+    set_surroundings(parameters.get("threads"))
     executed = run_dir / "logs" / f"{step.name}.ipynb"
     done = run_dir / "notebooks" / executed.name
     for file in (executed, done):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-    with executed.with_suffix(".log").open("w") as log, own_gpu():
+    with executed.with_suffix(".log").open("w", errors="surrogateescape") as log, own_gpu():
         settings = {"kernel_name": "python3", "cwd": NOTEBOOKS, "stdout_file": log, "stderr_file": log}
-        source = NOTEBOOKS / f"{step.notebook}.ipynb"
+        shutil.copyfile(NOTEBOOKS / f"{step.notebook}.ipynb", executed)
+        path = str(executed.relative_to(run_dir))  # papermill fills in braces, and writes its name into the notebook
         try:
-            notebook = papermill.execute_notebook(source, executed, parameters, progress_bar=False, **settings)
+            with contextlib.chdir(run_dir):
+                notebook = papermill.execute_notebook(path, path, parameters, progress_bar=False, **settings)
             if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
                 raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")
+            if lost := without_figure(notebook):
+                message = "calls plt.show() and holds no figure; is another matplotlib backend set?"
+                raise RuntimeError(f"{step.notebook}.ipynb: cell {lost[0]} {message}")
+            if step.notebook == "02_convert_labels":
+                write_folder_hashes(run_dir)
         except Exception:
             traceback.print_exc(file=log)
             raise

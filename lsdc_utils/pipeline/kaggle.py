@@ -1,6 +1,7 @@
 """A bundle that grades Kaggle's hidden studies offline: a data set of models, package and wheels, and notebook 05."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ PLACES = {"run_dir": 'str(bundle / "models")', "data_dir": "str(data)", "out_dir
 
 def user_here() -> str:
     """The Kaggle user whose credentials are on this machine."""
-    file = Path.home() / ".kaggle" / "kaggle.json"
+    file = Path(os.path.expanduser("~/.kaggle/kaggle.json"))
     return json.loads(file.read_text()).get("username", USER) if file.is_file() else USER
 
 

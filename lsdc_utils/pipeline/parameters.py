@@ -1,6 +1,7 @@
 """Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     if not equals or key not in defaults:
         raise UsageError(f"{text!r}: not KEY=VALUE, or an unknown key; keys are: {', '.join(sorted(defaults))}")
     if isinstance(defaults[key], str):
-        path = Path(raw).expanduser()
+        path = Path(os.path.expanduser(raw))  # Path's own raises where ~NAME is not a user
         is_path = bool(raw) and (key == "data_dir" or key.endswith("_csv"))
         is_path |= key in ("yolo_model", "vit_encoder_weights") and path.is_file()
         return key, str(path.resolve()) if is_path else raw

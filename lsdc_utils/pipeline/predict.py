@@ -19,7 +19,7 @@ from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
-from lsdc_utils.files import atomic, write_json
+from lsdc_utils.files import atomic, content_hashes, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import declared, module_files
@@ -59,12 +59,12 @@ def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(root: Path) -> str:
-    """Hash of every file's path, size and time under `root`, and of the code that lists studies."""
+    """Hash of every file's path, size and time of change under `root`, and of the code that lists studies."""
     digest = hashlib.sha256()
     for file in walk(root, []):
         with contextlib.suppress(OSError):  # a broken link
             facts = file.stat()
-            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            digest.update(f"{file} {facts.st_size} {facts.st_ctime_ns}\n".encode(errors="surrogateescape"))
     for file in [*sorted(module_files("from lsdc_utils.data import competition")), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -127,20 +127,19 @@ def collect(out: Path, shards: list[Path]) -> str:
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
-    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), size (bytes),
-    time (ns). A series without files, or a study without series, has one line with an empty file."""
+    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), sha256 of its
+    bytes. A series without files, or a study without series, has one line with an empty file."""
     lines = []
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", b"", 0, 0))
+            lines.append((study_id, NONE, "", b"", ""))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)
             if isinstance(source, Path):
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            stats = [(os.fsencode(file), file.stat()) for file in source]
-            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats] or [(b"", 0, 0)]
+            facts = list(zip(map(os.fsencode, source), content_hashes(source), strict=True)) or [(b"", "")]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
-    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])
+    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "sha256"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import yaml
 
 from lsdc_utils.files import atomic
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps, write_folder_hashes
 from lsdc_utils.pipeline.parameters import PROFILES
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
@@ -49,8 +50,9 @@ class Run:
 
 def visible_gpus() -> list[str]:
     """Indices or UUIDs of the GPUs that jobs may use; none without an NVIDIA driver."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device not in ("", "-1")]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # as CUDA reads it: up to the first word that is no device
+        words = map(str.strip, os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-").match, words))
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -115,9 +117,9 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     if run.slurm:  # the cluster decides what runs side by side
         command += ["--workflow-profile", PROFILES / "slurm", "--slurm-logdir", run.folder / "logs" / "slurm"]
     else:
-        command += ["--resources", f"gpu={gpus}"]
+        command += ["--resources", f"gpu={gpus}", f"mem_mb={psutil.virtual_memory().total // 2**20}"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
-    command += ["--max-checksum-file-size", 2**30]  # a file rewritten with the same bytes re-runs nothing
+    command += ["--max-checksum-file-size", 2**50]  # a file rewritten with the same bytes re-runs nothing
     if run.snakefile == "predict.smk":
         command += ["--keep-going"]  # other shards do not wait for one that fails
     forced = [step for name in run.force for step in select_steps(run.steps, name)]
@@ -129,11 +131,19 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
 
 
+def compare_by_content(folder: Path) -> None:
+    """Let Snakemake compare the content of every input with what its step read, whatever the times of files are.
+
+    It does so where an input is newer than the oldest output, and counts the step's table of times as an output."""
+    write_folder_hashes(folder, again=True)
+    for times in folder.glob("logs/*.tsv"):
+        os.utime(times, (1, 1))
+
+
 def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     """Environment of Snakemake and of all that it starts."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    environment = {**os.environ, "PYTHONPATH": path, RUN_MARK: str(run.folder), **devices}
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, RUN_MARK: str(run.folder), **devices}
     if run.slurm:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # SLURM sets it for each job
     return environment
@@ -145,6 +155,7 @@ def dry_run(run: Run) -> int:
         config = Path(temporary) / "parameters.yml"
         config.write_text(yaml.safe_dump(run.parameters))
         planned = replace(run, folder=run.folder if run.folder.is_dir() else Path(temporary))
+        compare_by_content(planned.folder)
         command = snakemake_command(planned, config, 0)
         command.insert(command.index("--directory"), "--dry-run")
         done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
@@ -166,6 +177,7 @@ def work(run: Run) -> int:
     gpus = [] if run.slurm else visible_gpus()
     config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
     output.parent.mkdir(exist_ok=True)
+    compare_by_content(run.folder)
     with atomic(config) as temporary:
         temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
     place = "jobs on SLURM" if run.slurm else f"{run.cores} cores, {len(gpus)} GPUs"

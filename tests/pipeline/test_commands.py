@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -101,7 +102,9 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
     monkeypatch.setattr(commands.subprocess, "run", started)
     assert commands.main(["lab", "--port", "8899", "--no-browser"]) == 0
     monkeypatch.undo()
-    assert called[-1][-4:] == ["--LabApp.default_url=/lab/tree/start.ipynb", "--port", "8899", "--no-browser"]
+    as_root = ["--allow-root"] if os.geteuid() == 0 else []
+    options = ["--LabApp.default_url=/lab/tree/start.ipynb", *as_root, "--port", "8899", "--no-browser"]
+    assert called[-1][-len(options) :] == options
     assert (ROOT / "notebooks/start.ipynb").is_file()
     cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="out")], execution_count=1)
     cell.metadata["papermill"] = {"duration": 1}

@@ -11,14 +11,14 @@ import pandas as pd
 
 from lsdc_utils import dicom, geometry
 from lsdc_utils.data.competition import FINDINGS, Competition
+from lsdc_utils.data.parts import far_from_others, select
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
-Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
-Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
+Described = tuple[dicom.Source, int, int, str, bool]  # as `read_stack` takes them
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,15 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, tuple]:
-    """A series windowed by its own percentiles, and files left out, with the reason; DicomError if it is unusable."""
-    series = dicom.read_series(source)
+def read_stack(
+    source: dicom.Source, study_id: int, series_id: int, series_type: str, labelled: bool = False
+) -> tuple[Stack, tuple]:
+    """A series windowed by its own percentiles, and files left out, with the reason; DicomError if it is unusable.
+
+    labelled: whether a table of points names its images by number, see `dicom.read_series`.
+    """
+    source, left_out = select(source, series_type)
+    series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
     shapes = np.array([image.shape for image in series.pixels], dtype=np.int32)
@@ -47,7 +53,7 @@ def read_stack(source: Source, study_id: int, series_id: int, series_type: str) 
     numbers = np.array([image.instance_number for image in series.slices], dtype=np.int32)
     blocks = np.array([image.block for image in series.slices], dtype=np.int32)
     stack = Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks)
-    return stack, series.skipped
+    return stack, (*left_out, *series.skipped)
 
 
 def spacing_fault(series: dicom.Series) -> str:
@@ -122,21 +128,34 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
     read = list(_read_series(_described(comp, split, study_id)))
-    findings = pd.DataFrame([row for _, rows in read for row in rows], columns=FINDINGS)
-    return [stack for stack, _ in read if stack], findings
+    stacks = {stack.series_id: stack for stack, _ in read if stack}
+    rows = [row for _, rows in read for row in rows]
+    for series_id, distance in far_from_others({key: _height(stack) for key, stack in stacks.items()}).items():
+        value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
+        rows.append((study_id, series_id, "series_far_away", value, "series left out"))
+        del stacks[series_id]
+    return list(stacks.values()), pd.DataFrame(rows, columns=FINDINGS)
+
+
+def _height(stack: Stack) -> float:
+    """Median z in mm of the middles of the slices."""
+    return float(np.median(geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) / 2)[:, 2]))
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
     series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
     rows = sorted(zip(series["series_id"].tolist(), series["series_type"], strict=True))
-    return [(comp.source(split, study_id, number), int(study_id), number, kind) for number, kind in rows]
+    labelled = set(comp.coordinates["series_id"][comp.coordinates["study_id"] == study_id]) if split == "train" else ()
+    return [
+        (comp.source(split, study_id, number), int(study_id), number, kind, number in labelled) for number, kind in rows
+    ]
 
 
 def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
-    for source, study_id, series_id, kind in series:
+    for source, study_id, series_id, kind, labelled in series:
         try:
-            stack, skipped = read_stack(source, study_id, series_id, kind)
+            stack, skipped = read_stack(source, study_id, series_id, kind, labelled)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue

@@ -19,6 +19,7 @@ from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
+from lsdc_utils.dicom import Frames
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
@@ -124,20 +125,22 @@ def collect(out: Path, shards: list[Path]) -> str:
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
-    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), size (bytes),
-    time (ns). A series without files, or a study without series, has one line with an empty file."""
+    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), frames (those
+    read; none: all), size (bytes), time (ns). A series without files, or a study without series, has one line with an
+    empty file."""
     lines = []
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", b"", 0, 0))
+            lines.append((study_id, NONE, "", b"", (), 0, 0))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)
             if isinstance(source, Path):
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            stats = [(os.fsencode(file), file.stat()) for file in source]
-            facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats] or [(b"", 0, 0)]
+            parts = [part if isinstance(part, Frames) else Frames(part, ()) for part in source]
+            stats = [(os.fsencode(file), frames, file.stat()) for file, frames in parts]
+            facts = [(*part, stat.st_size, stat.st_mtime_ns) for *part, stat in stats] or [(b"", (), 0, 0)]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
-    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "size", "time"])
+    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "frames", "size", "time"])

@@ -16,9 +16,10 @@ from lsdc_utils import dicom
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import FINDINGS, KEY, POINTS, Competition, Findings, label_names
+from lsdc_utils.data.parts import select
 from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
-from lsdc_utils.data.stacks import Source, spacing_fault
+from lsdc_utils.data.stacks import spacing_fault
 from lsdc_utils.data.unsorted import number_of
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each, usable_cores
@@ -117,15 +118,19 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     return series[there]
 
 
-def _read_headers(task: tuple[Source, dict[str, Any], list[tuple]]) -> tuple[dict[str, Any], list[tuple], list[tuple]]:
+def _read_headers(
+    task: tuple[dicom.Source, dict[str, Any], list[tuple]],
+) -> tuple[dict[str, Any], list[tuple], list[tuple]]:
     """A series' line of the table with `middle` (x of sagittal slices, mm), faults, and points with X, Y, Z or NaN."""
     source, row, points = task
     unplaced = [(*point, np.nan, np.nan, np.nan) for point in points]
     try:
-        series = dicom.read_series(source, pixels=False)
+        source, left_out = select(source, row["series_type"])
+        series = dicom.read_series(source, pixels=False, labelled=bool(points))
     except dicom.DicomError as error:
         return row, [("series_unusable", readable(error), "series left out")], unplaced
-    faults = [("file_unusable", readable(f"{file.name}: {why}"), "file left out") for file, why in series.skipped]
+    skipped = (*left_out, *series.skipped)
+    faults = [("file_unusable", readable(f"{file.name}: {why}"), "file left out") for file, why in skipped]
     faults += [("file_repaired", readable(f"{file.name}: {why}"), "repaired") for file, why in series.repaired]
     shapes = Counter(image.shape for image in series.slices)
     if len(shapes) > 1:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import unsorted
+from lsdc_utils.dicom import Frames
 
 SPLITS = ("train", "test")
 KEY = ["study_id", "condition", "level"]  # identify a label, and its point
@@ -47,7 +48,8 @@ class Competition:
     series: study_id, series_id, series_type, split (train or test).
     sample_rows: the row ids that a submission must hold.
     findings: the faults of the tables, and what was done about each.
-    files: (study_id, series_id) -> the files of a series that has no folder of its own in the competition's layout.
+    files: (study_id, series_id) -> the files, or frames of them, of a series that is not a folder of its own in the
+        competition's layout.
     """
 
     root: Path
@@ -56,9 +58,9 @@ class Competition:
     series: pd.DataFrame
     sample_rows: list[str]
     findings: pd.DataFrame
-    files: Mapping[tuple[int, int], tuple[Path, ...]] = field(default_factory=dict)
+    files: Mapping[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
 
-    def source(self, split: str, study_id: int, series_id: int) -> Path | tuple[Path, ...]:
+    def source(self, split: str, study_id: int, series_id: int) -> Path | tuple[Path | Frames, ...]:
         """What `dicom.read_series` reads of a series: its folder, or its files if it has no folder of its own."""
         return self.files.get((study_id, series_id)) or series_folder(self.root, split, study_id, series_id)
 
@@ -334,7 +336,10 @@ def read_listed(root: str | Path, table: str | Path) -> Competition:
     """The studies of one shard as a Competition without labels, all as test studies."""
     listed = pd.read_parquet(table)
     series = listed.loc[listed["series_id"] != NONE, ["study_id", "series_id", "series_type"]].drop_duplicates()
-    there = listed[listed["file"] != b""].groupby(["study_id", "series_id"])["file"]
+    files, there = {}, listed[listed["file"] != b""]
+    for *key, file, frames in there[["study_id", "series_id", "file", "frames"]].itertuples(index=False, name=None):
+        path = Path(os.fsdecode(file))
+        files.setdefault(tuple(key), []).append(Frames(path, tuple(frames)) if len(frames) else path)
     return Competition(
         root=Path(root),
         labels=pd.DataFrame(columns=[*KEY, "severity"]),
@@ -342,5 +347,5 @@ def read_listed(root: str | Path, table: str | Path) -> Competition:
         series=series.assign(split="test").reset_index(drop=True),
         sample_rows=[row for study in listed["study_id"].unique() for row in words.study_row_ids(study)],
         findings=pd.DataFrame(columns=FINDINGS),
-        files={key: tuple(Path(os.fsdecode(file)) for file in files) for key, files in there},
+        files={key: tuple(parts) for key, parts in files.items()},
     )

@@ -1,6 +1,8 @@
 """What the header of an image says its series is: plane, contrast, and why it is not one that is graded."""
 
 import re
+import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +23,38 @@ def plane_of(tags: Tags) -> str:
     return geometry.plane_of(np.cross(tags.orientation[:3], tags.orientation[3:])) if tags.orientation else ""
 
 
-def skip_reason(tags: Tags) -> str:
-    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so."""
+def skip_reason(tags: Tags, described: bool = True) -> str:
+    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so.
+
+    described: False does not look at description and body part, which are the same for all images of a series.
+    """
     if tags.modality not in ("", "MR"):
         return "modality other than MR"
     if not tags.rows and not tags.has_pixels:
         return "no images"
-    for reason, marks in SKIP_WORDS["image_type"].items():
-        if {*marks}.intersection(tags.image_type[2:]) or ("LOCALIZER" in tags.image_type and reason == "localiser"):
+    kinds = [word.lower().replace("_", " ") for word in (*tags.image_type[2:], *tags.sequence)]
+    for reason, pattern in SKIP_WORDS["image_type"].items():
+        if any(re.fullmatch(pattern, kind) for kind in kinds) or (
+            reason == "localiser" and "LOCALIZER" in tags.image_type
+        ):
             return reason
+    if not described:
+        return ""
     text = _described(tags)
-    return next((reason for reason, pattern in SKIP_WORDS["description"].items() if re.search(pattern, text)), "")
+    if reason := next(
+        (reason for reason, pattern in SKIP_WORDS["description"].items() if re.search(pattern, text)), ""
+    ):
+        return reason
+    return "other part of the spine or body" if (regions(tags) or ["lumbar"])[0] == "other" else ""
+
+
+def regions(tags: Tags) -> list[str]:
+    """lumbar and other, in the order in which the description names such parts of the body, or else the body part."""
+    for text in (_described(tags), _plain(tags.body_part)):
+        found = {name: re.search(pattern, text) for name, pattern in SKIP_WORDS["region"].items()}
+        if names := [name for name in found if found[name]]:
+            return sorted(names, key=lambda name: found[name].start())
+    return []
 
 
 def contrast_of(tags: Tags) -> tuple[str | None, str]:
@@ -63,4 +86,12 @@ def named_contrast(tags: Tags) -> str | None:
 
 
 def _described(tags: Tags) -> str:
-    return re.sub(r"[^a-z0-9*]+", " ", tags.description.lower()).strip()
+    return _plain(tags.description)
+
+
+def _plain(text: str) -> str:
+    """Lower case without accents, words separated by blanks."""
+    with suppress(UnicodeError):  # UTF-8 that was read as Latin-1
+        text = text.encode("latin-1").decode()
+    text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9*]+", " ", text).strip()

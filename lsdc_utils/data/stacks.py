@@ -11,6 +11,7 @@ import pandas as pd
 
 from lsdc_utils import dicom, geometry
 from lsdc_utils.data.competition import FINDINGS, Competition
+from lsdc_utils.data.parts import far_from_others, select
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each
 
@@ -21,8 +22,7 @@ EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.01  # least share of signal, different valu
 ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
-Source = Path | str | tuple[Path, ...]  # of a series: its folder, or its files
-Described = tuple[Source, int, int, str]  # source, study id, series id and type, as `read_stack` takes them
+Described = tuple[dicom.Source, int, int, str, bool]  # as `read_stack` takes them
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,19 @@ class Stack:
     blocks: np.ndarray  # (n,) int32: slices of one block are parallel
 
 
-def read_stack(source: Source, study_id: int, series_id: int, series_type: str) -> tuple[Stack, list]:
-    """A series windowed by its own percentiles, notes (rule, file, reason, action); DicomError if it is unusable."""
-    series = dicom.read_series(source)
+def read_stack(
+    source: dicom.Source, study_id: int, series_id: int, series_type: str, labelled: bool = False
+) -> tuple[Stack, list]:
+    """A series windowed by its own percentiles, notes (rule, file, reason, action); DicomError if it is unusable.
+
+    labelled: whether a table of points names its images by number, see `dicom.read_series`.
+    """
+    source, left_out = select(source, series_type)
+    series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
     windows, scales = _windows(series.pixels)
-    notes = [("file_unusable", *note, "file left out") for note in series.skipped]
+    notes = [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
     for i in np.flatnonzero(scales != 1):
         image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
         blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
@@ -178,21 +184,34 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
     read = list(_read_series(_described(comp, split, study_id)))
-    findings = pd.DataFrame([row for _, rows in read for row in rows], columns=FINDINGS)
-    return [stack for stack, _ in read if stack], findings
+    stacks = {stack.series_id: stack for stack, _ in read if stack}
+    rows = [row for _, rows in read for row in rows]
+    for series_id, distance in far_from_others({key: _height(stack) for key, stack in stacks.items()}).items():
+        value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
+        rows.append((study_id, series_id, "series_far_away", value, "series left out"))
+        del stacks[series_id]
+    return list(stacks.values()), pd.DataFrame(rows, columns=FINDINGS)
+
+
+def _height(stack: Stack) -> float:
+    """Median z in mm of the middles of the slices."""
+    return float(np.median(geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) / 2)[:, 2]))
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
     series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
     rows = sorted(zip(series["series_id"].tolist(), series["series_type"], strict=True))
-    return [(comp.source(split, study_id, number), int(study_id), number, kind) for number, kind in rows]
+    labelled = set(comp.coordinates["series_id"][comp.coordinates["study_id"] == study_id]) if split == "train" else ()
+    return [
+        (comp.source(split, study_id, number), int(study_id), number, kind, number in labelled) for number, kind in rows
+    ]
 
 
 def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:
     """For each series its stack (None if it cannot be read) and its rows of the findings table."""
-    for source, study_id, series_id, kind in series:
+    for source, study_id, series_id, kind, labelled in series:
         try:
-            stack, notes = read_stack(source, study_id, series_id, kind)
+            stack, notes = read_stack(source, study_id, series_id, kind, labelled)
         except dicom.DicomError as error:
             yield None, [(study_id, series_id, "series_unusable", readable(error), "series left out")]
             continue

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data.series_types import SHORT, UNKNOWN_CONTRAST, contrast_of, named_contrast, plane_of, skip_reason
-from lsdc_utils.dicom import DicomError, NotDicomError, Tags, read_tags
+from lsdc_utils.data.parts import contrast_in, divide, far_from_others, files_of, middle_height
+from lsdc_utils.data.series_types import SHORT, UNKNOWN_CONTRAST, named_contrast, plane_of, regions
+from lsdc_utils.dicom import DicomError, Frames, NotDicomError, Tags, read_all_tags
 from lsdc_utils.files import readable
 from lsdc_utils.parallel import each
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # a file with one of these names should be DICOM
 FEW_FILES = 2000  # below this, starting processes takes longer than reading
-STACK = 5  # images; fewer in one plane beside another plane are a localiser
 TO_USE_IT = (  # for a series of unknown contrast
     "skipped; to use it, name T1 or T2 in SeriesDescription, or list it in {split}_series_descriptions.csv "
     "(competition layout)"
@@ -33,13 +33,15 @@ class Discovered:
     """What `find` returns. Findings have the columns of `competition.FINDINGS`, with None for an unknown id."""
 
     series: list[dict[str, Any]] = field(default_factory=list)  # study_id, series_id, series_type, split
-    files: dict[tuple[int, int], tuple[Path, ...]] = field(default_factory=dict)  # of series without their own folder
+    files: dict[tuple[int, int], tuple[Path | Frames, ...]] = field(
+        default_factory=dict
+    )  # of series without their own folder
     findings: list[tuple[int | None, int | None, str, str, str]] = field(default_factory=list)
 
 
 @dataclass
 class _Series:
-    """Images that belong together: a whole series, or the part of one that is read on its own."""
+    """Images or frames that belong together: a whole series, or the part of one that is read on its own."""
 
     split: str
     study: tuple[str, ...]  # ("folder", number), ("uid", UID), ("uid", UID, patient) or ("", folder)
@@ -67,8 +69,8 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     images, others = [], defaultdict(list)  # headers with their split; folder -> files, why unusable ('': not DICOM)
     headers = each(_read_header, [file for _, file in files], workers, FEW_FILES, chunk=64)
     for n, ((split, file), header) in enumerate(zip(files, headers, strict=True), 1):
-        if isinstance(header, Tags):
-            images.append((split, header))
+        if isinstance(header, list):
+            images += [(split, tags) for tags in header]
         else:
             others[file.parent].append((file, header))
         if n % 5000 == 0:
@@ -78,6 +80,7 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
     for part in series:
         if not part.reason:
             _set_type(part)
+    _leave_out_far(series)
     _set_ids(series)
     _collect(root, series, others, counts, result)
     return result
@@ -98,15 +101,15 @@ def walk(top: Path, unopened: list[OSError]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _read_header(file: Path) -> Tags | str:
-    """The header of a file; the reason if it is DICOM but cannot be read, '' if it is not DICOM."""
+def _read_header(file: Path) -> list[Tags] | str:
+    """The headers of a file's images; the reason if it is DICOM but cannot be read, '' if it is not DICOM."""
     named_dicom = file.suffix.lower() in SUFFIXES
     try:
-        tags = read_tags(file)
+        images = read_all_tags(file)
     except DicomError as error:
         return str(error) if named_dicom or not isinstance(error, NotDicomError) else ""
-    if tags.study_uid or tags.series_uid or tags.rows:
-        return tags
+    if images[0].study_uid or images[0].series_uid or images[0].rows:
+        return images
     return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
 
 
@@ -141,17 +144,15 @@ def _split(group: _Series, root: Path) -> list[_Series]:
     part = partial(_Series, group.split, group.study, group.series)
     distinct: dict[tuple, Tags] = {}  # without copies, which have the identity and the geometry of an earlier image
     for tags in group.images:
-        place = tags.position, tags.orientation, tags.rows, tags.columns, tags.frames
-        scan = tags.description, tags.echo_time, tags.repetition_time  # real SOPInstanceUIDs may collide
+        place = tags.position, tags.orientation, tags.rows, tags.columns, tags.frames, tags.frame
+        scan = tags.description, tags.echo_time, tags.repetition_time, tags.image_type  # real SOPInstanceUIDs collide
         distinct.setdefault((tags.sop_uid or str(tags.file), tags.instance_number, place, scan), tags)
-    by_reason = defaultdict(list)
-    for tags in distinct.values():
-        by_reason[skip_reason(tags)].append(tags)
-    usable = by_reason.pop("", [])
-    parts = [part(images, reason) for reason, images in sorted(by_reason.items())]
-    for images in _by_content(usable) if usable else ():
+    divided = divide(list(distinct.values()))
+    parts = [part(images, reason) for images, reason in divided if reason]
+    for images in [images for images, reason in divided if not reason]:
         numbers = sorted(n for n, times in Counter(map(_instance, images)).items() if n is not None and times > 1)
         single = all(tags.frames == 1 for tags in images)  # frames have no numbers of their own
+        single &= len({*map(_instance, images)}) > 1  # one number for all tells nothing
         several = [part(some) for some in (_by_number(images) if numbers and single else [images])]
         if len(several) > 1:
             names = [_name(root, tags.file) for tags in images if _instance(tags) == numbers[0]]
@@ -163,18 +164,6 @@ def _split(group: _Series, root: Path) -> list[_Series]:
         name = next(_name(root, tags.file) for tags in group.images if tags.file not in kept)
         parts[0].findings.append(("file_repeated", f"{n_copies} copies of images, e.g. {name}", "used once"))
     return parts
-
-
-def _by_content(images: list[Tags]) -> list[list[Tags]]:
-    """Images by description, by echo if there are two, and by plane if each plane has a stack."""
-    times = [tags.echo_time for tags in images if tags.echo_time]
-    echoes = len(times) == len(images) and max(times) > 1.5 * min(times)
-    planes = Counter(map(plane_of, images))
-    stacks = min(planes.values()) >= STACK and "sagittal" in planes  # a tilted axial block may be nearest to coronal
-    parts = defaultdict(list)
-    for tags in images:
-        parts[tags.description, tags.echo_time if echoes else 0.0, plane_of(tags) if stacks else ""].append(tags)
-    return [parts[key] for key in sorted(parts)]
 
 
 def _by_number(images: list[Tags]) -> list[list[Tags]]:
@@ -195,14 +184,11 @@ def _instance(tags: Tags) -> int | None:
 
 
 def _set_type(part: _Series) -> None:
-    tags = part.images[0]
     planes = Counter(plane_of(tags) for tags in part.images if tags.orientation)
     plane = planes.most_common(1)[0][0] if planes else ""
-    contrast, unknown = contrast_of(tags)
+    contrast, unknown = contrast_in(part.images)
     if not planes:
         part.reason = "no orientation in any header"
-    elif len(planes) > 1 and "sagittal" in planes and min(planes.values()) < STACK:
-        part.reason = "few images in several planes, as of a localiser"
     elif plane == "coronal":
         part.reason = "coronal"
     elif plane == "axial" and contrast == words.T1:
@@ -211,9 +197,23 @@ def _set_type(part: _Series) -> None:
         part.reason = unknown
     else:
         part.series_type = words.AXIAL if plane == "axial" else contrast
-        if (named := named_contrast(tags)) not in (None, contrast):
+        if (named := named_contrast(part.images[0])) not in (None, contrast):
             value = f"{SHORT[contrast]} by its times, described as {SHORT[named]}"
             part.findings.append(("contrast_differs", value, "typed by its times"))
+        if len(regions(part.images[0])) > 1:
+            part.findings.append(("region_unclear", part.images[0].description, "used as a lumbar series"))
+
+
+def _leave_out_far(series: list[_Series]) -> None:
+    """Skip series whose middle lies far from that of most other usable series of their study."""
+    heights: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for n, part in enumerate(series):
+        if not part.reason and (height := middle_height(part.images)) is not None:
+            heights[part.split, part.study][n] = height
+    for study in heights.values():
+        for n, distance in far_from_others(study).items():
+            place = "above" if distance > 0 else "below"
+            series[n].reason = f"its middle lies {abs(distance):.0f} mm {place} that of the study's other series"
 
 
 def number_of(text: str) -> int | None:
@@ -261,16 +261,17 @@ def _collect(root: Path, series: list[_Series], others: dict, counts: Counter, r
         for tags in part.images:
             owners[tags.file.parent].add(ids)
         result.findings += [(*ids, *finding) for finding in part.findings]
-        files = tuple(tags.file for tags in part.images)
+        files = tuple(files_of(part.images))
         if part.reason:
-            value = f"{_name(root, files[0])}: {len(files)} file{'s' * (len(files) > 1)}, {part.reason}"
+            count = len(part.images)
+            value = f"{_name(root, part.images[0].file)}: {count} image{'s' * (count > 1)}, {part.reason}"
             action = TO_USE_IT.format(split=part.split) if part.reason == UNKNOWN_CONTRAST else "skipped"
             result.findings.append((*ids, "series_skipped", value, action))
             continue
         row = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
         result.series.append(row)
         own = root / f"{part.split}_images" / str(ids[0]) / str(ids[1])
-        if {file.parent for file in files} != {own} or counts[own] != len(files):
+        if {getattr(file, "parent", None) for file in files} != {own} or counts[own] != len(files):
             result.files[ids] = files
     used = {part.study_id for part in series if not part.reason}
     for study_id, study in sorted({(part.study_id, part.study) for part in series}):

@@ -39,17 +39,18 @@ ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # tags that start an item, i
 UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 
 WANTED_NAMES = """
-    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored Columns EchoPulseSequence EchoTime EffectiveEchoTime
-    HighBit ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber InversionTime InversionTimes Modality
-    NumberOfFrames PatientBirthDate PatientID PatientName PerFrameFunctionalGroupsSequence PhotometricInterpretation
-    PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing ProtocolName RepetitionTime
-    RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SeriesDescription SeriesInstanceUID
-    SharedFunctionalGroupsSequence SOPInstanceUID StudyInstanceUID TransferSyntaxUID
+    AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored BodyPartExamined Columns ComplexImageComponent
+    EchoPulseSequence EchoTime EffectiveEchoTime HighBit ImageOrientationPatient ImagePositionPatient ImageType
+    InstanceNumber InversionTime InversionTimes Modality NumberOfFrames PatientBirthDate PatientID PatientName
+    PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelPaddingRangeLimit PixelPaddingValue
+    PixelRepresentation PixelSpacing ProtocolName RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel
+    ScanningSequence SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID
+    StudyInstanceUID TransferSyntaxUID
 """
 WANTED_TAGS = [tag_for_keyword(name) for name in WANTED_NAMES.split()]
 GROUP_NAMES = """
-    MREchoSequence MRModifierSequence MRTimingAndRelatedParametersSequence PixelMeasuresSequence
-    PixelValueTransformationSequence PlaneOrientationSequence PlanePositionSequence
+    MREchoSequence MRImageFrameTypeSequence MRModifierSequence MRTimingAndRelatedParametersSequence
+    PixelMeasuresSequence PixelValueTransformationSequence PlaneOrientationSequence PlanePositionSequence
 """
 GROUPS = GROUP_NAMES.split()  # PS3.3, C.7.6.16: where a multi-frame file keeps what a single image has at the top
 
@@ -64,19 +65,22 @@ class NotDicomError(DicomError):
 
 @dataclass(frozen=True)
 class Tags:
-    """One header as plain values, empty or None where missing; of several frames, what they share or the first's."""
+    """The header of an image, or of one frame, as plain values, empty or None where missing."""
 
     file: Path
+    frame: int | None  # from 0; None: of a file whose frames have no headers of their own
     study_uid: str
     series_uid: str
     sop_uid: str
     patient: str  # a hash of identifier, name and birth date: distinguishes patients without naming them
     modality: str
     description: str  # series description and protocol name
-    image_type: tuple[str, ...]  # upper-case words
+    body_part: str
+    image_type: tuple[str, ...]  # upper-case words, for a frame of its frame type; PHASE, REAL or IMAGINARY at the end
     sequence: tuple[str, ...]  # upper-case words: scanning sequence, and for an enhanced image its echoes and contrast
     orientation: tuple[float, ...] | None  # direction of growing columns, then of growing rows, LPS
     position: tuple[float, ...] | None  # centre of the first pixel, LPS mm
+    spacing: tuple[float, ...] | None  # mm between rows, then between columns
     echo_time: float | None  # ms, as the next two
     repetition_time: float | None
     inversion_time: float | None
@@ -102,33 +106,48 @@ class Header:
 
 
 def read_tags(file: str | Path) -> Tags:
-    """One image's header; NotDicomError where the file is not DICOM, another DicomError where it cannot be read."""
+    """The header of a file's first image; NotDicomError where it is not DICOM, DicomError where it cannot be read."""
+    return read_all_tags(file, 1)[0]
+
+
+def read_all_tags(file: str | Path, most: int = MAX_ITEMS) -> list[Tags]:
+    """The headers of a file's frames, the `most` first ones, or of its only image; errors as of `read_tags`."""
     with opened(file) as header:
-        dataset = header.dataset
-        datasets = frame_datasets(dataset, 0)
-        patient = "|".join(text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
-        return Tags(
-            file=Path(file),
-            study_uid=text(dataset, "StudyInstanceUID"),
-            series_uid=text(dataset, "SeriesInstanceUID"),
-            sop_uid=text(dataset, "SOPInstanceUID"),
-            patient=hashlib.sha256(patient.encode()).hexdigest()[:16] if patient.strip("|") else "",
-            modality=text(dataset, "Modality").upper(),
-            description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),
-            image_type=_words(dataset, "ImageType"),
-            sequence=_words(dataset, "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast"),
-            orientation=tuple(frame_numbers(datasets, "ImageOrientationPatient", 6) or ()) or None,
-            position=tuple(frame_numbers(datasets, "ImagePositionPatient", 3) or ()) or None,
-            echo_time=first_number(datasets, "EchoTime", "EffectiveEchoTime"),
-            repetition_time=first_number(datasets, "RepetitionTime"),
-            inversion_time=first_number(datasets, "InversionTime", "InversionTimes"),
-            frames=integer(dataset, "NumberOfFrames") or 1,
-            rows=integer(dataset, "Rows"),
-            columns=integer(dataset, "Columns"),
-            instance_number=integer(dataset, "InstanceNumber"),
-            acquisition_number=integer(dataset, "AcquisitionNumber"),
-            has_pixels=header.pixels_at is not None,
-        )
+        own = len(_items(header.dataset, "PerFrameFunctionalGroupsSequence"))
+        count = min(integer(header.dataset, "NumberOfFrames") or 1, own, most)
+        return [_tags(file, header, frame if own else None) for frame in range(max(count, 1))]
+
+
+def _tags(file: str | Path, header: Header, frame: int | None) -> Tags:
+    dataset = header.dataset
+    datasets = frame_datasets(dataset, frame or 0)
+    patient = "|".join(text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
+    complex_part = {*_words(datasets, "ComplexImageComponent")} & {"PHASE", "REAL", "IMAGINARY"}
+    return Tags(
+        file=Path(file),
+        frame=frame,
+        study_uid=text(dataset, "StudyInstanceUID"),
+        series_uid=text(dataset, "SeriesInstanceUID"),
+        sop_uid=text(dataset, "SOPInstanceUID"),
+        patient=hashlib.sha256(patient.encode()).hexdigest()[:16] if patient.strip("|") else "",
+        modality=text(dataset, "Modality").upper(),
+        description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),
+        body_part=text(dataset, "BodyPartExamined"),
+        image_type=(_words(datasets, "FrameType") or _words(datasets, "ImageType")) + tuple(complex_part),
+        sequence=_words(datasets, "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast"),
+        orientation=tuple(frame_numbers(datasets, "ImageOrientationPatient", 6) or ()) or None,
+        position=tuple(frame_numbers(datasets, "ImagePositionPatient", 3) or ()) or None,
+        spacing=tuple(frame_numbers(datasets, "PixelSpacing", 2) or ()) or None,
+        echo_time=first_number(datasets, "EchoTime", "EffectiveEchoTime"),
+        repetition_time=first_number(datasets, "RepetitionTime"),
+        inversion_time=first_number(datasets, "InversionTime", "InversionTimes"),
+        frames=integer(dataset, "NumberOfFrames") or 1,
+        rows=integer(dataset, "Rows"),
+        columns=integer(dataset, "Columns"),
+        instance_number=integer(dataset, "InstanceNumber"),
+        acquisition_number=integer(dataset, "AcquisitionNumber"),
+        has_pixels=header.pixels_at is not None,
+    )
 
 
 @contextmanager
@@ -283,9 +302,10 @@ def _items(dataset: Dataset, name: str) -> Sequence | list[Dataset]:
     return value if isinstance(value, Sequence) else []
 
 
-def _words(dataset: Dataset, *names: str) -> tuple[str, ...]:
-    """The words in these tags, upper case."""
-    return tuple(part.strip() for name in names for part in text(dataset, name).upper().split("\\") if part)
+def _words(datasets: list[Dataset], *names: str) -> tuple[str, ...]:
+    """The words in these tags, each of the first data set that has it, upper case."""
+    values = (next(filter(None, (text(dataset, name) for dataset in datasets)), "") for name in names)
+    return tuple(part.strip() for value in values for part in value.upper().split("\\") if part)
 
 
 def first_number(datasets: list[Dataset], *names: str) -> float | None:

@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -34,6 +35,16 @@ MAX_SERIES = 1 << 28  # pixels of a series; 200 slices of 512 x 512 have a fifth
 GAP = 3.0  # a step of more than this many usual steps ends a block: nothing was imaged in between
 
 Note = tuple[Path, str]  # a file, and what there is to say about it
+
+
+class Frames(NamedTuple):
+    """Some frames of a multi-frame file, from 0."""
+
+    file: Path
+    frames: tuple[int, ...]
+
+
+Source = str | Path | Sequence[Path | Frames]  # of a series: its folder, or its files and parts of files
 
 
 @dataclass(frozen=True)
@@ -92,53 +103,58 @@ class Series:
         return np.array([abs(a[:3, 2] @ (b[:3, 3] - a[:3, 3])) for a, b in pairs])
 
 
-def read_series(source: str | Path | Sequence[Path], pixels: bool = True) -> Series:
+def read_series(source: Source, pixels: bool = True, labelled: bool = True) -> Series:
     """Read one series, its images sorted by where they lie in the patient.
 
-    source: the folder that holds the series and nothing else, or its files.
+    source: the folder that holds the series and nothing else, or its files, or `Frames` of them.
     pixels: False reads headers alone, five times faster, with `Series.pixels` None; truncated files are found as well.
     Pixels are rescaled where the header says so (float), and as stored otherwise; MONOCHROME1 is inverted, so that more
     signal is always a higher value. Padding is -inf. Where a file has several frames, the images are numbered 1, 2, ...
+    labelled: labels may name an image by its number. If False, missing or repeated numbers do not matter: then the
+    images are numbered 1, 2, ... in their order.
     `skipped`: files that cannot be used or repeat another one's image. `repaired`: files that lack an orientation or a
     spacing and got those on which all others agree.
-    Raises DicomError where no file can be used, or where two images have the same instance number, since a label that
-    names its slice by that number would be ambiguous.
+    Raises DicomError where no file can be used, or, if `labelled`, where two images have the same instance number,
+    since a label that names its slice by that number would be ambiguous.
     """
-    folder, files = _files(source)
+    folder, parts = series_files(source)
     images, skipped = [], []
-    for file in files:
+    for part in parts:
         try:
-            images += _read_file(file, pixels)
+            images += _read_file(part, pixels, labelled)
         except DicomError as error:
-            skipped.append((file, str(error)))
+            skipped.append((part.file, str(error)))
         if pixels and sum(image.pixels.size for image in images) > MAX_SERIES:
             raise DicomError(f"series {folder}: holds more pixels than any of a spine; is it several series in one?")
     images, repaired = _repair(images, skipped)
-    images = _without_duplicates(folder, images, skipped)
+    images = _without_duplicates(folder, images, skipped, labelled)
     if not images:
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in skipped[:3]) or "the folder is empty"
         raise DicomError(f"series {folder}: no file can be used ({reasons})")
-    renumber = any(image.frames > 1 for image in images)
+    numbers = _numbers(images)
     slices = [
-        Slice(image.file, image.frame, n if renumber else image.number, _affine(image), image.shape, 0)
-        for n, image in enumerate(images, 1)
+        Slice(image.file, image.frame, number, _affine(image), image.shape, 0)
+        for image, number in zip(images, numbers or range(1, len(images) + 1), strict=True)
     ]
     planes = [geometry.plane_of(image.affine[:3, 2]) for image in slices]
     plane = max(ORDER, key=planes.count)
     order = [(i, block) for block, members in enumerate(_blocks(slices, np.array(ORDER[plane]))) for i in members]
     ordered = tuple(dataclasses.replace(slices[i], block=block) for i, block in order)
+    if not numbers:
+        ordered = tuple(dataclasses.replace(image, instance_number=n) for n, image in enumerate(ordered, 1))
     kept = [images[i].pixels for i, _ in order] if pixels else None
     skipped, repaired = dict.fromkeys(skipped), dict.fromkeys(repaired)  # once, where frames of a file share a note
     return Series(folder, ordered, kept, tuple(skipped), plane, tuple(repaired))
 
 
-def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The folder of a series and its files, 2.dcm before 10.dcm; hidden files of a folder are ignored."""
+def series_files(source: Source) -> tuple[Path, list[Frames]]:
+    """The folder of a series and its files, 2.dcm before 10.dcm, without frames where all are read; hidden files of a
+    folder are ignored."""
     if not isinstance(source, str | Path):
-        files = [Path(file) for file in source]
-        if not files:
+        parts = [part if isinstance(part, Frames) else Frames(Path(part), ()) for part in source]
+        if not parts:
             raise DicomError("a series needs at least one file")
-        return files[0].parent, files
+        return parts[0].file.parent, parts
     folder = Path(source)
     if not os.path.isdir(folder):  # where pathlib's raises for a folder that is closed
         raise DicomError(f"series {folder}: no such folder")
@@ -146,7 +162,7 @@ def _files(source: str | Path | Sequence[Path]) -> tuple[Path, list[Path]]:
         files = [file for file in folder.iterdir() if not file.name.startswith(".") and not os.path.isdir(file)]
     except OSError as error:
         raise DicomError(f"series {folder}: cannot be opened ({error.strerror or error})") from None
-    return folder, sorted(files, key=lambda file: (len(file.stem), file.name))
+    return folder, [Frames(file, ()) for file in sorted(files, key=lambda file: (len(file.stem), file.name))]
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,7 @@ class _Image:
     file: Path
     frame: int  # of a multi-frame file; 0 otherwise
     frames: int  # of the file
-    number: int  # of the instance
+    number: int | None  # of the instance
     uid: str  # SOPInstanceUID
     shape: tuple[int, int]  # rows, columns
     position: list[float]
@@ -165,25 +181,28 @@ class _Image:
     pixels: np.ndarray | None  # None where only headers are read
 
 
-def _read_file(file: Path, pixels: bool) -> list[_Image]:
+def _read_file(part: Frames, pixels: bool, labelled: bool) -> list[_Image]:
     """One file's images with their pixels, if asked for; DicomError where it cannot be used."""
+    file, chosen = part
     with opened(file) as header:
         layout = read_layout(header)
         check_lengths(header, layout)
         number, uid = integer(header.dataset, "InstanceNumber"), text(header.dataset, "SOPInstanceUID")
         number = int(file.stem) if number is None and file.stem.isdecimal() else number
-        if number is None:
+        if number is None and labelled and layout.frames == 1:
             raise DicomError("has no InstanceNumber, and its name is not a number either: labels cannot name it")
-        if abs(number) >= 2**31:
+        if abs(number or 0) >= 2**31:
             raise DicomError(f"has InstanceNumber {number}, which no scanner gives")
-        datasets = [frame_datasets(header.dataset, frame) for frame in range(layout.frames)]
+        chosen = [frame for frame in chosen if frame < layout.frames] or range(layout.frames)
+        datasets = [frame_datasets(header.dataset, frame) for frame in chosen]
         places = [_place(of_frame) for of_frame in datasets]
-        values = [None] * layout.frames
+        values = [None] * len(datasets)
         if pixels:
-            values = list(map(partial(_rescale, layout), read_frames(header, layout), datasets))
+            frames = list(read_frames(header, layout))
+            values = list(map(partial(_rescale, layout), [frames[frame] for frame in chosen], datasets))
     head, shape = (layout.frames, number, uid), (layout.rows, layout.columns)
-    placed = enumerate(zip(places, values, strict=True))
-    return [_Image(file, frame, *head, shape, *place, value) for frame, (place, value) in placed]
+    placed = zip(chosen, places, values, strict=True)
+    return [_Image(file, frame, *head, shape, *place, value) for frame, place, value in placed]
 
 
 def _place(datasets: list[Dataset]) -> tuple[list[float], list[float] | None, list[float] | None]:
@@ -249,13 +268,24 @@ def _common(values: list[list[float] | None], tolerance: float) -> list[float] |
     return given[0] if given and np.ptp(given, axis=0).max() <= tolerance else None
 
 
-def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note]) -> list[_Image]:
-    """Images without those that repeat an earlier one; DicomError where different ones have the same number."""
-    renumber = any(image.frames > 1 for image in images)
-    first: dict[tuple[int, int], _Image] = {}
+def _numbers(images: list[_Image]) -> list[int] | None:
+    """The instance number of each image, that of a frame counted through all files; None where one is not unique."""
+    frames = {image.file: image.frames for image in images}
+    before = dict(zip(frames, accumulate(frames.values(), initial=1), strict=False))
+    if max(frames.values()) > 1:
+        return [before[image.file] + image.frame for image in images]
+    numbers = [image.number for image in images]
+    return numbers if None not in numbers and len({*numbers}) == len(numbers) else None
+
+
+def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note], labelled: bool) -> list[_Image]:
+    """Images without those that repeat an earlier one; DicomError where `labelled` ones have the same number."""
+    unique = labelled and not any(image.frames > 1 for image in images)
+    first: dict[tuple, _Image] = {}
     kept = []
     for image in images:
-        earlier = first.setdefault((image.number, image.frame), image)
+        place = () if labelled else (*image.position, *image.shape)
+        earlier = first.setdefault((image.number, image.frame, place), image)
         place, other = ((i.shape, i.position, i.orientation, i.spacing) for i in (image, earlier))
         same = earlier is not image and place == other
         if same and image.pixels is None:
@@ -264,7 +294,7 @@ def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note])
             same = np.array_equal(image.pixels, earlier.pixels)
         if same:
             skipped.append((image.file, f"is the same image as {earlier.file.name}"))
-        elif earlier is image or renumber:
+        elif earlier is image or not unique:
             kept.append(image)
         else:
             names = f"{earlier.file.name} and {image.file.name}"

@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from lsdc_utils import geometry
 from lsdc_utils.data.competition import Competition
+from lsdc_utils.data.parts import select
 from lsdc_utils.dicom import DicomError, Series, Slice, read_series
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import BLOCKS
@@ -70,7 +71,8 @@ def find_keys(comp: Competition, counts: UidCounts, rows: pd.DataFrame) -> tuple
         read = []
         for series_id in described["series_id"] if wanted else ():
             try:
-                read.append((int(series_id), read_series(comp.source(split, study, series_id))))
+                source = select(comp.source(split, study, series_id), series_type)[0]
+                read.append((int(series_id), read_series(source, labelled=False)))
             except DicomError as error:
                 problems.append(str(error))
         for row in wanted if read else ():

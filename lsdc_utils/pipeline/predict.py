@@ -19,6 +19,7 @@ from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
+from lsdc_utils.dicom import Frames
 from lsdc_utils.files import atomic, content_hashes, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
@@ -127,19 +128,22 @@ def collect(out: Path, shards: list[Path]) -> str:
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
-    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), sha256 of its
-    bytes. A series without files, or a study without series, has one line with an empty file."""
+    """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), frames (those
+    read; none: all), sha256 of its bytes. A series without files, or a study without series, has one line with an empty
+    file."""
     lines = []
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", b"", ""))
+            lines.append((study_id, NONE, "", b"", (), ""))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)
             if isinstance(source, Path):
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            facts = list(zip(map(os.fsencode, source), content_hashes(source), strict=True)) or [(b"", "")]
+            parts = [part if isinstance(part, Frames) else Frames(part, ()) for part in source]
+            files, frames = [part.file for part in parts], [part.frames for part in parts]
+            facts = list(zip(map(os.fsencode, files), frames, content_hashes(files), strict=True)) or [(b"", (), "")]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
-    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "sha256"])
+    return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "frames", "sha256"])

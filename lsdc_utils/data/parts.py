@@ -1,0 +1,197 @@
+"""The images of a series divided into parts that can be read as one stack, or as blocks of one kind.
+
+Images of another kind (fat, phase, another echo, a map), plane, size or tilt never join a stack. Whether they lie in
+files of their own or are frames of one file makes no difference.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+
+import numpy as np
+
+from lsdc_utils import geometry
+from lsdc_utils import vocabulary as words
+from lsdc_utils.data.series_types import contrast_of, plane_of, skip_reason
+from lsdc_utils.dicom import DicomError, Frames, Source, Tags, read_all_tags, series_files
+
+Part = tuple[list[Tags], str]  # images, and why they are not used; '' if they are
+
+STACK = 5  # images; fewer in one plane beside another plane are a localiser
+FEW = 5  # strangers: this many times fewer than the series' other images, or less
+OTHER_ECHO = 1.5  # ratio of the longest to the shortest echo time of a series with several echoes
+SAME_ECHO = 1.05  # ratio of times of one echo
+SAME_SPACING = 0.02  # of the spacing
+SAME_PLANE = np.cos(np.deg2rad(20))  # of the normals of a sagittal stack
+FAR = 150.0  # mm between the middles of series of different parts of the spine; stations lie 200 to 300 mm apart
+PREFERRED = ({"IN_PHASE", "IP", "INPHASE", "IN PHASE", "IN"}, {"WATER", "W"})  # of a Dixon series, after unnamed ones
+
+
+def select(source: Source, series_type: str) -> tuple[Source, list[tuple]]:
+    """What of a series is read as `series_type`, and (file, reason) of what is left out; DicomError if nothing is."""
+    folder, files = series_files(source)
+    images, unread = [], []
+    for part in files:
+        try:
+            tags = read_all_tags(part.file)
+            images += [one for one in tags if not part.frames or one.frame in (*part.frames, None)]
+        except DicomError:  # which read_series reports
+            unread.append(part)
+    parts = divide(images, listed=True) if images else []
+    if len(parts) < 2:
+        return source, []
+    usable = [part for part, reason in parts if not reason]
+    if not usable:
+        raise DicomError(f"series {folder}: {'; '.join(sorted({reason for _, reason in parts}))}")
+    contrast = words.T1 if series_type == words.T1 else words.T2
+
+    def fit(part: list[Tags]) -> tuple[bool, bool, int]:
+        return _lying(part[0]) == words.PLANES[series_type], contrast_in(part)[0] == contrast, len(part)
+
+    best = max(usable, key=fit)
+    notes = []
+    for part, reason in parts:
+        if part is not best:
+            others = f", as are {len(part) - 1} other images" if len(part) > 1 else ""
+            notes.append((part[0].file, f"{reason or 'of another plane or contrast than its series'}{others}"))
+    return [*files_of(best), *unread], notes
+
+
+def files_of(images: Iterable[Tags]) -> list:
+    """The images' files, as `Frames` where only some of a file's frames are meant."""
+    frames: dict = defaultdict(list)
+    for tags in images:
+        frames[tags.file, tags.frames].append(tags.frame)
+    whole = {file for (file, count), chosen in frames.items() if chosen == [None] or len(chosen) == count}
+    return [file if file in whole else Frames(file, tuple(chosen)) for (file, _), chosen in frames.items()]
+
+
+def contrast_in(images: list[Tags]) -> tuple[str | None, str]:
+    """Contrast of most of the images, as in `contrast_of`."""
+    return Counter(map(contrast_of, images)).most_common(1)[0][0]
+
+
+def divide(images: list[Tags], listed: bool = False) -> list[Part]:
+    """The parts of a series, by description unless a table lists the series, which then counts for more than it."""
+    by_reason: dict[str, list[Tags]] = defaultdict(list)
+    for tags in images:
+        by_reason[skip_reason(tags, described=not listed)].append(tags)
+    if listed and len(by_reason) == 1:
+        by_reason = {"": images}
+    described: dict[str, list[Tags]] = defaultdict(list)
+    for tags in by_reason.pop("", []):
+        described["" if listed else tags.description].append(tags)
+    parts = [(some, reason) for reason, some in sorted(by_reason.items())]
+    for name in sorted(described):
+        parts += _by_plane(described[name], listed)
+    return parts
+
+
+def _lying(tags: Tags) -> str:
+    """The plane of an image; '' without orientation. An axial block may be tilted by up to 50 degrees."""
+    plane = plane_of(tags)
+    return "axial" if plane == "coronal" and abs(_normal(tags)[2]) >= 0.64 else plane
+
+
+def _normal(tags: Tags) -> np.ndarray:
+    return geometry.unit(np.cross(tags.orientation[:3], tags.orientation[3:]))
+
+
+def _by_plane(images: list[Tags], listed: bool) -> list[Part]:
+    planes: dict[str, list[Tags]] = defaultdict(list)
+    for tags in images:
+        planes[_lying(tags)].append(tags)
+    unplaced = planes.pop("", [])
+    if not planes:
+        return [(images, "no orientation in any header")]
+    main = max(planes, key=lambda plane: len(planes[plane]))
+    few = {plane for plane in planes if FEW * len(planes[plane]) <= len(planes[main])}
+    parts = [(planes.pop(plane), "lying across the other images of its series") for plane in sorted(few)]
+    small = len(planes) > 1 and min(map(len, planes.values())) < STACK
+    if not listed and (small or {"sagittal", "coronal"} <= planes.keys()):
+        return [(images, "images in several planes, as of a localiser")]
+    planes[main] += unplaced  # read_series may know what they lack
+    for plane in sorted(planes):
+        for part, reason in _by_kind(planes[plane]):
+            parts += [(part, reason)] if reason else _without_strangers(part, plane)
+    return parts
+
+
+def _by_kind(images: list[Tags]) -> list[Part]:
+    """Parts by echo, original or derived, and, of images at the same place, by image type; one of each contrast."""
+    times = sorted({tags.echo_time or 0.0 for tags in images})
+    twice = max(Counter((tags.position, tags.orientation) for tags in images if tags.position).values(), default=1) > 1
+    several = twice or (times[0] > 0 and times[-1] > OTHER_ECHO * times[0])
+    echo, first = {}, 0.0  # time -> first time of its echo, 0 where there are not several
+    for time in times:
+        first = 0.0 if not several else first if time <= SAME_ECHO * first else time
+        echo[time] = first
+    kinds: dict[tuple, list[Tags]] = defaultdict(list)
+    for tags in images:
+        derived = "DERIVED" in tags.image_type[:1]
+        kinds[derived, echo[tags.echo_time or 0.0], tags.image_type if twice else ()].append(tags)
+    most = max(map(len, kinds.values()))
+
+    def rank(key: tuple) -> tuple:
+        derived, time, kind = key
+        dixon = next((n for n, names in enumerate(PREFERRED, 1) if names & {*kind}), 0)
+        wanted = 100 if contrast_in(kinds[key])[0] == words.T2 else 10  # ms
+        return 2 * len(kinds[key]) < most, dixon, derived, abs(time - wanted), kind
+
+    parts, used = [], {}
+    for key in sorted(kinds, key=rank):
+        first, contrast = used.setdefault(contrast_in(kinds[key])[0], key), contrast_in(kinds[key])[0]
+        if FEW * len(kinds[key]) <= most:
+            parts.append((kinds[key], "of another echo or image type than the other images of its series"))
+        elif first != key and contrast:
+            name = "\\".join(first[2]) or f"echo time {first[1]:g} ms"
+            parts.append((kinds[key], f"another kind of the images that are used ({name})"))
+        else:
+            parts.append((kinds[key], ""))
+    return parts
+
+
+def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
+    """The images, and apart from them a few of another size or spacing or, in a sagittal stack, of another tilt."""
+    size = Counter((tags.rows, tags.columns) for tags in images).most_common(1)[0][0]
+    usual = Counter(tags.spacing for tags in images if tags.spacing).most_common(1)
+    main = _normal(max(images, key=[tags.orientation for tags in images].count)) if plane == "sagittal" else None
+
+    def fits(tags: Tags) -> bool:
+        same = not tags.spacing or np.allclose(tags.spacing, usual[0][0], rtol=SAME_SPACING, atol=0)
+        return same and (tags.rows, tags.columns) == size
+
+    tilts = {tags.orientation for tags in images if fits(tags)} | {None}
+    odd = [tags for tags in images if not fits(tags)]
+    if plane == "sagittal":
+        odd += [t for t in images if t not in odd and t.orientation and abs(_normal(t) @ main) < SAME_PLANE]
+    else:  # an axial block of its own tilt may have a size of its own
+        odd = [tags for tags in odd if tags.orientation in tilts]
+    enough = 3 * len(odd) <= len(images) - len(odd) if plane == "sagittal" else len(odd) <= min(2, len(images) // FEW)
+    if not odd or not enough:
+        return [(images, "")]
+    return [
+        ([tags for tags in images if tags not in odd], ""),
+        (odd, "of another size, pixel spacing or tilt than the other images of its series"),
+    ]
+
+
+def middle_height(images: Iterable[Tags]) -> float | None:
+    """Median z in mm of the middles of the images; None if no header says where they lie."""
+    heights = [
+        tags.position[2]
+        + tags.orientation[2] * tags.spacing[1] * (tags.columns - 1) / 2
+        + tags.orientation[5] * tags.spacing[0] * (tags.rows - 1) / 2
+        for tags in images
+        if tags.position and tags.orientation and tags.spacing and tags.rows and tags.columns
+    ]
+    return float(np.median(heights)) if heights else None
+
+
+def far_from_others(heights: Mapping[Hashable, float]) -> dict[Hashable, float]:
+    """Series that lie `FAR` from where most series of their study lie, of equally many the lowest; and their distance.
+
+    heights: series -> z in mm of its middle. Distances in mm are positive above.
+    """
+    near = {key: [other for other in heights.values() if abs(other - z) <= FAR] for key, z in heights.items()}
+    place = np.median(near[min(near, key=lambda key: (-len(near[key]), heights[key]))]) if near else 0.0
+    return {key: z - place for key, z in heights.items() if abs(z - place) > FAR}

@@ -16,8 +16,8 @@ from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
-FILL, STANDS_OUT = 1e-3, 16  # a filling is a value of this share of pixels, and of this many times as many as near it
-EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.01  # least share of signal, different values, deviation as a share of the window
+STANDS_OUT = 16  # times as many pixels as of the next values; real saturated tissue is below
+EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.05  # least share of signal, different values, nine tenths against the window
 ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
@@ -87,7 +87,7 @@ def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     values, counts = np.unique(np.concatenate(seen), return_counts=True)
     near = np.pad(counts, 2)
     near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
-    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, max(FILL * counts.sum(), 9)))]
+    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, 9))]
     for i, image in enumerate(images if len(fills) else ()):
         seen[i] = seen[i][_sample(cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))).ravel() == 0]
         seen[i] = seen[i] if seen[i].size > EMPTY * _sample(image).size else np.zeros(1)
@@ -103,8 +103,9 @@ def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     pool = [
         (seen[i] - middle[i]) * (its_spread / spread[i]) + its_middle for i, (its_middle, its_spread) in near.items()
     ]
-    low, high = np.percentile(np.concatenate([*pool, *(seen[i] for i in np.flatnonzero(alike))]), WINDOW)
-    if usual > FLAT * (high - low):
+    pool += [seen[i] for i in np.flatnonzero(alike)]
+    low, high, *most = np.percentile(np.concatenate(pool), (*WINDOW, 5, 95))
+    if np.ptp(most) > FLAT * (high - low):
         windows[full], scales[full] = (low, high), 1
         for i, (its_middle, its_spread) in near.items():
             scales[i] = spread[i] / its_spread

@@ -17,7 +17,7 @@ from lsdc_utils.parallel import each
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
 STANDS_OUT = 16  # times as many pixels as of the next values; real saturated tissue is below
-EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.05  # least share of signal, different values, nine tenths against the window
+EMPTY, FEW_VALUES = 0.02, 8  # least share of signal in an image, and number of different values in a series
 ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
@@ -105,7 +105,7 @@ def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     ]
     pool += [seen[i] for i in np.flatnonzero(alike)]
     low, high, *most = np.percentile(np.concatenate(pool), (*WINDOW, 5, 95))
-    if np.ptp(most) > FLAT * (high - low):
+    if np.ptp(most) > (high - low) / 255:  # else nearly all have one grey level
         windows[full], scales[full] = (low, high), 1
         for i, (its_middle, its_spread) in near.items():
             scales[i] = spread[i] / its_spread

@@ -17,8 +17,8 @@ from lsdc_utils.parallel import each
 
 WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
 SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
-FILL, STANDS_OUT = 1e-3, 16  # a filling is a value of this share of pixels, and of this many times as many as near it
-EMPTY, FEW_VALUES, FLAT = 0.02, 8, 0.01  # least share of signal, different values, deviation as a share of the window
+STANDS_OUT = 16  # times as many pixels as of the next values; real saturated tissue is below
+EMPTY, FEW_VALUES = 0.02, 8  # least share of signal in an image, and number of different values in a series
 ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
@@ -56,11 +56,10 @@ def read_stack(
         image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
         blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
         notes.append(("scale_differs", image.file, what, "scaled as its neighbours") if scales[i] else blank)
-    kept = np.flatnonzero(scales)
-    if not len(kept):
+    if not len(kept := np.flatnonzero(scales)):
         raise dicom.DicomError(f"series {series.folder}: {BLANK}: check it in a viewer, and export it again")
     slices, images = ([of[i] for i in kept] for of in (series.slices, series.pixels))
-    shapes = np.array([image.shape for image in slices], dtype=np.int32)
+    shapes = np.array([image.shape for image in images], dtype=np.int32)
     pixels = np.zeros((len(kept), *shapes.max(axis=0)), dtype=np.uint8)
     window_images(images, windows[kept], pixels)
     affines = np.stack([image.affine for image in slices]).astype(np.float64)
@@ -86,48 +85,43 @@ def spacing_fault(series: dicom.Series) -> str:
 def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Values of each image that become 0 and 255 (n, 2), and its scale against its neighbours' (n,): 0 if it is blank.
 
-    The values are the percentiles `WINDOW` of the signal in all images. An image of another scale or offset that is
-    not noise counts, and is shown, as if it had those of its neighbours.
+    The values are the percentiles `WINDOW` of the signal in all images. Not signal: padding (-inf), and values that
+    stand out of the histogram, as of borders and text, and two pixels around. An image of another scale or offset
+    counts, and is shown, as if it had those of its neighbours, unless it is noise.
     """
-    signal = _signal(images)
-    middle, spread = np.array([(part.mean(), np.abs(part - part.mean()).mean()) for part in signal]).T
+    seen = [_sample(image).ravel() for image in images]
+    values, counts = np.unique(np.concatenate(seen), return_counts=True)
+    near = np.pad(counts, 2)
+    near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
+    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, 9))]
+    for i, image in enumerate(images if len(fills) else ()):
+        seen[i] = seen[i][_sample(cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))).ravel() == 0]
+        seen[i] = seen[i] if seen[i].size > EMPTY * _sample(image).size else np.zeros(1)
+    middle, spread = np.array([(part.mean(), np.abs(part - part.mean()).mean()) for part in seen]).T
     windows, scales, full = np.zeros((len(images), 2)), np.zeros(len(images)), spread > 0
     usual, centre = (np.median(of[full]) if full.any() else 0 for of in (spread, middle))
     alike = full & (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - centre) <= ODD * usual)
     alike = alike if alike.any() else full  # of two images none is usual
-    if len(np.unique(signal[np.argmax(alike)])) < FEW_VALUES:
+    if len(np.unique(seen[np.argmax(alike)])) < FEW_VALUES:
         return windows, scales
-    shown = np.array([np.interp(np.arange(len(images)), np.flatnonzero(alike), of[alike]) for of in (middle, spread)]).T
-    for i in np.flatnonzero(full & ~alike):
-        if np.corrcoef(signal[i][1:], signal[i][:-1])[0, 1] <= NOISE:
-            shown[i] = middle[i], spread[i]
-            signal[i] = signal[i][:0]
-        else:
-            signal[i] = (signal[i] - middle[i]) * (shown[i, 1] / spread[i]) + shown[i, 0]
-    low, high = np.percentile(np.concatenate([part for part, used in zip(signal, full, strict=True) if used]), WINDOW)
-    if usual > FLAT * (high - low):
-        scales[full] = spread[full] / shown[full, 1]
-        windows[full] = middle[full, None] + ([low, high] - shown[full, :1]) * scales[full, None]
+    odd = [i for i in np.flatnonzero(full & ~alike) if np.corrcoef(seen[i][1:], seen[i][:-1])[0, 1] > NOISE]
+    near = {i: [np.interp(i, np.flatnonzero(alike), of[alike]) for of in (middle, spread)] for i in odd}
+    pool = [
+        (seen[i] - middle[i]) * (its_spread / spread[i]) + its_middle for i, (its_middle, its_spread) in near.items()
+    ]
+    pool += [seen[i] for i in np.flatnonzero(alike)]
+    low, high, *most = np.percentile(np.concatenate(pool), (*WINDOW, 5, 95))
+    if np.ptp(most) > (high - low) / 255:  # else nearly all have one grey level
+        windows[full], scales[full] = (low, high), 1
+        for i, (its_middle, its_spread) in near.items():
+            scales[i] = spread[i] / its_spread
+            windows[i] = middle[i] + (np.array([low, high]) - its_middle) * scales[i]
     return windows, scales
 
 
-def _signal(images: list[np.ndarray]) -> list[np.ndarray]:
-    """Every `SPARSE`-th pixel each way of each image, mirrored or not, where it is signal; one pixel if next to none is.
-
-    Not signal: padding (-inf), and values that stand out of the histogram, as those of borders and burnt-in text; with
-    what is within two pixels, as soft edges of letters.
-    """
-    places = [tuple(map(_sparse, image.shape)) for image in images]
-    signal = [image[place].ravel() for image, place in zip(images, places, strict=True)]
-    values, counts = np.unique(np.concatenate(signal), return_counts=True)
-    near = np.pad(counts, 2)
-    near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
-    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, max(FILL * counts.sum(), 9)))]
-    if len(fills):
-        for i, (image, place) in enumerate(zip(images, places, strict=True)):
-            filled = cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))[place].ravel() > 0
-            signal[i] = signal[i][~filled] if np.mean(filled) < 1 - EMPTY else signal[i][:1]
-    return signal
+def _sample(image: np.ndarray) -> np.ndarray:
+    """Every `SPARSE`-th pixel each way; the same ones, mirrored, of a mirrored image."""
+    return image[_sparse(image.shape[0]), _sparse(image.shape[1])]
 
 
 def _sparse(count: int) -> slice:
@@ -138,7 +132,7 @@ def _sparse(count: int) -> slice:
 
 
 def window_images(images: list[np.ndarray], windows: np.ndarray, target: np.ndarray) -> None:
-    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8 by windows (n, 2): low, high."""
+    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; windows (n, 2) as above."""
     table, window = None, None  # of all values of up to 16 bits: takes a fifth of the time
     for place, image, (low, high) in zip(target, images, windows, strict=True):
         image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))

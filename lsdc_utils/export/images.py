@@ -152,9 +152,11 @@ def _make_image(key: Key, number: int, when: datetime) -> Dataset:
     header.ImageOrientationPatient = [f"{value:.6f}"[:16] for value in directions.ravel()]
     header.PixelSpacing = [f"{value:.6f}"[:16] for value in image.spacing[::-1]]
     # 16 bits: unchanged if the values fit, else scaled to 12 bits; MR signal has no unit.
-    whole = np.round(np.nan_to_num(key.pixels.astype(np.float64)))
-    if whole.min() < -(2**15) or whole.max() >= 2**15 or not np.array_equal(whole, key.pixels):
-        whole = np.round(np.interp(key.pixels, (key.pixels.min(), key.pixels.max()), (0, 4095)))
+    values = key.pixels.astype(np.float64)
+    values[~np.isfinite(values)] = np.min(values, where=np.isfinite(values), initial=values.max())  # padding
+    whole = np.round(values)
+    if whole.min() < -(2**15) or whole.max() >= 2**15 or not np.array_equal(whole, values):
+        whole = np.round(np.interp(values, (values.min(), values.max()), (0, 4095)))
     low, high = np.percentile(whole, (1, 99))
     header.WindowCenter, header.WindowWidth = int((low + high) / 2), max(1, int(high - low))
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"

@@ -31,7 +31,7 @@ from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 RADIUS = 3.0  # mm, sd of the ball
-BRIGHT = 3000  # at its middle; the anatomy is dimmed to 200 at most, and a corner of each image is 4095
+BRIGHT = 3000  # at its middle; the anatomy is dimmed to 200 at most, and a corner of each image is 3700 to 4095
 LEVEL = 2  # of the ball
 CASES = {
     "plain": {},
@@ -111,7 +111,7 @@ def plant(file: Path, ball: np.ndarray) -> None:
     row, column = np.indices(image.shape)[..., None]
     place = np.array(dataset.ImagePositionPatient, float) + column * across * along_x + row * down * along_y
     image += BRIGHT * np.exp(-((place - ball) ** 2).sum(axis=-1) / (2 * RADIUS**2))
-    image[:20, :20] = 4095
+    image[:20, :20] = np.linspace(3700, 4095, 400).reshape(20, 20)  # of one value, it would be taken for a mark
     dataset.PixelData = np.rint(image).astype("<u2").tobytes()
     dataset["PixelData"].is_undefined_length = False
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

@@ -286,7 +286,7 @@ def _spoil_files(kind: str, tables: Tables, study: int, rng: np.random.Generator
             for file in files:
                 file.write_bytes(NO_IMAGE)
         case "shapes_mixed":
-            file = tables.without_point(study, series)[0]
+            rule, file = "file_unusable", tables.without_point(study, series)[0]  # a single stranger
             dataset = pydicom.dcmread(file)
             _store(file, dataset, dataset.pixel_array[:-16])
         case "wide_pixels":

@@ -339,7 +339,7 @@ def read_listed(root: str | Path, table: str | Path) -> Competition:
     files, there = {}, listed[listed["file"] != b""]
     for *key, file, frames in there[["study_id", "series_id", "file", "frames"]].itertuples(index=False, name=None):
         path = Path(os.fsdecode(file))
-        files.setdefault(tuple(key), []).append(Frames(path, tuple(frames)) if len(frames) else path)
+        files.setdefault(tuple(key), []).append(Frames(path, tuple(map(int, frames))) if len(frames) else path)
     return Competition(
         root=Path(root),
         labels=pd.DataFrame(columns=[*KEY, "severity"]),

@@ -22,6 +22,7 @@ OTHER_ECHO = 1.5  # ratio of the longest to the shortest echo time of a series w
 SAME_ECHO = 1.05  # ratio of times of one echo
 SAME_SPACING = 0.02  # of the spacing
 SAME_PLANE = np.cos(np.deg2rad(20))  # of the normals of a sagittal stack
+STATION = 100.0  # mm from the middle of a sagittal image to the next higher one of another station
 FAR = 150.0  # mm between the middles of series of different parts of the spine; stations lie 200 to 300 mm apart
 PREFERRED = ({"IN_PHASE", "IP", "INPHASE", "IN PHASE", "IN"}, {"WATER", "W"})  # of a Dixon series, after unnamed ones
 
@@ -44,15 +45,16 @@ def select(source: Source, series_type: str) -> tuple[Source, list[tuple]]:
         raise DicomError(f"series {folder}: {'; '.join(sorted({reason for _, reason in parts}))}")
     contrast = words.T1 if series_type == words.T1 else words.T2
 
-    def fit(part: list[Tags]) -> tuple[bool, bool, int]:
-        return _lying(part[0]) == words.PLANES[series_type], contrast_in(part)[0] == contrast, len(part)
+    def fit(part: list[Tags]) -> tuple:
+        height = middle_height(part) or 0.0
+        return _lying(part[0]) == words.PLANES[series_type], contrast_in(part)[0] == contrast, -height, len(part)
 
     best = max(usable, key=fit)
     notes = []
     for part, reason in parts:
         if part is not best:
             others = f", as are {len(part) - 1} other images" if len(part) > 1 else ""
-            notes.append((part[0].file, f"{reason or 'of another plane or contrast than its series'}{others}"))
+            notes.append((part[0].file, f"{reason or 'of another plane, contrast or station than its series'}{others}"))
     return [*files_of(best), *unread], notes
 
 
@@ -111,9 +113,20 @@ def _by_plane(images: list[Tags], listed: bool) -> list[Part]:
         return [(images, "images in several planes, as of a localiser")]
     planes[main] += unplaced  # read_series may know what they lack
     for plane in sorted(planes):
-        for part, reason in _by_kind(planes[plane]):
-            parts += [(part, reason)] if reason else _without_strangers(part, plane)
+        for station in _by_height(planes[plane]) if plane == "sagittal" else [planes[plane]]:
+            for part, reason in _by_kind(station):
+                parts += [(part, reason)] if reason else _without_strangers(part, plane)
     return parts
+
+
+def _by_height(images: list[Tags]) -> list[list[Tags]]:
+    """The stations of a series of the whole spine, the lowest first; images of unknown height are in that."""
+    heights = [middle_height([tags]) for tags in images]
+    lowest = min((height for height in heights if height is not None), default=0.0)
+    heights = np.array([lowest if height is None else height for height in heights])
+    order = heights.argsort(kind="stable")
+    cuts = np.flatnonzero(np.diff(heights[order]) > STATION) + 1
+    return [[images[n] for n in sorted(part)] for part in np.split(order, cuts)]
 
 
 def _by_kind(images: list[Tags]) -> list[Part]:
@@ -135,7 +148,7 @@ def _by_kind(images: list[Tags]) -> list[Part]:
         derived, time, kind = key
         dixon = next((n for n, names in enumerate(PREFERRED, 1) if names & {*kind}), 0)
         wanted = 100 if contrast_in(kinds[key])[0] == words.T2 else 10  # ms
-        return 2 * len(kinds[key]) < most, dixon, derived, abs(time - wanted), kind
+        return 2 * len(kinds[key]) < most, dixon, derived, abs(time - wanted), -len(kind), kind  # corrections add words
 
     parts, used = [], {}
     for key in sorted(kinds, key=rank):
@@ -143,7 +156,7 @@ def _by_kind(images: list[Tags]) -> list[Part]:
         if FEW * len(kinds[key]) <= most:
             parts.append((kinds[key], "of another echo or image type than the other images of its series"))
         elif first != key and contrast:
-            name = "\\".join(first[2]) or f"echo time {first[1]:g} ms"
+            name = "\\".join(first[2]) if first[2] != key[2] else f"echo time {first[1]:g} ms"
             parts.append((kinds[key], f"another kind of the images that are used ({name})"))
         else:
             parts.append((kinds[key], ""))

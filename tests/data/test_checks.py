@@ -105,10 +105,12 @@ def test_each_fault_of_files_and_folders_is_found(tmp_path: Path, tables: Tables
     (folder(tmp_path, 1021) / "2.dcm").write_bytes(b"no DICOM")
     for file in folder(tmp_path, 1031).iterdir():
         file.write_bytes(b"no DICOM")
-    dicom_files.write_slice(
-        folder(tmp_path, 1032) / "2.dcm", 2, (-12.0, -50.0, 80.0), dicom_files.SAGITTAL, spacing=(2.0, 2.0),
-        pixels=np.zeros((70, 50), "uint16"),
-    )  # fmt: skip
+    for series, numbers in ((1032, (1, 2, 3, 4)), (1042, (2,))):  # of other sizes, and a single stranger
+        for k in numbers:
+            dicom_files.write_slice(
+                folder(tmp_path, series) / f"{k}.dcm", k, (4.0 * k - 20, -50.0, 80.0), dicom_files.SAGITTAL,
+                spacing=(2.0, 2.0), pixels=np.zeros((70, 50), "uint16"),
+            )  # fmt: skip
     shutil.rmtree(folder(tmp_path, 1041))
     shutil.rmtree(tmp_path / "test_images/501")
     write_series(folder(tmp_path, 1019), words.T1)
@@ -124,6 +126,7 @@ def test_each_fault_of_files_and_folders_is_found(tmp_path: Path, tables: Tables
         (103, 1031, "series_unusable"),
         (103, 1032, "shapes_mixed"),
         (104, 1041, "series_not_on_disk"),
+        (104, 1042, "file_unusable"),
         (501, 0, "study_not_on_disk"),
         (101, 1019, "series_not_in_tables"),
         (77, 0, "study_not_in_tables"),
@@ -131,7 +134,7 @@ def test_each_fault_of_files_and_folders_is_found(tmp_path: Path, tables: Tables
         (104, 1049, "series_type_unknown"),
     }
     by_id = checked.series.set_index("series_id")
-    assert by_id.n_slices[[1021, 1031, 1032, 1041]].tolist() == [8, 0, 9, 0]
+    assert by_id.n_slices[[1021, 1031, 1032, 1041, 1042]].tolist() == [8, 0, 9, 0, 8]
     assert by_id.n_skipped[1021] == 1 and (by_id.rows[1032], by_id.cols[1032]) == (80, 50)
 
 
@@ -179,8 +182,8 @@ def test_points_that_are_not_in_their_images(tmp_path: Path, tables: Tables) -> 
 def test_a_repaired_file_is_reported(tmp_path: Path, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     read = checks.dicom.read_series
 
-    def repairing(source: Path, pixels: bool = True):
-        series = read(source, pixels)
+    def repairing(source: Path, pixels: bool = True, labelled: bool = True):
+        series = read(source, pixels, labelled)
         files = ((source / "2.dcm", "spacing taken from the others"),) if source.name == "1011" else ()
         object.__setattr__(series, "repaired", files)
         return series

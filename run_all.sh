@@ -12,7 +12,7 @@ for name in ${!PYTHON@} MPLBACKEND MATPLOTLIBRC; do
 done
 export PYTHONPATH="$root${LSDC_PYTHONPATH:+:$LSDC_PYTHONPATH}" PYTHONUTF8=1 # names of files in any encoding, under any LANG
 export LOGNAME=${LOGNAME:-${USER:-$UID}} # a user in a container has no name
-if ! { [ -d "${HOME:-}" ] && [ -w "$HOME" ]; }; then
+if ! { mkdir -p -- "${HOME:-/dev/null}/.cache" && [ -w "$HOME/.cache" ]; } 2>/dev/null; then # no home, or not one of ours
     cache=${TMPDIR:-/tmp}/lsdc_utils_$UID
     [ -d "${HOME:-}" ] || export HOME=$cache
     export XDG_CACHE_HOME=$cache/cache MPLCONFIGDIR=$cache/matplotlib IPYTHONDIR=$cache/ipython

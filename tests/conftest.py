@@ -45,7 +45,8 @@ def run_all(
         alone = ["unshare", "--user", "--map-root-user", "--net", "bash", "-euc", 'ip link set lo up; "$@"', "alone"]
         if shutil.which("ip") and not subprocess.run([*alone, "true"], capture_output=True).returncode:
             command = [*alone, *command]
-    return subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, timeout=timeout)
+    read = {"capture_output": True, "text": True, "errors": "surrogateescape"}
+    return subprocess.run(command, cwd=project, env=variables, timeout=timeout, **read)
 
 
 def looks_of(project: Path) -> list[str]:

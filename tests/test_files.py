@@ -34,6 +34,14 @@ def test_json_knows_no_nan(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["total"] == 0.5
 
 
+def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c", "none")]
+    for path, text in zip(paths, ("same", "same", "other"), strict=False):
+        path.write_text(text)
+    first, second, third, none = files.content_hashes(paths)
+    assert first == second != third and none == ""
+
+
 def test_names_that_are_not_utf8_become_readable(tmp_path: Path) -> None:
     assert files.readable(Path("caf\udce9.dcm")) == "caf?.dcm" and files.readable(7) == "7"
 
@@ -55,6 +63,16 @@ def test_the_commit_is_that_of_this_tree_alone(tmp_path: Path, monkeypatch: pyte
     assert files.git_commit() == git("rev-parse", "HEAD") != ""
     module.write_text("changed")
     assert files.git_commit() == git("rev-parse", "HEAD") + " with changes"
+    git("config", "filter.gone.clean", "/nowhere/python -m nbstripout")
+    git("config", "filter.gone.required", "true")
+    (tree / ".gitattributes").write_text("*.py filter=gone\n")
+    module.write_text(git("show", "HEAD:lsdc_utils/files.py") + "\n")  # of the same size, so git asks the filter
+    assert files.git_commit() == git("rev-parse", "HEAD") + ", changes unknown"
+    other = tmp_path / "other"
+    subprocess.run(["git", "init", "-q", other], check=True)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))  # as in a hook of another repository
+    assert files.git_commit().endswith(", changes unknown")
+    monkeypatch.delenv("GIT_DIR")
     inner = tree / "vendored/lsdc_utils/files.py"  # a copy of the package within another repository
     inner.parent.mkdir(parents=True)
     inner.write_text("")

@@ -160,6 +160,9 @@ def _trainer(
         "batch": batch,
         "val": bool(held_out),
     }
+    if not settings["model"].endswith(".yaml"):  # under a name without the apostrophes that ultralytics drops
+        (work / "start.pt").symlink_to(Path(settings["model"]).resolve())
+        overrides["model"] = os.path.relpath(work / "start.pt")
     tricks = {key: settings.get(key, default) for key, default in TRICKS.items()}
     return DetectorTrainer(overrides, weights, tricks, box, threads, checkpoint)
 
@@ -205,7 +208,8 @@ def load_detector(path: str | Path, scheme: Scheme | None = None) -> Detector:
     quiet_ultralytics(Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}")
     from ultralytics.nn.tasks import torch_safe_load
 
-    model = torch_safe_load(str(path), safe_only=True)[0]["model"].float().eval()
+    with contextlib.chdir(path.parent):  # of a path, ultralytics drops apostrophes
+        model = torch_safe_load(path.name, safe_only=True)[0]["model"].float().eval()
     model.model[-1].end2end = True  # the head that needs no suppression of doubles, named since the default changed
     model = model.fuse(verbose=False).to("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(memory_format=torch.channels_last)

@@ -202,7 +202,8 @@ def main(words: list[str]) -> int:
     except OSError as error:
         if error.errno not in DENIED or error.filename is None:
             raise
-        print(f"run_all.sh: {error.strerror}: {error.filename}; change that, or name another folder", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}"
+        print(f"run_all.sh: {what}; allow this user to write there, or name another folder", file=sys.stderr)
     return 2
 
 

@@ -133,21 +133,25 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
 def write_folder_hashes(run_dir: Path, again: bool = False) -> None:
     """Write the hash of all names and contents of each of `FOLDERS` to its file, which later steps have as an input.
 
-    again: only of folders that may have changed since. Times decide no more than this: a copy has the same hash.
+    again: only of folders in which a size or time changed since, or of a copy. A hash itself depends on no time.
     """
-    for folder, file in ((run_dir / name, run_dir / file) for name, file in FOLDERS.items()):
+    for name, file in FOLDERS.items():
+        folder, file, seen = run_dir / name, run_dir / file, run_dir / ".snakemake" / Path(file).name
         if not folder.is_dir():
             file.unlink(missing_ok=True)  # so that 02 runs again
         elif file.is_file() or not again:
-            inside = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-            changed = max(path.stat().st_ctime_ns for path in (folder, *inside))
-            if again and changed < file.stat().st_mtime_ns:
+            files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+            stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, files)]
+            if again and seen.is_file() and seen.read_text() == _hash(stats):
                 continue
-            files = [path for path in inside if path.is_file()]
             names = [os.fsencode(path.relative_to(folder)).hex() for path in files]
-            lines = [" ".join(pair) for pair in zip(names, content_hashes(files), strict=True)]
-            with atomic(file) as temporary:
-                temporary.write_text(hashlib.sha256("\n".join(lines).encode()).hexdigest())
+            for path, content in ((file, [names, content_hashes(files)]), (seen, stats)):
+                with atomic(path) as temporary:
+                    temporary.write_text(_hash(content))
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @functools.cache

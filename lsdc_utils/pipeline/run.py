@@ -81,7 +81,7 @@ def end_processes(folder: Path) -> None:
 def cancel_jobs(folder: Path) -> None:
     """Cancel the SLURM jobs that the run in `folder` last had, and wait up to a minute for their end."""
     log = folder / "logs" / "snakemake.log"
-    submitted = re.search(r"^SLURM run ID: (\S+)$", log.read_text(), re.MULTILINE) if log.is_file() else None
+    submitted = re.search(rb"^SLURM run ID: (\S+)$", log.read_bytes(), re.MULTILINE) if log.is_file() else None
     if submitted is None or shutil.which("scancel") is None:  # e.g. copied from a cluster
         return
     subprocess.run(["scancel", "--name", submitted[1]])
@@ -158,8 +158,8 @@ def dry_run(run: Run) -> int:
         compare_by_content(planned.folder)
         command = snakemake_command(planned, config, 0)
         command.insert(command.index("--directory"), "--dry-run")
-        done = subprocess.run(command, env=child_environment(planned, []), capture_output=True, text=True)
-    output, progress = done.stdout + done.stderr, Progress()
+        done = subprocess.run(command, env=child_environment(planned, []), capture_output=True)
+    output, progress = (done.stdout + done.stderr).decode(errors="replace"), Progress()
     if done.returncode:
         print(output, file=sys.stderr)
         return done.returncode

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -89,6 +91,7 @@ def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys)
 
 def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, monkeypatch) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(commands, "git_commit", lambda: "of this tree")
     (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(commands, "ROOT", tmp_path)
@@ -117,3 +120,26 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
     assert stored["cells"][0]["id"] == cell.id
     assert "papermill" not in json.dumps(stored)
     assert json.loads(file.read_text())["cells"][0]["outputs"]
+
+
+def test_the_filter_of_an_environment_that_is_gone_does_not_stop_git(tmp_path: Path) -> None:
+    kept = ["sh", "-c", commands.FILTER, "/nowhere/python", "--keep-id"]
+    for tool in ("sh", "cat"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    options = {"input": "{}", "capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run(kept, env={"PATH": str(tmp_path)}, **options)
+    assert (done.returncode, done.stdout) == (0, "{}") and "run_all.sh lab" in done.stderr
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    done = subprocess.run(kept, env={"PATH": str(tmp_path)}, **options)
+    assert done.stdout == "-m nbstripout --keep-id\n"
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(monkeypatch, capsys) -> None:
+    def denied(asked: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "/results")
+
+    monkeypatch.setattr(commands, "run", denied)
+    assert commands.main([]) == 2
+    assert capsys.readouterr().err.startswith("run_all.sh: /results: Permission denied; ")

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from lsdc_utils.pipeline import graph
@@ -57,3 +58,24 @@ def test_two_gpus_are_held_by_two_steps(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-b")
         with graph.own_gpu():
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+
+
+def test_a_figure_that_was_ended_and_is_not_there_is_found() -> None:
+    picture = nbformat.v4.new_output("display_data", {"image/png": ""})
+    cells = [
+        ("plt.plot([1])\nplt.show()", [picture]),
+        ("for name in ():\n    plt.plot([1])\n    plt.show()", []),  # there may be nothing to draw
+        ("print('plt.show()')", []),
+        ("plt.plot([1])\nplt.show()", []),
+    ]
+    cells = [nbformat.v4.new_code_cell(source, outputs=outputs) for source, outputs in cells]
+    assert graph.without_figure(nbformat.v4.new_notebook(cells=cells)) == [4]
+
+
+def test_a_kernel_gets_no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", {"MPLBACKEND": "Agg", "MATPLOTLIBRC": "/x", "JUPYTER_PATH": "/x", "HOME": "/x"})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    graph.set_surroundings(3)
+    assert not {"MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH"} & set(os.environ) and os.environ["OMP_NUM_THREADS"] == "3"
+    for name in ("MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        assert os.environ[name].startswith(str(tmp_path)), name

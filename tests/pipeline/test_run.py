@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,27 @@ def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path)
     assert "03_train_yolo_scs_fold0" in would_run(tiny_project)
 
 
+def test_a_copy_and_new_times_run_nothing_and_a_changed_byte_does(tiny_project: Path) -> None:
+    outputs = tiny_project / "outputs"
+    shutil.copytree(outputs / "demo", outputs / "copy", copy_function=shutil.copyfile)
+    assert would_run(tiny_project, "--run", "copy") == []
+    for path in sorted((outputs / "copy").rglob("*")):
+        os.utime(path, (2e9, 2e9))
+    assert would_run(tiny_project, "--run", "copy") == []
+    changed = outputs / "copy" / "slices/1.npz"
+    changed.write_text("other")
+    os.utime(changed, (1e9, 1e9))
+    trained = would_run(tiny_project, "--run", "copy")
+    assert trained[0] == "03_train_yolo_nfn_fold0" and len(trained) == 12
+    changed.write_text("whole")
+    points = outputs / "copy" / "predictions/points_ss_fold0_oof.parquet"
+    points.write_text("other")
+    os.utime(points, (1e9, 1e9))  # an older file took its place
+    assert would_run(tiny_project, "--run", "copy") == GRADING
+    shutil.rmtree(outputs / "demo" / "yolo/ss")
+    assert "02_convert_labels" in would_run(tiny_project)
+
+
 def test_a_changed_exploration_trains_nothing(tiny_project: Path) -> None:
     write_tiny_notebook(tiny_project, "01_eda", "print('another figure')")
     assert would_run(tiny_project) == ["01_eda", "06_evaluation", "08_report"]  # both read its tables
@@ -176,6 +198,21 @@ def test_a_failing_step_is_explained_and_the_run_can_resume(tiny_project: Path) 
     done = run_all(tiny_project, "tta=false")
     assert done.returncode == 0
     assert "4 steps run" in done.stdout
+
+
+def test_any_name_of_a_folder_and_any_settings_of_the_user_will_do(tiny_project: Path, tmp_path: Path) -> None:
+    project = tiny_project.rename(tmp_path / os.fsdecode(b"-O'Brien {3F2504E0-4F89} {} caf\xe9 %s #1 [x] = "))
+    assert would_run(project) == []
+    home = tmp_path / "home"
+    settings = {".config/matplotlib/matplotlibrc": "backend: svg", ".ipython/profile_default/startup/0.py": "plt = 1"}
+    for name, text in settings.items():
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text(text)
+    code = "assert 'plt' not in globals()\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+    write_tiny_notebook(project, "08_report", code)
+    surroundings = {"HOME": str(home), "TMPDIR": str(project), "MPLBACKEND": "Agg", "PYTHONWARNINGS": "error"}
+    done = run_all(project, **surroundings, PYTHONPATH="/foreign", PYTHONOPTIMIZE="2", LANG="C")
+    assert done.returncode == 0 and "1 steps run" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -238,5 +275,9 @@ def test_a_stopped_run_leaves_no_process_and_says_how_to_resume(tiny_project: Pa
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
     assert run.visible_gpus() == ["1", "3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert run.visible_gpus() == []
+    for words, devices in {
+        "": [], "NoDevFiles": [], "none": [], "-1": [], "0,-1,1": ["0"], " 0, 1": ["0", "1"], "0,void": ["0"],
+        "GPU-8932f937,MIG-GPU-1/2/0": ["GPU-8932f937", "MIG-GPU-1/2/0"],
+    }.items():  # fmt: skip
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", words)
+        assert run.visible_gpus() == devices, words

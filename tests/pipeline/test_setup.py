@@ -74,6 +74,43 @@ def test_without_an_environment_one_is_made_from_the_pins(bare_project: Path) ->
     assert "is ignored" not in done.stderr and re.search(r"ready after \d+ min \d+ s", done.stderr)
 
 
+def test_an_environment_whose_python_is_gone_is_made_again(bare_project: Path) -> None:
+    (bare_project / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "python3"):
+        (bare_project / ".venv" / "bin" / name).symlink_to("/nowhere/python3.11")
+    done = run_with_tools(bare_project, stub_pythons(bare_project), "--dry-run")
+    assert done.returncode == 0 and done.stdout == "handed over\n", done.stderr
+    assert not (bare_project / ".venv/bin/python").is_symlink()
+
+
+def test_settings_of_the_user_s_python_and_pip_stay_out(bare_project: Path) -> None:
+    tools = stub_pythons(bare_project)
+    show = f'env > "{bare_project}/$(echo "$*" | tr -dc a-z).env"\n'
+    for tool in tools.iterdir():
+        tool.write_text(tool.read_text().replace("case ", f"{show}case ", 1))
+    foreign = {"PYTHONPATH": "/foreign", "PYTHONWARNINGS": "error", "PYTHONHOME": "/foreign", "MPLBACKEND": "Agg"}
+    foreign |= {"PIP_USER": "1", "PIP_TARGET": "/foreign", "LSDC_PYTHONPATH": "/mine", "HOME": "/dev/null"}
+    foreign["CDPATH"] = "/"
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "TMPDIR": str(bare_project), **foreign}
+    command = ["bash", f"{bare_project.name}/run_all.sh", "--dry-run"]
+    done = subprocess.run(command, cwd=bare_project.parent, env=environment, capture_output=True, text=True)
+    assert done.stdout == "handed over\n", done.stderr
+    seen = {path.name: dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+            for path in bare_project.glob("*.env")}  # fmt: skip
+    [started] = [variables for name, variables in seen.items() if "commands" in name]
+    assert started["PYTHONPATH"] == f"{bare_project}:/mine" and started["PYTHONUTF8"] == "1" and started["LOGNAME"]
+    assert not {"PYTHONWARNINGS", "PYTHONHOME", "MPLBACKEND", "CDPATH"} & set(started)
+    assert started["HOME"].startswith(str(bare_project)) and started["XDG_CACHE_HOME"].startswith(started["HOME"])
+    for pip in (variables for name, variables in seen.items() if "install" in name):
+        assert pip["PIP_USER"] == "0" and "PIP_TARGET" not in pip
+
+
+def test_a_folder_that_python_cannot_import_from_is_one_sentence(tmp_path: Path) -> None:
+    project = bare_copy(tmp_path / "a:b")
+    done = run_with_tools(project, tmp_path)
+    assert done.returncode == 1 and "without a colon" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_failing_pip_is_shown_with_its_log(bare_project: Path) -> None:
     done = run_with_tools(bare_project, stub_pythons(bare_project, pip=1), "--dry-run")
     assert done.returncode == 1 and not done.stdout

@@ -33,11 +33,7 @@ def train(
     change: a text in these cells and what it becomes. parameters: of the notebook.
     """
     cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
-    names: dict[str, Any] = {}
-    _run(cells["parameters"], names)
-    names |= {"run_dir": str(folder), "vit_batch": 4, **parameters}
-    _run(cells["imports"], names)
-    _run(cells["config"], names)
+    names = run_cells(folder, "config", **{"vit_batch": 4, **parameters})
     names["config"] = config
     (inputs, truth), (held_inputs, held_truth) = studies, held_out or studies
     names |= {"strength": names["Augmentation"](), "inputs": inputs, "truth": truth}
@@ -45,6 +41,17 @@ def train(
     assert any(change[0] in cells[cell] for cell in ("model", *LOOP))
     for cell in ("model", *LOOP):
         _run(cells[cell].replace(*change) if change[0] else cells[cell], names)
+    return names
+
+
+def run_cells(folder: Path, *cells: str, **parameters: Any) -> dict[str, Any]:
+    """Run the imports of notebook 04 and some of its cells with these parameters; the names that they leave."""
+    code = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    names: dict[str, Any] = {}
+    _run(code["parameters"], names)
+    names |= {"run_dir": str(folder), **parameters}
+    for cell in ("imports", *cells):
+        _run(code[cell], names)
     return names
 
 

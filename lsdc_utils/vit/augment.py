@@ -17,7 +17,7 @@ class Augmentation:
     """How strongly training varies what it shows."""
 
     # mm, sd of the shift of each of `SLOTS` to the side, to posterior and to the head; the demo's
-    jitter: tuple[tuple[float, float, float], ...] = ((2.3, 1.6, 1.6),) * len(SLOTS)
+    jitter: tuple[tuple[float, float, float], ...] = ((2.0, 1.6, 1.5), *[(2.6, 2.1, 2.4)] * 2, *[(1.5, 1.6, 3.0)] * 2)
     rotation: float = 0.08  # radians, sd of the turn of a slot's slices in their plane
     scale: float = 0.06  # sd of the logarithm of their size
     intensity: float = 0.15  # sd of contrast and of brightness, a series

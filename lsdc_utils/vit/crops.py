@@ -139,7 +139,6 @@ def level_cuts(
 
     points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
     to the head; in axial slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
-    Sagittal squares lie about the level's point, axial ones about the recess.
     """
     slices = {kind: [] for kind in SERIES_TYPES}
     for stack in (coarsen(stack, spacing) for stack in stacks):

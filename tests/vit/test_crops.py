@@ -120,10 +120,12 @@ def test_a_wild_recess_moves_no_square():
 
 
 def test_a_mirrored_study_gives_the_same_squares_with_sides_exchanged():
-    stacks, points = noisy_study(), spine(tilt=0.05, x=3.9)
+    stacks, canal = noisy_study(), spine(tilt=0.05, x=3.9)
+    points = pd.concat([canal, recesses(canal, moved=(-4.0, 1.0, 0.0)).drop(index=[0, 3, 8])])
     images, places = level_slices(stacks, points, 12, 2.0, 3)
     mirrored = [mirror_study(s) for s in stacks]
-    images_m, places_m = level_slices(mirrored, points.assign(X=-points["X"]), 12, 2.0, 3)
+    turned = points.assign(X=-points["X"], side=points["side"].map({"": "", "left": "right", "right": "left"}))
+    images_m, places_m = level_slices(mirrored, turned, 12, 2.0, 3)
     assert images.shape == (5, 15, 12, 12) and places.shape == (5, 15) and np.isfinite(places).all()
     exchanged = [*range(3), *range(6, 9), *range(3, 6), *range(12, 15), *range(9, 12)]
     assert np.abs(images_m[:, exchanged].astype(int) - images).max() <= 2  # OpenCV rounds coordinates

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from safetensors.torch import load_file, save_file
 from spines import noisy_study, spine
-from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, train
+from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, train
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
@@ -218,6 +218,22 @@ def small_run(tmp_path: Path) -> Path:
         recesses = table.assign(side="left", X=table["X"] + 7.0)
         recesses.to_parquet(run / f"predictions/points_ss_fold{fold}_oof.parquet")
     return run
+
+
+@pytest.mark.parametrize("folds", [[0], [0, 1]])
+def test_a_first_run_of_one_fold_measures_its_shifts_on_the_held_out_studies(small_run, capsys, folds):
+    found = small_run / "predictions/points_scs_fold0_oof.parquet"
+    points = pd.read_parquet(found)
+    points["Y"] += np.repeat([-3.0, 0.0, 0.0, 3.0], len(LEVELS))  # the spread of fold 0 is 2.2 mm, that of fold 1 none
+    points.to_parquet(found)
+    names = run_cells(small_run, "config", "model", "data", "errors", fold=0, folds=folds)
+    told, jitter = capsys.readouterr().out, names["strength"].jitter
+    whose = "training studies" if 1 in folds else "held-out studies; those to train on have no detections"
+    assert f"measured on 20 points of 4 {whose}\n" in told
+    assert "get the demo's spread: Axial T2, Sagittal T1\n" in told
+    assert jitter[0][1] == pytest.approx(0 if 1 in folds else 2.2, abs=0.3)
+    assert tuple(map(tuple, jitter[1:])) == Augmentation.jitter[1:]
+    assert names["points"]["confidence"].unique().tolist() == ([0.5] if 1 in folds else [1.0])  # detected, or clicked
 
 
 def execute(

@@ -106,16 +106,14 @@ def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return windows, scales
     odd = [i for i in np.flatnonzero(full & ~alike) if np.corrcoef(seen[i][1:], seen[i][:-1])[0, 1] > NOISE]
     near = {i: [np.interp(i, np.flatnonzero(alike), of[alike]) for of in (middle, spread)] for i in odd}
-    pool = [
-        (seen[i] - middle[i]) * (its_spread / spread[i]) + its_middle for i, (its_middle, its_spread) in near.items()
-    ]
+    pool = [(seen[i] - middle[i]) * (wide / spread[i]) + place for i, (place, wide) in near.items()]
     pool += [seen[i] for i in np.flatnonzero(alike)]
     low, high, *most = np.percentile(np.concatenate(pool), (*WINDOW, 5, 95))
     if np.ptp(most) > (high - low) / 255:  # else nearly all have one grey level
         windows[full], scales[full] = (low, high), 1
-        for i, (its_middle, its_spread) in near.items():
-            scales[i] = spread[i] / its_spread
-            windows[i] = middle[i] + (np.array([low, high]) - its_middle) * scales[i]
+        for i, (place, wide) in near.items():
+            scales[i] = spread[i] / wide
+            windows[i] = middle[i] + (np.array([low, high]) - place) * scales[i]
     return windows, scales
 
 

@@ -114,13 +114,20 @@ def test_stored_values_become_signal(tmp_path: Path) -> None:
     signed = (stored.astype("int16") - 2000).astype("int16")
     write_slice(tmp_path / "6.dcm", 6, (0.0, 0.0, -2.0), pixels=signed, rle=False)
     write_slice(tmp_path / "7.dcm", 7, (0.0, 0.0, -3.0), pixels=signed, PhotometricInterpretation="MONOCHROME1")
-    plain, raw, inverse, scaled, dirty, below, inverse_below = read_series(tmp_path).pixels
+    padded = (stored // 4).astype("int16") - 1
+    write_slice(tmp_path / "8.dcm", 8, (0.0, 0.0, -4.0), pixels=padded, rle=False, PixelPaddingValue=-1)
+    tags = {"PixelPaddingValue": 3600, "PixelPaddingRangeLimit": 4095, "RescaleSlope": "-2", "RescaleIntercept": "5"}
+    write_slice(tmp_path / "9.dcm", 9, (0.0, 0.0, -5.0), pixels=stored, PhotometricInterpretation="MONOCHROME1", **tags)
+    plain, raw, inverse, scaled, dirty, below, inverse_below, hole, limits = read_series(tmp_path).pixels
     for pixels in (plain, raw, dirty):
         assert pixels.dtype == np.uint16 and (pixels == stored).all()
     assert (inverse == 4095 - stored).all()
     assert scaled.dtype == np.float32 and np.allclose(scaled, stored * 0.5 - 100)
     assert below.dtype == np.int16 and (below == signed).all()
     assert (inverse_below == -1 - signed).all()
+    assert hole.dtype == limits.dtype == np.float32 and hole[0, 0] == -np.inf
+    assert (hole.ravel()[1:] == padded.ravel()[1:]).all()
+    assert (limits == np.where(stored >= 3600, -np.inf, 2 * stored - 5.0)).all()
 
 
 @pytest.mark.parametrize("sign", ["uint16", "int16"])

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from highdicom import sr
 
 from lsdc_utils import phantom
 from lsdc_utils.data import competition
-from lsdc_utils.dicom import read_series
+from lsdc_utils.dicom import Slice, read_series
 from lsdc_utils.export import images, studies
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import RunError
@@ -141,6 +142,16 @@ def test_written_images_hold_the_sources_values(run, study):
             image.PatientID == study.name
             and image.StudyInstanceUID == pydicom.dcmread(study / "sr.dcm").StudyInstanceUID
         )
+
+
+def test_padding_is_written_as_background():
+    pixels = np.array([[-np.inf, -300.0], [40.0, 1000.0]], "float32")
+    header = pydicom.Dataset()
+    header.StudyInstanceUID = header.SOPClassUID = header.SOPInstanceUID = "1.2"
+    header.Rows = header.Columns = 2
+    key = images.Key(Slice(Path("1.dcm"), 0, 1, np.eye(4), (2, 2), 0), pixels, header, {}, (0, 0))
+    written = np.frombuffer(images._make_image(key, 1, datetime(2024, 5, 3)).PixelData, "<i2")
+    assert written.tolist() == [-300, -300, 40, 1000]
 
 
 def test_exporting_again_gives_the_same_bytes(run, study, tmp_path):

@@ -113,7 +113,12 @@ def _by_plane(images: list[Tags], listed: bool) -> list[Part]:
         return [(images, "images in several planes, as of a localiser")]
     planes[main] += unplaced  # read_series may know what they lack
     for plane in sorted(planes):
-        for station in _by_height(planes[plane]) if plane == "sagittal" else [planes[plane]]:
+        stations = _by_height(planes[plane]) if plane == "sagittal" else [planes[plane]]
+        most = max(map(len, stations))
+        for station in stations:
+            if FEW * len(station) <= most:
+                parts.append((station, "lying far above or below the other images of its series"))
+                continue
             for part, reason in _by_kind(station):
                 parts += [(part, reason)] if reason else _without_strangers(part, plane)
     return parts

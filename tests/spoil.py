@@ -271,7 +271,7 @@ def _spoil_files(kind: str, tables: Tables, study: int, rng: np.random.Generator
     if kind in ("contrast_differs", "tags_missing", "files_broken"):
         change = {"contrast_differs": _swap_names, "tags_missing": _lose_tags, "files_broken": _break_files}[kind]
         return change(tables, study)
-    rule, parts = kind, _parts(tables, study)
+    rule, value, parts = kind, "", _parts(tables, study)
     series = _empty_axial(tables, study)[0] if kind in NEEDS_SECOND_AXIAL else rng.choice(parts)
     files = tables.files_of(study, series)
     match kind:
@@ -286,7 +286,8 @@ def _spoil_files(kind: str, tables: Tables, study: int, rng: np.random.Generator
             for file in files:
                 file.write_bytes(NO_IMAGE)
         case "shapes_mixed":
-            rule, file = "file_unusable", tables.without_point(study, series)[0]  # a single stranger
+            file = tables.without_point(study, series)[0]
+            rule, value = "file_unusable", file.name  # a single stranger
             dataset = pydicom.dcmread(file)
             _store(file, dataset, dataset.pixel_array[:-16])
         case "wide_pixels":
@@ -298,7 +299,7 @@ def _spoil_files(kind: str, tables: Tables, study: int, rng: np.random.Generator
             rule, first = "spacing_outlier", dicom.read_series(files[0].parent, pixels=False).slices[0].affine
             for k, file in enumerate(files):
                 _edit(file, ImagePositionPatient=[round(p, 6) for p in first[:3, 3] + k * 60.0 * first[:3, 2]])
-    tables.plant(study, series, rule)
+    tables.plant(study, series, rule, value)
 
 
 def _parts(tables: Tables, study: int) -> list[int]:

@@ -91,11 +91,11 @@ def divide(images: list[Tags], listed: bool = False) -> list[Part]:
 def _lying(tags: Tags) -> str:
     """The plane of an image; '' without orientation. An axial block may be tilted by up to 50 degrees."""
     plane = plane_of(tags)
-    return "axial" if plane == "coronal" and abs(_normal(tags)[2]) >= 0.64 else plane
+    return "axial" if plane == "coronal" and abs(_normal(tags.orientation)[2]) >= 0.64 else plane
 
 
-def _normal(tags: Tags) -> np.ndarray:
-    return geometry.unit(np.cross(tags.orientation[:3], tags.orientation[3:]))
+def _normal(orientation: tuple[float, ...]) -> np.ndarray:
+    return geometry.unit(np.cross(orientation[:3], orientation[3:]))
 
 
 def _by_plane(images: list[Tags], listed: bool) -> list[Part]:
@@ -113,7 +113,12 @@ def _by_plane(images: list[Tags], listed: bool) -> list[Part]:
         return [(images, "images in several planes, as of a localiser")]
     planes[main] += unplaced  # read_series may know what they lack
     for plane in sorted(planes):
-        for station in _by_height(planes[plane]) if plane == "sagittal" else [planes[plane]]:
+        stations = _by_height(planes[plane]) if plane == "sagittal" else [planes[plane]]
+        most = max(map(len, stations))
+        for station in stations:
+            if FEW * len(station) <= most:
+                parts.append((station, "lying far above or below the other images of its series"))
+                continue
             for part, reason in _by_kind(station):
                 parts += [(part, reason)] if reason else _without_strangers(part, plane)
     return parts
@@ -167,7 +172,7 @@ def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
     """The images, and apart from them a few of another size or spacing or, in a sagittal stack, of another tilt."""
     size = Counter((tags.rows, tags.columns) for tags in images).most_common(1)[0][0]
     usual = Counter(tags.spacing for tags in images if tags.spacing).most_common(1)
-    main = _normal(max(images, key=[tags.orientation for tags in images].count)) if plane == "sagittal" else None
+    tilt = Counter(tags.orientation for tags in images if tags.orientation).most_common(1)
 
     def fits(tags: Tags) -> bool:
         same = not tags.spacing or np.allclose(tags.spacing, usual[0][0], rtol=SAME_SPACING, atol=0)
@@ -176,7 +181,8 @@ def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
     tilts = {tags.orientation for tags in images if fits(tags)} | {None}
     odd = [tags for tags in images if not fits(tags)]
     if plane == "sagittal":
-        odd += [t for t in images if t not in odd and t.orientation and abs(_normal(t) @ main) < SAME_PLANE]
+        turned = {o for o in tilts if o and abs(_normal(o) @ _normal(tilt[0][0])) < SAME_PLANE}
+        odd += [tags for tags in images if fits(tags) and tags.orientation in turned]
     else:  # an axial block of its own tilt may have a size of its own
         odd = [tags for tags in odd if tags.orientation in tilts]
     enough = 3 * len(odd) <= len(images) - len(odd) if plane == "sagittal" else len(odd) <= min(2, len(images) // FEW)

@@ -19,7 +19,7 @@ from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
-from lsdc_utils.files import atomic, content_hashes, write_json
+from lsdc_utils.files import atomic, sha256, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import declared, module_files
@@ -137,6 +137,7 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
             if isinstance(source, Path):
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
-            facts = list(zip(map(os.fsencode, source), content_hashes(source), strict=True)) or [(b"", "")]
+            readable = ((file, os.access(file, os.R_OK)) for file in source)
+            facts = [(os.fsencode(file), sha256(file) if may else "") for file, may in readable] or [(b"", "")]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
     return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "sha256"])

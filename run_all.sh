@@ -6,18 +6,24 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 case $root in *:* | *$'\n'*) echo "run_all.sh: $root: Python needs a folder without a colon or line break in its name" >&2 && exit 1 ;; esac
 pwd -P >/dev/null 2>&1 || cd -- "$root" # the working folder is gone
 
-# Nothing of the user's Python and matplotlib reaches a run, but folders in LSDC_PYTHONPATH.
-for name in ${!PYTHON@} MPLBACKEND MATPLOTLIBRC; do
+# Nothing of the user's Python, matplotlib and Jupyter reaches a run, but folders in LSDC_PYTHONPATH; `lab` has his Jupyter.
+for name in ${!PYTHON@} MPLBACKEND MATPLOTLIBRC JUPYTER_PATH JUPYTER_CONFIG_PATH JUPYTER_RUNTIME_DIR; do
     case $name in PYTHONNOUSERSITE | PYTHONUSERBASE | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;; *) unset "$name" ;; esac
 done
 export PYTHONPATH="$root${LSDC_PYTHONPATH:+:$LSDC_PYTHONPATH}" PYTHONUTF8=1 # names of files in any encoding, under any LANG
-export LOGNAME=${LOGNAME:-${USER:-$UID}} # a user in a container has no name
-if ! { mkdir -p -- "${HOME:-/dev/null}/.cache" && [ -w "$HOME/.cache" ]; } 2>/dev/null; then # no home, or not one of ours
-    cache=${TMPDIR:-/tmp}/lsdc_utils_$UID
-    [ -d "${HOME:-}" ] || export HOME=$cache
-    export XDG_CACHE_HOME=$cache/cache MPLCONFIGDIR=$cache/matplotlib IPYTHONDIR=$cache/ipython
+export JUPYTER_PREFER_ENV_PATH=1 LOGNAME=${LOGNAME:-${USER:-$UID}}          # a user in a container has no name
+TMPDIR=${TMPDIR:-/tmp}
+if [ ${#TMPDIR} -gt 60 ]; then # the path of a socket in it may have 107 bytes
+    short=/tmp/lsdc_utils_$UID-$(cksum <<<"$TMPDIR" | tr -dc 0-9)
+    ln -sfn -- "$TMPDIR" "$short" && export TMPDIR=$short
+fi
+cache=$TMPDIR/lsdc_utils_$UID home=yes
+mkdir -p -- "${HOME:-/dev/null}/.cache" 2>/dev/null && [ -w "$HOME/.cache" ] || home=no # none, or not one of ours
+[ -d "${HOME:-}" ] || export HOME=$cache
+[ $home = yes ] || export XDG_CACHE_HOME=$cache/cache
+if [ $home = no ] || [ "${1:-}" != lab ]; then
+    export MPLCONFIGDIR=$cache/matplotlib IPYTHONDIR=$cache/ipython
     export JUPYTER_DATA_DIR=$cache/jupyter JUPYTER_CONFIG_DIR=$cache/jupyter/config
-    mkdir -p -- "$XDG_CACHE_HOME" "$MPLCONFIGDIR" 2>/dev/null || true
 fi
 
 find_python() { # the first Python on PATH that is 3.$1 or later

@@ -1,13 +1,12 @@
 """Where data and pretrained weights come from: a given path, Kaggle's mount, or, if asked for, a download."""
 
-import hashlib
 import json
 import os
 import re
 import urllib.request
 from pathlib import Path
 
-from lsdc_utils.files import write_json
+from lsdc_utils.files import sha256, write_json
 
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
 INPUT = Path(os.environ.get("LSDC_KAGGLE", "/kaggle")) / "input"  # elsewhere in a rehearsal
@@ -77,9 +76,7 @@ def find_weights(name: str, fetch: bool = False) -> Path:
         except (OSError, RuntimeError) as error:  # of the network, or of the checksum
             raise WeightsNotFound(f"{url}: {error}") from error
         write_json(about, {"url": url, "sha256": checksum})
-    with cached.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if about.is_file() and json.loads(about.read_text())["sha256"] != checksum:
+    if about.is_file() and json.loads(about.read_text())["sha256"] != sha256(cached):
         raise WeightsNotFound(f"{cached} is not the file that {about.name} describes (sha256 differs): remove it")
     return cached
 

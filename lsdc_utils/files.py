@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, then renamed; hashes of what files hold."""
+"""Files that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
 import hashlib
@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def content_hashes(files: Iterable[Path]) -> list[str]:
-    """The SHA-256 of each file's bytes; read in several threads, since a data set has 100,000 files."""
-
-    def content_hash(file: Path) -> str:
-        try:
-            with open(file, "rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError:  # who reads it for good will say so
-            return ""
-
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(content_hash, files))
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def readable(text: object) -> str:

@@ -34,14 +34,6 @@ def test_json_knows_no_nan(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["total"] == 0.5
 
 
-def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a", "b", "c", "none")]
-    for path, text in zip(paths, ("same", "same", "other"), strict=False):
-        path.write_text(text)
-    first, second, third, none = files.content_hashes(paths)
-    assert first == second != third and none == ""
-
-
 def test_names_that_are_not_utf8_become_readable(tmp_path: Path) -> None:
     assert files.readable(Path("caf\udce9.dcm")) == "caf?.dcm" and files.readable(7) == "7"
 

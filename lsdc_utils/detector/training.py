@@ -1,7 +1,6 @@
 """Training of a detector by ultralytics' trainer, resumable from its last checkpoint, and its weights."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import yaml
 
 from lsdc_utils.checkpoint import Checkpoint, fingerprint
 from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme, config_from
-from lsdc_utils.files import atomic, content_hashes, git_commit, write_json
+from lsdc_utils.files import atomic, git_commit, sha256, write_json
 
 FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
@@ -173,7 +172,7 @@ def _training_key(
     """Fingerprint of a training: settings, boxes, images as they are on disk, versions and the code of the training."""
     files = [folder / file for file in shown["file"]]
     files += [Path(settings[0]["model"])] if not settings[0]["model"].endswith(".yaml") else []
-    about = [settings, asdict(config), list(shown["file"]), list(held_out), content_hashes(files)]
+    about = [settings, asdict(config), list(shown["file"]), list(held_out), [*map(sha256, files)]]
     versions = [torch.__version__, version("ultralytics"), torch.cuda.is_available()]
     code = [Path(__file__).with_name(name).read_bytes() for name in ("training.py", "trainer.py")]
     return fingerprint(about, shown["weight"].to_numpy(), (folder / "boxes.csv").read_bytes(), versions, *code)
@@ -194,7 +193,7 @@ def save_detector(detector: Detector, path: str | Path) -> None:
         **detector.about,
         "versions": {name: version(name) for name in ("torch", "ultralytics", "numpy")},
         "git_commit": git_commit(),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
     }
     write_json(path.with_suffix(".json"), about)
 
@@ -203,7 +202,7 @@ def load_detector(path: str | Path, scheme: Scheme | None = None) -> Detector:
     """Read a detector that `save_detector` wrote; DetectorError if weights, JSON and scheme do not belong together."""
     path, scheme = Path(path), scheme or Scheme()
     about = json.loads(path.with_suffix(".json").read_text())
-    if hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
+    if sha256(path) != about["sha256"]:
         raise DetectorError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
     quiet_ultralytics(Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}")
     from ultralytics.nn.tasks import torch_safe_load

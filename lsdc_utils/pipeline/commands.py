@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from lsdc_utils.files import git_commit
-from lsdc_utils.parallel import shorten_tempdir, usable_cores
+from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
@@ -182,17 +182,14 @@ def lab(asked: Namespace) -> int:
     else:
         for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
             subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], check=True)
-    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}  # the kernel of this environment
-    environment.pop("JUPYTER_PATH", None)
     options = [f"--notebook-dir={NOTEBOOKS}", "--LabApp.default_url=/lab/tree/start.ipynb"]
     options += [*(["--allow-root"] if os.geteuid() == 0 else []), *asked.rest]
-    return subprocess.run([sys.executable, "-m", "jupyterlab", *options], env=environment).returncode
+    return subprocess.run([sys.executable, "-m", "jupyterlab", *options]).returncode
 
 
 def main(words: list[str]) -> int:
     """Parse the arguments and carry out the command; the exit status."""
     asked = arguments.parse(words)
-    shorten_tempdir()
     try:
         return globals()[asked.command.replace("-", "_")](asked)
     except ValueError as error:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from lsdc_utils.files import atomic, content_hashes
+from lsdc_utils.files import sha256
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import GROUPS
 
@@ -36,7 +36,6 @@ NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_t
                   "05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report")  # fmt: skip
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
-FOLDERS = {"slices": "slices.sha256"} | {f"yolo/{key}": f"yolo/{key}.sha256" for key in GROUPS}  # of 02: its hash
 PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
 STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
 
@@ -124,34 +123,10 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
         if condition and isinstance(value, dict) and set(value) == set(GROUPS):
             values[name] = value[condition]
         elif name.endswith("_csv") and (NOTEBOOKS / value).is_file():  # notebooks run in their own folder
-            values[name] = hashlib.sha256((NOTEBOOKS / value).read_bytes()).hexdigest()
+            values[name] = sha256(NOTEBOOKS / value)
         elif name == "data_dir" and value:
-            values[name] = [value, *content_hashes(sorted(Path(value).glob("*.csv")))]
+            values[name] = [value, *map(sha256, sorted(Path(value).glob("*.csv")))]
     return json.dumps(values, sort_keys=True)
-
-
-def write_folder_hashes(run_dir: Path, again: bool = False) -> None:
-    """Write the hash of all names and contents of each of `FOLDERS` to its file, which later steps have as an input.
-
-    again: only of folders in which a size or time changed since, or of a copy. A hash itself depends on no time.
-    """
-    for name, file in FOLDERS.items():
-        folder, file, seen = run_dir / name, run_dir / file, run_dir / ".snakemake" / Path(file).name
-        if not folder.is_dir():
-            file.unlink(missing_ok=True)  # so that 02 runs again
-        elif file.is_file() or not again:
-            files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
-            stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, files)]
-            if again and seen.is_file() and seen.read_text() == _hash(stats):
-                continue
-            names = [os.fsencode(path.relative_to(folder)).hex() for path in files]
-            for path, content in ((file, [names, content_hashes(files)]), (seen, stats)):
-                with atomic(path) as temporary:
-                    temporary.write_text(_hash(content))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @functools.cache
@@ -186,18 +161,12 @@ def source_hash(notebook: str) -> str:
     return digest.hexdigest()
 
 
-def scratch() -> Path:
-    """This user's folder of temporary files that may stay; a user need not have a name."""
-    folder = Path(tempfile.gettempdir(), f"lsdc_utils_{os.getuid()}")
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @contextlib.contextmanager
 def own_gpu() -> Iterator[None]:
     """Hold one of several visible GPUs for this process, across all runs of this user; waits until one is free."""
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    locks = scratch()
+    locks = Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}"
+    locks.mkdir(exist_ok=True)
     while len(devices) > 1:
         for device in devices:
             with (locks / f"gpu-{device.replace('/', '-')}").open("w") as lock:
@@ -233,20 +202,6 @@ def without_figure(notebook: Any) -> list[int]:
     return lost
 
 
-def set_surroundings(threads: int | None) -> None:
-    """Set this process's environment for a kernel: no settings of the user, inline figures, torch's threads."""
-    for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "JUPYTER_RUNTIME_DIR", "MATPLOTLIBRC", "MPLBACKEND"):
-        os.environ.pop(name, None)  # a path may name a kernel python3 of another environment
-    own = {"MPLCONFIGDIR": "matplotlib", "IPYTHONDIR": "ipython"}
-    own |= {"JUPYTER_CONFIG_DIR": "jupyter/config", "JUPYTER_DATA_DIR": "jupyter"}
-    os.environ.update({name: str(scratch() / folder) for name, folder in own.items()}, JUPYTER_PREFER_ENV_PATH="1")
-    os.environ.setdefault("PYTHONPATH", str(ROOT))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
-        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
-        if threads is not None:
-            os.environ[name] = str(threads)
-
-
 def execute(run_dir: Path, step: Step) -> None:
     """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
 
@@ -255,7 +210,11 @@ def execute(run_dir: Path, step: Step) -> None:
     import papermill  # takes a second, which the Snakefile and the command line do not need
 
     parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
-    set_surroundings(parameters.get("threads"))
+    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
+        os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
+        if "threads" in parameters:
+            os.environ[name] = str(parameters["threads"])
     executed = run_dir / "logs" / f"{step.name}.ipynb"
     done = run_dir / "notebooks" / executed.name
     for file in (executed, done):
@@ -273,8 +232,6 @@ def execute(run_dir: Path, step: Step) -> None:
             if lost := without_figure(notebook):
                 message = "calls plt.show() and holds no figure; is another matplotlib backend set?"
                 raise RuntimeError(f"{step.notebook}.ipynb: cell {lost[0]} {message}")
-            if step.notebook == "02_convert_labels":
-                write_folder_hashes(run_dir)
         except Exception:
             traceback.print_exc(file=log)
             raise

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lsdc_utils.files import atomic
+from lsdc_utils.files import atomic, sha256
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
@@ -73,16 +73,16 @@ def unpack(archive: Path, folder: Path) -> Path:
 
     UsageError if the archive is broken, was changed, or holds names, sizes or numbers of files that none of ours has.
     """
-    ready = folder / _sha256(archive)[:16]
+    ready = folder / sha256(archive)[:16]
     if ready.is_dir():
         return ready
     beside = folder / f".unpacking-{ready.name}"
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as opened:
-            for name, (size, sha256) in _listed(opened, archive).items():
+            for name, (size, digest) in _listed(opened, archive).items():
                 # zipfile writes at most as many bytes as the archive says that a file has
-                if opened.getinfo(name).file_size != size or _sha256(opened.extract(name, beside)) != sha256:
+                if opened.getinfo(name).file_size != size or sha256(opened.extract(name, beside)) != digest:
                     raise UsageError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
         beside.rename(ready)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -113,8 +113,3 @@ def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]
     if len(files) > MOST or sum(size for size, _ in files.values()) > LARGEST:
         raise UsageError(f"{archive}: {len(files)} files are too many, or too large, for an archive of models")
     return files
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

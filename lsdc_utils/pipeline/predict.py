@@ -20,7 +20,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.dicom import Frames
-from lsdc_utils.files import atomic, content_hashes, write_json
+from lsdc_utils.files import atomic, sha256, write_json
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import declared, module_files
@@ -143,7 +143,8 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
                 inside = source.iterdir() if source.is_dir() else ()
                 source = sorted(file for file in inside if file.is_file() and not file.name.startswith("."))
             parts = [part if isinstance(part, Frames) else Frames(part, ()) for part in source]
-            files, frames = [part.file for part in parts], [part.frames for part in parts]
-            facts = list(zip(map(os.fsencode, files), frames, content_hashes(files), strict=True)) or [(b"", (), "")]
+            known = [sha256(part.file) if os.access(part.file, os.R_OK) else "" for part in parts]
+            facts = [(os.fsencode(part.file), part.frames, content) for part, content in zip(parts, known, strict=True)]
+            facts = facts or [(b"", (), "")]
             lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
     return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "frames", "sha256"])

@@ -22,7 +22,7 @@ import yaml
 
 from lsdc_utils.files import atomic
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps, write_folder_hashes
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
 from lsdc_utils.pipeline.parameters import PROFILES
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
@@ -131,15 +131,6 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
     return [str(word) for word in [*command, "--", *(f"notebooks/{step.name}.ipynb" for step in targets)]]
 
 
-def compare_by_content(folder: Path) -> None:
-    """Let Snakemake compare the content of every input with what its step read, whatever the times of files are.
-
-    It does so where an input is newer than the oldest output, and counts the step's table of times as an output."""
-    write_folder_hashes(folder, again=True)
-    for times in folder.glob("logs/*.tsv"):
-        os.utime(times, (1, 1))
-
-
 def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     """Environment of Snakemake and of all that it starts."""
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
@@ -155,7 +146,6 @@ def dry_run(run: Run) -> int:
         config = Path(temporary) / "parameters.yml"
         config.write_text(yaml.safe_dump(run.parameters))
         planned = replace(run, folder=run.folder if run.folder.is_dir() else Path(temporary))
-        compare_by_content(planned.folder)
         command = snakemake_command(planned, config, 0)
         command.insert(command.index("--directory"), "--dry-run")
         done = subprocess.run(command, env=child_environment(planned, []), capture_output=True)
@@ -177,7 +167,6 @@ def work(run: Run) -> int:
     gpus = [] if run.slurm else visible_gpus()
     config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
     output.parent.mkdir(exist_ok=True)
-    compare_by_content(run.folder)
     with atomic(config) as temporary:
         temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
     place = "jobs on SLURM" if run.slurm else f"{run.cores} cores, {len(gpus)} GPUs"

@@ -70,12 +70,3 @@ def test_a_figure_that_was_ended_and_is_not_there_is_found() -> None:
     ]
     cells = [nbformat.v4.new_code_cell(source, outputs=outputs) for source, outputs in cells]
     assert graph.without_figure(nbformat.v4.new_notebook(cells=cells)) == [4]
-
-
-def test_a_kernel_gets_no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "environ", {"MPLBACKEND": "Agg", "MATPLOTLIBRC": "/x", "JUPYTER_PATH": "/x", "HOME": "/x"})
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    graph.set_surroundings(3)
-    assert not {"MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH"} & set(os.environ) and os.environ["OMP_NUM_THREADS"] == "3"
-    for name in ("MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-        assert os.environ[name].startswith(str(tmp_path)), name

@@ -89,6 +89,7 @@ def test_settings_of_the_user_s_python_and_pip_stay_out(bare_project: Path) -> N
     for tool in tools.iterdir():
         tool.write_text(tool.read_text().replace("case ", f"{show}case ", 1))
     foreign = {"PYTHONPATH": "/foreign", "PYTHONWARNINGS": "error", "PYTHONHOME": "/foreign", "MPLBACKEND": "Agg"}
+    foreign |= {"JUPYTER_PATH": "/foreign", "MPLCONFIGDIR": "/foreign", "IPYTHONDIR": "/foreign"}
     foreign |= {"PIP_USER": "1", "PIP_TARGET": "/foreign", "LSDC_PYTHONPATH": "/mine", "HOME": "/dev/null"}
     foreign["CDPATH"] = "/"
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "TMPDIR": str(bare_project), **foreign}
@@ -99,8 +100,10 @@ def test_settings_of_the_user_s_python_and_pip_stay_out(bare_project: Path) -> N
             for path in bare_project.glob("*.env")}  # fmt: skip
     [started] = [variables for name, variables in seen.items() if "commands" in name]
     assert started["PYTHONPATH"] == f"{bare_project}:/mine" and started["PYTHONUTF8"] == "1" and started["LOGNAME"]
-    assert not {"PYTHONWARNINGS", "PYTHONHOME", "MPLBACKEND", "CDPATH"} & set(started)
-    assert started["HOME"].startswith(str(bare_project)) and started["XDG_CACHE_HOME"].startswith(started["HOME"])
+    assert not {"PYTHONWARNINGS", "PYTHONHOME", "MPLBACKEND", "JUPYTER_PATH", "CDPATH"} & set(started)
+    assert Path(started["HOME"]).parent.resolve() == bare_project.resolve()  # /dev/null is not a home
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        assert started[name].startswith(started["HOME"]), name
     for pip in (variables for name, variables in seen.items() if "install" in name):
         assert pip["PIP_USER"] == "0" and "PIP_TARGET" not in pip
 

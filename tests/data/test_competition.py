@@ -43,7 +43,7 @@ def test_each_fault_of_the_tables_is_found_and_no_grade_changed(tmp_path: Path, 
     train, points, series = (tables[name] for name in ("train", "train_label_coordinates", "train_series_descriptions"))
     canal = words.COLUMNS[0]
     train.loc[0, canal] = np.nan  # study 101: its point stays
-    train.loc[1, canal] = "severe"  # study 102: not a word of the vocabulary
+    train.loc[1, canal] = "grave"  # study 102: not a word of the vocabulary
     points.loc[points.study_id == 103, "series_id"] = 99
     points = points.drop(points.index[points.study_id == 104][:2])
     points.loc[points.study_id == 105, "x"] = [np.nan] + [50.0] * 24

@@ -118,7 +118,7 @@ def untrainable(labels: pd.DataFrame) -> str:
             studies = graded.study_id[graded.condition.isin(names) & graded.X.notna()].nunique()
             if studies < (1 if where else 2):
                 found = "only one study has" if studies else "no study has"
-                return f"cannot train: {found} a usable point with a grade for {group.score}{where}"
+                return f"cannot train: {found} a usable point with a grade for {group.score} stenosis{where}"
     return ""
 
 

@@ -99,6 +99,30 @@ def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
     return check(comp, workers).labels
 
 
+def untrainable(labels: pd.DataFrame) -> str:
+    """Why models cannot be trained from a label table, in one sentence; '' if they can.
+
+    Each condition needs grades, each condition group graded points of two studies. With a column fold, of which there
+    must be two, this holds for each fold, where points of one study are enough.
+    """
+    folds = labels.groupby("fold") if "fold" in labels else [("", labels)]
+    if "fold" in labels and 0 < labels["fold"].nunique() < 2:
+        return "cannot train: all studies are in one fold, and each fold is graded by the models of the others"
+    for fold, part in folds:
+        graded, where = part[part.severity >= 0], f" in fold {fold}" if "fold" in labels else ""
+        if graded.empty:
+            return f"cannot train: no training study has a grade{where}"
+        if lacking := [c.title.lower() for c in words.CONDITIONS.values() if c.name not in set(graded.condition)]:
+            return f"cannot train: no grades for {', '.join(lacking)}{where}"
+        for key, group in words.GROUPS.items():
+            names = [c.name for c in words.CONDITIONS.values() if c.group == key]
+            studies = graded.study_id[graded.condition.isin(names) & graded.X.notna()].nunique()
+            if studies < (1 if where else 2):
+                found = "only one study has" if studies else "no study has"
+                return f"cannot train: {found} a usable point with a grade for {group.score} stenosis{where}"
+    return ""
+
+
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     """The series whose files exist; findings name the others, or their study if all of its series are missing."""
     series = comp.series
@@ -236,5 +260,9 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     if not usable:
         print("not usable: no image of any series can be read")
         return 1
-    print(f"usable: {usable} of {len(series)} series can be read")
+    fault = untrainable(labels)
+    if (comp.root / "train.csv").is_file() and fault:
+        print(f"usable for predict alone: {usable} of {len(series)} series can be read; {fault}")
+        return 1
+    print(f"usable: {usable} of {len(series)} series can be read" + "; to predict, there is no train.csv" * bool(fault))
     return 0

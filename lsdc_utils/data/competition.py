@@ -8,8 +8,11 @@ Every repair is a line of the findings table (`checks` explains the rules). A gr
 Tables or images may be absent. Without a table of series, in any folder of DICOM files, `unsorted` finds the series.
 """
 
+import csv
+import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +32,7 @@ POINTS = ["study_id", "series_id", "instance_number", "condition", "level", "x",
 EXCLUDE = ["study_id", "series_id", "condition", "level", "reason"]
 CONDITION_WORDS = {word: c.name for c in words.CONDITIONS.values() for word in (c.title, c.name)}
 LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: level for level in words.LEVELS}
-
+ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
 
 NONE = -1  # series of a listed study that has none
 
@@ -140,24 +143,60 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
 
 
 def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame:
-    """Columns of a csv as text, those of `ids` as int64; CompetitionError if it is not there or lacks a column."""
+    """Columns of a table as text, those of `ids` as int64, indexed by the lines of the file.
+
+    Read are commas, semicolons or tabs, any case and blanks in the header, UTF-8, UTF-16 and Latin-1. CompetitionError
+    if the file is not there, lacks a column, or an id or a line cannot be read exactly: nothing is guessed.
+    """
+    columns = list(columns)
     try:
-        table = pd.read_csv(file, dtype=str, skipinitialspace=True)
+        lines, header = _cells(file)
     except FileNotFoundError:
         raise CompetitionError(f"{file}: no such file") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+    except (csv.Error, ValueError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
-    if lacking := [column for column in columns if column not in table]:
-        raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}")
-    table = table[list(columns)].copy()
+    if lacking := [column for column in columns if column not in header]:
+        found = ", ".join(header)[:300]
+        raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}; the header has: {found}")
+    if twice := [column for column in columns if header.count(column) > 1]:
+        raise CompetitionError(f"{file}: has several columns {twice[0]}; keep the right one")
+    table = pd.DataFrame(lines.values(), list(lines), header, dtype=object)[columns]
     for column in ids:
-        numbers = pd.to_numeric(table[column].astype(object), errors="coerce")  # object: an empty column is not text
-        if (bad := ~(numbers.abs() < 2.0**63) | (numbers % 1 != 0)).any():
-            line = int(np.flatnonzero(bad)[0])
-            value = table[column].iloc[line]
-            raise CompetitionError(f"{file}: {column} in line {line + 2} is {value!r}, not a whole number")
-        table[column] = numbers.astype("int64")
-    return table
+        numbers = table[column].map(whole_number)
+        for line in numbers.index[numbers.isna()][:1]:
+            lost = f"{column} in line {line} is {table.at[line, column]!r}, not a whole number with all its digits"
+            raise CompetitionError(f"{file}: {lost}; export the ids as text")
+        table[column] = [whole_number(cell) for cell in table[column]]
+    return table.where(~table.isin(["", *ABSENT])).astype(dict.fromkeys(ids, "int64"))
+
+
+def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
+    """The cells of each line that is not blank, by the line's number, and the header; ValueError says what is wrong."""
+    data = Path(file).read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")  # names and reasons of western spreadsheets
+    if "\0" in text:
+        raise ValueError("it holds nul bytes; save it as csv in UTF-8")
+    first = next(filter(str.strip, text.splitlines()), "")
+    mark = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True, strict=True)
+    rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+    lines = {number: row for number, row in rows if any(row)}
+    header = [name.lower() for name in lines.pop(min(lines, default=0), [])]
+    for number, row in lines.items():
+        if any(row[len(header) :]):
+            raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")
+        lines[number] = (row + [""] * len(header))[: len(header)]
+    return lines, header
+
+
+def whole_number(text: str) -> int | None:
+    """The id that a cell holds, None if digits may be lost: 2.30E+08, 1,234, 123.000, or a float beyond 2**53."""
+    found = re.fullmatch(r"\+?([0-9]+)(\.00?)?", text.strip())
+    number = int(found[1]) if found else 2**63
+    return number if number < (2**53 if found and found[2] else 2**63) else None
 
 
 def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
@@ -176,7 +215,9 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[p
     repeated = listed.duplicated(["split", "study_id", "series_id"])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
     listed = listed[~repeated].astype({"study_id": "int64", "series_id": "int64"})
-    listed["series_type"] = listed.series_type.str.strip()
+    listed["series_type"] = _named(
+        listed.series_type, dict(zip(words.SERIES_TYPES, words.SERIES_TYPES, strict=True))
+    ).fillna(listed.series_type)
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
     places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
@@ -208,8 +249,8 @@ def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
     findings.add(wide[repeated], "study_repeated", "in train.csv", "first line kept")
     wide = wide[~repeated]
     keys = pd.MultiIndex.from_product([wide.study_id, words.CONDITIONS, words.LEVELS], names=KEY)
-    grades = pd.Series(wide[list(words.COLUMNS)].to_numpy().ravel(), keys, dtype=str).str.strip()
-    codes = grades.map({name: k for k, name in enumerate(words.SEVERITY_NAMES)})
+    grades = pd.Series(wide[list(words.COLUMNS)].to_numpy().ravel(), keys, dtype=str)
+    codes = _named(grades, {name: k for k, name in enumerate(words.SEVERITY_NAMES)})
     labels = codes.fillna(words.MISSING).astype("int64").rename("severity").reset_index()
     unknown = (grades.notna() & codes.isna()).to_numpy()
     findings.add(labels[unknown], "grade_unknown", grades[unknown], "read as missing")
@@ -230,13 +271,23 @@ def _read_coordinates(root: Path, findings: Findings) -> pd.DataFrame:
     return points[~repeated].reset_index(drop=True)
 
 
+def _named(cells: pd.Series, meaning: Mapping[str, Any]) -> pd.Series:
+    """What each cell means, in any case and between blanks; NaN if `meaning` does not say."""
+    return cells.astype(object).str.strip().str.casefold().map({name.casefold(): meaning[name] for name in meaning})
+
+
 def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Points in the vocabulary's words and types, and which lines of `raw` could be read."""
     points = raw.copy()
-    points["condition"] = points.condition.str.strip().map(CONDITION_WORDS)
-    points["level"] = points.level.str.strip().map(LEVEL_WORDS)
+    points["condition"] = _named(points.condition, CONDITION_WORDS)
+    points["level"] = _named(points.level, LEVEL_WORDS)
     numbers = ["instance_number", "x", "y"]
-    points[numbers] = points[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    for name in numbers:
+        cells = points[name].astype(object)
+        commas = cells[cells.str.contains(",", na=False)]
+        if not (cells.str.contains(".", regex=False, na=False).any() or commas.str.fullmatch(r"\d\d?,\d{3}").all()):
+            cells = cells.str.replace(",", ".", n=1)  # decimal commas; what may be thousands stays unreadable
+        points[name] = pd.to_numeric(cells, errors="coerce").astype(float)
     usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
     usable &= points.instance_number % 1 == 0
     ids = ["study_id", "series_id", "instance_number"]
@@ -274,7 +325,7 @@ def _correct_points(
     }
     for fault, wrong in faults.items():
         if wrong.any():
-            raise CompetitionError(f"{file}: line {wrong.idxmax() + 2} {fault}")
+            raise CompetitionError(f"{file}: line {wrong.idxmax()} {fault}")
     new = ~given.set_index(KEY).index.isin(points.set_index(KEY).index)
     for part, action in ((given[~new], "replaces the table's point"), (given[new], "added")):
         findings.add(part, "point_corrected", label_names(part), action)
@@ -286,18 +337,19 @@ def _leave_out(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Labels, points and series without what `file` names; CompetitionError if a line names something unknown."""
     known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
-    for line, row in enumerate(read_required_table(file, EXCLUDE, ["study_id"]).fillna("").itertuples(), start=2):
+    for row in read_required_table(file, EXCLUDE, ["study_id"]).fillna("").itertuples():
+        line = row.Index
         place, label = {"study_id": row.study_id}, {}
         if row.series_id:
-            place["series_id"] = unsorted.number_of(row.series_id) or -1
+            place["series_id"] = whole_number(row.series_id) or -1
         if not _matches(known, place).any():
             named = " and ".join(f"{key} {getattr(row, key)}" for key in place)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold")
         for key, meaning in (("condition", CONDITION_WORDS), ("level", LEVEL_WORDS)):
             if text := getattr(row, key).strip():
-                if text not in meaning:
+                if pd.isna(found := _named(pd.Series([text]), meaning)[0]):
                     raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {', '.join(meaning)}")
-                label[key] = meaning[text]
+                label[key] = found
         points = points[~_matches(points, place | label)]
         action = f"points not used: {' '.join(label.values())}"
         if not label:

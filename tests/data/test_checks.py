@@ -405,3 +405,44 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path: Path, tables: Tables, c
     expected = {"tables": "lacks the column", "images": "no image of any series", "pixels": "no image of any series"}
     assert f"not usable: {'' if fault != 'tables' else str(tmp_path)}" in (text := capsys.readouterr().out)
     assert expected[fault] in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("grades", "no grades for right subarticular stenosis"),
+        ("points", "no study has a usable point with a grade for foraminal stenosis"),
+        ("images", "no study has a usable point with a grade for foraminal stenosis"),
+        ("one study", "only one study has a usable point with a grade for foraminal stenosis"),
+        ("empty", "no training study has a grade"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_says_why(tmp_path: Path, tables: Tables, capsys, fault, message) -> None:
+    train, points = tables["train"], tables["train_label_coordinates"]
+    nfn = points.condition.str.contains("Foraminal")
+    if fault == "grades":
+        train[[name for name in words.COLUMNS if name.startswith(RIGHT)]] = np.nan
+    elif fault == "points":
+        points = points[~nfn]
+    elif fault == "images":
+        points.loc[nfn, "instance_number"] = 999
+    else:
+        train = train[: int(fault == "one study")]
+    save(tmp_path, {"train": train, "train_label_coordinates": points})
+    assert checks.main(tmp_path) == 1
+    assert f"cannot train: {message}\n" in capsys.readouterr().out
+
+
+def test_without_training_tables_a_folder_is_usable(tmp_path: Path, tables: Tables, capsys) -> None:
+    for file in tmp_path.glob("train*.csv"):
+        file.unlink()
+    assert checks.main(tmp_path) == 0 and "to predict, there is no train.csv" in capsys.readouterr().out
+
+
+def test_each_fold_needs_each_condition_and_there_are_two(tmp_path: Path, tables: Tables) -> None:
+    labels = checks.label_table(competition.read(tmp_path))
+    assert checks.untrainable(labels) == "" == checks.untrainable(labels.assign(fold=labels.study_id % 2))
+    assert "all studies are in one fold" in checks.untrainable(labels.assign(fold=0))
+    lost = (labels.study_id % 2 == 1) & labels.condition.str.endswith("foraminal_narrowing")
+    cut = labels.assign(fold=labels.study_id % 2, X=labels.X.mask(lost))
+    assert checks.untrainable(cut).endswith("for foraminal stenosis in fold 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_each_fault_of_the_tables_is_found_and_no_grade_changed(tmp_path: Path, 
     train, points, series = (tables[name] for name in ("train", "train_label_coordinates", "train_series_descriptions"))
     canal = words.COLUMNS[0]
     train.loc[0, canal] = np.nan  # study 101: its point stays
-    train.loc[1, canal] = "severe"  # study 102: not a word of the vocabulary
+    train.loc[1, canal] = "grave"  # study 102: not a word of the vocabulary
     points.loc[points.study_id == 103, "series_id"] = 99
     points = points.drop(points.index[points.study_id == 104][:2])
     points.loc[points.study_id == 105, "x"] = [np.nan] + [50.0] * 24
@@ -215,3 +216,70 @@ def test_a_wrong_line_of_exclude_or_points_is_named(tmp_path: Path, tables: Tabl
     assert str(file) in str(error.value)
     with pytest.raises(CompetitionError, match="no such file"):
         competition.read(tmp_path, **{f"{kind}_csv": tmp_path / "gone.csv"})
+
+
+def spoilt(root: Path, change, encoding: str = "utf-8") -> None:
+    """Rewrite the text of each table that is read."""
+    for file in (*root.glob("train*.csv"), root / "test_series_descriptions.csv"):
+        file.write_bytes(change(file.read_text()).encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("change", "encoding"),
+    [
+        (lambda text: text.replace("\n", "\r\n"), "utf-8-sig"),
+        (lambda text: text.replace(".", "§").replace(",", ";").replace("§", ","), "utf-8"),  # decimal commas
+        (lambda text: "\n\n" + text.replace(",", "\t") + "\t\t\n\n", "utf-16"),
+        (lambda text: "".join(f"Müller,{line}\n" for line in text.swapcase().splitlines()), "latin-1"),
+        (lambda text: re.sub(r"([^,\n]+)", r' "\1"', text).replace("\n", ",\n"), "utf-8"),
+        (lambda text: re.sub(r"^(\d+),", r"+00\1.0,", text, flags=re.MULTILINE), "utf-8"),
+    ],
+)
+def test_tables_of_spreadsheets_are_read_alike(tmp_path: Path, tables: Tables, change, encoding: str) -> None:
+    before = competition.read(tmp_path)
+    spoilt(tmp_path, change, encoding)
+    after = competition.read(tmp_path)
+    for name in ("labels", "coordinates", "series"):
+        pd.testing.assert_frame_equal(getattr(before, name), getattr(after, name))
+    assert after.findings.empty
+
+
+@pytest.mark.parametrize(
+    "cell", ["1.01E+02", "1.01e2", '"1,010"', "1.010", "101.5", "-101", "9007199254740993.0", "9" * 19]
+)
+def test_an_id_that_may_have_lost_digits_is_refused_with_its_line(tmp_path: Path, tables: Tables, cell: str) -> None:
+    spoilt(tmp_path, lambda text: "\n" + text.replace("\n102,", f"\n{cell},"))
+    with pytest.raises(CompetitionError, match=r"train_series_descriptions.csv: study_id in line 6 is .*") as error:
+        competition.read(tmp_path)
+    assert cell.strip('"') in str(error.value)
+
+
+def test_ids_beyond_floats_keep_each_digit(tmp_path: Path, tables: Tables) -> None:
+    spoilt(tmp_path, lambda text: re.sub(r"\b102\b", "9007199254740993", text))
+    comp = competition.read(tmp_path)
+    assert all(9007199254740993 in set(table.study_id) for table in (comp.labels, comp.coordinates, comp.series))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("study_id", "patient"), "lacks the column.* study_id; the header has: .*patient"),
+        (lambda text: text.replace("study_id", "study_id,study_id"), "several columns study_id"),
+        (lambda text: text.replace("\n102,", "\n102,0,0,"), "line 5 has 5 cells, the header 3"),
+        (lambda text: text.replace("\n102,", '\n"102,'), "cannot be read as a table"),
+        (lambda text: text.replace("102", "1\00002"), "nul bytes"),
+        (lambda text: "", "the header has: $"),
+    ],
+)
+def test_a_table_that_would_be_misread_is_refused(tmp_path: Path, tables: Tables, change, message: str) -> None:
+    file = tmp_path / "train_series_descriptions.csv"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(CompetitionError, match=message):
+        competition.read(tmp_path)
+
+
+def test_numbers_that_may_be_thousands_are_no_points(tmp_path: Path, tables: Tables) -> None:
+    points = tables["train_label_coordinates"].assign(x="1,024")
+    save(tmp_path, {"train_label_coordinates": points})
+    comp = competition.read(tmp_path)
+    assert comp.coordinates.empty and rules(comp.findings)["point_unusable"] == len(points)

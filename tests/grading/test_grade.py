@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lsdc_utils.data import competition
+from lsdc_utils.data import checks, competition
 from lsdc_utils.data.stacks import read_study
+from lsdc_utils.grading import grade
 from lsdc_utils.grading.grade import (
     BLENDS,
     COLUMNS_OF,
@@ -71,6 +73,26 @@ def test_tables_of_studies_are_joined_and_keep_their_columns():
     assert {kind: list(table.columns) for kind, table in joined.items() if kind != "yolo"} == {
         kind: columns for kind, columns in COLUMNS_OF.items() if kind != "yolo"
     }
+
+
+def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkeypatch):
+    """Images that can be read must not end as rows by the prior without a word."""
+    point = {"study_id": 7, "level": "l1_l2", "side": "", "X": 0.0, "Y": 0.0, "Z": 0.0, "confidence": 0.4}
+    points = pd.DataFrame([point | {"level_confidence": sure, "condition": "scs"} for sure in (0.9, 0.79)])
+    rows, canal = pd.DataFrame(columns=COLUMNS_OF["yolo"]), points.drop(columns="condition")
+    stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
+    monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
+    models = grade.Models({}, [], 1, lambda *asked: rows)
+    for found, expected in (
+        (points.iloc[:1], [("nothing_detected", T1)]),
+        (points, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
+        (points.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
+    ):
+        monkeypatch.setattr(grade, "grade_study", lambda *asked, found=found: (rows, found, canal))
+        findings = models.grade(7, stacks)["findings"]
+        assert set(findings["study_id"]) == {7} and set(findings["rule"]) <= set(checks.RULES)
+        assert findings["rule"].tolist() == [rule for rule, _ in expected]
+        assert all(part in value for value, (_, part) in zip(findings["value"], expected, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ def test_the_same_files_in_one_pile_give_the_same_rows(
     piled["study_id"] = piled.study_id.map(ids)
     keys = ["study_id", "condition", "level"]
     piled, expected = (table.sort_values(keys, ignore_index=True) for table in (piled, expected))
-    keys += ["grade", "source", "own_series"]
+    keys += ["grade", "source", "own_series", "level_confidence"]
     pd.testing.assert_frame_equal(piled[keys], expected[keys])
     np.testing.assert_allclose(piled[list(SEVERITIES)], expected[list(SEVERITIES)], atol=1e-6)
     assert leaks(tmp_path / "out", [*WORDS, UID_ROOT]) == []

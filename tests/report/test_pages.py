@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
@@ -117,6 +118,18 @@ def test_agreement_and_calibration_come_from_the_evaluation(index, run_dir):
     assert table.loc["Out of fold: spinal"].tolist() == ["0.61", "0.66", "–"]
     assert table.loc["Out of fold: all rows"].tolist() == ["–", "–", "0.012"]
     assert tables.evaluation_table({}).empty and "Agreement and calibration" in Page(index).text
+
+
+def test_levels_that_may_be_named_wrong_are_marked_on_the_studys_page(tmp_path):
+    run_dir = write_run(tmp_path / "made-up", n_studies=3)
+    file = run_dir / "predictions/points_oof.parquet"
+    points = pd.read_parquet(file)
+    first = points["study_id"].min()
+    points.assign(level_confidence=np.where(points["study_id"] == first, 0.6, 0.9)).to_parquet(file)
+    index = pages.write_report(tables.Run(run_dir), [])
+    marked = {page.stem for page in index.parent.glob("study_*.html") if "may be named wrong" in page.read_text()}
+    assert marked == {f"study_{first}"}
+    assert "their confidence is 60 %" in (index.parent / f"study_{first}.html").read_text()
 
 
 def test_text_from_data_stays_text(index):

@@ -160,7 +160,7 @@ def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] =
         raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}; the header has: {found}")
     if twice := [column for column in columns if header.count(column) > 1]:
         raise CompetitionError(f"{file}: has several columns {twice[0]}; keep the right one")
-    table = pd.DataFrame(lines.values(), list(lines), header, dtype=object)[columns]
+    table = pd.DataFrame(lines.values(), list(lines), header, dtype="str")[columns]
     for column in ids:
         numbers = table[column].map(whole_number)
         for line in numbers.index[numbers.isna()][:1]:
@@ -215,9 +215,8 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[p
     repeated = listed.duplicated(["split", "study_id", "series_id"])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
     listed = listed[~repeated].astype({"study_id": "int64", "series_id": "int64"})
-    listed["series_type"] = _named(
-        listed.series_type, dict(zip(words.SERIES_TYPES, words.SERIES_TYPES, strict=True))
-    ).fillna(listed.series_type)
+    kinds = _named(listed.series_type, dict(zip(words.SERIES_TYPES, words.SERIES_TYPES, strict=True)))
+    listed["series_type"] = kinds.astype(object).fillna(listed.series_type)
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
     places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
@@ -273,7 +272,7 @@ def _read_coordinates(root: Path, findings: Findings) -> pd.DataFrame:
 
 def _named(cells: pd.Series, meaning: Mapping[str, Any]) -> pd.Series:
     """What each cell means, in any case and between blanks; NaN if `meaning` does not say."""
-    return cells.astype(object).str.strip().str.casefold().map({name.casefold(): meaning[name] for name in meaning})
+    return cells.astype("str").str.strip().str.casefold().map({name.casefold(): meaning[name] for name in meaning})
 
 
 def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:

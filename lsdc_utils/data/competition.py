@@ -153,7 +153,7 @@ def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] =
         lines, header = _cells(file)
     except FileNotFoundError:
         raise CompetitionError(f"{file}: no such file") from None
-    except (csv.Error, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
     if lacking := [column for column in columns if column not in header]:
         found = ", ".join(header)[:300]
@@ -183,7 +183,10 @@ def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
     mark = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True, strict=True)
     rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
-    lines = {number: row for number, row in rows if any(row)}
+    try:
+        lines = {number: row for number, row in rows if any(row)}
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
     header = [name.lower() for name in lines.pop(min(lines, default=0), [])]
     for number, row in lines.items():
         if any(row[len(header) :]):
@@ -281,14 +284,14 @@ def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     points["condition"] = _named(points.condition, CONDITION_WORDS)
     points["level"] = _named(points.level, LEVEL_WORDS)
     numbers = ["instance_number", "x", "y"]
-    for name in numbers:
+    points["instance_number"] = points.instance_number.map(whole_number, na_action="ignore").astype(float)
+    for name in ("x", "y"):
         cells = points[name].astype(object)
         commas = cells[cells.str.contains(",", na=False)]
         if not (cells.str.contains(".", regex=False, na=False).any() or commas.str.fullmatch(r"\d\d?,\d{3}").all()):
             cells = cells.str.replace(",", ".", n=1)  # decimal commas; what may be thousands stays unreadable
         points[name] = pd.to_numeric(cells, errors="coerce").astype(float)
     usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
-    usable &= points.instance_number % 1 == 0
     ids = ["study_id", "series_id", "instance_number"]
     return points[usable].astype(dict.fromkeys(ids, "int64") | {"x": "float64", "y": "float64"}), usable
 
@@ -299,9 +302,15 @@ def _read_sample(root: Path, series: pd.DataFrame, findings: Findings) -> list[s
     sample = _read_table(root / "sample_submission.csv", ["row_id"])
     if sample is None:
         return [row for study in studies for row in words.study_row_ids(study)]
-    rows = sample.row_id.dropna().str.strip().drop_duplicates().tolist()
-    absent = {row.partition("_")[0] for row in rows} - {str(study) for study in studies}
-    studies = pd.DataFrame({"study_id": sorted(filter(None, map(unsorted.number_of, absent)))})
+    listed = sample.row_id.dropna().drop_duplicates()
+    rows, known = listed.tolist(), set(words.COLUMNS)
+    for line, row in listed.items():
+        study, _, column = row.partition("_")
+        if column not in known or unsorted.number_of(study) is None or study.startswith("0"):
+            asked = f"expected <study_id>_<condition>_<level>, with all digits, e.g. 1_{words.COLUMNS[0]}"
+            raise CompetitionError(f"{root / 'sample_submission.csv'}: row_id in line {line} is {row!r}; {asked}")
+    absent = {int(row.partition("_")[0]) for row in rows} - set(studies)
+    studies = pd.DataFrame({"study_id": sorted(absent)})
     findings.add(studies, "study_without_series", "in sample_submission.csv only", "answered by the prior")
     return rows
 

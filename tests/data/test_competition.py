@@ -87,6 +87,8 @@ def test_each_fault_of_the_tables_is_found_and_no_grade_changed(tmp_path: Path, 
         ("train", lambda t: t.assign(study_id=["a", *t.study_id[1:]]), "study_id in line 2 is 'a'"),
         ("train_label_coordinates", lambda t: t.drop(columns="x"), "lacks the column"),
         ("train_series_descriptions", lambda t: t.assign(series_id=1.5), "not a whole number"),
+        ("sample_submission", lambda t: t.replace("^501_", "5.01E+02_", regex=True), "row_id in line 2 is '5.01E"),
+        ("sample_submission", lambda t: t.assign(row_id="501_stenosis"), "row_id in line 2 is '501_stenosis'; exp"),
     ],
 )
 def test_tables_that_cannot_be_used_are_named(tmp_path: Path, tables, name: str, change, message: str) -> None:
@@ -94,6 +96,14 @@ def test_tables_that_cannot_be_used_are_named(tmp_path: Path, tables, name: str,
     with pytest.raises(CompetitionError, match=message) as error:
         competition.read(tmp_path)
     assert f"{name}.csv" in str(error.value)
+
+
+def test_an_instance_number_that_may_have_lost_digits_names_no_image(tmp_path: Path, tables: Tables) -> None:
+    numbers = ["1.23E+03", "12.5", "7.0", *["8"] * 297]
+    save(tmp_path, {"train_label_coordinates": tables["train_label_coordinates"].assign(instance_number=numbers)})
+    comp = competition.read(tmp_path)
+    assert comp.coordinates.instance_number.tolist() == [7, *[8] * 297]
+    assert rules(comp.findings) == {"point_unusable": 2, "grade_without_point": 1}
 
 
 def test_no_test_studies_and_no_images(tmp_path: Path, tables: Tables) -> None:

@@ -167,7 +167,14 @@ def test_a_series_of_another_station_that_a_table_lists_is_not_used(tmp_path: Pa
         rows.append(f"1,{k},{kind}")
         for n in range(1, 6):
             file = tmp_path / f"test_images/1/{k}/{n}.dcm"
-            write_slice(file, n, (4.0 * n, 0, height), SAGITTAL, np.ones((50, 50), "uint16"), spacing=(2.0, 2.0))
+            write_slice(
+                file,
+                n,
+                (4.0 * n, 0, height),
+                SAGITTAL,
+                np.arange(2500, dtype="uint16").reshape(50, 50),
+                spacing=(2.0, 2.0),
+            )
     (tmp_path / "test_series_descriptions.csv").write_text("\n".join(rows))
     stacks, findings = read_study(competition.read(tmp_path), "test", 1)
     assert [stack.series_id for stack in stacks] == [1, 2]

@@ -122,7 +122,11 @@ def test_a_stopped_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path
     assert_same_weights(whole, resumed)
     for name in ("epoch", "lr", "cls_loss", "box_loss"):
         assert history[name].tolist() == again[name].tolist()
-    (data / files["file"].iloc[0]).touch()
+    image = data / files["file"].iloc[0]
+    image.touch()
+    train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
+    assert capsys.readouterr().out.count("/4 loss") == 0  # a new time is not another image
+    cv2.imwrite(str(image), 255 - cv2.imread(str(image)))
     train_toy(data, files, tmp_path / "stopped", epochs=4, mosaic=0.5)
     assert capsys.readouterr().out.count("/4 loss") == 4  # other images, another training
 

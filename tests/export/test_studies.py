@@ -56,6 +56,7 @@ def write_graded(folder: Path, rng: np.random.Generator) -> Path:
     side = places["condition"].str.extract(r"^(left|right)_")[0]
     base = places["condition"].str.replace(r"^(left|right)_", "", regex=True)
     points = places[["study_id", "level", "X", "Y", "Z"]].assign(side=side, confidence=0.9, condition=base.map(groups))
+    points["level_confidence"] = 0.9
     points[points["level"] != "l1_l2"].to_parquet(run / "predictions/points_test.parquet")
     return run
 

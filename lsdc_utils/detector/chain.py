@@ -22,6 +22,7 @@ SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are
 EXPECTED_SPREAD = 6.0  # mm: how far a level may lie from where it is expected, one sigma
 NOTHING = 1e-3  # evidence that counts as none
 MISSED = 0.02  # how likely a detector is to have no candidate at all for a level that is there
+NO_CANDIDATE = np.full(len(LEVELS), np.log(MISSED * NOTHING))  # log weight of each level without a candidate
 CELL = 2.0  # mm: of detections this close one candidate is enough,
 FEW = 40  # and the strongest of each level are enough to choose from
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which `calibrate` chooses
@@ -39,16 +40,15 @@ class Chain:
 
     def best(self) -> np.ndarray:
         """The choice of greatest weight: (5,) indices into the candidates, -1 for a level without one."""
-        missing = np.full(len(LEVELS), np.log(MISSED * NOTHING))
-        totals = self._forward(self.gain, missing, 1.0, np.max)
-        ends = np.stack([total + missing[i + 1 :].sum() for i, total in enumerate(totals)])
+        totals = self._forward(self.gain, 1.0, np.max)
+        ends = np.stack([total + NO_CANDIDATE[i + 1 :].sum() for i, total in enumerate(totals)])
         chosen = np.full(len(LEVELS), -1)
-        if ends.max(initial=-np.inf) <= missing.sum():
+        if ends.max(initial=-np.inf) <= NO_CANDIDATE.sum():
             return chosen
         level, candidate = np.unravel_index(ends.argmax(), ends.shape)
         while True:
             chosen[level] = candidate
-            before = int(self._arrivals(totals, missing, 1.0, level)[:, candidate].argmax())
+            before = int(self._arrivals(totals, 1.0, level)[:, candidate].argmax())
             if before == 0:
                 return chosen
             level, candidate = divmod(before - 1, len(self.index))
@@ -58,29 +58,28 @@ class Chain:
         within `SAME_LEVEL` of its place, or none."""
         with np.errstate(invalid="ignore"):
             agrees = np.linalg.norm(self.plane[:, None] - places[None], axis=2) <= SAME_LEVEL
-        missing = np.full(len(LEVELS), np.log(MISSED * NOTHING))
-        among = self._log_sum(np.where(agrees, self.gain, -np.inf), missing, temperature)
-        return float(np.exp(among - self._log_sum(self.gain, missing, temperature)))
+        among = self._log_sum(np.where(agrees, self.gain, -np.inf), temperature)
+        return float(np.exp(among - self._log_sum(self.gain, temperature)))
 
-    def _log_sum(self, gain: np.ndarray, missing: np.ndarray, temperature: float) -> float:
-        totals = self._forward(gain, missing, temperature, logsumexp)
-        ends = [total + missing[i + 1 :].sum() / temperature for i, total in enumerate(totals)]
-        return float(logsumexp(np.append(np.concatenate(ends), missing.sum() / temperature)))
+    def _log_sum(self, gain: np.ndarray, temperature: float) -> float:
+        totals = self._forward(gain, temperature, logsumexp)
+        ends = [total + NO_CANDIDATE[i + 1 :].sum() / temperature for i, total in enumerate(totals)]
+        return float(logsumexp(np.append(np.concatenate(ends), NO_CANDIDATE.sum() / temperature)))
 
-    def _forward(self, gain: np.ndarray, missing: np.ndarray, temperature: float, reduce: Callable) -> list[np.ndarray]:
+    def _forward(self, gain: np.ndarray, temperature: float, reduce: Callable) -> list[np.ndarray]:
         """For each level and candidate (k,) the maximum or sum over all choices of the levels above it."""
         totals: list[np.ndarray] = []
         for level in range(len(LEVELS)):
-            arrivals = self._arrivals(totals, missing, temperature, level)
+            arrivals = self._arrivals(totals, temperature, level)
             totals.append(gain[:, level] / temperature + reduce(arrivals, axis=0))
         return totals
 
-    def _arrivals(self, totals: list, missing: np.ndarray, temperature: float, level: int) -> np.ndarray:
+    def _arrivals(self, totals: list, temperature: float, level: int) -> np.ndarray:
         """Log weights (1 + level * k, k) of reaching a level: as the first one, or from each candidate above it."""
-        rows = [np.full((1, len(self.index)), missing[:level].sum() / temperature)]
+        rows = [np.full((1, len(self.index)), NO_CANDIDATE[:level].sum() / temperature)]
         for above in range(level):
-            left_out = missing[above + 1 : level].sum()
-            rows.append(totals[above][:, None] + (self.move[level - above] + left_out) / temperature)
+            move = self.move[level - above] + NO_CANDIDATE[above + 1 : level].sum()
+            rows.append(totals[above][:, None] + move / temperature)
         return np.concatenate(rows)
 
 

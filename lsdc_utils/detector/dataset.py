@@ -52,7 +52,7 @@ def label_boxes(stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy
         # A slice between two levels shows one lesion per side: the nearer label speaks for it.
         side = table["row_id"].str.extract(f"({'|'.join(SIDES)})", expand=False)
         order = table.assign(side=side).sort_values(["slice", "off"], kind="stable")
-        table = order.drop_duplicates(["slice", "side"]).drop(columns="side")
+        return order.drop_duplicates(["slice", "side"]).drop(columns="side")
     return table
 
 

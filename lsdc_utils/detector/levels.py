@@ -58,7 +58,8 @@ def level_evidence(
         found = []
         for k, (side, level) in enumerate(places.names):
             own = np.flatnonzero((places.owner == k) & (detector == number))
-            scores = _of_level(joined, config, level)[own]
+            of_class = 0 if config.condition == "ss" else LEVELS.index(level)  # axial classes name no level
+            scores = joined.scores.reshape(len(joined.scores), -1, len(SEVERITIES))[own, of_class]
             evidence = scores.sum(axis=1)
             if evidence.max(initial=0) >= NOTHING:
                 row = row_id(study_id, "_".join(filter(None, (side, GROUPS[config.condition].base))), level)
@@ -67,13 +68,6 @@ def level_evidence(
                 found.append(LevelEvidence(row, *place, evidence, scores, sure))
         result.append(found)
     return result
-
-
-def _of_level(detections: Detections, config: DetectorConfig, level: str) -> np.ndarray:
-    """Scores (m, 3) of the classes of a level; on axial slices of all levels."""
-    if config.condition == "ss":
-        return detections.scores
-    return detections.scores.reshape(-1, len(LEVELS), 3)[:, LEVELS.index(level)]
 
 
 def evidence_tables(levels: Sequence[LevelEvidence], power: float) -> tuple[pd.DataFrame, pd.DataFrame]:

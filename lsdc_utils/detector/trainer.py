@@ -121,9 +121,8 @@ class DetectorTrainer(DetectionTrainer):
         DetectorError if ultralytics has halved the batch because it did not fit into the GPU's memory.
         """
         if self.batch_size < self.full_batch:
-            raise DetectorError(
-                f"a batch of {self.full_batch} images is too large for this GPU; try yolo_batch={self.batch_size}"
-            )
+            what = f"a batch of {self.full_batch} images is too large for this GPU"
+            raise DetectorError(f"{what}; try yolo_batch={self.batch_size}")
         seed = int(np.random.SeedSequence([self.args.seed, self.epoch]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)

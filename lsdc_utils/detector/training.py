@@ -77,14 +77,9 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_detector(
-    folder: str | Path,
-    shown: pd.DataFrame,
-    config: DetectorConfig,
-    settings: dict[str, Any],
-    work: str | Path,
-    threads: int = 1,
-    held_out: Sequence[str] = (),
-) -> tuple[torch.nn.Module, pd.DataFrame]:
+    folder: str | Path, shown: pd.DataFrame, config: DetectorConfig, settings: dict[str, Any],
+    work: str | Path, threads: int = 1, held_out: Sequence[str] = (),
+) -> tuple[torch.nn.Module, pd.DataFrame]:  # fmt: skip
     """Train YOLO by ultralytics' trainer on images of the data set in `folder`; return the EMA model and its history.
 
     `shown`: as `training_images` gives it. `settings`: see `check_settings`. `threads`: of torch; another number gives

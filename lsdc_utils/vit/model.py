@@ -5,7 +5,6 @@ mirrored onto the left. To try another part, write its class into this file with
 that it replaces, and name it in notebook 04; `load_vit` finds the class by the name that `save_vit` wrote.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from lsdc_utils.files import atomic, git_commit, write_json
+from lsdc_utils.files import atomic, git_commit, sha256, write_json
 from lsdc_utils.vit.crops import AIMS, LATERAL, SLOTS
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T2
 
@@ -246,14 +245,9 @@ class Vit3d(nn.Module):
     log-probabilities (B, 25, 3) in COLUMNS order. Parts that are not given are those that the config names."""
 
     def __init__(
-        self,
-        config: VitConfig,
-        encoder: nn.Module | None = None,
-        reader: nn.Module | None = None,
-        slice_blocks: nn.Module | None = None,
-        study_blocks: nn.Module | None = None,
-        head: nn.Module | None = None,
-    ):
+        self, config: VitConfig, encoder: nn.Module | None = None, reader: nn.Module | None = None,
+        slice_blocks: nn.Module | None = None, study_blocks: nn.Module | None = None, head: nn.Module | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config = config
         self.encoder = encoder or slice_encoder(config)
@@ -303,7 +297,7 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> N
         "severities": list(SEVERITIES),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "safetensors")},
         "git_commit": git_commit(),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
     }
     write_json(path.with_suffix(".json"), about)
 
@@ -312,7 +306,7 @@ def read_weights(path: str | Path, network: str) -> tuple[dict, dict[str, torch.
     """The .json and the tensors of `save_vit`; ValueError if they do not belong together or hold another network."""
     path = Path(path)
     about = json.loads(path.with_suffix(".json").read_text())
-    if hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
+    if sha256(path) != about["sha256"]:
         raise ValueError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
     if about["columns"] != list(COLUMNS) or about["severities"] != list(SEVERITIES):
         raise ValueError(f"{path} grades other columns or severities than this version of lsdc_utils")

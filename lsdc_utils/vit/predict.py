@@ -8,9 +8,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lsdc_utils.data.stacks import Stack
 from lsdc_utils.vit.augment import augment
-from lsdc_utils.vit.inputs import DEVICE, prediction_views, seen_studies, shown_slices, study_input
+from lsdc_utils.vit.inputs import DEVICE, Studies, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
@@ -52,13 +51,9 @@ def prediction_rows(study_ids: Iterable[int], natural: np.ndarray) -> pd.DataFra
 
 
 def predict_studies(
-    models: list[nn.Module],
-    studies: Iterable[tuple[int, list[Stack]]],
-    points: pd.DataFrame,
-    n_views: int = 1,
-    see: Callable = study_input,
-    views: Callable = prediction_views,
-) -> pd.DataFrame:
+    models: list[nn.Module], studies: Studies, points: pd.DataFrame,
+    n_views: int = 1, see: Callable = study_input, views: Callable = prediction_views,
+) -> pd.DataFrame:  # fmt: skip
     """The prediction table of studies (id, stacks), 25 rows each, by the mean of `models`, which share one config.
 
     points: of all studies, as in `crop_centres`. A study without a canal point or a series has no rows. Studies are

@@ -35,8 +35,8 @@ CELL_LINES = {"03_train_yolo": 45, "04_train_vit3d": 45}  # the longest cell; in
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 11_300
-    training: int = 6_300  # modules that TRAINING imports, transitively
+    package: int = 11_900
+    training: int = 6_860  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

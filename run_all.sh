@@ -11,7 +11,7 @@ for name in ${!PYTHON@} MPLBACKEND MATPLOTLIBRC JUPYTER_PATH JUPYTER_CONFIG_PATH
     case $name in PYTHONNOUSERSITE | PYTHONUSERBASE | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;; *) unset "$name" ;; esac
 done
 export PYTHONPATH="$root${LSDC_PYTHONPATH:+:$LSDC_PYTHONPATH}" PYTHONUTF8=1 # names of files in any encoding, under any LANG
-export JUPYTER_PREFER_ENV_PATH=1 LOGNAME=${LOGNAME:-$(id -un 2>/dev/null || echo "user$UID")}          # a user in a container has no name
+export JUPYTER_PREFER_ENV_PATH=1 LOGNAME=${LOGNAME:-$(id -un 2>/dev/null || echo "user$UID")} # a user in a container has no name
 TMPDIR=${TMPDIR:-/tmp}
 if [ ${#TMPDIR} -gt 60 ]; then # the path of a socket in it may have 107 bytes
     short=/tmp/lsdc_utils_$UID-$(cksum <<<"$TMPDIR" | tr -dc 0-9)

@@ -46,6 +46,7 @@ def select(source: Source, series_type: str) -> tuple[Source, list[tuple]]:
     contrast = words.T1 if series_type == words.T1 else words.T2
 
     def fit(part: list[Tags]) -> tuple:
+        """What makes a part the wanted one, most important first."""
         height = middle_height(part) or 0.0
         return _lying(part[0]) == words.PLANES[series_type], contrast_in(part)[0] == contrast, -height, len(part)
 
@@ -150,6 +151,7 @@ def _by_kind(images: list[Tags]) -> list[Part]:
     most = max(map(len, kinds.values()))
 
     def rank(key: tuple) -> tuple:
+        """The order in which kinds are preferred, smallest first."""
         derived, time, kind = key
         dixon = next((n for n, names in enumerate(PREFERRED, 1) if names & {*kind}), 0)
         wanted = 100 if contrast_in(kinds[key])[0] == words.T2 else 10  # ms
@@ -175,6 +177,7 @@ def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
     tilt = Counter(tags.orientation for tags in images if tags.orientation).most_common(1)
 
     def fits(tags: Tags) -> bool:
+        """Whether an image has the usual size and spacing."""
         same = not tags.spacing or np.allclose(tags.spacing, usual[0][0], rtol=SAME_SPACING, atol=0)
         return same and (tags.rows, tags.columns) == size
 

@@ -118,6 +118,7 @@ def calibrate(chances: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """
 
     def loss(temperature: int, ceiling: float) -> float:
+        """Negative log likelihood, with the preferences as priors; temperature: its number."""
         share = np.clip(ceiling * chances[:, temperature], 1e-9, 1 - 1e-9)
         logs = np.log(np.where(right, share, 1 - share)).sum() + np.log(ceiling * (1 - ceiling))
         return 0.5 * np.log(TEMPERATURES[temperature]) ** 2 - logs

@@ -43,17 +43,14 @@ def _find_sagittal(
     """The levels of the canal, or of the foramina of each side, which is that of the canal at that height or of the
     slices' middle. The foramina's levels are near where the canal's points let them be, and as sure as these; without
     canal points they are chosen by themselves."""
-    x, expected, names, points, sure = joined.points[:, 0], None, [], [], []
-    sides, owner = {"": np.full(len(x), True)}, np.full(len(x), -1)
-    if configs[0].condition == "nfn":
-        middle = (x.min() + x.max()) / 2
-        if canal is not None:
-            line, expected = canal[[*"XYZ"]].astype(float).sort_values("Z"), canal[[*"XYZ"]].astype(float)
-            middle = np.interp(joined.points[:, 2], line["Z"], line["X"])
-            offsets = np.array(configs[0].canal_from_foramina)
-            expected[["Y", "Z"]] -= offsets[[LEVELS.index(level) for level in canal.index]]
-        sides = dict(zip(SIDES, (x > middle, x < middle), strict=True))
-    for side, own in sides.items():
+    middle, expected, names, points, sure = None, None, [], [], []
+    owner = np.full(len(joined.points), -1)
+    if configs[0].condition == "nfn" and canal is not None:
+        line, expected = canal[[*"XYZ"]].astype(float).sort_values("Z"), canal[[*"XYZ"]].astype(float)
+        middle = np.interp(joined.points[:, 2], line["Z"], line["X"])
+        offsets = np.array(configs[0].canal_from_foramina)
+        expected[["Y", "Z"]] -= offsets[[LEVELS.index(level) for level in canal.index]]
+    for side, own in _sides(configs[0].condition, joined.points[:, 0], middle).items():
         places, level_of, chance = _chosen_levels(joined, seen, configs, np.flatnonzero(own), expected)
         for number in np.flatnonzero(np.isfinite(places[:, 0])):
             owner[level_of == number] = len(names)
@@ -61,6 +58,15 @@ def _find_sagittal(
             points.append(places[number])
             sure.append(chance if expected is None else _sureness(canal))
     return Places(names, np.array(points).reshape(-1, 3), owner, np.array(sure))
+
+
+def _sides(condition: str, x: np.ndarray, middle: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Which detections (m,) bool at patient x (m,) belong to each side, '' for the canal. middle: x (m,) between the
+    sides, by default the middle of all detections."""
+    if condition == "scs":
+        return {"": np.full(len(x), True)}
+    middle = (x.min() + x.max()) / 2 if middle is None else middle
+    return dict(zip(SIDES, (x > middle, x < middle), strict=True))
 
 
 def _chosen_levels(
@@ -159,13 +165,13 @@ def calibrate_levels(
     """
     chances, right = [], []
     for (study, _), truth in labels.dropna(subset=[*"XYZ"]).groupby(["study_id", "condition"]):
-        side = CONDITIONS[truth["condition"].iloc[0]].side
+        side = CONDITIONS[truth["condition"].iloc[0]].side or ""
         detections = seen.get(study)
         if detections is None or not len(detections.points) or len(truth) < 2:
             continue
-        x = detections.points[:, 0]
-        middle = (x.min() + x.max()) / 2
-        own = np.flatnonzero({None: x == x, SIDES[0]: x > middle, SIDES[1]: x < middle}[side])
+        own = np.flatnonzero(_sides(config.condition, detections.points[:, 0])[side])
+        if not len(own):  # e.g. a series of one slice
+            continue
         found = _chain_of(detections, own)
         chosen = found.best()
         plane = np.where(chosen[:, None] >= 0, found.plane[chosen], np.nan)

@@ -106,6 +106,15 @@ def test_calibration_is_how_often_held_out_levels_are_right():
     assert calibrate_levels({}, labels, settings) == settings.calibration
 
 
+def test_foramina_on_a_single_slice_have_no_side_and_calibrate_nothing():
+    severities = dict.fromkeys(toy_points("nfn"), 1)
+    detections, settings = ideal("nfn", severities)
+    single = replace(detections, points=detections.points * [0, 1, 1] + [3, 0, 0])
+    labels = toy_labels(toy_stack("nfn", severities), "nfn", severities)
+    assert calibrate_levels({1: single}, labels, settings) == settings.calibration
+    assert level_evidence([single], 1, [settings]) == [[]]
+
+
 @pytest.mark.parametrize("half", [5.6, 7.5, 9.9])
 @pytest.mark.parametrize("offset", [-5.7, 0.0, 3.1])
 def test_the_side_of_a_recess_is_that_of_its_pair(half, offset):

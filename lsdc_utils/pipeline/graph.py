@@ -208,6 +208,7 @@ def execute(run_dir: Path, step: Step) -> None:
     RuntimeError if a cell did not run or a figure is not there; errors of papermill and the kernel are passed on.
     """
     import papermill  # takes a second, which the Snakefile and the command line do not need
+    from traitlets.config import Config
 
     parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
     os.environ.setdefault("PYTHONPATH", str(ROOT))
@@ -225,7 +226,9 @@ def execute(run_dir: Path, step: Step) -> None:
         shutil.copyfile(NOTEBOOKS / f"{step.notebook}.ipynb", executed)
         path = str(executed.relative_to(run_dir))  # papermill fills in braces, and writes its name into the notebook
         try:
-            with contextlib.chdir(run_dir):
+            with contextlib.chdir(run_dir), tempfile.TemporaryDirectory() as sockets:
+                # Not TCP: another kernel that starts in the same moment may take a port, and this one dies.
+                settings["config"] = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
                 notebook = papermill.execute_notebook(path, path, parameters, progress_bar=False, **settings)
             if not all_ran(notebook):  # papermill takes sys.exit(0) in a cell for success
                 raise RuntimeError(f"{step.notebook}.ipynb ended before all of its cells had run")

@@ -48,6 +48,24 @@ def test_one_detector_of_five_that_counts_a_level_off_moves_no_point(five):
     assert [len(table) for table in rows[1:]] == [5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("condition", ["scs", "nfn", "ss"])
+def test_the_mirrored_detections_have_the_same_places_on_the_other_side(condition):
+    points = toy_points(condition)
+    seen = jittered(ideal(condition, {key: k % 3 for k, key in enumerate(points)})[0], 3)
+    canal = canal_points().set_index("level")
+    order = np.arange(len(seen.scores))[::-1]
+    other = Detections(*(values[order] for values in (seen.points * (-1, 1, 1), seen.scores, seen.levels, seen.slices)))
+    before, after = (
+        FINDERS[condition](one, [one], [config(condition)], canal.assign(X=sign * canal["X"]))
+        for one, sign in ((seen, 1), (other, -1))
+    )
+    exchanged = dict(zip(SIDES, SIDES[::-1], strict=True)) | {"": ""}
+    places = dict(zip(after.names, after.points, strict=True))
+    assert len(places) == len(before.names) == len(points)
+    for (side, level), point in zip(before.names, before.points, strict=True):
+        assert np.linalg.norm(places[exchanged[side], level] - point * (-1, 1, 1)) < 0.1  # the order decides ties
+
+
 def test_no_detection_serves_two_levels(five):
     """Two levels 10 mm apart, as of a compressed spine: what lies between belongs to the nearer one."""
     points = np.array([[0, 0, 70.0], [0, 0, 60.0], [0, 0, 66.0], [0, 0, 64.0]])

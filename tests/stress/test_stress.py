@@ -113,7 +113,7 @@ def test_a_run_ends_with_its_key_numbers(smoke_project: Path):
     tables = {
         name: pd.read_csv(run / f"stress/{name}.csv") for name in ("doses", "leaks", "looks", "settings", "moves")
     }
-    assert numbers["moved"] == pytest.approx(tables["moves"]["moved"].max(), abs=1e-6) and numbers["moved"] < 0.02
+    assert numbers["moved"] == pytest.approx(tables["moves"]["moved"].max(), abs=1e-6)
     assert set(tables["moves"]["version"]) == {"mirrored", "renumbered", "rescaled", "renamed"}
     assert numbers["leak"] == pytest.approx(tables["leaks"]["leak"].max(), abs=1e-6)
     factors = {*SETTINGS, USUAL, "missing series", "error of the centres"}

@@ -1,4 +1,4 @@
-"""Canal points: the level that an axial slice shows, and canal points from the foramina where no canal was detected."""
+"""Canal points: the level that an axial slice shows, and readers' points that stand in where no canal was clicked."""
 
 from collections.abc import Sequence
 
@@ -41,17 +41,18 @@ def canal_from_foramina(labels: pd.DataFrame) -> tuple[tuple[float, float], ...]
     return tuple(tuple(known.loc[level].tolist()) if level in known.index else usual[level] for level in LEVELS)
 
 
-def study_canal(scs: pd.DataFrame, nfn: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> pd.DataFrame:
-    """Canal points of studies: the canal detector's; where it gave none, from the foramina of levels with both sides.
+def readers_canal(labels: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> pd.DataFrame:
+    """The readers' canal points (study_id, level, X, Y, Z); where none was clicked, from a level's two foramen points.
 
-    scs, nfn: points of any number of studies, as `grade_condition` returns them, and so is the result. offsets: see
-    `canal_from_foramina`.
+    labels: the label table, of any studies. offsets: see `canal_from_foramina`.
     """
-    levels = nfn[~nfn["study_id"].isin(scs["study_id"])].groupby(["study_id", "level"])
-    both = levels.filter(lambda level: set(level["side"]) == set(SIDES)).groupby(["study_id", "level"], as_index=False)
-    middle = both[[name for name in nfn if name not in ("study_id", "level", "side")]].mean()
-    middle[["Y", "Z"]] += np.array(offsets)[[LEVELS.index(level) for level in middle["level"]]]
-    return pd.concat([scs, middle.assign(side="")[nfn.columns]], ignore_index=True)
+    placed, keys = labels.dropna(subset=[*"XYZ"]), ["study_id", "level"]
+    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    foramina = placed[group == "nfn"].groupby(keys)
+    middle = foramina[[*"XYZ"]].mean()[foramina.size() == len(SIDES)].astype(float)
+    numbers = [LEVELS.index(level) for level in middle.index.get_level_values("level")]
+    middle[["Y", "Z"]] += np.array(offsets)[numbers]
+    return placed[group == "scs"].set_index(keys)[[*"XYZ"]].astype(float).combine_first(middle).reset_index()
 
 
 def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,7 @@
-"""What a detector is shown and what its classes mean: level and severity on sagittal series, severity on axial ones.
+"""What a detector is shown and what its classes mean: severity, and nothing that its image does not show.
 
-A class says no more than its image shows. Left and right follow from patient coordinates, and the level of an axial
-slice from the canal points of the `scs` detector, so that no picture is asked to be in two classes.
+Left and right follow from patient coordinates, and the level from the named canal points of the localiser, so that no
+picture is asked to be in two classes, and no place in an image means a level.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES
+from lsdc_utils.vocabulary import GROUPS, SEVERITIES
 
 # medians over the labels of 160 phantom studies, whose spread is 2.4 and 2.2 mm, from head to foot
 CANAL_FROM_FORAMINA = ((2.4, -9.9), (2.6, -9.7), (3.0, -9.5), (5.6, -8.2), (8.7, -6.3))
@@ -25,14 +25,13 @@ class DetectorConfig:
     """What a detector is shown and how it predicts; kept beside its weights."""
 
     condition: str  # nfn, scs or ss
-    strip: tuple[float, float, float, float]  # left, right, top, bottom as fractions of the image
+    window: tuple[float, float] | None  # mm down and across: round the spine, or in axial slices the canal; None: all
     size: tuple[int, int]  # rows and columns of the network's input, multiples of 32
     neighbours: bool  # channels are the slices before, at and behind; else the same slice three times
     box_mm: float  # side of a box
     # Prediction, the same for out-of-fold and test studies:
     views: tuple[tuple[float, bool], ...] = ((1.0, False),)  # scale, and whether the patient is mirrored
     power: float = 2.0  # of the evidence, see `LevelEvidence`; fitted on out-of-fold studies
-    calibration: tuple[float, float] = (1.0, 0.98)  # of the chosen levels, see `chain.calibrate`; fitted likewise
     # mm to posterior and to the head from the middle of a level's two foramen points to its canal point, see
     # `canal.canal_from_foramina`, which measures them in the label table
     canal_from_foramina: tuple[tuple[float, float], ...] = CANAL_FROM_FORAMINA
@@ -42,10 +41,8 @@ class DetectorConfig:
             raise DetectorError(f"there is no detector for condition {self.condition!r}: use one of {list(GROUPS)}")
         if any(side % 32 or side <= 0 for side in self.size):
             raise DetectorError(f"size {self.size} of detector {self.condition}: both must be multiples of 32")
-        left, right, top, bottom = self.strip
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            limits = "need 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
-            raise DetectorError(f"strip {self.strip} of detector {self.condition}: {limits}")
+        if self.window is not None and not (len(self.window) == 2 and min(self.window) > 0):
+            raise DetectorError(f"window {self.window} of detector {self.condition}: need mm down and across, or none")
 
 
 def config_from(values: dict[str, Any]) -> DetectorConfig:
@@ -53,31 +50,15 @@ def config_from(values: dict[str, Any]) -> DetectorConfig:
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if "canal_from_foramina" in tuples:
         tuples["canal_from_foramina"] = tuple(map(tuple, tuples["canal_from_foramina"]))
+    tuples["window"] = tuples["window"] or None
     tuples["views"] = tuple((float(scale), bool(flip)) for scale, flip in tuples.get("views", [(1.0, False)]))
     return DetectorConfig(**tuples)
 
 
 def class_table(config: DetectorConfig) -> pd.DataFrame:
-    """The classes in their order: name, level (None on axial series), severity 0 to 2."""
-    levels = [None] if config.condition == "ss" else LEVELS
-    rows = [
-        ("_".join(filter(None, (GROUPS[config.condition].base, level, name))), level, severity)
-        for level in levels
-        for severity, name in enumerate(SEVERITIES)
-    ]
-    return pd.DataFrame(rows, columns=["name", "level", "severity"])
-
-
-def class_numbers(config: DetectorConfig) -> dict[tuple[str, str, int], int]:
-    """(condition, level, severity) of a label -> class number."""
-    return {
-        (condition.name, level, row.severity): row.Index
-        for condition in CONDITIONS.values()
-        if condition.group == config.condition
-        for row in class_table(config).itertuples()
-        for level in LEVELS
-        if row.level in (None, level)
-    }
+    """The classes in their order: name, severity 0 to 2."""
+    base = GROUPS[config.condition].base
+    return pd.DataFrame([(f"{base}_{name}", k) for k, name in enumerate(SEVERITIES)], columns=["name", "severity"])
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import yaml
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.canal import study_canal
-from lsdc_utils.detector.classes import DetectorConfig, DetectorError, class_numbers, class_table
-from lsdc_utils.detector.images import near_middle, network_inputs, strip_window
+from lsdc_utils.detector.canal import readers_canal
+from lsdc_utils.detector.classes import DetectorConfig, DetectorError, class_table
+from lsdc_utils.detector.images import network_inputs, wanted, windows
 from lsdc_utils.files import write_json
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SIDES
 
@@ -28,25 +28,27 @@ PNG = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH]
 PNG += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
 
 
-def label_boxes(stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy_mm: float) -> pd.DataFrame:
-    """Boxes of a series' labels, given as rows of the label table.
+def label_boxes(
+    stack: Stack, labels: pd.DataFrame, config: DetectorConfig, copy_mm: float, canal: pd.DataFrame
+) -> pd.DataFrame:
+    """Boxes of a series' labels, given as rows of the label table; canal: the study's points, round which windows lie.
 
     A box stands on the slice that the reader clicked and, where `copy_mm` > 0, on the slices of its block up to that
     far along the normal, since those show the same lesion. Both recesses of a level have a box on every slice that
-    either of them has one on. Returns slice, row_id, class_id, severity, x, y, width, height as fractions of the strip,
-    clipped to it, copied, off: mm from the clicked slice.
+    either of them has one on. Returns slice, row_id, class_id, severity, x, y, width, height as fractions of the
+    window, clipped to it, copied, off: mm from the clicked slice.
     """
-    numbers, pairs, boxes = class_numbers(config), config.condition == "ss", []
+    places, pairs, boxes = windows(stack, config, canal), config.condition == "ss", []
     clicks = [click for click in _clicks(stack, labels) if click[0].severity >= 0]
     for label, own, off in clicks:
         near = off <= copy_mm
         for other, _, others_off in clicks if pairs else ():
             near |= (other.level == label.level) & (others_off <= copy_mm) & np.isfinite(off)
-        number, point = numbers[label.condition, label.level, label.severity], np.array([label.X, label.Y, label.Z])
+        point = np.array([label.X, label.Y, label.Z])
         for index in np.flatnonzero(near):
             xy = (label.x, label.y) if index == own else geometry.to_pixels(stack.affines[index], point)[:2]
-            if place := _box(xy, stack.shapes[index], stack.affines[index], config):
-                boxes.append((index, label.row_id, number, label.severity, *place, index != own, off[index]))
+            if place := _box(xy, places[index], stack.affines[index], config):
+                boxes.append((index, label.row_id, label.severity, label.severity, *place, index != own, off[index]))
     table = pd.DataFrame(boxes, columns=BOXES)
     if pairs:
         # A slice between two levels shows one lesion per side: the nearer label speaks for it.
@@ -69,12 +71,12 @@ def _clicks(stack: Stack, labels: pd.DataFrame) -> list[tuple[Any, int, np.ndarr
     return clicks
 
 
-def _box(xy: Sequence[float], shape: Sequence[int], affine: np.ndarray, config: DetectorConfig) -> tuple | None:
-    """Box round pixel `xy` as x, y, width, height in fractions of the strip, clipped to it, and whether it was clipped.
+def _box(xy: Sequence[float], window: Sequence[int], affine: np.ndarray, config: DetectorConfig) -> tuple | None:
+    """Box round pixel `xy` as x, y, width, height in fractions of a window, clipped to it, and whether it was clipped.
 
     None if the point itself is outside: ultralytics drops a whole image for one box that leaves it.
     """
-    left, top, width, height = strip_window(shape, config)
+    left, top, width, height = window
     centre = np.array([(xy[0] + 0.5 - left) / width, (xy[1] + 0.5 - top) / height])  # pixel 0 ends at 0.5
     half = 0.5 * config.box_mm / geometry.spacing(affine) / np.array([width, height])
     if (centre < 0).any() or (centre > 1).any():
@@ -102,18 +104,17 @@ class Dataset:
         here = labels[(groups == condition) & (labels["series_id"] == stack.series_id)]
         if stack.series_type != GROUPS[condition].series_type or here.empty:
             return None
-        table = label_boxes(stack, here, self.config, self.copy_mm)
+        canal = readers_canal(labels, self.config.canal_from_foramina)
+        if canal.empty:  # nothing tells where to look
+            return condition, [], pd.DataFrame(), stack.series_id, stack.instance_numbers
+        table = label_boxes(stack, here, self.config, self.copy_mm, canal)
         table = table.assign(weight=np.exp(-0.5 * (table["off"] / max(self.copy_mm * COPY_FALL, 1e-6)) ** 2))
-        free = near_middle(stack)  # the slices that prediction looks at, without those near a label
+        free = wanted(stack, self.config, canal)  # the slices that prediction looks at, without those near a label
         for _, _, off in _clicks(stack, here):
             free &= off > self.copy_mm + self.margin_mm
         free[table["slice"].to_numpy(dtype=int)] = False
         free, count = np.flatnonzero(free), self.background if len(table) else 0
         free = free[np.linspace(0, len(free) - 1, min(count, len(free))).round().astype(int)]  # spread evenly
-        sides = labels["condition"].map({c.name: c.side or "" for c in CONDITIONS.values()})
-        points = labels.assign(side=sides, confidence=1.0)[["study_id", "level", "side", *"XYZ", "confidence"]]
-        placed = [points[groups == key].dropna(subset=[*"XYZ"]) for key in ("scs", "nfn")]
-        canal = study_canal(*placed, self.config.canal_from_foramina)
         inputs, lines = network_inputs(stack, self.config, canal), []
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         for index in np.union1d(table["slice"].to_numpy(dtype=int), free).astype(int):
@@ -152,7 +153,7 @@ class Dataset:
             "its slice is not in the series": counts != 1,
             "no position": ~np.isfinite(lost[POSITION].astype(float)).all(axis=1),
         }
-        reason = np.select(list(reasons.values()), list(reasons), "outside the strip")
+        reason = np.select(list(reasons.values()), list(reasons), "outside the window, or no canal point to place that")
         skipped = pd.DataFrame({"row_id": lost["row_id"], "reason": reason})
         write_labels(self.folder, images, boxes, class_table(self.config)["name"])
         skipped.to_csv(self.folder / "skipped.csv", index=False)

@@ -11,13 +11,12 @@ import torch
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import axial_levels
-from lsdc_utils.detector.classes import Detector, DetectorConfig
-from lsdc_utils.detector.images import near_middle, network_inputs, strip_window
+from lsdc_utils.detector.classes import Detector
+from lsdc_utils.detector.images import network_inputs, wanted, windows
 from lsdc_utils.vocabulary import GROUPS
 
 GREY = 114  # of 255: what ultralytics fills borders with, in training and so in prediction too
 KEPT = 24  # detections kept from each slice and view: five levels, with room for doubles
-FORAMEN_REACH = (6.0, 30.0)  # mm off the canal at which foramina lie
 BATCH = 64  # images predicted at once
 
 
@@ -34,21 +33,23 @@ class Detections:
 def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
     """Detections of one study: patient points and the full class-score vectors of the one-to-one head.
 
-    `canal`: points of the scs detector for this study, round which foramina and recesses are looked for; None or empty
-    if there are none. Views are those of the detector's config.
+    `canal`: the study's canal points, round which everything is looked for: nothing without them. Views are those of
+    the detector's config.
     """
     config, parts, first = detector.config, [], 0
     for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
-        wanted = np.flatnonzero(_wanted(stack, config, canal))
         first += len(stack.pixels)
-        if not len(wanted):
+        if canal is None or canal.empty:
             continue
-        by_canal = canal is not None and config.condition == "ss"
-        levels = axial_levels(stack, canal) if by_canal else np.full(len(stack.pixels), -1)
-        images = network_inputs(stack, config, canal)[wanted]
+        levels = axial_levels(stack, canal) if config.condition == "ss" else np.full(len(stack.pixels), -1)
+        index = np.flatnonzero(wanted(stack, config, canal))
+        if not len(index):
+            continue
+        images, places = network_inputs(stack, config, canal)[index], windows(stack, config, canal)[index]
         for scale, flip in config.views:
             centres, scores = forward(detector, images, scale, flip)
-            parts.append((patient_points(stack, wanted, centres, config), scores, levels[wanted], wanted + first))
+            points = patient_points(stack.affines[index], places, centres)
+            parts.append((points, scores, levels[index], index + first))
     return join_detections(parts, len(detector.scheme.class_table(config)))
 
 
@@ -67,21 +68,9 @@ def pool_detections(parts: Sequence[Detections]) -> Detections:
     return Detections(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Detections)))
 
 
-def _wanted(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
-    """Slices (n,) bool on which the condition can be seen, by geometry and the canal points alone."""
-    if config.condition == "scs":
-        return near_middle(stack)
-    if canal is None or canal.empty:
-        return np.ones(len(stack.pixels), dtype=bool)
-    if config.condition == "ss":
-        return axial_levels(stack, canal) >= 0
-    nearest = np.abs(geometry.plane_distances(stack.affines, canal[["X", "Y", "Z"]].to_numpy(dtype=float))).min(axis=1)
-    return (nearest >= FORAMEN_REACH[0]) & (nearest <= FORAMEN_REACH[1])
-
-
 @torch.inference_mode()
 def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2) in strip shares, scores (n, k, C).
+    """The best `KEPT` detections of inputs (n, 3, rows, cols): centres (n, k, 2), shares of a window, scores (n, k, C).
 
     A flipped view is the mirrored patient: axial images change columns, the canal's the order of their slices, and the
     foramina's stay as they are, since their channels run from medial to lateral on either side.
@@ -110,8 +99,7 @@ def forward(detector: Detector, views: np.ndarray, scale: float, flip: bool) -> 
     return centres, np.concatenate(all_scores)
 
 
-def patient_points(stack: Stack, wanted: np.ndarray, centres: np.ndarray, config: DetectorConfig) -> np.ndarray:
-    """Patient points (n, k, 3) of centres (n, k, 2), which are fractions of the strips of slices `wanted` (n,)."""
-    windows = np.array([strip_window(shape, config) for shape in stack.shapes[wanted]], dtype=float)
-    pixels = windows[:, None, :2] + centres * windows[:, None, 2:] - 0.5
-    return geometry.to_patient(stack.affines[wanted][:, None], pixels)
+def patient_points(affines: np.ndarray, places: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Patient points (n, k, 3) of centres (n, k, 2), fractions of the windows `places` (n, 4) of slices (n, 4, 4)."""
+    pixels = places[:, None, :2] + centres * places[:, None, 2:] - 0.5
+    return geometry.to_patient(affines[:, None], pixels)

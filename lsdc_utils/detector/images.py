@@ -1,6 +1,4 @@
-"""What a detector is shown of a series: the strip round the spine, with neighbouring slices as channels."""
-
-from collections.abc import Sequence
+"""What a detector is shown of a series: a window round the spine, with neighbouring slices as channels."""
 
 import cv2
 import numpy as np
@@ -8,27 +6,57 @@ import pandas as pd
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.canal import axial_levels
 from lsdc_utils.detector.classes import DetectorConfig
+from lsdc_utils.vocabulary import LEVELS
 
-CANAL_REACH = 16.0  # mm to either side of the middle of a sagittal series in which the canal is looked for
-
-
-def strip_window(shape: Sequence[int], config: DetectorConfig) -> tuple[int, int, int, int]:
-    """Left, top, width and height in whole pixels of the strip in an image of `shape` (rows, columns)."""
-    left, right, top, bottom = config.strip
-    x, y = round(left * shape[1]), round(top * shape[0])
-    return x, y, max(round(right * shape[1]) - x, 1), max(round(bottom * shape[0]) - y, 1)
+CANAL_REACH = 12.0  # mm off the canal's points up to which it is looked for,
+FORAMEN_REACH = (6.0, 30.0)  # and between which foramina lie
 
 
-def strips(stack: Stack, config: DetectorConfig) -> np.ndarray:
-    """The strip of every slice at the network's size: (n, rows, cols) uint8."""
+def wanted(stack: Stack, config: DetectorConfig, canal: pd.DataFrame) -> np.ndarray:
+    """Slices (n,) bool on which the condition can be seen, by geometry and the study's canal points alone."""
+    if config.condition == "ss":
+        return axial_levels(stack, canal) >= 0
+    nearest = np.abs(geometry.plane_distances(stack.affines, canal[[*"XYZ"]].to_numpy(dtype=float))).min(axis=1)
+    low, high = FORAMEN_REACH if config.condition == "nfn" else (0.0, CANAL_REACH)
+    return (nearest >= low) & (nearest <= high)
+
+
+def windows(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
+    """Left, top, width and height in whole pixels (n, 4) of what is shown of each slice; it may reach beyond the image.
+
+    Its size is in mm, its middle that of the study's canal points (level, X, Y, Z), for foramina moved to these; in
+    axial slices the canal where the slice cuts it.
+    """
+    if config.window is None:
+        return np.column_stack([np.zeros_like(stack.shapes), stack.shapes[:, ::-1]])
+    points = canal[[*"XYZ"]].to_numpy(dtype=float, copy=True)
+    if config.condition == "nfn":
+        points[:, 1:] -= np.array(config.canal_from_foramina)[[LEVELS.index(level) for level in canal["level"]]]
+    aims = np.tile((points.min(axis=0) + points.max(axis=0)) / 2, (len(stack.affines), 1))
+    if config.condition == "ss":
+        off = geometry.plane_distances(stack.affines, points)
+        order = off.argsort(axis=1)
+        aims = [[np.interp(0, d[o], points[o, k]) for k in range(3)] for d, o in zip(off, order, strict=True)]
+    middle = geometry.to_pixels(stack.affines, np.array(aims))[:, :2] + 0.5
+    size = np.maximum(np.rint(np.array(config.window[::-1]) / geometry.spacing(stack.affines)), 1)
+    return np.concatenate([np.rint(middle - size / 2), size], axis=1).astype(int)
+
+
+def shown(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
+    """The window of every slice at the network's size: (n, rows, cols) uint8; black beyond the image."""
     rows, cols = config.size
     result = np.empty((len(stack.pixels), rows, cols), dtype=np.uint8)
-    for target, image, shape in zip(result, stack.pixels, stack.shapes, strict=True):
-        x, y, width, height = strip_window(shape, config)
+    every = windows(stack, config, canal)
+    for target, image, shape, (x, y, width, height) in zip(result, stack.pixels, stack.shapes, every, strict=True):
+        part = np.zeros((height, width), np.uint8)
+        high, low = np.minimum((y + height, x + width), shape), np.maximum((y, x), 0)
+        if (high > low).all():
+            part[low[0] - y : high[0] - y, low[1] - x : high[1] - x] = image[low[0] : high[0], low[1] : high[1]]
         # Averaging keeps fine lines when an image shrinks; linear when it grows.
         method = cv2.INTER_AREA if width > cols else cv2.INTER_LINEAR
-        target[:] = cv2.resize(image[y : y + height, x : x + width], (cols, rows), interpolation=method)
+        target[:] = cv2.resize(part, (cols, rows), interpolation=method)
     return result
 
 
@@ -54,21 +82,13 @@ def slice_channels(
 
 def off_midline(stack: Stack, canal: pd.DataFrame | None) -> np.ndarray:
     """Distance (n,) in mm of every slice from the middle of the study's canal points, or of the series without them."""
-    if canal is None or canal.empty:
-        middle = stack.affines[:, :3, 3].min(axis=0) / 2 + stack.affines[:, :3, 3].max(axis=0) / 2
-    else:
-        middle = canal[["X", "Y", "Z"]].to_numpy(dtype=float).mean(axis=0)
+    middle = stack.affines[:, :3, 3].min(axis=0) / 2 + stack.affines[:, :3, 3].max(axis=0) / 2
+    if canal is not None and len(canal):
+        middle = canal[[*"XYZ"]].to_numpy(dtype=float).mean(axis=0)
     return np.abs(geometry.plane_distances(stack.affines, middle[None])[:, 0])
 
 
 def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
-    """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points, or none."""
+    """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points."""
     lateral = off_midline(stack, canal) if config.condition == "nfn" else None
-    return slice_channels(strips(stack, config), stack.blocks, config, lateral)
-
-
-def near_middle(stack: Stack) -> np.ndarray:
-    """Slices (n,) bool of a sagittal series within `CANAL_REACH` of its middle; all slices of any other series."""
-    x = stack.affines[:, 0, 3]
-    sagittal = np.abs(geometry.normals(stack.affines)[:, 0]).min() > 0.7
-    return np.abs(x - (x.min() + x.max()) / 2) <= CANAL_REACH if sagittal else np.ones(len(x), dtype=bool)
+    return slice_channels(shown(stack, config, canal), stack.blocks, config, lateral)

@@ -8,13 +8,14 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.canal import study_canal
 from lsdc_utils.detector.chain import NOTHING
 from lsdc_utils.detector.classes import Detector, DetectorConfig
 from lsdc_utils.detector.detections import Detections, detect, pool_detections
-from lsdc_utils.detector.places import FINDERS
+from lsdc_utils.detector.localiser import Localiser
+from lsdc_utils.detector.places import find_places
+from lsdc_utils.detector.spine import canal_points, find_discs
 from lsdc_utils.metric import WEIGHTS
-from lsdc_utils.vocabulary import GROUPS, LEVELS, SEVERITIES, row_id
+from lsdc_utils.vocabulary import GROUPS, SEVERITIES, row_id
 
 CONFIDENCES = ("confidence", "level_confidence")  # columns of points: highest score; whether the levels are named right
 FLOOR = 1e-7  # score of a class that no detection has, as published
@@ -45,26 +46,22 @@ def level_evidence(
 ) -> list[list[LevelEvidence]]:
     """For each detector its evidence by level and side; what it has none for is absent.
 
-    seen: detections of one study by each detector of a condition, with their configs. Levels, sides and points are
-    those of all detections together. `canal`: the study's canal points.
+    seen: detections of one study by each detector of a condition, with their configs. Sides and points are those of all
+    detections together, levels those of the study's canal points, `canal`.
     """
     joined, config = pool_detections(seen), configs[0]
-    if not len(joined.scores):
+    if not len(joined.scores) or canal is None or canal.empty:
         return [[] for _ in seen]
-    table = None if canal is None or canal.empty else canal.set_index("level")
-    places = FINDERS[config.condition](joined, seen, configs, table)
+    places, sure = find_places(joined, config, canal.set_index("level")), float(canal["level_confidence"].min())
     detector, result = np.repeat(np.arange(len(seen)), [len(one.scores) for one in seen]), []
     for number in range(len(seen)):
         found = []
         for k, (side, level) in enumerate(places.names):
-            own = np.flatnonzero((places.owner == k) & (detector == number))
-            of_class = 0 if config.condition == "ss" else LEVELS.index(level)  # axial classes name no level
-            scores = joined.scores.reshape(len(joined.scores), -1, len(SEVERITIES))[own, of_class]
+            scores = joined.scores[(places.owner == k) & (detector == number)]
             evidence = scores.sum(axis=1)
             if evidence.max(initial=0) >= NOTHING:
                 row = row_id(study_id, "_".join(filter(None, (side, GROUPS[config.condition].base))), level)
-                confidence, sure = float(scores.max()), float(places.sure[k])
-                place = study_id, level, side, places.points[k], confidence
+                place = study_id, level, side, places.points[k], float(scores.max())
                 found.append(LevelEvidence(row, *place, evidence, scores, sure))
         result.append(found)
     return result
@@ -160,17 +157,19 @@ def grade_condition(
 
 
 def grade_study(
-    detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack]
+    localisers: Sequence[Localiser], detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack]
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows and points (with their condition group) of one study by the detectors of all groups, and its canal points.
 
-    The canal's detector goes first: its points give the others side and level. In studies where it finds nothing, such
-    as those without a sagittal T2, the canal points come from the foramina.
+    The localisers go first, since their points tell where to look, and name levels. Without any (the published method)
+    the canal points are those of its canal detectors.
     """
-    rows, points = {}, {}
-    rows["scs"], points["scs"] = grade_condition(detectors["scs"], study_id, stacks)
-    rows["nfn"], points["nfn"] = grade_condition(detectors["nfn"], study_id, stacks, points["scs"])
-    canal = study_canal(points["scs"], points["nfn"], detectors["nfn"][0].config.canal_from_foramina)
-    rows["ss"], points["ss"] = grade_condition(detectors["ss"], study_id, stacks, canal)
+    rows, points, canal = {}, {}, None
+    if localisers:
+        seen = [find_discs(network, stacks) for network in localisers]
+        canal = canal_points(seen, study_id, [network.calibration for network in localisers])
+    for key in ("scs", "nfn", "ss"):
+        rows[key], points[key] = grade_condition(detectors[key], study_id, stacks, canal)
+    canal = points["scs"] = points["scs"] if canal is None else canal
     named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal

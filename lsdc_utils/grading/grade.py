@@ -16,6 +16,7 @@ from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.detector.canal import axial_slices
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import CONFIDENCES, grade_study
+from lsdc_utils.detector.localiser import Localiser, load_localiser
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
@@ -38,8 +39,9 @@ Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen models of some folds: detectors by condition group, transformers, and how these predict."""
+    """The frozen models of some folds: localisers, detectors by group, transformers, and how these predict."""
 
+    localisers: list[Localiser]
     yolos: dict[str, list[Detector]]
     vits: list[Any]  # of one kind, such as Vit3d
     views: int  # that a transformer averages
@@ -47,7 +49,7 @@ class Models:
 
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
-        rows, points, canal = grade_study(self.yolos, study_id, stacks)
+        rows, points, canal = grade_study(self.localisers, self.yolos, study_id, stacks)
         crop_points = pd.concat([canal, points[points["condition"] == "ss"]], ignore_index=True)
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, points), columns=COLUMNS_OF["findings"])
@@ -78,7 +80,8 @@ def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models
     """The models of these folds in a folder of weights; errors as `load_detector` and `load_vit` raise them."""
     weights, folds = Path(weights), list(folds)
     yolos = {key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt") for fold in folds] for key in GROUPS}
-    return Models(yolos, [load_vit(weights / f"vit3d_fold{fold}.safetensors") for fold in folds], views)
+    localisers = [load_localiser(weights / f"localiser_fold{fold}.safetensors") for fold in folds]
+    return Models(localisers, yolos, [load_vit(weights / f"vit3d_fold{fold}.safetensors") for fold in folds], views)
 
 
 def join_graded(graded: Sequence[Graded]) -> Graded:

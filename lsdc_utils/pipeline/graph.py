@@ -32,8 +32,9 @@ from lsdc_utils.vocabulary import GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_train_yolo", "04_train_vit3d",
-                  "05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report")  # fmt: skip
+NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_train_localiser", "03_train_yolo",
+                  "04_train_vit3d", "05_ensemble_inference", "06_evaluation", "07_stress_tests",
+                  "08_report")  # fmt: skip
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
@@ -61,12 +62,15 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         given = [dict(zip(("out_dir", "studies_table"), files, strict=True)) for files in places]
         return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
     steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
-    yolo, vit, folds = "03_train_yolo", "04_train_vit3d", parameters["folds"]
-    steps[vit] = [Step(f"{vit}_fold{fold}", vit, {"fold": fold}) for fold in folds]
+    yolo, folds = "03_train_yolo", parameters["folds"]
+    for name in ("03_train_localiser", "04_train_vit3d"):
+        steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
     trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in folds]
     steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
     if parameters["data_dir"] or not parameters["phantom"]:
         del steps["phantom"]
+    if parameters["published_method"]:  # whose detectors look at whole images
+        del steps["03_train_localiser"]
     if not parameters["stress_bodies"]:
         del steps["07_stress_tests"]
     return [step for group in steps.values() for step in group]

@@ -15,7 +15,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import Detector, DetectorConfig, Scheme
 from lsdc_utils.detector.dataset import write_labels
 from lsdc_utils.detector.detections import Detections, forward, join_detections, patient_points
-from lsdc_utils.detector.images import network_inputs
+from lsdc_utils.detector.images import network_inputs, windows
 from lsdc_utils.detector.levels import LevelEvidence
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, parse_row_id, row_id
@@ -66,7 +66,8 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
             centres, scores = forward(detector, shown, scale, False)
             if flip:
                 centres[..., 0] = 1 - centres[..., 0]
-            parts.append((patient_points(stack, every, centres, config), scores, np.full(len(every), -1), every))
+            points = patient_points(stack.affines, windows(stack, config, None), centres)
+            parts.append((points, scores, np.full(len(every), -1), every))
     return join_detections(parts, len(class_table(config)))
 
 

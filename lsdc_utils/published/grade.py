@@ -20,7 +20,7 @@ WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
 def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
     """The published models of these folds in a folder of weights."""
     folds = list(folds)
-    return Models(load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies)
+    return Models([], load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies)
 
 
 def published_mean(tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,6 @@ import torch
 from lsdc_utils import geometry, parallel
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
-from lsdc_utils.detector.canal import study_canal
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.grading.grade import Graded, Models, blend_studies, join_graded, load_models
 from lsdc_utils.phantom import write_phantom
@@ -108,9 +107,7 @@ class _Study:
     def crop_points(self) -> pd.DataFrame:
         """Canal points and recesses, as the transformer is given them."""
         points = self.graded["points"]
-        of = {key: points[points["condition"] == key].drop(columns="condition") for key in GROUPS}
-        offsets = self.models.yolos["nfn"][0].config.canal_from_foramina
-        return pd.concat([study_canal(of["scs"], of["nfn"], offsets), of["ss"]], ignore_index=True)
+        return points[points["condition"] != "nfn"].drop(columns="condition")
 
     def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
         """The study graded without each type of series, and with crop centres beside the detected points."""
@@ -135,12 +132,14 @@ class _Study:
             return
         place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.crop_points()
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
-        where = (self.stacks, points, case.row, place)
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {"yolo": occlusion.look_detector(detector, *where), "vit3d": occlusion.look_vit(vit, *where)}
+            maps = {
+                "yolo": occlusion.look_detector(detector, self.stacks, points, place),
+                "vit3d": occlusion.look_vit(vit, self.stacks, points, case.row, place),
+            }
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

@@ -14,9 +14,9 @@ import torch
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.classes import Detector, class_numbers
+from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.detections import forward, patient_points
-from lsdc_utils.detector.images import network_inputs
+from lsdc_utils.detector.images import network_inputs, windows
 from lsdc_utils.vit.crops import SLOTS, level_cuts
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import Vit3d, VitConfig
@@ -84,14 +84,13 @@ def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) 
     return places.reshape(len(LEVELS), -1, side, side, 3)
 
 
-def look_detector(
-    network: Detector, stacks: Sequence[Stack], points: pd.DataFrame, row: tuple[str, str], place: np.ndarray
-) -> pd.DataFrame:
+def look_detector(network: Detector, stacks: Sequence[Stack], points: pd.DataFrame, place: np.ndarray) -> pd.DataFrame:
     """As `look_vit`, for a detector's scores near the place, on the slice nearest to it; `off` in its plane."""
     config = network.config
     of_type = [stack for stack in stacks if stack.series_type == GROUPS[config.condition].series_type]
     off = [geometry.plane_distances(stack.affines, place[None])[:, 0] for stack in of_type]
-    if not of_type:
+    canal = points[points["side"] == ""]
+    if not of_type or canal.empty:
         return NOTHING
     closest = int(np.argmin([np.abs(distances).min() for distances in off]))
     stack, k = of_type[closest], int(np.abs(off[closest]).argmin())
@@ -99,14 +98,14 @@ def look_detector(
     centres = lattice(middle, geometry.unit(stack.affines[k, :3, :2].T), REACH["yolo"])
     rows, cols = config.size
     shares = np.stack(np.meshgrid((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows), -1)
-    places = patient_points(stack, np.array([k]), shares.reshape(1, -1, 2), config).reshape(rows, cols, 3)
-    image = network_inputs(stack, config, points[points["side"] == ""])[k]
+    where = stack.affines[[k]], windows(stack, config, canal)[[k]]
+    places = patient_points(*where, shares.reshape(1, -1, 2)).reshape(rows, cols, 3)
+    image = network_inputs(stack, config, canal)[k]
     images = np.stack([image, *(hidden(image, places, centre) for centre in centres)])
     spots, scores = forward(network, images, 1.0, False)
-    points = patient_points(stack, np.full(len(images), k), spots, config)
+    points = patient_points(*where, spots)
     near = np.linalg.norm(points - middle, axis=-1) <= EVIDENCE  # (1 + m, detections)
-    classes = [class_numbers(config)[(*row, severity)] for severity in range(3)]
-    return _changes(centres - middle, (scores[..., classes] * near[..., None]).sum(axis=1))
+    return _changes(centres - middle, (scores * near[..., None]).sum(axis=1))
 
 
 def attention(changes: pd.DataFrame) -> dict[str, float]:

@@ -1,0 +1,248 @@
+"""The localiser: a small network that finds discs of any level on whole sagittal slices of any contrast.
+
+It names nothing but the lumbosacral disc, which looks like no other; `chain` names the rest by counting from there.
+Slices are seen at `SPACING`, so that neither the field of view nor the matrix matters. Coordinates are LPS mm.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from lsdc_utils import geometry
+from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.classes import DetectorError
+from lsdc_utils.files import atomic, git_commit, sha256, write_json
+from lsdc_utils.vocabulary import LEVELS
+
+SPACING = 2.0  # mm a pixel
+STRIDE = 2  # pixels of a slice to one of the maps
+SIDE = 160  # pixels a side of a training image
+# Maps: a disc, by its point in the canal or, beside it, behind the body; the lumbosacral disc; S1/S2; the sacrum at
+# S2/S3; whether the slice shows the canal at a disc.
+MAPS = ("disc", "l5_s1", "s1_s2", "sacrum", "canal")
+SPREAD = 1.2  # pixels of a map: sigma of a target
+ABOVE = ("t12_l1", "t11_t12")  # marks that are discs too, upwards from L1/L2
+REACH = 26.0  # mm off the canal in which a slice shows the bodies
+CANAL_NEAR = (5.0, 9.0)  # mm off the canal's point up to which a slice shows it, and from which it does not
+KEPT = 16  # detections of a slice
+CALIBRATION = (1.0, 0.98)  # of the names, see `chain.calibrate`, before it is fitted
+
+
+@dataclass(frozen=True)
+class LocaliserConfig:
+    """Channels of the network at 4, 8, 16 and 32 mm a pixel."""
+
+    widths: tuple[int, ...] = (16, 40, 80, 112)
+
+
+class Localiser(nn.Module):
+    """Slices (n, 1, h, w) from 0 to 1, sides multiples of 16 -> logits (n, maps, h / 2, w / 2)."""
+
+    def __init__(self, config: LocaliserConfig) -> None:
+        super().__init__()
+        self.config, self.calibration = config, CALIBRATION
+        first, last, pairs = config.widths[0], config.widths[-1], list(pairwise(config.widths))
+        self.stem = _block(1, first, stride=2, kernel=5)
+        self.down = nn.ModuleList(nn.Sequential(_block(a, b, stride=2), _block(b, b)) for a, b in pairs)
+        self.wide = nn.Sequential(_block(last, last, dilation=2), _block(last, last, dilation=3))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs[::-1])
+        self.join = nn.ModuleList(_block(a, a) for a, _ in pairs[::-1])
+        self.head = nn.Conv2d(first, len(MAPS), 3, padding=1)
+        nn.init.constant_(self.head.bias, -4.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of the maps."""
+        seen = [self.stem(images)]
+        for down in self.down:
+            seen.append(down(seen[-1]))
+        x = seen.pop()
+        x = x + self.wide(x)
+        for up, join in zip(self.up, self.join, strict=True):
+            x = join(F.interpolate(up(x), scale_factor=2.0, mode="nearest") + seen.pop())
+        return self.head(x)
+
+
+def _block(a: int, b: int, stride: int = 1, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
+    pad = dilation * (kernel // 2)
+    conv = nn.Conv2d(a, b, kernel, stride, pad, dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+
+
+def coarse(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
+    """A sagittal series at `SPACING`: slices (n, h, w) uint8, padded to multiples of 16, and affines (n, 4, 4)."""
+    across, down = np.median(geometry.spacing(stack.affines), axis=0)
+    rows, cols = (max(round(n * mm / SPACING), 1) for n, mm in zip(stack.pixels.shape[1:], (down, across), strict=True))
+    pixels = np.zeros((len(stack.pixels), rows + -rows % 16, cols + -cols % 16), np.uint8)
+    for target, image in zip(pixels, stack.pixels, strict=True):
+        target[:rows, :cols] = cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA)
+    affines, factor = stack.affines.copy(), np.array(stack.pixels.shape[:0:-1]) / (cols, rows)
+    affines[:, :3, 3] += (affines[:, :3, :2] * (factor - 1) / 2).sum(axis=2)  # centre of the first pixel
+    affines[:, :3, :2] *= factor
+    return pixels, affines
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A slice to learn from."""
+
+    image: np.ndarray  # (h, w) uint8 at SPACING
+    points: np.ndarray  # (k, 2) pixels: x, y of the places in `maps`
+    maps: np.ndarray  # (k,) number of the map of each point
+    known: np.ndarray  # (maps,) bool: whether the map is known at all
+    rows: np.ndarray  # (h,) bool: rows where all discs are known
+
+
+def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[Sample]:
+    """The slices of a series that show the spine. canal: points of the study's levels (level, X, Y, Z); marks: of this
+    series (mark, X, Y, Z), or none."""
+    images, affines = coarse(stack)
+    places = dict(zip(canal["level"], canal[[*"XYZ"]].to_numpy(float), strict=True))
+    places |= dict(zip(marks["mark"], marks[[*"XYZ"]].to_numpy(float), strict=True))
+    order = [*ABOVE[::-1], *LEVELS]
+    discs = [name for name in order if name in places]
+    spots = np.array([places[name] for name in discs])
+    number = np.array([order.index(name) for name in discs])
+    off = np.abs(geometry.plane_distances(affines, spots.mean(axis=0)[None])[:, 0])
+    for index in np.flatnonzero(off <= REACH):
+        xy = geometry.to_pixels(affines[index], spots)
+        beside = np.abs(xy[:, 2]).mean()
+        line = np.arange(images.shape[1])
+        slope = np.polyfit(xy[:, 1], number, 1)
+        which = np.interp(line, xy[:, 1], number)
+        which = np.where(line < xy[0, 1], number[0] + slope[0] * (line - xy[0, 1]), which)
+        which = np.where(line > xy[-1, 1], number[-1] + slope[0] * (line - xy[-1, 1]), which).round()
+        rows = np.isin(which, number) | ((which > order.index("l5_s1")) & ("l5_s1" in places))
+        points, maps = [xy[:, :2]], [np.zeros(len(xy), int)]
+        for name in ("l5_s1", "s1_s2", "sacrum"):
+            if name in places:
+                points.append(geometry.to_pixels(affines[index], places[name])[None, :2])
+                maps.append(np.array([MAPS.index(name)]))
+        if beside <= CANAL_NEAR[0]:
+            points.append(xy[:, :2])
+            maps.append(np.full(len(xy), MAPS.index("canal")))
+        known = [True, "l5_s1" in places, "s1_s2" in places, "sacrum" in places]
+        known.append(not CANAL_NEAR[0] < beside < CANAL_NEAR[1])
+        yield Sample(images[index], np.concatenate(points), np.concatenate(maps), np.array(known), rows)
+
+
+def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sample in a random frame and contrast: image (SIDE, SIDE) from 0 to 1, maps and their weights, float32."""
+    size, turn = np.exp(rng.uniform(-0.4, 0.4)), np.deg2rad(rng.uniform(-12, 12))
+    turned = size * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    middle = sample.points[sample.maps == 0].mean(axis=0)
+    shift = SIDE / 2 + rng.uniform(-32, 32, 2) - turned @ middle
+    matrix = np.column_stack([turned, shift])
+    image = cv2.warpAffine(sample.image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
+    rows = np.repeat(sample.rows[:, None].astype(np.uint8), sample.image.shape[1], axis=1)
+    rows = cv2.warpAffine(rows, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderValue=1)
+    if rng.random() < 0.3:  # a narrower field of view
+        low = rng.integers(0, SIDE // 4, 2)
+        high = SIDE - rng.integers(0, SIDE // 4, 2)
+        image[: low[0]], image[high[0] :] = 0, 0
+        image[:, : low[1]], image[:, high[1] :] = 0, 0
+    points = sample.points @ turned.T + shift
+    target = np.zeros((len(MAPS), SIDE // STRIDE, SIDE // STRIDE), np.float32)
+    grid = np.arange(SIDE // STRIDE)
+    for number, (x, y) in zip(sample.maps, (points + 0.5) / STRIDE - 0.5, strict=True):
+        if not (-1 < x < SIDE / STRIDE and -1 < y < SIDE / STRIDE):
+            continue
+        x0, y0 = (x, y)
+        spot = np.outer(np.exp(-0.5 * ((grid - y0) / SPREAD) ** 2), np.exp(-0.5 * ((grid - x0) / SPREAD) ** 2))
+        np.maximum(target[number], spot, out=target[number])
+    weight = np.broadcast_to(sample.known[:, None, None], target.shape).astype(np.float32).copy()
+    weight[0] *= rows[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
+    return _recoloured(image, rng), target, weight
+
+
+def _recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Other greys: half of the images get any curve of grey, order included, the others a rising one."""
+    knots = rng.uniform(0, 1, 9)
+    if rng.random() < 0.5:
+        curve = np.interp(np.arange(256), np.linspace(0, 255, 9), knots)
+        curve[:8] *= np.linspace(0, 1, 8)  # air stays dark
+    else:
+        curve = np.interp(
+            np.arange(256), np.linspace(0, 255, 10), np.concatenate([[0], np.cumsum(knots)]) / knots.sum()
+        )
+    image = curve.astype(np.float32)[image]
+    field = cv2.resize(rng.uniform(0.55, 1.45, (3, 3)).astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    image = image * field
+    if rng.random() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.2))
+    noise = rng.standard_normal(image.shape, dtype=np.float32)
+    if rng.random() < 0.5:
+        noise = cv2.GaussianBlur(noise, (0, 0), 0.8) * 2
+    return np.clip(image + noise * rng.uniform(0, 0.08), 0, 1.5)
+
+
+def loss(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy of maps, focal: each pixel counts by the square of its error."""
+    share = logits.sigmoid()
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * (share - target).detach() ** 2
+    return (each * weight * (1 + 9 * target)).sum() / weight.sum() * 100
+
+
+@torch.inference_mode()
+def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
+    """Detections of a sagittal series: LPS points (n, k, 3) and scores (n, k, maps), 0 where a slice has fewer."""
+    images, affines = coarse(stack)
+    device = next(network.parameters()).device
+    maps = network(torch.from_numpy(images)[:, None].to(device).float() / 255).sigmoid()
+    found = maps[:, [MAPS.index("disc"), MAPS.index("s1_s2")]].amax(dim=1, keepdim=True)
+    width = found.shape[3]
+    peaks = torch.where(F.max_pool2d(found, 3, 1, 1) == found, found, 0).flatten(1)
+    strength, index = peaks.topk(min(KEPT, peaks.shape[1]), dim=1)
+    around = F.max_pool2d(maps, 3, 1, 1).flatten(2)
+    scores = around.gather(2, index[:, None].expand(-1, len(MAPS), -1)).transpose(1, 2) * (strength > 0)[..., None]
+    # A peak lies at the mean of its 3 x 3 pixels, by squared score.
+    near = F.unfold(F.pad(found, (1, 1, 1, 1)), 3).gather(2, index[:, None].expand(-1, 9, -1)) ** 2
+    near = (near / near.sum(dim=1, keepdim=True).clamp(min=1e-12)).reshape(len(images), 3, 3, -1)
+    step = torch.arange(-1.0, 2.0, device=device)
+    x = index % width + (near.sum(dim=1) * step[:, None]).sum(dim=1)
+    y = index // width + (near.sum(dim=2) * step[:, None]).sum(dim=1)
+    pixels = (torch.stack([x, y], dim=2).cpu().numpy() + 0.5) * STRIDE - 0.5
+    return geometry.to_patient(affines[:, None], pixels), scores.cpu().numpy()
+
+
+def save_localiser(network: Localiser, path: str | Path, fold: int, training: dict) -> None:
+    """Write the weights as safetensors and beside them a .json that says what they are and how they came to be."""
+    path = Path(path)
+    with atomic(path) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
+    about = {
+        "model": "localiser",
+        "fold": fold,
+        "config": asdict(network.config),
+        "calibration": list(network.calibration),
+        "maps": list(MAPS),
+        "training": training,
+        "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
+        "git_commit": git_commit(),
+        "sha256": sha256(path),
+    }
+    write_json(path.with_suffix(".json"), about)
+
+
+def load_localiser(path: str | Path) -> Localiser:
+    """The network that `save_localiser` wrote; DetectorError if weights and JSON do not belong together."""
+    path = Path(path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    if sha256(path) != about["sha256"]:
+        raise DetectorError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
+    if about["maps"] != list(MAPS):
+        raise DetectorError(f"{path} finds other marks than this version of lsdc_utils")
+    network = Localiser(LocaliserConfig(tuple(about["config"]["widths"])))
+    network.load_state_dict(load_file(path))
+    network.calibration = tuple(about["calibration"])
+    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -48,6 +48,15 @@ def test_prevalence_is_real_after_all_reader_errors(grades):
     assert abs(any_severe - 365 / 1975) < 0.03
 
 
+def test_prevalence_is_solved_with_gross_errors():
+    """The oracle's mean over the latent of each column is its real prevalence, however small that is."""
+    offset, slope, _ = labels.latent_model()
+    z = np.linspace(-6, 6, 2001)[:, None]
+    weights = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    expected = np.tensordot(weights[:, 0], labels.oracle(labels.ndtr(offset + slope * z)), axes=1)
+    assert np.abs(expected - labels.real_prevalence()).max() < 1e-5
+
+
 def test_correlation_of_each_pair_is_real_after_all_reader_errors(grades):
     miss = spearmanr(grades.labels).statistic - np.array(labels.real_facts()["label_spearman"])
     assert np.abs(miss).max() < 0.05

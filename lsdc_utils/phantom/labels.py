@@ -41,10 +41,8 @@ _NOISE = np.array([NOISE[g] for g in COLUMN_GROUPS])  # (25,)
 
 def _sources() -> np.ndarray:
     """Chance (25, 27) of where a label comes from: the reader's own grade of a column (25), or `TWO_STEPS` (2)."""
-    condition, level = np.repeat(list(CONDITIONS), len(LEVELS)), np.tile(np.arange(len(LEVELS)), len(CONDITIONS))
-    mirror = np.repeat([mirrored(name) for name in CONDITIONS], len(LEVELS))
-    beside = (condition[:, None] == condition) & (np.abs(level[:, None] - level) == 1)
-    across = (mirror[:, None] == condition) & (mirror != condition) & (level[:, None] == level)
+    beside = np.kron(np.eye(len(CONDITIONS)), np.eye(len(LEVELS), k=1) + np.eye(len(LEVELS), k=-1))
+    across = np.kron([[a != b == mirrored(a) for b in CONDITIONS] for a in CONDITIONS], np.eye(len(LEVELS)))
     of_level, of_side, of_steps = GROSS_KINDS.values()
     others = of_level * beside / beside.sum(axis=1, keepdims=True) + of_side * across
     gross = np.hstack([others, np.full((len(COLUMNS), 2), of_steps / 2)])
@@ -152,11 +150,10 @@ def latent_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def nearest_correlation(matrix: np.ndarray) -> np.ndarray:
     """Nearest positive-definite correlation matrix (Higham, IMA J. Numer. Anal. 22, 2002: alternating projections)."""
-    current, correction = matrix.copy(), np.zeros_like(matrix)
+    current, correction = matrix, np.zeros_like(matrix)
     for _ in range(200):
-        projected = _lift_eigenvalues(current - correction)
-        correction = projected - (current - correction)
-        current = projected.copy()
+        before, current = current, _lift_eigenvalues(current - correction)
+        correction += current - before
         np.fill_diagonal(current, 1.0)
     current = _lift_eigenvalues(current)
     scale = np.sqrt(np.diag(current))

@@ -62,13 +62,15 @@ KINDS = [item.name for item in fields(Dirt) if item.name != "label_wrong"]
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All that decides a study's bytes: ids, narrowing and labels (25,), and the seed of its random streams."""
+    """All that decides a study's bytes: ids, narrowing and what a reader made of it (25,), the seed of its streams."""
 
     split: str  # train or test
     study_id: int
     series_ids: list[int]  # as many as a study may have
     narrowing: np.ndarray
     labels: np.ndarray
+    own: np.ndarray  # grades without gross errors
+    gross: np.ndarray  # kinds of gross error
     seed: tuple[int, ...]
     dirt: Dirt
     protocol: Protocol
@@ -155,10 +157,12 @@ def _add_labels(rows: dict[str, list[Row]], plan: StudyPlan, body: Body, given: 
     wrong = (draws < plan.dirt.label_wrong) & (given != MISSING)
     final = np.where(wrong, (given + shift) % 3, given)
     narrowing, measures = plan.narrowing.tolist(), body.measures().round(4).tolist()
+    gross = np.where(given == MISSING, "", plan.gross).tolist()
     natural = labels.oracle(plan.narrowing).round(9).tolist()
     for i, row_id in enumerate(vocabulary.study_row_ids(plan.study_id)):
         own, unit = {"row_id": row_id, "split": plan.split}, "mm" if labels.COLUMN_GROUPS[i] == "ss" else "mm2"
-        rows["latents"].append(own | {"narrowing": narrowing[i], "measure": measures[i], "unit": unit})
+        latent = {"narrowing": narrowing[i], "measure": measures[i], "unit": unit}
+        rows["latents"].append(own | latent | {"own_grade": plan.own[i], "gross": gross[i]})
         rows["oracle"].append(own | dict(zip(SEVERITIES, natural[i], strict=True)))
         rows["sample_submission"].append({"row_id": row_id} | dict.fromkeys(SEVERITIES, 1 / 3))
         if given[i] != MISSING:

@@ -39,8 +39,9 @@ TABLES = {  # name -> columns; those with a column `split` hold both splits
     # The answers, which nothing may open before predictions are made:
     "solution": ("row_id", "severity"),  # test labels 0, 1, 2; rows without a label are absent
     "solution_coordinates": POINTS,  # true points of the test studies
-    "latents": ("row_id", "split", "narrowing", "measure", "unit"),  # narrowing 0 to 1; measure on the body as built
-    "oracle": ("row_id", "split", *SEVERITIES),  # natural probabilities given the narrowing
+    # narrowing 0 to 1; measure on the body as built; grade before a gross error; its kind, empty where there is none
+    "latents": ("row_id", "split", "narrowing", "measure", "unit", "own_grade", "gross"),
+    "oracle": ("row_id", "split", *SEVERITIES),  # natural probabilities given the study's narrowings
     # Where each series sees the 25 places, and the discs' middles and unit normals: LPS mm, as far as its slices reach
     "anatomy": (*SEEN, "condition", "level", "side", *"XYZ"),
     "discs": (*SEEN, "level", *"XYZ", *NORMAL),
@@ -157,8 +158,9 @@ def _plan_studies(design: Design) -> list[StudyPlan]:
             given = np.array(design.narrowing[first : first + n], float).reshape(-1, len(COLUMNS))
             grades = labels.grade(given, [seed, k])
         for i, study_id in enumerate(np.sort(ids[first : first + n]).tolist()):
-            drawn = (grades.narrowing[i], grades.labels[i], (seed, k, bodies[first + i]))
-            plans.append(StudyPlan(split, study_id, series_ids[first + i], *drawn, *common))
+            drawn = (grades.narrowing[i], grades.labels[i], grades.own[i], grades.gross[i])
+            streams = (seed, k, bodies[first + i])
+            plans.append(StudyPlan(split, study_id, series_ids[first + i], *drawn, streams, *common))
     return plans
 
 

@@ -42,40 +42,44 @@ GREY_LIMITS = {  # of perturbed greys, as shares of the leading tissue (fat on T
 
 
 @dataclass(frozen=True)
-class Patient:
-    """Tissues of one patient in one scanner. water: (n, 4) density, share of fat, T1, T2 in the order of NAMES."""
+class Visit:
+    """What all series of a patient share. water: (n, 4) density, share of fat, T1 and T2 in the order of NAMES."""
 
     tesla: float  # 1.5 or 3
     water: Array
-    fat: tuple[float, float]  # T1, apparent T2
-    plausible: bool  # greys from physics alone, else perturbed widely
+    fat: tuple[float, float]  # T1, apparent T2 in ms
+    plausible: bool  # greys by physics alone, else perturbed widely
+    view: float  # mm of the longer side of sagittal images; series differ up to 1.5-fold
+    coil: float  # mm over which the coil's signal falls to 1/e, infinite in a third of scanners
+    cut: bool  # the sagittal field may miss the upper levels
 
     @staticmethod
-    def draw(rng: np.random.Generator) -> "Patient":
+    def draw(rng: np.random.Generator, cut: bool = False) -> "Visit":
         """Half of all patients in either field strength, and half of each with plausible greys."""
         high, plausible = (rng.random(2) < 0.5).tolist()
         table = np.array(list(TISSUES.values()), float)[:, [0, 1, 2 + high, 4 + high]]
         table *= np.exp(rng.normal(0, [0.05, 0.15, 0.08, 0.08], table.shape))
-        table[:, 1] = np.minimum(table[:, 1], 1)
-        table[NAMES.index("fat"), 1] = 1
-        return Patient((1.5, 3.0)[high], table, (FAT_T1[high] * rng.normal(1, 0.04), rng.uniform(120, 180)), plausible)
+        table[:, 1] = np.where(table[:, 1] > 0.8, 1, table[:, 1])
+        fat = FAT_T1[high] * rng.normal(1, 0.04), rng.uniform(120, 180)
+        view, coil = np.exp(rng.uniform(np.log([220, 40]), np.log([343, 320]))).tolist()
+        return Visit((1.5, 3.0)[high], table, fat, plausible, view, coil if rng.random() < 2 / 3 else np.inf, cut)
 
 
-def draw_greys(rng: np.random.Generator, patient: Patient, sequence: str, free: bool = False) -> dict[str, np.float32]:
+def draw_greys(rng: np.random.Generator, visit: Visit, sequence: str, free: bool = False) -> dict[str, np.float32]:
     """Signal of each tissue as a share of the brightest. free: every grey drawn by itself, order included."""
     if free:
         greys = rng.uniform(0.03, 1, len(NAMES))
         greys[NAMES.index("air")] = 0
     else:
-        greys = signal(patient, sequence, *_draw_times(rng, sequence, patient.tesla))
+        greys = signal(visit, sequence, *_draw_times(rng, sequence, visit.tesla))
         if sequence != "t1":  # CSF and what floats in it lose signal as they flow
             greys[NAMES.index("csf")] *= rng.uniform(0.75, 0.97)
         greys = greys / greys.max()
-        greys = greys if patient.plausible else _perturbed(rng, greys, sequence)
+        greys = greys if visit.plausible else _perturbed(rng, greys, sequence)
     return dict(zip(NAMES, greys.astype(np.float32), strict=True))
 
 
-def signal(patient: Patient, sequence: str, tr: float, te: float, ti: float, left: float) -> Array:
+def signal(visit: Visit, sequence: str, tr: float, te: float, ti: float, left: float) -> Array:
     """Signal (n,) of the tissues; times in ms. left: share of the fat's signal after spectral suppression.
 
     Spin echo: PD (1 - exp(-TR/T1)) exp(-TE/T2); inversion recovery: PD |1 - 2 exp(-TI/T1) + exp(-TR/T1)| exp(-TE/T2)
@@ -86,17 +90,16 @@ def signal(patient: Patient, sequence: str, tr: float, te: float, ti: float, lef
         end = np.exp(-tr / t1)
         return (1 - 2 * np.exp(-ti / t1) + end if sequence == "stir" else 1 - end) * np.exp(-te / t2)
 
-    density, fat, t1, t2 = patient.water.T
-    return np.abs(density * ((1 - fat) * weight(t1, t2) + fat * left * weight(*patient.fat)))
+    density, fat, t1, t2 = visit.water.T
+    return np.abs(density * ((1 - fat) * weight(t1, t2) + fat * left * weight(*visit.fat)))
 
 
 def _draw_times(rng: np.random.Generator, sequence: str, tesla: float) -> tuple[float, float, float, float]:
     """TR, TE and TI in ms, and the share of fat's signal that is left."""
-    ranges = {"t1": ((450, 750), (8, 15)), "stir": ((3500, 5500), (40, 80))}
-    (low, high), echo = ranges.get(sequence, ((2800, 5000), (80, 120)))
-    left = rng.uniform(0.03, 0.2)
-    inversion = rng.uniform(*((140, 175) if tesla < 2 else (190, 230)))
-    return rng.uniform(low, high), rng.uniform(*echo), inversion, left if sequence == "t2fs" else 1.0
+    ranges = {"t1": ((450, 8), (750, 15)), "stir": ((3500, 40), (5500, 80))}
+    tr, te = rng.uniform(*ranges.get(sequence, ((2800, 80), (5000, 120))))
+    ti, left = rng.uniform(*(((140, 0.03), (175, 0.2)) if tesla < 2 else ((190, 0.03), (230, 0.2))))
+    return tr, te, ti, left if sequence == "t2fs" else 1.0
 
 
 def _perturbed(rng: np.random.Generator, greys: Array, sequence: str) -> Array:

@@ -9,15 +9,13 @@ from scipy.interpolate import CubicSpline
 
 from lsdc_utils import geometry
 from lsdc_utils.phantom.body import AXIS, FIRST, Array, Body
-from lsdc_utils.phantom.contrast import Patient, draw_greys
+from lsdc_utils.phantom.contrast import Visit, draw_greys
 from lsdc_utils.phantom.layers import Layer, Points, paint, paint_around, texture
 from lsdc_utils.vocabulary import PLANES, T1, T2
 
 Blocks = tuple[float, list[tuple[Array, Array, Array]]]  # step; middle, axes and offsets of slices of each block
 ABOVE, BELOW = 16.0, 20.0  # mm that a sagittal image shows above L1/L2 and below L5/S1
 SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
-
-
 POPULATIONS = ("", "narrow", "grey", "steep")  # the usual one, and those that training never draws
 SCALES = {"": (128, 256), "realistic": (320, 1024)}  # least and most pixels along the longer side
 
@@ -46,22 +44,6 @@ USUAL = Protocol()
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What all series of a patient share."""
-
-    patient: Patient
-    view: float  # mm of the longer side of sagittal images; series differ up to 1.5-fold
-    coil: float  # mm over which the coil's signal falls to 1/e, infinite in a third of scanners
-    cut: bool  # the sagittal field may miss the upper levels
-
-    @staticmethod
-    def draw(rng: np.random.Generator, cut: bool = False) -> "Visit":
-        """A visit to the scanner."""
-        coil = np.exp(rng.uniform(np.log(40), np.log(320))) if rng.random() < 2 / 3 else np.inf
-        return Visit(Patient.draw(rng), np.exp(rng.uniform(np.log(220), np.log(343))), coil, cut)
-
-
-@dataclass(frozen=True)
 class Acquisition:
     """A planned series; slices run from the patient's right to left (sagittal) or from head to foot (axial)."""
 
@@ -86,15 +68,9 @@ class Acquisition:
 
 
 def plan_series(
-    rng: np.random.Generator,
-    body: Body,
-    series_type: str,
-    levels: tuple[int, ...] = (0, 1, 2, 3, 4),
-    tilted: bool = False,
-    square: bool = True,
-    protocol: Protocol = USUAL,
-    visit: Visit | None = None,
-) -> Acquisition:
+    rng: np.random.Generator, body: Body, series_type: str, levels: tuple[int, ...] = (0, 1, 2, 3, 4),
+    tilted: bool = False, square: bool = True, protocol: Protocol = USUAL, visit: Visit | None = None,
+) -> Acquisition:  # fmt: skip
     """Plan a series. levels: which axial slices cover. tilted: an axial block along each disc, else parallel stacks.
     square: as many rows as columns. visit: by default one of its own. A protocol changes only what it names."""
     contrast_rng, motion_rng, place_rng = rng.spawn(3)
@@ -111,8 +87,7 @@ def plan_series(
     sequence = "t1" if series_type == T1 else "t2"
     if suppressed < protocol.stir and series_type == T2:
         sequence = "stir" if kind < 0.7 else "t2fs"
-    free = protocol.population == "grey" and not is_axial
-    greys = draw_greys(contrast_rng, visit.patient, sequence, free)
+    greys = draw_greys(contrast_rng, visit, sequence, protocol.population == "grey" and not is_axial)
     motion = np.eye(4)  # of the body about the middle of the lumbar spine
     motion[:3, :3] = _rotation(np.deg2rad(motion_rng.normal(0, 1.0 / np.sqrt(3), 3)) * protocol.motion)
     motion[:3, 3] = geometry.unit(motion_rng.normal(0, 1, 3)) * motion_rng.uniform(0, 3) * protocol.motion
@@ -126,20 +101,15 @@ def _frame_of(
     """Rows, columns and mm a pixel. The field of view holds all levels in height unless the visit cuts them."""
     low, high = SCALES[protocol.scale]
     finest, coarsest = (0.4, 0.7) if protocol.scale else (0.85, 1.25) if is_axial else (1.15, 1.95)
-    pixel, share, narrow, fit = rng.uniform([finest, 0.78, 140, 160], [coarsest, 0.92, 175, 210])
-    stretch, flat = rng.uniform([-0.2, 0], [0.2, 1])
-    view = fit if is_axial else visit.view * np.exp(stretch)
-    if not is_axial and protocol.population == "narrow":
-        view = narrow
-    elif not is_axial and not visit.cut:
-        view = max(view, np.ptp(body.points()[:5, 2]) + ABOVE + BELOW)
+    draws = rng.uniform([finest, 0.78, 0, 140, 160, -0.2], [coarsest, 0.92, 1, 175, 210, 0.2])
+    pixel, share, flat, narrow, axial, stretch = draws.tolist()
+    needed = 0 if visit.cut else np.ptp(body.points()[:5, 2]) + ABOVE + BELOW
+    sagittal = narrow if protocol.population == "narrow" else max(visit.view * np.exp(stretch), needed)
+    view = axial if is_axial else sagittal
     longer = 8 * round(np.clip(view / pixel, low, high) / 8)
     shorter = longer if square else 8 * round(longer * share / 8)
-    spacing, longer, shorter = (
-        view / longer * protocol.pixel,
-        round(longer / protocol.pixel),
-        round(shorter / protocol.pixel),
-    )
+    spacing = view / longer * protocol.pixel
+    longer, shorter = round(longer / protocol.pixel), round(shorter / protocol.pixel)
     wide = is_axial and flat < 0.7  # sagittal images lose columns, so that all levels stay in them
     return (shorter, longer, spacing) if wide else (longer, shorter, spacing)
 
@@ -167,16 +137,14 @@ def _plan_sagittal(rng: np.random.Generator, body: Body, size: tuple[float, floa
     """9 to 25 slices of an image of `size` (height, width in mm), fewer where steps are `wider`, more in a bowed spine.
     Up to 40 mm off the spine's middle, as far as L5/S1, and unless `cut` L1/L2, stay in the image."""
     points = body.points()
+    middle, (height, depth) = points[:5].mean(0), size
     step, width = rng.uniform([3, 46], [6, 72])
-    n = round(width / step / wider) + 1
-    step *= wider
-    aside = rng.normal(0, 1.5)
-    back = np.clip(rng.uniform(-40, 40), 45 - size[1] / 2, size[1] / 2 - 55)  # the sacrum lies farther back
-    middle = points[:5].mean(0)
-    lowest = points[0, 2] - middle[2] + ABOVE - size[0] / 2 if not cut else -40.0
-    highest = points[4, 2] - middle[2] - BELOW + size[0] / 2
-    up = rng.uniform(max(-40.0, min(lowest, highest)), max(-40.0, min(40.0, highest)))
-    middle = middle + np.array([aside, back, up])
+    n, step = round(width / step / wider) + 1, step * wider
+    highest = points[4, 2] - middle[2] - BELOW + height / 2
+    lowest = -40.0 if cut else points[0, 2] - middle[2] + ABOVE - height / 2
+    low, high = np.clip([min(lowest, highest), highest], -40, 40)
+    back = np.clip(rng.uniform(-40, 40), 45 - depth / 2, depth / 2 - 55)  # the sacrum lies farther back
+    middle = middle + np.array([rng.normal(0, 1.5), back, rng.uniform(low, high)])
     reach = np.abs(points[5:15, 0] - middle[0]).max() + 3  # all foramina are seen
     n = max(min(max(n, 9), 25), round(2 * reach / step - 0.5))
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
@@ -186,9 +154,8 @@ def _plan_sagittal(rng: np.random.Generator, body: Body, size: tuple[float, floa
 
 def _axial_place(rng: np.random.Generator) -> tuple[Array, Array]:
     """How far from the canal an axial field lies (3,), and the turn (3, 3) of the patient in it."""
-    return np.array([*np.clip(rng.normal([0, -6], [9, 10]), -25, 25), 0]), _rotation(
-        np.deg2rad([0, rng.normal(0, 1.5), np.clip(rng.normal(0, 3), -8, 8)])
-    )
+    aside, back, lean, turn = np.clip(rng.normal([0, -6, 0, 0], [9, 10, 1.5, 3]), -25, [25, 25, 8, 8])
+    return np.array([aside, back, 0]), _rotation(np.deg2rad([0, lean, turn]))
 
 
 def _plan_parallel(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
@@ -196,19 +163,17 @@ def _plan_parallel(rng: np.random.Generator, body: Body, levels: tuple[int, ...]
     the tilt of their discs where one would have more than 25."""
     step = rng.uniform(4, 6) * wider
     (shift, turn), points = _axial_place(rng), body.points()
-    angle, share, above, below, *overlap = rng.uniform([-7, 0, 5, 6, 2, 2], [5, 1, 11, 12, 8, 8])
+    angle, above, below, *overlap = rng.uniform([-7, 5, 6, 2, 2], [5, 11, 12, 8, 8])
     span = points[levels[0], 2] - points[levels[-1], 2] + above + below
-    parts = [levels] if span / step < 25 or len(levels) < 3 else [levels[: (k := 2 + int(share * 2))], levels[k - 1 :]]
+    split, k = span / step > 25 and len(levels) > 2, len(levels) // 2 + 1
+    parts = [(levels[:k], above, overlap[1]), (levels[k - 1 :], overlap[0], below)] if split else []
     blocks = []
-    for i, part in enumerate(parts):
-        tilt = np.interp(body.discs[[FIRST + k for k in part]], AXIS, body.tilt).mean() if len(parts) > 1 else 0.0
-        axes = _axial_axes(tilt + np.deg2rad(angle / len(parts))) @ turn.T
+    for part, upper, lower in parts or [(levels, above, below)]:
+        tilt = np.interp(body.discs[[FIRST + k for k in part]], AXIS, body.tilt).mean() if split else 0.0
+        axes = _axial_axes(tilt + np.deg2rad(angle)) @ turn.T
         middle = points[list(part)].mean(0) + shift
         depth = (points[list(part)] - middle) @ axes[2]
-        first = depth[0] - (above if i == 0 else overlap[0])
-        blocks.append(
-            (middle, axes, np.arange(first, depth[-1] + (below if i == len(parts) - 1 else overlap[1]), step))
-        )
+        blocks.append((middle, axes, np.arange(depth[0] - upper, depth[-1] + lower, step)))
     return step, blocks
 
 
@@ -252,8 +217,8 @@ def _acquire(rng: np.random.Generator, value: Array, sigma: float) -> Array:
     """Magnitude (n, rows, cols) after noise of this sd in k-space, of which the outer part is zero, with a sharpening
     filter: noise is Rician, and correlated between pixels; what is finer than the acquired pixel is lost."""
     filters = []
-    for size, least in zip(value.shape[1:], rng.permutation([0.6, 0.85]), strict=True):
-        frequency = np.abs(fft.fftfreq(size)) * 2 / rng.uniform(least, 1.0)  # 1: the last that is acquired
+    for size, least in zip(value.shape[1:], rng.permutation([0.6, 0.75]), strict=True):
+        frequency = np.abs(fft.fftfreq(size)) * 2 / rng.uniform(least, least + 0.25)  # 1: the last that is acquired
         filters.append((np.clip((1 - frequency) / 0.25, 0, 1), frequency**2))
     (down, far), (along, wide) = filters
     sharp = rng.uniform(0, 0.7)
@@ -271,17 +236,15 @@ def _wrapped(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> 
     n, affines = round(share * acquisition.cols), acquisition.affines.copy()
     affines[:, :3, 3] -= n * affines[:, :3, 0]
     image = expose(body, replace(acquisition, affines=affines, cols=acquisition.cols + 2 * n))
-    beside = image[:, :, :n].copy(), image[:, :, -n:].copy()
-    image = image[:, :, n:-n]
-    image[:, :, -n:] += np.float32(strength) * beside[0]
-    image[:, :, :n] += np.float32(strength) * beside[1]
-    return image
+    image[:, :, -2 * n : -n] += np.float32(strength) * image[:, :, :n]
+    image[:, :, n : 2 * n] += np.float32(strength) * image[:, :, -n:]
+    return image[:, :, n:-n]
 
 
 def expose(body: Body, acquisition: Acquisition) -> Array:
     """Signal (n, rows, cols) before coil and noise, 1 at most; in the spine a mean over the slice's thickness."""
-    signal = acquisition.greys
-    n, soft = SUBSAMPLES[PLANES[acquisition.series_type]], acquisition.spacing
+    signal, soft = acquisition.greys, acquisition.spacing
+    n = SUBSAMPLES[PLANES[acquisition.series_type]]
     parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
     images = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
     for i, block in enumerate(acquisition.blocks):

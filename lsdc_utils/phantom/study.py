@@ -11,8 +11,9 @@ import numpy as np
 from lsdc_utils import geometry, vocabulary
 from lsdc_utils.phantom import labels
 from lsdc_utils.phantom.body import AXIS, DISC_NAMES, Body, draw_bow
+from lsdc_utils.phantom.contrast import Visit
 from lsdc_utils.phantom.files import write_slice
-from lsdc_utils.phantom.scanner import Acquisition, Protocol, Visit, plan_series, render
+from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, MISSING, SEVERITIES, T1, T2
 
 CLICK_SD = 1.4  # mm in each direction of the image, so that a reader's point lies about 2 mm off
@@ -99,7 +100,7 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     traits_rng = np.random.default_rng([*plan.seed, 7])
     traits = draw_bow(traits_rng, plan.scoliosis) if plan.scoliosis else {}
     if plan.protocol.population == "steep":  # the sacrum tilts by 20 to 28 degrees more than usual
-        traits = traits | {"lordosis": 1 + traits_rng.uniform(20, 28) / 40}
+        traits = traits | {"pelvis": -traits_rng.uniform(20, 28)}
     body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, traits)
     series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
     seen = np.any([part.columns for part in series], axis=0)

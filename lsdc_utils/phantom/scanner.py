@@ -103,8 +103,8 @@ def _frame_of(
     finest, coarsest = (0.4, 0.7) if protocol.scale else (0.85, 1.25) if is_axial else (1.15, 1.95)
     draws = rng.uniform([finest, 0.78, 0, 140, 160, -0.2], [coarsest, 0.92, 1, 175, 210, 0.2])
     pixel, share, flat, narrow, axial, stretch = draws.tolist()
-    needed = 0 if visit.cut else np.ptp(body.points()[:5, 2]) + ABOVE + BELOW
-    sagittal = narrow if protocol.population == "narrow" else max(visit.view * np.exp(stretch), needed)
+    sagittal = max(visit.view * np.exp(stretch), np.ptp(body.points()[:5, 2]) + ABOVE + BELOW)
+    sagittal = narrow if protocol.population == "narrow" else 40 + narrow if visit.cut else sagittal
     view = axial if is_axial else sagittal
     longer = 8 * round(np.clip(view / pixel, low, high) / 8)
     shorter = longer if square else 8 * round(longer * share / 8)
@@ -139,14 +139,14 @@ def _plan_sagittal(rng: np.random.Generator, body: Body, size: tuple[float, floa
     points = body.points()
     middle, (height, depth) = points[:5].mean(0), size
     step, width = rng.uniform([3, 46], [6, 72])
-    n, step = round(width / step / wider) + 1, step * wider
+    n, step = round(np.clip(round(width / step) + 1, 9, 25) / wider), step * wider
     highest = points[4, 2] - middle[2] - BELOW + height / 2
-    lowest = -40.0 if cut else points[0, 2] - middle[2] + ABOVE - height / 2
-    low, high = np.clip([min(lowest, highest), highest], -40, 40)
+    lowest = -60.0 if cut else points[0, 2] - middle[2] + ABOVE - height / 2
+    low, high = np.clip([min(lowest, highest), highest], -60 if cut else -40, 40)
     back = np.clip(rng.uniform(-40, 40), 45 - depth / 2, depth / 2 - 55)  # the sacrum lies farther back
     middle = middle + np.array([rng.normal(0, 1.5), back, rng.uniform(low, high)])
     reach = np.abs(points[5:15, 0] - middle[0]).max() + 3  # all foramina are seen
-    n = max(min(max(n, 9), 25), round(2 * reach / step - 0.5))
+    n = max(n, round(2 * reach / step - 0.5))
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
     return step, [(middle, axes, (np.arange(n) - (n - 1) / 2) * step)]

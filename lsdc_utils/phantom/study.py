@@ -152,7 +152,7 @@ def _plan_study(
         numbers = numbers[::-1] if own[f"{vocabulary.PLANES[series_type]}_reversed"] else numbers
         read_here = [c.name for c in CONDITIONS.values() if vocabulary.GROUPS[c.group].series_type == series_type]
         columns = [condition in read_here and LEVELS.index(level) in graded for condition, level in COLUMN_KEYS]
-        shown = [_sees(acquisition, point) for point in acquisition.to_scanner(body.points())]
+        shown = [_sees(acquisition, point, np.inf) for point in acquisition.to_scanner(body.points())]
         series.append(Series(series_id, acquisition, numbers, np.array(columns) & shown))
     return series
 
@@ -207,15 +207,15 @@ def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[
         s = body.discs[[DISC_NAMES.index(name) for name in MARKS.values()]]
         places.append(body.to_patient(0.0, np.interp(s, AXIS, body.tables["sac_v"]) - 1.5, s))
     for (name, row), point in zip(keys, acquisition.to_scanner(np.concatenate(places)), strict=True):
-        if _sees(acquisition, point):
+        if _sees(acquisition, point, acquisition.step):
             yield name, row | dict(zip("XYZ", point.round(3).tolist(), strict=True))
 
 
-def _sees(acquisition: Acquisition, point: np.ndarray) -> bool:
-    """Whether a point (3,), LPS mm, lies in the image of the nearest slice, a step away at most."""
+def _sees(acquisition: Acquisition, point: np.ndarray, reach: float) -> bool:
+    """Whether a point (3,), LPS mm, lies in the image of the nearest slice, `reach` mm away at most."""
     x, y, away = geometry.to_pixels(acquisition.affines, point).T
     near = np.argmin(np.abs(away))
-    return _in_image(acquisition, x[near], y[near]) and bool(abs(away[near]) <= acquisition.step)
+    return _in_image(acquisition, x[near], y[near]) and bool(abs(away[near]) <= reach)
 
 
 def _in_image(acquisition: Acquisition, x: float, y: float) -> bool:

@@ -55,10 +55,10 @@ def test_series_of_a_patient_differ_in_field_and_a_cut_field_may_lose_upper_leve
         rng = np.random.default_rng([i, 4])
         a, b = (plan_series(rng, body, t, visit=visit) for t in (T1, T2))
         ratios.append(a.rows * a.spacing / (b.rows * b.spacing))
-        small = replace(visit, view=190.0, cut=True)
+        small = replace(visit, cut=True)
         lost += ~seen(plan_series(rng, body, T1, visit=small), body)[0][CANAL]
     assert 1.2 < np.exp(np.abs(np.log(ratios))).max() <= 1.5
-    assert lost[L1] > 0 and lost[L5] == 0 and lost.sum() < 0.2 * 40 * 5
+    assert 5 < lost[L1] < 30 and lost[L5] == 0 and lost.sum() < 0.2 * 40 * 5
 
 
 def test_far_populations_leave_the_usual_ranges():
@@ -90,7 +90,7 @@ def test_axial_blocks_have_at_most_25_slices_and_overlap():
     for body, a in plans(AXIAL):
         sizes = np.bincount(a.blocks)
         assert sizes.min() >= 5 and sizes.max() <= 26 and 159 < max(a.rows, a.cols) * a.spacing < 211
-        assert (seen(a, body)[1] <= a.step).all()
+        assert (seen(a, body)[1][np.r_[0:5, 15:25]] <= a.step).all()  # foramina lie 9 mm higher
         if len(sizes) == 2:
             upper, lower = (a.affines[a.blocks == k] for k in (0, 1))
             canal = a.to_scanner(body.to_patient(0, 7, np.linspace(body.discs[FIRST], body.discs[FIRST + 4], 500)))

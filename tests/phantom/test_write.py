@@ -158,16 +158,16 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
     assert digests(one) == digests(two)
     of_tables = {name: digest for name, digest in digests(one).items() if name.endswith(".csv")}
     assert of_tables == {name: digest for name, digest in digests(plain).items() if name.endswith(".csv")}
-    assert len(of_tables) == 5 + len(ANSWERS)
+    assert len(of_tables) == 6 + len(ANSWERS)
 
 
 def test_the_bytes_of_a_phantom_do_not_change(tmp_path):
-    """The hash of its tables was taken when the phantom was first released: change it only on purpose."""
+    """The hash of its tables changes when bodies, frames or readers do: change it only on purpose."""
     root, digest = write_phantom(tmp_path / "p", 8, 2, 3, images=False, second_axial=0.5), hashlib.sha256()
     for file in sorted(root.glob("*.csv")):
         if file.name not in ("wrong_labels.csv", *ANATOMY):
             digest.update(file.read_bytes())
-    assert digest.hexdigest() == "a66d5acfccb06170a7e4941082e126bfc09cdf5c4d0e05f12ba9270010faf2b8"
+    assert digest.hexdigest() == "fab3e7d6db8a227ae20027127c6f6d5bf064ea596cc28cd9da57ebddb7fc6746"
 
 
 def test_fingerprint_tells_arguments_apart():
@@ -185,7 +185,9 @@ def test_fingerprint_tells_arguments_apart():
 
 # ---- one thing changed, all else the same ----------------------------------------------------------------------------
 
-SERIES = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # one of each type, all levels
+SERIES = dict.fromkeys(
+    ("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0
+)  # one of each type, all levels
 BARE = {"images": False, **SERIES}
 
 
@@ -214,7 +216,8 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
     ]
     for kind in SERIES_TYPES:
         assert np.array_equal(pixels[0][kind], pixels[1][kind])
-    changed = (pixels[0][T2] != pixels[2][T2]).any(axis=0)
+    change = np.abs(pixels[0][T2].astype(int) - pixels[2][T2])
+    changed = (change > 0.05 * pixels[0][T2].max()).any(axis=0)  # an edge rings faintly through the image
     rows = np.flatnonzero(changed.any(axis=1))
     assert 0 < changed.mean() < 0.02 and np.ptp(rows) < changed.shape[0] / 8  # about one level
 
@@ -227,13 +230,20 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
         ({"gain": 0.5}, set()),
         ({"stir": 1.0}, {"spines"}),
         ({"motion": 3.0}, {"anatomy", "discs", "solution_coordinates"}),
-        ({"step": 1.5}, {"anatomy", "solution_coordinates"}),  # other slices show other places
+        ({"step": 1.5}, {"solution_coordinates"}),
         ({"pixel": 1.3}, {"solution_coordinates"}),
+        ({"scale": "realistic"}, {"solution_coordinates"}),
+        ({"population": "grey"}, set()),
+        (
+            {"population": "narrow"},
+            {"anatomy", "discs", "solution", "solution_coordinates"},
+        ),  # upper levels lie outside
+        ({"population": "steep"}, {"anatomy", "discs", "solution_coordinates"}),
         ({"slip": True}, {"spines", "anatomy", "discs", "solution_coordinates"}),
         ({"transitional": True}, {"spines"}),
         ({"scoliosis": 15.0}, {"spines", "anatomy", "discs", "solution_coordinates"}),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
 def test_a_choice_changes_what_it_names_and_nothing_else(tmp_path, choice, changed):
     names = ("spines", "anatomy", "discs", "solution_coordinates", "latents", "oracle", "solution")
@@ -262,7 +272,7 @@ def test_a_scoliosis_bends_every_spine_by_its_size_and_readers_see_all_its_point
 
 
 def test_a_choice_is_seen_in_the_images(tmp_path):
-    clean = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0, "non_square": 0.0}
+    clean = SERIES | {"non_square": 0.0}
     choices = {
         "usual": {},
         "noise": {"noise": 4.0},
@@ -292,6 +302,7 @@ def test_a_choice_is_seen_in_the_images(tmp_path):
         ({"bodies": [1, 2, 3]}, ValueError, "bodies has 3 entries for 1 studies"),
         ({"narrowing": np.full((1, 25), 1.5)}, ValueError, "25 numbers"),
         ({"nosie": 2.0}, TypeError, "nosie"),
+        ({"population": "odd"}, ValueError, "population is one of"),
         ({"scoliosis": -1}, ValueError, "0 to 30 mm, not -1"),
         ({"scoliosis": np.nan}, ValueError, "0 to 30 mm"),
     ],
@@ -406,13 +417,26 @@ def test_discs_lie_in_front_of_the_canal_at_its_height(tables):
     assert ((way[:, 1] > 10) & (way[:, 1] < 35)).all()
 
 
+def test_marks_lie_beyond_the_graded_levels_in_training_studies_alone(tables):
+    marks, anatomy = pd.read_csv(tables / "train_marks.csv"), seen_points(tables).reset_index()
+    assert set(marks["study_id"]) == set(pd.read_csv(tables / "train.csv")["study_id"])
+    sagittal = marks[marks["series_type"] == T2].pivot(index="study_id", columns="mark", values="Z")
+    canal = anatomy[(anatomy["condition"] == vocabulary.SPINAL_CANAL) & (anatomy["series_type"] == T2)]
+    canal = canal.pivot(index="study_id", columns="level", values="Z").reindex(sagittal.index)
+    columns = [sagittal["t11_t12"], sagittal["t12_l1"], *(canal[k] for k in LEVELS), sagittal["s1_s2"]]
+    steps = -np.diff(np.stack([*columns, sagittal["sacrum"]]), axis=0)
+    assert np.nanmin(steps) > 4 and np.nanmax(steps) < 60
+    shown = sagittal.notna().mean()
+    assert shown["s1_s2"] > 0.5 and 0.2 < shown["t11_t12"] < shown["t12_l1"] < 1
+
+
 def test_spines_tell_who_is_not_ordinary(tables):
     spines = pd.read_csv(tables / "spines.csv")
     assert len(spines) == spines["study_id"].nunique() == 240
     assert (spines["ordinary"] == (~spines["transitional"] & (spines["slip_mm"] == 0))).all()
     assert (spines["slip_level"].notna() == (spines["slip_mm"] != 0)).all()
     assert 0.7 < spines["ordinary"].mean() < 0.9  # 12 % slips, 8 % transitional vertebrae
-    assert 0.1 < spines["stir"].mean() < 0.4 and 0.1 < spines["tilted_blocks"].mean() < 0.4
+    assert 0.25 < spines["stir"].mean() < 0.55 and 0.1 < spines["tilted_blocks"].mean() < 0.4
 
 
 def test_clicks_err_as_readers_do(tables):
@@ -434,7 +458,7 @@ def test_dirt_occurs_at_its_rate(tables):
     train = pd.read_csv(tables / "train.csv")
     missing = train["left_subarticular_stenosis_l1_l2"].isna()
     assert 0.03 < missing.mean() < 0.15  # real: 164 of 1975
-    assert train.loc[missing, "right_subarticular_stenosis_l1_l2"].isna().all()
+    assert train.loc[missing, "right_subarticular_stenosis_l1_l2"].isna().mean() > 0.9  # some are lost one by one
     assert train.filter(like="subarticular").isna().to_numpy()[:, [2, 3, 4]].mean() < 0.01
 
 
@@ -487,7 +511,7 @@ def test_missing_labels_do_not_depend_on_the_grade(tmp_path):
     assert abs(spearmanr(narrowing, missing).statistic) < 0.12  # 3 standard errors
 
 
-def test_points_lie_in_the_image_where_real_ones_do():
+def test_points_lie_in_the_image_where_real_ones_do_and_more_widely():
     rng, places = np.random.default_rng(0), {}
     for _ in range(150):
         body = Body.draw(rng, np.full(len(COLUMNS), 0.2))
@@ -505,8 +529,8 @@ def test_points_lie_in_the_image_where_real_ones_do():
     for name, real in facts.items():
         for axis, (mean, sd) in enumerate((real["x_over_width"], real["y_over_height"])):
             drawn = np.array(places[name])[:, axis]
-            assert abs(drawn.mean() - mean) < 0.05, name
-            assert 0.4 < drawn.std() / sd < 1.6, name
+            assert abs(drawn.mean() - mean) < 0.1, name
+            assert 1 < drawn.std() / sd < 2.3, name
 
 
 def study_features(folder: Path, study_id: int, series: pd.DataFrame) -> dict[str, float]:

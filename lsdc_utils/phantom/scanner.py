@@ -1,50 +1,43 @@
 """Three series of one body: where slices are planned, and what a scanner makes of the tissues that lie there."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import fft
 from scipy.interpolate import CubicSpline
 
+from lsdc_utils import geometry
 from lsdc_utils.phantom.body import AXIS, FIRST, Array, Body
+from lsdc_utils.phantom.contrast import Visit, draw_greys
 from lsdc_utils.phantom.layers import Layer, Points, paint, paint_around, texture
 from lsdc_utils.vocabulary import PLANES, T1, T2
 
-SEQUENCES = ("t1", "t2", "stir")
-SIGNAL = {  # of each tissue, as a share of the brightest: T1, T2, STIR
-    "air": (0.0, 0.0, 0.0),
-    "fat": (1.0, 0.72, 0.10),
-    "muscle": (0.30, 0.18, 0.28),
-    "marrow": (0.55, 0.42, 0.18),
-    "cortex": (0.08, 0.06, 0.05),
-    "disc": (0.30, 0.12, 0.12),
-    "nucleus": (0.34, 0.82, 0.85),
-    "csf": (0.16, 0.95, 1.0),
-    "void": (0.16, 0.1, 0.1),
-    "cord": (0.36, 0.42, 0.42),
-    "root": (0.33, 0.33, 0.34),
-    "ligament": (0.14, 0.10, 0.10),
-    "vessel": (0.06, 0.05, 0.05),
-    "bowel": (0.36, 0.25, 0.35),
-    "fluid": (0.22, 0.90, 0.95),
-    "oedema": (0.30, 0.62, 0.55),
-    "haemangioma": (0.85, 0.75, 0.35),
-}
 Blocks = tuple[float, list[tuple[Array, Array, Array]]]  # step; middle, axes and offsets of slices of each block
+ABOVE, BELOW = 16.0, 20.0  # mm that a sagittal image shows above L1/L2 and below L5/S1
 SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
+POPULATIONS = ("", "narrow", "grey", "steep")  # the usual one, and those that training never draws
+SCALES = {"": (128, 256), "realistic": (320, 1024)}  # least and most pixels along the longer side
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How series are taken: factors against the usual scan, except `stir`."""
+    """How series are taken: factors against the usual scan, except where said otherwise."""
 
-    motion: float = 1.0  # of the patient between series, usually about 1.5 mm and 1 degree
+    motion: float = 1.0  # of the patient between series, usually up to 3 mm and about 1 degree
     step: float = 1.0  # distance and thickness of slices
     pixel: float = 1.0  # side of a pixel
     noise: float = 1.0
     field: float = 1.0  # unevenness of the coil's field
     gain: float = 1.0  # of the receiver: stored values per unit of signal
-    stir: float = 0.25  # share of the sagittal T2/STIR series that are STIR
+    stir: float = 0.4  # share of the sagittal T2/STIR series with STIR or fat suppression (.3 to .5 is assumed)
+    scale: str = ""  # "realistic": pixels of 0.4 to 0.7 mm
+    population: str = ""  # "narrow": sagittal fields of 140 to 175 mm; "grey": sagittal greys at will; "steep": sacra
+
+    def __post_init__(self) -> None:
+        for name, known in (("scale", SCALES), ("population", POPULATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"phantom: {name} is one of {tuple(known)}, not {getattr(self, name)!r}")
 
 
 USUAL = Protocol()
@@ -61,9 +54,12 @@ class Acquisition:
     spacing: float  # mm between pixels
     step: float  # mm between neighbouring slices of a block
     thickness: float  # mm
-    sequence: str  # t1, t2 or stir
+    sequence: str  # one of contrast.SEQUENCES
     motion: Array  # (4, 4): from the body as built to the patient's place during this series
     blocks: Array  # (n,) which parallel stack each slice belongs to
+    greys: dict[str, np.float32]  # signal of each tissue, 1 at most
+    coil: float = np.inf  # mm, see Visit
+    warp: float = 0.0  # share by which distances from the middle are off 140 mm away from it
     protocol: Protocol = USUAL
 
     def to_scanner(self, points: Array) -> Array:
@@ -72,36 +68,50 @@ class Acquisition:
 
 
 def plan_series(
-    rng: np.random.Generator,
-    body: Body,
-    series_type: str,
-    levels: tuple[int, ...] = (0, 1, 2, 3, 4),
-    tilted: bool = False,
-    square: bool = True,
-    protocol: Protocol = USUAL,
-) -> Acquisition:
-    """Plan a series. levels: which axial slices cover. tilted: an axial block along each disc, else one parallel stack.
-    square: as many rows as columns. A protocol changes only what it names."""
-    rows = cols = int(rng.choice([160, 176, 192, 208, 224], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
-    if not square:
-        rows, cols = (rows, cols - 24) if rng.random() < 0.7 else (rows - 24, cols)
-    rows, cols = round(rows / protocol.pixel), round(cols / protocol.pixel)
+    rng: np.random.Generator, body: Body, series_type: str, levels: tuple[int, ...] = (0, 1, 2, 3, 4),
+    tilted: bool = False, square: bool = True, protocol: Protocol = USUAL, visit: Visit | None = None,
+) -> Acquisition:  # fmt: skip
+    """Plan a series. levels: which axial slices cover. tilted: an axial block along each disc, else parallel stacks.
+    square: as many rows as columns. visit: by default one of its own. A protocol changes only what it names."""
+    contrast_rng, motion_rng, place_rng = rng.spawn(3)
+    visit = visit or Visit.draw(contrast_rng)
     is_axial = PLANES[series_type] == "axial"
-    mean, sd, low, high = (205, 9, 185, 230) if is_axial else (290, 14, 262, 325)  # mm of the longer side
-    spacing = float(np.clip(rng.normal(mean, sd), low, high)) / max(rows, cols)
+    rows, cols, spacing = _frame_of(place_rng, body, is_axial, square, protocol, visit)
     if is_axial:
-        step, stacks = (_plan_tilted if tilted else _plan_parallel)(rng, body, levels, protocol.step)
-    else:  # the canal behind the middle of the image, where real label points lie
-        shift = np.array([0, -0.058 * cols * spacing, 0.026 * rows * spacing])
-        step, stacks = _plan_sagittal(rng, body, shift, protocol.step)
+        step, stacks = (_plan_tilted if tilted else _plan_parallel)(place_rng, body, levels, protocol.step)
+    else:
+        step, stacks = _plan_sagittal(place_rng, body, (rows * spacing, cols * spacing), protocol.step, visit.cut)
     affines = np.concatenate([_stack(*stack, (rows, cols), spacing) for stack in stacks])
     blocks = np.repeat(np.arange(len(stacks)), [len(offsets) for _, _, offsets in stacks])
-    is_stir = rng.random() < protocol.stir and series_type == T2
-    sequence = "t1" if series_type == T1 else "stir" if is_stir else "t2"
+    suppressed, kind = contrast_rng.random(2)
+    sequence = "t1" if series_type == T1 else "t2"
+    if suppressed < protocol.stir and series_type == T2:
+        sequence = "stir" if kind < 0.7 else "t2fs"
+    greys = draw_greys(contrast_rng, visit, sequence, protocol.population == "grey" and not is_axial)
     motion = np.eye(4)  # of the body about the middle of the lumbar spine
-    motion[:3, :3] = _rotation(np.deg2rad(rng.normal(0, 1.0 / np.sqrt(3), 3)) * protocol.motion)
-    motion[:3, 3] = rng.normal(0, 1.5 / np.sqrt(3), 3) * protocol.motion
-    return Acquisition(series_type, affines, rows, cols, spacing, step, 0.9 * step, sequence, motion, blocks, protocol)
+    motion[:3, :3] = _rotation(np.deg2rad(motion_rng.normal(0, 1.0 / np.sqrt(3), 3)) * protocol.motion)
+    motion[:3, 3] = geometry.unit(motion_rng.normal(0, 1, 3)) * motion_rng.uniform(0, 3) * protocol.motion
+    form = (rows, cols, spacing, step, step * place_rng.uniform(0.75, 1.0), sequence, motion, blocks, greys)
+    return Acquisition(series_type, affines, *form, visit.coil, motion_rng.uniform(-0.03, 0.03), protocol)
+
+
+def _frame_of(
+    rng: np.random.Generator, body: Body, is_axial: bool, square: bool, protocol: Protocol, visit: Visit
+) -> tuple[int, int, float]:
+    """Rows, columns and mm a pixel. The field of view holds all levels in height unless the visit cuts them."""
+    low, high = SCALES[protocol.scale]
+    finest, coarsest = (0.4, 0.7) if protocol.scale else (0.85, 1.25) if is_axial else (1.15, 1.95)
+    draws = rng.uniform([finest, 0.78, 0, 140, 160, -0.2], [coarsest, 0.92, 1, 175, 210, 0.2])
+    pixel, share, flat, narrow, axial, stretch = draws.tolist()
+    sagittal = max(visit.view * np.exp(stretch), np.ptp(body.points()[:5, 2]) + ABOVE + BELOW)
+    sagittal = narrow if protocol.population == "narrow" else 40 + narrow if visit.cut else sagittal
+    view = axial if is_axial else sagittal
+    longer = 8 * round(np.clip(view / pixel, low, high) / 8)
+    shorter = longer if square else 8 * round(longer * share / 8)
+    spacing = view / longer * protocol.pixel
+    longer, shorter = round(longer / protocol.pixel), round(shorter / protocol.pixel)
+    wide = is_axial and flat < 0.7  # sagittal images lose columns, so that all levels stay in them
+    return (shorter, longer, spacing) if wide else (longer, shorter, spacing)
 
 
 def _rotation(angles: Array) -> Array:
@@ -123,36 +133,56 @@ def _stack(middle: Array, axes: Array, offsets: Array, size: tuple[int, int], sp
     return affines
 
 
-def _plan_sagittal(rng: np.random.Generator, body: Body, shift: Array, wider: float) -> Blocks:
-    """13 or 14 slices, fewer where steps are `wider`, more in a bowed spine."""
-    step = float(rng.choice([4.0, 4.3, 4.5]))
-    n = round((14 if step == 4.0 else 13) / wider)
-    step *= wider
-    aside, back, up = rng.normal(0, [1.5, 14, 14])
-    middle = body.points()[:5].mean(0) + (shift + np.array([aside, 0, 0])) + np.array([0, back, up])
-    if body.traits["bow"]:  # more slices, so that all foramina are seen
-        n = max(n, round(2 * (np.abs(body.points()[5:15, 0] - middle[0]).max() + 4) / step + 0.5))
+def _plan_sagittal(rng: np.random.Generator, body: Body, size: tuple[float, float], wider: float, cut: bool) -> Blocks:
+    """9 to 25 slices of an image of `size` (height, width in mm), fewer where steps are `wider`, more in a bowed spine.
+    Up to 40 mm off the spine's middle, as far as L5/S1, and unless `cut` L1/L2, stay in the image."""
+    points = body.points()
+    middle, (height, depth) = points[:5].mean(0), size
+    step, width = rng.uniform([3, 46], [6, 72])
+    n, step = round(np.clip(round(width / step) + 1, 9, 25) / wider), step * wider
+    highest = points[4, 2] - middle[2] - BELOW + height / 2
+    lowest = -60.0 if cut else points[0, 2] - middle[2] + ABOVE - height / 2
+    low, high = np.clip([min(lowest, highest), highest], -60 if cut else -40, 40)
+    back = np.clip(rng.uniform(-40, 40), 45 - depth / 2, depth / 2 - 55)  # the sacrum lies farther back
+    middle = middle + np.array([rng.normal(0, 1.5), back, rng.uniform(low, high)])
+    reach = np.abs(points[5:15, 0] - middle[0]).max() + 3  # all foramina are seen
+    n = max(n, round(2 * reach / step - 0.5))
     turn = _rotation(np.deg2rad([0, rng.normal(0, 1.2), rng.normal(0, 1.2)]))
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]) @ turn.T
     return step, [(middle, axes, (np.arange(n) - (n - 1) / 2) * step)]
 
 
+def _axial_place(rng: np.random.Generator) -> tuple[Array, Array]:
+    """How far from the canal an axial field lies (3,), and the turn (3, 3) of the patient in it."""
+    aside, back, lean, turn = np.clip(rng.normal([0, -6, 0, 0], [9, 10, 1.5, 3]), -25, [25, 25, 8, 8])
+    return np.array([aside, back, 0]), _rotation(np.deg2rad([0, lean, turn]))
+
+
 def _plan_parallel(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
-    """One axial stack from above the first of the levels to below the last."""
-    step = float(rng.choice([5.0, 5.5, 6.0])) * wider
-    axes = _axial_axes(np.deg2rad(rng.normal(-1, 3)))
-    points = body.points()[list(levels)]
-    middle = body.points()[:5].mean(0) + np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
-    depth = (points - middle) @ axes[2]
-    return step, [(middle, axes, np.arange(depth[0] - rng.uniform(5, 11), depth[-1] + rng.uniform(6, 12), step))]
+    """Axial slices from above the first of the levels to below the last: one stack, or two that overlap and follow
+    the tilt of their discs where one would have more than 25."""
+    step = rng.uniform(4, 6) * wider
+    (shift, turn), points = _axial_place(rng), body.points()
+    angle, above, below, *overlap = rng.uniform([-7, 5, 6, 2, 2], [5, 11, 12, 8, 8])
+    span = points[levels[0], 2] - points[levels[-1], 2] + above + below
+    split, k = span / step > 25 and len(levels) > 2, len(levels) // 2 + 1
+    parts = [(levels[:k], above, overlap[1]), (levels[k - 1 :], overlap[0], below)] if split else []
+    blocks = []
+    for part, upper, lower in parts or [(levels, above, below)]:
+        tilt = np.interp(body.discs[[FIRST + k for k in part]], AXIS, body.tilt).mean() if split else 0.0
+        axes = _axial_axes(tilt + np.deg2rad(angle)) @ turn.T
+        middle = points[list(part)].mean(0) + shift
+        depth = (points[list(part)] - middle) @ axes[2]
+        blocks.append((middle, axes, np.arange(depth[0] - upper, depth[-1] + lower, step)))
+    return step, blocks
 
 
 def _plan_tilted(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
-    """Four axial slices (fewer where steps are `wider`) along each disc, tilted with it."""
-    step, blocks, n = float(rng.choice([3.5, 4.0])) * wider, [], max(2, round(4 / wider))
-    shift = np.array([rng.normal(0, 4.5), rng.normal(-5, 6.5), 0])
+    """Three to six axial slices (fewer where steps are `wider`) along each disc, tilted with it; blocks cross."""
+    step, blocks, n = rng.uniform(3, 4.5) * wider, [], max(2, round(rng.integers(3, 7) / wider))
+    shift, turn = _axial_place(rng)
     for k in levels:
-        axes = _axial_axes(np.interp(body.discs[FIRST + k], AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2)))
+        axes = _axial_axes(np.interp(body.discs[FIRST + k], AXIS, body.tilt) + np.deg2rad(rng.normal(0, 2))) @ turn.T
         middle = body.points()[k] + shift + axes[2] * rng.normal(0, 0.8)
         blocks.append((middle, axes, (np.arange(n) - (n - 1) / 2) * step))
     return step, blocks
@@ -165,31 +195,56 @@ def _axial_axes(tilt: float) -> Array:
 
 
 def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
-    """Image the body: uint16 (n, rows, cols), 12 bits, with fall-off, uneven field, saturation band, noise, scale."""
-    image = expose(body, acquisition)
+    """Image the body: uint16 (n, rows, cols), 12 bits, with the coil's uneven field, saturation band, wrap, noise."""
+    image = _wrapped(body, acquisition, rng)
     rows, cols = image.shape[1:]
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
-    back = acquisition.affines[0, 1, 0] * np.arange(cols) + acquisition.affines[0, 1, 1] * np.arange(rows)[:, None]
-    back = back - back.mean() + 20
-    falloff = np.exp(np.clip(back, -140, 75) / rng.uniform(160, 320))
-    a = rng.normal(0, 0.06, 5) * acquisition.protocol.field
-    field = falloff * np.exp(a[0] * row + a[1] * col + a[2] * row * col + a[3] * row**2 + a[4] * col**2)
-    if rng.random() < 0.6:
-        edge = rng.uniform(-75, -60) + 20
+    step, start = acquisition.affines[0, 1, :2], acquisition.affines[0, 1, 3]
+    back = start + step[0] * np.arange(cols) + step[1] * np.arange(rows)[:, None]  # mm behind the bodies of L3/L4
+    a = rng.normal(0, [0.06, 0.06, 0.06, 0.1, 0.06]) * acquisition.protocol.field
+    field = np.exp(np.clip(back, -140, 75) / acquisition.coil)
+    field = field * np.exp(a[0] * row + a[1] * col + a[2] * row * col + a[3] * row**2 + a[4] * col**2)
+    edge, banded = rng.uniform(-95, -65), rng.random() < 0.6
+    if banded:
         field = field * (1 - 0.75 * np.clip((edge - back) / 12, 0, 1))
-    sigma = rng.uniform(0.035, 0.055) * acquisition.protocol.noise
-    value = image * field.astype(np.float32)
-    real = value + sigma * rng.standard_normal(image.shape, np.float32)
-    other = sigma * rng.standard_normal(image.shape, np.float32)
-    scale = np.exp(rng.uniform(np.log(400), np.log(2600))) * acquisition.protocol.gain
-    return np.clip(np.rint(np.sqrt(real**2 + other**2) * np.float32(scale)), 0, 4095).astype(np.uint16)
+    sigma = np.exp(rng.uniform(np.log(0.01), np.log(0.05))) * acquisition.protocol.noise
+    value = _acquire(rng, image * field.astype(np.float32), sigma)
+    scale = min(np.exp(rng.uniform(np.log(400), np.log(2600))), 3800 / field.max()) * acquisition.protocol.gain
+    return np.clip(np.rint(value * np.float32(scale)), 0, 4095).astype(np.uint16)
+
+
+def _acquire(rng: np.random.Generator, value: Array, sigma: float) -> Array:
+    """Magnitude (n, rows, cols) after noise of this sd in k-space, of which the outer part is zero, with a sharpening
+    filter: noise is Rician, and correlated between pixels; what is finer than the acquired pixel is lost."""
+    filters = []
+    for size, least in zip(value.shape[1:], rng.permutation([0.6, 0.75]), strict=True):
+        frequency = np.abs(fft.fftfreq(size)) * 2 / rng.uniform(least, least + 0.25)  # 1: the last that is acquired
+        filters.append((np.clip((1 - frequency) / 0.25, 0, 1), frequency**2))
+    (down, far), (along, wide) = filters
+    sharp = rng.uniform(0, 0.7)
+    keep = np.sin(np.pi / 2 * down[:, None]) * np.sin(np.pi / 2 * along) * (1 + sharp * (far[:, None] + wide))
+    noise = rng.standard_normal((*value.shape, 2), np.float32).view(np.complex64)[..., 0]
+    noise *= np.float32(sigma / np.sqrt((keep**2).mean()))
+    return np.abs(fft.ifft2(fft.fft2(value + noise) * keep.astype(np.float32)))
+
+
+def _wrapped(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
+    """The signal; in a quarter of axial series what lies beside the field shows weakly on its other side."""
+    chance, share, strength = rng.uniform([0, 0.03, 0.15], [1, 0.08, 0.6])
+    if chance > 0.25 or PLANES[acquisition.series_type] != "axial":
+        return expose(body, acquisition)
+    n, affines = round(share * acquisition.cols), acquisition.affines.copy()
+    affines[:, :3, 3] -= n * affines[:, :3, 0]
+    image = expose(body, replace(acquisition, affines=affines, cols=acquisition.cols + 2 * n))
+    image[:, :, -2 * n : -n] += np.float32(strength) * image[:, :, :n]
+    image[:, :, n : 2 * n] += np.float32(strength) * image[:, :, -n:]
+    return image[:, :, n:-n]
 
 
 def expose(body: Body, acquisition: Acquisition) -> Array:
     """Signal (n, rows, cols) before coil and noise, 1 at most; in the spine a mean over the slice's thickness."""
-    sequence = SEQUENCES.index(acquisition.sequence)
-    signal = {tissue: np.float32(levels[sequence]) for tissue, levels in SIGNAL.items()}
-    n, soft = SUBSAMPLES[PLANES[acquisition.series_type]], acquisition.spacing
+    signal, soft = acquisition.greys, acquisition.spacing
+    n = SUBSAMPLES[PLANES[acquisition.series_type]]
     parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
     images = np.empty((len(acquisition.affines), acquisition.rows, acquisition.cols), np.float32)
     for i, block in enumerate(acquisition.blocks):
@@ -222,8 +277,12 @@ class _Lattice:
         self.affine = np.linalg.inv(acquisition.motion) @ affines[0]  # of the first slice; column 3: step to the next
         reach, margin = (len(affines) - 1) * acquisition.step, acquisition.thickness / 2
         knots = np.linspace(-margin, reach + margin, max(4, round((reach + 2 * margin) / 10)))
-        (rows, self.down), (cols, self.along) = _spline(acquisition.rows), _spline(acquisition.cols)
-        places = np.stack(np.broadcast_arrays(cols, rows[:, None], knots[:, None, None], 1.0), -1)
+        size = acquisition.cols, acquisition.rows
+        (cols, self.along), (rows, self.down) = (_spline(n, acquisition.spacing) for n in size)
+        x, y = cols - (size[0] - 1) / 2, rows[:, None] - (size[1] - 1) / 2
+        warp = acquisition.warp * (np.hypot(x, y) * acquisition.spacing / 140) ** 4  # gradients are not quite linear
+        x, y = cols + warp * x, rows[:, None] + warp * y
+        places = np.stack(np.broadcast_arrays(x, y, knots[:, None, None], 1.0), -1)
         points = (places @ self.affine.T)[..., :3]
         self.values = np.stack([*body.to_spine(points), body.skin_depth(points)])  # (4, through, down, along)
         self.through = CubicSpline(knots, np.eye(len(knots)))  # depth in mm from the first slice -> weights
@@ -234,9 +293,9 @@ class _Lattice:
         return self.down[box[0]] @ flat @ self.along[box[1]].T
 
 
-def _spline(n: int) -> tuple[Array, Array]:
-    """Knots along n pixels, and the matrix (n, knots) that interpolates between them by a cubic spline."""
-    knots = np.linspace(0, n - 1, max(4, round(n / 9)))
+def _spline(n: int, spacing: float) -> tuple[Array, Array]:
+    """Knots along n pixels, 12 mm apart, and the matrix (n, knots) of cubic splines between them."""
+    knots = np.linspace(0, n - 1, max(4, round(n * spacing / 12)))
     return knots, CubicSpline(knots, np.eye(len(knots)))(np.arange(n)).astype(np.float32)
 
 

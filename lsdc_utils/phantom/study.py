@@ -10,7 +10,8 @@ import numpy as np
 
 from lsdc_utils import geometry, vocabulary
 from lsdc_utils.phantom import labels
-from lsdc_utils.phantom.body import Body, draw_bow
+from lsdc_utils.phantom.body import AXIS, DISC_NAMES, Body, draw_bow
+from lsdc_utils.phantom.contrast import Visit
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, MISSING, SEVERITIES, T1, T2
@@ -20,6 +21,7 @@ CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest;
 SERIES_PER_STUDY = len(vocabulary.SERIES_TYPES) + 1  # at most: the axial series may come twice
 NORMAL = ("normal_x", "normal_y", "normal_z")  # columns of a unit vector
 COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
+MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # beyond the graded levels -> its disc
 WORDS = (*vocabulary.SEVERITY_NAMES, "")  # of grades 0, 1, 2 and MISSING, -1
 
 Row = dict[str, Any]  # of a table, by column
@@ -31,8 +33,9 @@ def _rate(default: float, meaning: str) -> float:
 
 @dataclass(frozen=True)
 class Dirt:
-    """How often each flaw occurs, by default as in the real training set (`tilted_blocks`, `non_square` and
-    `far_numbers`: assumed). Where a series is missing or does not reach a level, labels are missing too."""
+    """How often each flaw occurs, by default as in the real training set (`tilted_blocks`, `non_square`,
+    `levels_cut` and `far_numbers`: assumed). Where a series is missing or does not reach a level, labels are
+    missing too."""
 
     series_missing: float = _rate(3 / 1975, "studies without one sagittal series; T1 twice as often as T2/STIR")
     second_axial: float = _rate(335 / 1975, "studies with two axial series")
@@ -45,10 +48,11 @@ class Dirt:
     sagittal_reversed: float = _rate(0.36, "sagittal series numbered from the patient's left to right")
     far_numbers: float = _rate(0.02, "series whose instance numbers start far from 1")
     number_gaps: float = _rate(5 / 974, "series with gaps in their instance numbers")
-    non_square: float = _rate(0.1, "series whose images are not square")
+    non_square: float = _rate(0.135, "series whose images are not square")
     tilted_blocks: float = _rate(0.25, "studies with an axial block for each level, tilted to its disc")
     colliding_uids: float = _rate(1.0, "studies whose series share their SOPInstanceUIDs")
     frames_differ: float = _rate(1.0, "studies with one FrameOfReferenceUID per series, though patient space is one")
+    levels_cut: float = _rate(0.06, "studies whose sagittal images may miss upper levels, in a narrow field")
     label_wrong: float = _rate(0.0, "training labels replaced by one of the two other grades; no check can see them")
 
     def __post_init__(self) -> None:
@@ -95,8 +99,11 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     rates = [getattr(plan.dirt, kind) for kind in KINDS]
     draws = dirt_rng.random((1 + SERIES_PER_STUDY, len(KINDS))) < rates  # a row for the study, then one per series
     flaws = [dict(zip(KINDS, row, strict=True)) for row in draws]
-    bow = draw_bow(np.random.default_rng([*plan.seed, 7]), plan.scoliosis) if plan.scoliosis else None
-    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, bow)
+    traits_rng = np.random.default_rng([*plan.seed, 7])
+    traits = draw_bow(traits_rng, plan.scoliosis) if plan.scoliosis else {}
+    if plan.protocol.population == "steep":  # the sacrum tilts by 20 to 28 degrees more than usual
+        traits = traits | {"pelvis": -traits_rng.uniform(20, 28)}
+    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, traits)
     series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
     seen = np.any([part.columns for part in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
@@ -109,7 +116,7 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     for number, part in enumerate(series, 1):
         own = keys | {"series_id": part.series_id, "series_type": part.acquisition.series_type}
         rows[f"{plan.split}_series_descriptions"].append(own | {"series_description": own["series_type"]})
-        for name, place in _places(part.acquisition, body):
+        for name, place in _places(part.acquisition, body, plan.split):
             rows[name].append(own | place)
         rows[points] += [own | point for point in _points(plan.split, part, body, click_rng, lost, swapped)]
         if root is not None:
@@ -124,6 +131,7 @@ def _plan_study(
 ) -> list[Series]:
     """The series of a study; `flaws`: the kinds of dirt of the study (first) and of each of its series."""
     which, uppermost, cut = dirt_rng.integers(3), 1 + dirt_rng.integers(2), dirt_rng.random()
+    visit = Visit.draw(np.random.default_rng([*plan.seed, 8]), flaws[0]["levels_cut"])
     lacking = (T1, T1, T2)[which] if flaws[0]["series_missing"] else None
     first = uppermost if flaws[0]["short_stack"] else 0
     covered, below = range(first, 5), first + 1 + int(cut * (4 - first))
@@ -136,7 +144,7 @@ def _plan_study(
     series = []
     for series_id, own, (series_type, covered, graded) in zip(plan.series_ids, flaws[1:], wanted, strict=False):
         tilted, square = bool(flaws[0]["tilted_blocks"]), not own["non_square"]
-        acquisition = plan_series(rng, body, series_type, tuple(covered), tilted, square, plan.protocol)
+        acquisition = plan_series(rng, body, series_type, tuple(covered), tilted, square, plan.protocol, visit)
         n = len(acquisition.affines)
         numbers = np.arange(1, n + 1)
         start, holes = dirt_rng.integers(100, 5000), (dirt_rng.random(3) * (n - 1)).astype(int)
@@ -146,7 +154,8 @@ def _plan_study(
         numbers = numbers[::-1] if own[f"{vocabulary.PLANES[series_type]}_reversed"] else numbers
         read_here = [c.name for c in CONDITIONS.values() if vocabulary.GROUPS[c.group].series_type == series_type]
         columns = [condition in read_here and LEVELS.index(level) in graded for condition, level in COLUMN_KEYS]
-        series.append(Series(series_id, acquisition, numbers, np.array(columns)))
+        shown = [_sees(acquisition, point, np.inf) for point in acquisition.to_scanner(body.points())]
+        series.append(Series(series_id, acquisition, numbers, np.array(columns) & shown))
     return series
 
 
@@ -184,23 +193,33 @@ def _spine(body: Body, series: list[Series]) -> Row:
         "slip_mm": traits["slip"],
         "slip_level": LEVELS[traits["slip_level"]] if traits["slip"] else "",
         "scoliosis_mm": round(abs(traits["scoliosis"]), 3),
-        "stir": any(image.sequence == "stir" for image in images),
-        "tilted_blocks": any(image.blocks.max() > 0 for image in images),
+        "stir": any(image.sequence in ("stir", "t2fs") for image in images),
+        "tilted_blocks": any(image.blocks.max() > 1 for image in images),
     }
 
 
-def _places(acquisition: Acquisition, body: Body) -> Iterator[tuple[str, Row]]:
-    """Where a series sees the 25 places and the five discs (LPS mm), as table and row; none beyond its slices."""
+def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[str, Row]]:
+    """Where a series sees the 25 places, the five discs and, in training, MARKS (LPS mm), as table and row; none beyond
+    its slices."""
     middles, normals = body.disc_planes()
     turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
     keys = [("anatomy", {"condition": c, "level": v, "side": CONDITIONS[c].side or ""}) for c, v in COLUMN_KEYS]
     keys += [("discs", {"level": v} | dict(zip(NORMAL, n, strict=True))) for v, n in zip(LEVELS, turned, strict=True)]
-    points = np.concatenate([acquisition.to_scanner(body.points()), acquisition.to_scanner(middles)])
-    for (name, row), point in zip(keys, points, strict=True):
-        x, y, away = geometry.to_pixels(acquisition.affines, point).T
-        near = np.argmin(np.abs(away))
-        if _in_image(acquisition, x[near], y[near]) and abs(away[near]) <= acquisition.step:
+    places = [body.points(), middles]
+    if split == "train":
+        keys += [("train_marks", {"mark": mark}) for mark in MARKS]
+        s = body.discs[[DISC_NAMES.index(name) for name in MARKS.values()]]
+        places.append(body.to_patient(0.0, np.interp(s, AXIS, body.tables["sac_v"]) - 1.5, s))
+    for (name, row), point in zip(keys, acquisition.to_scanner(np.concatenate(places)), strict=True):
+        if _sees(acquisition, point, acquisition.step):
             yield name, row | dict(zip("XYZ", point.round(3).tolist(), strict=True))
+
+
+def _sees(acquisition: Acquisition, point: np.ndarray, reach: float) -> bool:
+    """Whether a point (3,), LPS mm, lies in the image of the nearest slice, `reach` mm away at most."""
+    x, y, away = geometry.to_pixels(acquisition.affines, point).T
+    near = np.argmin(np.abs(away))
+    return _in_image(acquisition, x[near], y[near]) and bool(abs(away[near]) <= reach)
 
 
 def _in_image(acquisition: Acquisition, x: float, y: float) -> bool:

@@ -34,6 +34,7 @@ TABLES = {  # name -> columns; those with a column `split` hold both splits
     "train": ("study_id", *COLUMNS),  # grades in words, empty where a label is missing
     "train_label_coordinates": POINTS,
     "train_series_descriptions": SERIES,
+    "train_marks": ("study_id", *SEEN[2:], "mark", *"XYZ"),  # canal at discs beyond the graded ones, as anatomy has it
     "test_series_descriptions": SERIES,
     "sample_submission": ("row_id", *SEVERITIES),  # every row of every test study
     # The answers, which nothing may open before predictions are made:
@@ -91,6 +92,7 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
     choices, by name:
 
     - `images=False`: no images. Rates of `Dirt`, e.g. `tilted_blocks=0`. Factors of `Protocol`, e.g. `noise=2`.
+    - `scale="realistic"`: pixels of 0.4 to 0.7 mm. `population`: one of `POPULATIONS`, which training never draws.
     - `slip`, `transitional`: True or False force or forbid a slipped or a transitional vertebra in every spine.
     - `scoliosis`: mm from a straight line to the apex of every spine's one bow, as `draw_bow` gives it.
     - `narrowing`: (n_train + n_test, 25) numbers in [0, 1] in the order of COLUMNS, instead of drawn ones.

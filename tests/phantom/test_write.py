@@ -1,4 +1,4 @@
-"""The phantom: its folder, its points, and that only the anatomy tells a grade."""
+"""The phantom: labels against the real ones, its folder, its points, and that only the anatomy tells a grade."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from scipy.stats import spearmanr
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
 
 from lsdc_utils import dicom, geometry, metric, vocabulary
@@ -22,6 +23,11 @@ from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
 ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
 ANSWERS = (*("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "wrong_labels.csv"), *ANATOMY)
+
+
+@pytest.fixture(scope="module")
+def grades() -> labels.Grades:
+    return labels.draw_grades(50_000, 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +43,71 @@ def tables(tmp_path_factory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("phantom") / "tables", 200, 40, 2, workers=2, images=False)
 
 
+def as_rows(grades: labels.Grades, n: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Solution, and the prediction tables of prior and oracle, of the first n studies drawn."""
+    rows = pd.DataFrame({"row_id": [f"{i}_{column}" for i in range(n) for column in COLUMNS]})
+    share = np.stack([(grades.labels == k).mean(axis=0) for k in range(3)], axis=1)
+    naturals = {"prior": np.tile(share, (n, 1)), "oracle": grades.oracle[:n].reshape(-1, 3)}
+    predictions = {name: rows.assign(**dict(zip(SEVERITIES, p.T, strict=True))) for name, p in naturals.items()}
+    return rows.assign(severity=grades.labels[:n].ravel()), predictions
+
+
 def digests(root: Path) -> dict[str, str]:
     return {
         str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(root.rglob("*"))
         if file.is_file()
     }
+
+
+def test_prevalence_is_real_after_reader_noise(grades):
+    drawn = np.stack([(grades.labels == k).mean(axis=0) for k in range(3)], axis=1)
+    assert np.abs(drawn - labels.real_prevalence()).max() < 0.01
+    any_severe = (grades.labels[:, :5] == 2).any(axis=1).mean()
+    assert abs(any_severe - 365 / 1975) < 0.03
+
+
+def test_correlation_of_each_pair_is_real_after_reader_noise(grades):
+    real = np.array(labels.real_facts()["label_spearman"])
+    assert np.abs(spearmanr(grades.labels).statistic - real).max() < 0.05
+
+
+def test_oracle_lands_where_the_best_solutions_did(grades):
+    solution, predictions = as_rows(grades, 3000)
+    scores = {name: metric.score(solution, metric.weight_table(table)) for name, table in predictions.items()}
+    for part, wanted in {"spinal": 0.25, "foraminal": 0.44, "subarticular": 0.52, "any_severe": 0.3}.items():
+        assert abs(scores["oracle"][part] - wanted) < 0.06, part
+    real = labels.real_facts()["best_constant_prediction_official_score"]
+    for part, name in {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular"}.items():
+        assert abs(scores["prior"][part] - real[name]) < 0.03, part
+    assert abs(scores["prior"]["total"] - real["total"]) < 0.04
+
+
+def test_oracle_is_calibrated(grades):
+    assert np.allclose(grades.oracle.sum(axis=-1), 1)
+    assert metric.calibration_error(grades.oracle.reshape(-1, 3), grades.labels.ravel()) < 0.02
+    for column in range(len(COLUMNS)):
+        assert metric.calibration_error(grades.oracle[:, column], grades.labels[:, column]) < 0.02
+
+
+def test_readers_agree_as_people_do(grades):
+    one, other = (labels.read(grades.narrowing, np.random.default_rng(reader)) for reader in (1, 2))
+    for group in vocabulary.GROUPS:
+        columns = np.equal(labels.COLUMN_GROUPS, group)
+        assert 0.45 < cohen_kappa_score(one[:, columns].ravel(), other[:, columns].ravel(), weights="linear") < 0.75
+
+
+def test_a_longer_draw_begins_with_the_shorter_one(grades):
+    short = labels.draw_grades(50, 1)
+    assert np.array_equal(short.labels, grades.labels[:50])
+    assert np.array_equal(short.narrowing, grades.narrowing[:50])
+
+
+def test_nearest_correlation_of_a_correlation_is_itself():
+    matrix = np.array([[1, 0.5, 0.2], [0.5, 1, 0.3], [0.2, 0.3, 1]])
+    assert np.allclose(labels.nearest_correlation(matrix), matrix)
+    impossible = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
+    assert np.linalg.eigvalsh(labels.nearest_correlation(impossible)).min() > 0
 
 
 def test_layout(folder):
@@ -86,24 +151,6 @@ def test_measures_grow_with_the_narrowing(tables):
         assert spearmanr(rows["narrowing"], rows["measure"]).statistic < -0.99
 
 
-def test_latents_mark_which_labels_are_gross_errors(tables):
-    latents = table(tables, "latents").set_index("row_id")
-    words = {name: str(k) for k, name in enumerate(vocabulary.SEVERITY_NAMES)} | {"": ""}
-    given = table(tables, "train").set_index("study_id").stack().map(words)
-    given.index = [f"{study_id}_{column}" for study_id, column in given.index]
-    given = pd.concat([given, table(tables, "solution").set_index("row_id")["severity"].astype(str)])
-    given = given.reindex(latents.index, fill_value="")
-    gross, own = latents["gross"] != "", latents["own_grade"].astype(str)
-    assert set(latents["gross"]) == {"", "level", "side", "two steps"}
-    assert not gross[given == ""].any() and 0.007 < gross[given != ""].mean() < 0.013
-    for split in ("train", "test"):
-        assert gross[latents["split"] == split].any()
-    assert (given == own)[~gross & (given != "")].all()
-    assert 0.1 < (given != own)[gross].mean() < 0.6
-    shifted = latents["gross"] == "two steps"
-    assert (given != own)[shifted].all()
-
-
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
     one = write_phantom(tmp_path / "one", 2, 1, 7, tilted_blocks=0.5)
     two = write_phantom(tmp_path / "two", 2, 1, 7, workers=2, tilted_blocks=0.5)
@@ -111,16 +158,16 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
     assert digests(one) == digests(two)
     of_tables = {name: digest for name, digest in digests(one).items() if name.endswith(".csv")}
     assert of_tables == {name: digest for name, digest in digests(plain).items() if name.endswith(".csv")}
-    assert len(of_tables) == 5 + len(ANSWERS)
+    assert len(of_tables) == 6 + len(ANSWERS)
 
 
 def test_the_bytes_of_a_phantom_do_not_change(tmp_path):
-    """The hash of its tables was taken when gross reader errors were added: change it only on purpose."""
+    """The hash of its tables changes when bodies, frames or readers do: change it only on purpose."""
     root, digest = write_phantom(tmp_path / "p", 8, 2, 3, images=False, second_axial=0.5), hashlib.sha256()
     for file in sorted(root.glob("*.csv")):
         if file.name not in ("wrong_labels.csv", *ANATOMY):
             digest.update(file.read_bytes())
-    assert digest.hexdigest() == "8a8b674fa68273692156d15635b8227c9e26ea54968ff95afc00d4c5ea2926c2"
+    assert digest.hexdigest() == "fab3e7d6db8a227ae20027127c6f6d5bf064ea596cc28cd9da57ebddb7fc6746"
 
 
 def test_fingerprint_tells_arguments_apart():
@@ -138,7 +185,9 @@ def test_fingerprint_tells_arguments_apart():
 
 # ---- one thing changed, all else the same ----------------------------------------------------------------------------
 
-SERIES = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0}  # one of each type, all levels
+SERIES = dict.fromkeys(
+    ("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0
+)  # one of each type, all levels
 BARE = {"images": False, **SERIES}
 
 
@@ -167,7 +216,8 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
     ]
     for kind in SERIES_TYPES:
         assert np.array_equal(pixels[0][kind], pixels[1][kind])
-    changed = (pixels[0][T2] != pixels[2][T2]).any(axis=0)
+    change = np.abs(pixels[0][T2].astype(int) - pixels[2][T2])
+    changed = (change > 0.05 * pixels[0][T2].max()).any(axis=0)  # an edge rings faintly through the image
     rows = np.flatnonzero(changed.any(axis=1))
     assert 0 < changed.mean() < 0.02 and np.ptp(rows) < changed.shape[0] / 8  # about one level
 
@@ -180,13 +230,20 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
         ({"gain": 0.5}, set()),
         ({"stir": 1.0}, {"spines"}),
         ({"motion": 3.0}, {"anatomy", "discs", "solution_coordinates"}),
-        ({"step": 1.5}, {"anatomy", "solution_coordinates"}),  # other slices show other places
+        ({"step": 1.5}, {"solution_coordinates"}),
         ({"pixel": 1.3}, {"solution_coordinates"}),
+        ({"scale": "realistic"}, {"solution_coordinates"}),
+        ({"population": "grey"}, set()),
+        (
+            {"population": "narrow"},
+            {"anatomy", "discs", "solution", "solution_coordinates"},
+        ),  # upper levels lie outside
+        ({"population": "steep"}, {"anatomy", "discs", "solution_coordinates"}),
         ({"slip": True}, {"spines", "anatomy", "discs", "solution_coordinates"}),
         ({"transitional": True}, {"spines"}),
         ({"scoliosis": 15.0}, {"spines", "anatomy", "discs", "solution_coordinates"}),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
 def test_a_choice_changes_what_it_names_and_nothing_else(tmp_path, choice, changed):
     names = ("spines", "anatomy", "discs", "solution_coordinates", "latents", "oracle", "solution")
@@ -215,7 +272,7 @@ def test_a_scoliosis_bends_every_spine_by_its_size_and_readers_see_all_its_point
 
 
 def test_a_choice_is_seen_in_the_images(tmp_path):
-    clean = {"series_missing": 0.0, "second_axial": 0.0, "short_stack": 0.0, "non_square": 0.0}
+    clean = SERIES | {"non_square": 0.0}
     choices = {
         "usual": {},
         "noise": {"noise": 4.0},
@@ -245,6 +302,7 @@ def test_a_choice_is_seen_in_the_images(tmp_path):
         ({"bodies": [1, 2, 3]}, ValueError, "bodies has 3 entries for 1 studies"),
         ({"narrowing": np.full((1, 25), 1.5)}, ValueError, "25 numbers"),
         ({"nosie": 2.0}, TypeError, "nosie"),
+        ({"population": "odd"}, ValueError, "population is one of"),
         ({"scoliosis": -1}, ValueError, "0 to 30 mm, not -1"),
         ({"scoliosis": np.nan}, ValueError, "0 to 30 mm"),
     ],
@@ -359,13 +417,26 @@ def test_discs_lie_in_front_of_the_canal_at_its_height(tables):
     assert ((way[:, 1] > 10) & (way[:, 1] < 35)).all()
 
 
+def test_marks_lie_beyond_the_graded_levels_in_training_studies_alone(tables):
+    marks, anatomy = pd.read_csv(tables / "train_marks.csv"), seen_points(tables).reset_index()
+    assert set(marks["study_id"]) == set(pd.read_csv(tables / "train.csv")["study_id"])
+    sagittal = marks[marks["series_type"] == T2].pivot(index="study_id", columns="mark", values="Z")
+    canal = anatomy[(anatomy["condition"] == vocabulary.SPINAL_CANAL) & (anatomy["series_type"] == T2)]
+    canal = canal.pivot(index="study_id", columns="level", values="Z").reindex(sagittal.index)
+    columns = [sagittal["t11_t12"], sagittal["t12_l1"], *(canal[k] for k in LEVELS), sagittal["s1_s2"]]
+    steps = -np.diff(np.stack([*columns, sagittal["sacrum"]]), axis=0)
+    assert np.nanmin(steps) > 4 and np.nanmax(steps) < 60
+    shown = sagittal.notna().mean()
+    assert shown["s1_s2"] > 0.5 and 0.2 < shown["t11_t12"] < shown["t12_l1"] < 1
+
+
 def test_spines_tell_who_is_not_ordinary(tables):
     spines = pd.read_csv(tables / "spines.csv")
     assert len(spines) == spines["study_id"].nunique() == 240
     assert (spines["ordinary"] == (~spines["transitional"] & (spines["slip_mm"] == 0))).all()
     assert (spines["slip_level"].notna() == (spines["slip_mm"] != 0)).all()
     assert 0.7 < spines["ordinary"].mean() < 0.9  # 12 % slips, 8 % transitional vertebrae
-    assert 0.1 < spines["stir"].mean() < 0.4 and 0.1 < spines["tilted_blocks"].mean() < 0.4
+    assert 0.25 < spines["stir"].mean() < 0.55 and 0.1 < spines["tilted_blocks"].mean() < 0.4
 
 
 def test_clicks_err_as_readers_do(tables):
@@ -387,7 +458,7 @@ def test_dirt_occurs_at_its_rate(tables):
     train = pd.read_csv(tables / "train.csv")
     missing = train["left_subarticular_stenosis_l1_l2"].isna()
     assert 0.03 < missing.mean() < 0.15  # real: 164 of 1975
-    assert train.loc[missing, "right_subarticular_stenosis_l1_l2"].isna().all()
+    assert train.loc[missing, "right_subarticular_stenosis_l1_l2"].isna().mean() > 0.9  # some are lost one by one
     assert train.filter(like="subarticular").isna().to_numpy()[:, [2, 3, 4]].mean() < 0.01
 
 
@@ -440,7 +511,7 @@ def test_missing_labels_do_not_depend_on_the_grade(tmp_path):
     assert abs(spearmanr(narrowing, missing).statistic) < 0.12  # 3 standard errors
 
 
-def test_points_lie_in_the_image_where_real_ones_do():
+def test_points_lie_in_the_image_where_real_ones_do_and_more_widely():
     rng, places = np.random.default_rng(0), {}
     for _ in range(150):
         body = Body.draw(rng, np.full(len(COLUMNS), 0.2))
@@ -458,8 +529,8 @@ def test_points_lie_in_the_image_where_real_ones_do():
     for name, real in facts.items():
         for axis, (mean, sd) in enumerate((real["x_over_width"], real["y_over_height"])):
             drawn = np.array(places[name])[:, axis]
-            assert abs(drawn.mean() - mean) < 0.05, name
-            assert 0.4 < drawn.std() / sd < 1.6, name
+            assert abs(drawn.mean() - mean) < 0.1, name
+            assert 1 < drawn.std() / sd < 2.3, name
 
 
 def study_features(folder: Path, study_id: int, series: pd.DataFrame) -> dict[str, float]:

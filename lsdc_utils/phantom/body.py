@@ -175,7 +175,11 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "wedge": rng.normal([0.14, 0], [0.1, 0.06], (5, 2)),  # of a half height: more in front, more to the left
         "rough": np.column_stack([rng.gamma(2, 0.09, 5), rng.uniform(0, 6.28, (5, 3))]),  # mm, phases of endplates
         "schmorl": [  # disc, its upper or lower side, u, v, radius; in 38 % of spines (Hamanishi et al., Spine 1994)
-            (rng.integers(FIRST - 2, LAST).item(), rng.choice([-1, 1]).item(), *rng.uniform([-9, -24, 3], [9, -9, 6]))
+            (
+                rng.integers(FIRST - 2, LAST).item(),
+                rng.choice([-1, 1]).item(),
+                *rng.uniform([-9, -24, 3], [9, -9, 6]).tolist(),
+            )
             for _ in range(rng.poisson(0.5))
         ],
         "lip": rng.gamma(1.2, 0.9, 16),  # mm of osteophytes round the front of a disc
@@ -234,8 +238,8 @@ def _smooth(values: Array, width: float) -> Array:
 
 
 def _pattern(traits: dict[str, Any]) -> Array:
-    """Places (16,) of discs in the usual spine's tables: with six (four) lumbar vertebrae, what is called T12/L1 (L2/L3)
-    looks like the usual L1/L2. Levels are named from below."""
+    """Places (16,) of discs in the usual spine's tables. Levels are named from below: with six (four) lumbar vertebrae
+    the disc called T12/L1 (L2/L3) looks like the usual L1/L2."""
     k = np.arange(len(DISC_NAMES))
     return np.where(k < LAST, np.maximum(LAST - (LAST - k) * 4 / (traits["lumbar"] - 1), 0), k)
 
@@ -362,7 +366,7 @@ def _narrow_tables(
     walls = causes.foramen_pushes(dealt["foramen"].reshape(10, 4), narrowing[5:15]).reshape(3, 2, 5)[..., gap]
     return out | {
         "sac_area": causes.SAC_AREA * size * size * (1 - causes.SAC_SHRINK * narrowing[:5][index] * close) ** 2,
-        "redundant": np.max([loops * np.exp(-np.abs(AXIS - d - 18) / 14) for loops, d in above], axis=0),
+        "redundant": np.max([loops * _bump(AXIS - d - 20, 6, 22) for loops, d in above], axis=0),
         "push_front": pushes[0],
         "push_back": pushes[1],
         "push_side": pushes[2:],

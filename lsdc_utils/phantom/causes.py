@@ -39,11 +39,12 @@ def deal_causes(rng: np.random.Generator, narrowing: Array, slip: int | None) ->
     canal_mix, foramen_mix, recess_mix = mixes
     bulge = share[0] * np.minimum(canal, np.minimum(foramen, recess).min(0))
     canal, foramen, recess = canal - bulge, foramen - bulge, recess - bulge
+    both = foramen.min(0)
     facet = share[1:3] * np.minimum(canal, np.minimum(foramen, recess))
     canal, foramen, recess = canal - facet.mean(0), foramen - facet, recess - facet
     slipped = share[3] * np.minimum(canal, foramen.min(0)) * (np.arange(5) == (-1 if slip is None else slip))
     canal, foramen = canal - slipped, foramen - slipped
-    height = share[4] * foramen.min(0)
+    height = share[4] * np.maximum(both - facet.max(0) - slipped, 0)
     foramen = foramen - height
     by_canal = np.column_stack([canal[:, None] * canal_mix, bulge, slipped])
     by_canal[:, 1] += facet.mean(0)
@@ -127,7 +128,7 @@ def foramen_area(narrowing: Array) -> Array:
 def foramen_walls(x: Array, t: Array) -> tuple[Array, Array, Array, Array]:
     """Depth (mm) under the walls of an open foramen: envelope (half a keyhole's width less |x|), then from floor, front
     and back as these give way: the front by the bulge of a disc, low; the back by a facet, in the middle."""
-    half = 1.04 * foramen_half_width(t, np.zeros_like(t)) + 0.1 - np.where(np.abs(t - 1.5) < 3.5, 0.15, 0)
+    half = 1.04 * foramen_half_width(t, np.zeros_like(t)) + 0.1
     floor = t - FORAMEN[1]
     low, middle = np.maximum(t - 2, 0) / 6, (t - 4) / 8
     return half - np.abs(x), floor, (x + FORAMEN[2]) * (1 + low**2), (FORAMEN[2] - x) * (1 + middle**2)

@@ -115,8 +115,8 @@ def _laminae(p: Points) -> Iterator[Layer]:
 
 
 def _facets(p: Points) -> Iterator[Layer]:
-    """At each disc a C-shaped joint, more oblique further down, between the lower process of the vertebra above (behind)
-    and the upper one of the vertebra below; 25 to 50 degrees off the midline (Panjabi et al., Spine 1993)."""
+    """At each disc a C-shaped joint, more oblique further down, between the lower process of the vertebra above and
+    the upper one of the vertebra below; 25 to 50 degrees off the midline (Panjabi et al., Spine 1993)."""
     q = p.pick((np.abs(p.out - 17) < 14) & (np.abs(p.v - 16) < 14) & (p.table("lumbar") > 0.02))
     t, size = q.table("disc_t") - 2, q.table("joint_size")
     joint = unit(1.5 - np.abs(t) / 9)

@@ -163,11 +163,12 @@ def draw_bow(rng: np.random.Generator, size: float) -> dict[str, float]:
 def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
     """What varies between patients without affecting any grade."""
     slip, transitional = rng.random() < 0.12, rng.random() < 0.08
+    size = np.clip(rng.normal(1, 0.09), 0.78, 1.25).item()
     hydration = rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2)
     return {
-        "size": np.clip(rng.normal(1, 0.09), 0.78, 1.25).item(),
+        "size": size,
         "canal": np.clip(rng.normal(1, 0.07), 0.84, 1.2).item(),  # of the sac between discs; a small open one is normal
-        "lordosis": np.clip(rng.normal(1, 0.35), 0.3, 1.7).item(),
+        "lordosis": np.clip(rng.normal(1, 0.35), 0.3, 1.65 * min(size, 1)).item(),
         "pelvis": np.clip(rng.normal(0, 8), -18, 18).item(),  # degrees added to the tilt of the sacrum, fewer above
         "lumbar": rng.choice([4, 5, 6], p=[0.05, 0.9, 0.05]).item(),  # vertebrae
         "remnant": rng.uniform(0.35, 0.65),  # heights' ratio in a transitional vertebra: see `_disc_halves`

@@ -32,9 +32,10 @@ def paint_around(points: Points, skin: Array, coarse: Array, fine: Array) -> Ite
     low = np.minimum(unit(0.85 - p.s * 0.008) + 0.35, 1.2)
     psoas = np.sqrt(((p.out - 38) / (15 * low + 1)) ** 2 + ((p.v + 13) / (19 * low + 2)) ** 2)
     yield p.layer((1 - psoas) * 14 + fine * 0.4, "muscle")
-    kidney = np.sqrt(((p.out - 62 + 0.1 * p.s) / 24) ** 2 + ((p.v + 22) / 21) ** 2 + ((p.s - 85) / 55) ** 2)
-    yield p.layer((1.25 - kidney) * 20, "fat")
-    yield p.layer(least((1 - kidney) * 20, kidney * 20 - 8 - 2 * fine), "bowel")
+    q = p.pick((np.abs(p.s - 85) < 65) & (np.abs(p.out - 54) < 34) & (np.abs(p.v + 22) < 28))
+    kidney = np.sqrt(((q.out - 62 + 0.1 * q.s) / 24) ** 2 + ((q.v + 22) / 20) ** 2 + ((q.s - 85) / 55) ** 2)
+    yield q.layer((1.13 - kidney + 0.05 * coarse[q.index]) * 20, "fat", 0.9)
+    yield q.layer(least((1 - kidney) * 20, kidney * 20 - 8 - 2 * fine[q.index]), "bowel")
     fat = p.table("fat")  # of the back, over its fascia
     square = ((p.out - 62) / 15) ** 2 + ((p.v - 1) / 10) ** 2  # quadratus lumborum
     yield p.layer((1 - np.sqrt(square)) * 10, "muscle")

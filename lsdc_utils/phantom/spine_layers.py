@@ -180,6 +180,8 @@ def _nerves(q: Points, w: Array, inside: Array) -> Iterator[Layer]:
     cord = q.table("cord")
     depth = (1 - np.sqrt((q.u / (5.2 * cord + 0.01)) ** 2 + ((w - 0.5) / (4.0 * cord + 0.01)) ** 2)) * 4 * cord
     yield q.layer(least(depth, inside), "cord", unit(cord * 20))
+    near = (inside > -0.5) & (cord < 1)
+    q, w, inside, cord = q.pick(near), w[near], inside[near], cord[near]
     front, back = q.table("push_front"), q.table("push_back")
     wide, deep = q.table("sac_a"), np.maximum(q.table("sac_b") - (front + back) / 2, 0.5)
     narrow, loops = q.table("canal"), q.table("redundant")

@@ -189,7 +189,7 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "lobes": rng.uniform(-0.04, 0.16, 5),  # of the sac: oval, triangle, trefoil
         "aside": rng.normal(0, 2.2, 5),  # mm to the left: the middle of a protrusion
         "roots": _draw_roots(rng),
-        "spread": rng.uniform(4, 9, 5),  # mm: half its width
+        "spread": rng.uniform(5, 13, 5),  # mm: half its width
         "joint_turn": np.linspace(0.5, 0.85, 16) + rng.normal(0, 0.1, 16) + rng.normal(0, 0.09, (2, 16)),  # radians
         "joint_size": rng.normal(1, 0.07, (2, 16)),
         "scoliosis": np.clip(rng.normal(0, 2.8), -6, 6).item(),  # mm to the side

@@ -76,17 +76,19 @@ def _marrow_changes(marrow: Points) -> Iterator[Layer]:
 def _arch(points: Points) -> Iterator[Layer]:
     """Pedicles, transverse processes, laminae, spinous processes, facet joints, wings of the sacrum."""
     p = points.pick((points.v > -8) & (points.v < 66) & (points.out < 48))
-    t = p.table("pedicle_t")
-    q = p.pick((np.abs(t) < 9) & (p.out < 30) & (p.v < 16))
+    t, down = p.table("pedicle_t"), p.body.discs[LAST].item() - 5
+    q = p.pick((np.abs(t) < 9) & (p.s > down) & (p.out < 30) & (p.v < 16))
     thick = unit((40 - q.s) / 110) * 3.5 + 4.0  # half a pedicle's width grows downwards
-    across = thick - np.abs(q.out - (q.table("canal_w") + thick - 0.5))
+    oval = np.hypot(q.table("pedicle_t") / 7.2, (q.out - q.table("canal_w") - thick + 0.5) / (thick + 0.2))
     front = np.maximum(q.v + 5, 0.9 * q.table("half_width") - q.out)  # joined to the body, not jutting out beside it
-    yield from q.bone(least(6.8 - np.abs(q.table("pedicle_t")), across, 13 - q.v, front))
-    q = p.pick((np.abs(p.v - 10) < 4.5) & (np.abs(t) < 7))
-    yield from q.bone(least(4 - np.abs(q.table("pedicle_t") + 1), 3 - np.abs(q.v - 10), 40 - q.out), 0.8)
+    yield from q.bone(least((1 - oval) * thick, 13 - q.v, front))
+    q = p.pick(
+        (np.abs(p.v - 12) < 7) & (np.abs(t) < 7) & (p.s > down)
+    )  # transverse processes, thinner and further back outwards
+    oval = np.hypot((q.table("pedicle_t") + 1) / 5, (q.v - 6.5 - 0.2 * q.out) / 3.6)
+    yield from q.bone(least((1 - oval) * 3.6 - unit(0.04 * q.out - 0.8), 40 - q.out), 0.8)
     yield from _laminae(p)
     yield from _facets(p)
-    down = p.body.discs[LAST].item() - 5
     wing = points.pick((points.s < down + 3) & (points.v > -18) & (points.v < 20) & (points.out < 56))
     below = down - wing.s
     sheet = least(52 - 0.35 * below - wing.out, below - 0.12 * wing.out, 15 - 0.007 * wing.out**2 - wing.v, wing.v + 16)

@@ -154,6 +154,8 @@ def _canal(points: Points) -> Iterator[Layer]:
 def _sac(points: Points) -> Iterator[Layer]:
     """Dural sac in its envelope: what causes took from it is disc in front, ligament behind, or fat; cord and roots."""
     p = points.pick((points.out < 13) & (points.v > -1) & (points.v < 20))
+    if not p.out.size:
+        return
     w = p.v - p.table("sac_v")
     near = np.hypot(p.u / np.maximum(p.table("sac_a"), 0.5), w / np.maximum(p.table("sac_b"), 0.5)) < 1.5
     q, w = p.pick(near), w[near]
@@ -184,17 +186,18 @@ def _nerves(q: Points, w: Array, inside: Array) -> Iterator[Layer]:
     yield q.layer(least(depth, inside), "cord", unit(cord * 20))
     near = (inside > -0.5) & (cord < 1)
     q, w, inside, cord = q.pick(near), w[near], inside[near], cord[near]
+    if not w.size:
+        return
     front, back = q.table("push_front"), q.table("push_back")
     wide, deep = q.table("sac_a"), np.maximum(q.table("sac_b") - (front + back) / 2, 0.5)
     narrow, loops = q.table("canal"), q.table("redundant")
     x, y = (q.u / np.maximum(wide - 0.5 * q.table("push_side"), 0.5), (w - (front - back) / 2) / deep)
-    bare = np.full_like(x, 9.0)
-    for x0, y0, phase, period in q.body.traits["roots"]:
-        wave = np.sin(q.s / period + phase)
-        dx, dy = x - x0 - (0.05 + 0.3 * loops) * wave, y - y0 * (1 - 0.5 * narrow) - 0.3 * loops * wave
-        np.minimum(bare, (dx * wide) ** 2 + (dy * deep) ** 2, out=bare)
+    x0, y0, phase, period = np.array(q.body.traits["roots"], np.float32).T[..., None]
+    wave = np.sin(q.s / period + phase)  # (20, n)
+    dx, dy = x - x0 - (0.05 + 0.3 * loops) * wave, y - y0 * (1 - 0.5 * narrow) - 0.3 * loops * wave
+    bare = ((dx * wide) ** 2 + (dy * deep) ** 2).min(0)
     strands = q.cover(0.95 - np.sqrt(bare))
-    crowded = unit((ROOTS_AREA / np.maximum(q.table("sac_area"), 1.0) - 0.38) * 2.6)
+    crowded = unit((ROOTS_AREA / np.maximum(q.table("sac_area"), 1.0) - 0.38) * 2.6) * q.table("lumbar")
     cover = np.maximum(strands * 0.85, crowded) * q.cover(inside) * (1 - 0.8 * unit(cord * 2))
     yield q.index, cover, "root"
 

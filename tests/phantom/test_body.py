@@ -73,7 +73,7 @@ def test_measures_are_what_is_built_whatever_the_cause(narrowing, seed):
         u, v = (a.ravel() for a in np.meshgrid(np.arange(-11, 11, 0.1), np.arange(-1, 19, 0.1)))
         recess_u = np.where(u > 0, *recesses[:, k])
         outside = ((np.abs(u) - recess_u) / RECESS[1]) ** 2 + ((v - RECESS[0]) / (RECESS[2] + RIM)) ** 2 > 1
-        area = 0.01 * (tissue_share(patient, u, v, disc, ("csf", "root")) * outside).sum()
+        area = 0.01 * (tissue_share(patient, u, v, disc, ("csf", "root", "cord")) * outside).sum()
         assert area == pytest.approx(measures[0, k], rel=0.08)
         v, t = np.meshgrid(np.arange(-3, 10.2, 0.1), np.arange(-6, 17, 0.1))
         for side, sign in enumerate((1, -1)):

@@ -38,7 +38,7 @@ FIRST = DISC_NAMES.index(LEVELS[0])
 LAST = FIRST + 4  # the disc L5/S1
 MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # discs that are not graded
 # Sizes of an adult, from T6/T7 to S4/S5; vertebrae and discs after Gilad and Nissan (Spine 1986), canal after Panjabi
-# et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees of lordosis, less when supine.
+# et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees from L1 to L5; sacral slope with a deviation of 8 degrees.
 SPACING = np.array([24.0, 24.5, 25.0, 26.0, 27.0, 29.0, 31.5, 33.5, 33.5, 33.0, 29.5, 28.0, 23.0, 19.0, 16.0])
 TILT = np.array([-4, 1, 5, 9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -7.0, -20.0, -38.0, -46.0, -30.0, -10.0])  # degrees
 DISC_HALF = np.array([2.1, 2.2, 2.3, 2.4, 2.6, 3.0, 3.5, 4.2, 4.7, 5.0, 5.2, 4.6, 0.9, 0.5, 0.4, 0.3])  # of heights
@@ -175,13 +175,8 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "collapsed": rng.random(5) < 0.06,  # discs that lost 60 % of their height without narrowing anything
         "wedge": rng.normal([0.14, 0], [0.1, 0.06], (5, 2)),  # of a half height: more in front, more to the left
         "rough": np.column_stack([rng.gamma(2, 0.09, 5), rng.uniform(0, 6.28, (5, 3))]),  # mm, phases of endplates
-        "schmorl": [  # disc, its upper or lower side, u, v, radius; in 38 % of spines (Hamanishi et al., Spine 1994)
-            (
-                rng.integers(FIRST - 2, LAST).item(),
-                rng.choice([-1, 1]).item(),
-                *rng.uniform([-9, -24, 3], [9, -9, 6]).tolist(),
-            )
-            for _ in range(rng.poisson(0.5))
+        "schmorl": [  # disc, side, u, v, radius of a node; in 9 to 19 % of patients (Hamanishi et al., Spine 1994)
+            rng.uniform([FIRST - 2, -1, -9, -24, 3], [LAST, 1, 9, -9, 6]).tolist() for _ in range(rng.poisson(0.2))
         ],
         "lip": rng.gamma(1.2, 0.9, 16),  # mm of osteophytes round the front of a disc
         "foramen_u": np.clip(FORAMEN_OUT + rng.normal(0, 1.5, 5) + [[0.5], [-0.5]] * rng.normal(0, 1, 5), 13, 24),
@@ -204,7 +199,7 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "fat": rng.uniform(6, 28),  # mm under the skin of the back
         "front": rng.normal(135, 18),  # mm from the bodies to the skin of the belly
         "muscle_fat": rng.uniform(0.0, 1.0),
-        "facet_fluid": 0.12 + rng.gamma(1.5, 0.14, (2, 16)),  # half width of a joint's cleft, mm
+        "facet_fluid": 0.1 + rng.gamma(1.5, 0.1, (2, 16)),  # half width of a joint's cleft, mm
         "endplate": [
             (rng.integers(FIRST, FIRST + 5).item(), rng.choice(["oedema", "fat"]).item(), rng.uniform(4, 11))
             for _ in range(rng.poisson(0.8))
@@ -288,9 +283,8 @@ def _disc_halves(rng: np.random.Generator, traits: dict[str, Any], lost: Array) 
 
 def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: dict[str, Any]) -> dict[str, Array]:
     """All sizes along the spine, over AXIS, float32; `layers` draws from them."""
-    order, count = discs[::-1], np.arange(16)
+    order, count, size = discs[::-1], np.arange(16), traits["size"]
     near = discs.size - 1 - np.clip(np.searchsorted((order[1:] + order[:-1]) / 2, AXIS), 0, discs.size - 1)
-    size = traits["size"]
     dealt = causes.deal_causes(rng, narrowing, traits["slip_level"] if traits["slip"] else None)
     half = _disc_halves(rng, traits, 0.5 * dealt["height"])
     level_size = rng.normal(1, 0.025, discs.size)
@@ -325,7 +319,7 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
         "bulge": graded(0.4 + 2.5 * dealt["bulge"], 0.2),
         "wedge": graded(traits["wedge"][:, 0], 0.0),
         "wedge_u": graded(traits["wedge"][:, 1], 0.0),
-        "rough": graded(traits["rough"][:, 0], 0.15),
+        "rough": graded(traits["rough"][:, 0], 0.15) * np.minimum(half[near] / 4, 1),
         **{f"phase{k}": graded(traits["rough"][:, k], 1.0 + k) for k in (1, 2, 3)},
         "joint_size": traits["joint_size"][:, near] * (1 + 0.5 * graded(dealt["facet"], 0.0)),
         "joint_turn": traits["joint_turn"][:, near],

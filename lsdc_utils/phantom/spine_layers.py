@@ -49,9 +49,11 @@ def _column(points: Points) -> Iterator[Layer]:
 def _with_schmorl_nodes(p: Points, in_disc: Array, t: Array) -> Array:
     """Depth in the discs, with what sank into the vertebrae."""
     for place, side, u0, v0, size in p.body.traits["schmorl"]:
-        near = np.flatnonzero((np.abs(p.s - p.body.discs[place].item()) < 16) & (np.abs(p.u - u0) < size + 1))
+        near = np.flatnonzero((np.abs(p.s - p.body.discs[int(place)].item()) < 16) & (np.abs(p.u - u0) < size + 1))
         q = p.table("disc_half")[near] + 0.5
-        away = np.sqrt((p.u[near] - u0) ** 2 + (p.v[near] - v0) ** 2 + (1.3 * (side * t[near] - q)) ** 2)
+        away = np.sqrt(
+            (p.u[near] - u0) ** 2 + (p.v[near] - v0) ** 2 + (1.3 * ((t[near] if side > 0 else -t[near]) - q)) ** 2
+        )
         in_disc[near] = np.maximum(in_disc[near], size - away)
     return in_disc
 

@@ -38,7 +38,7 @@ FIRST = DISC_NAMES.index(LEVELS[0])
 LAST = FIRST + 4  # the disc L5/S1
 MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # discs that are not graded
 # Sizes of an adult, from T6/T7 to S4/S5; vertebrae and discs after Gilad and Nissan (Spine 1986), canal after Panjabi
-# et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees from L1 to L5; sacral slope with a deviation of 8 degrees.
+# et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees from L1 to L5; sacral slope sd 8.
 SPACING = np.array([24.0, 24.5, 25.0, 26.0, 27.0, 29.0, 31.5, 33.5, 33.5, 33.0, 29.5, 28.0, 23.0, 19.0, 16.0])
 TILT = np.array([-4, 1, 5, 9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -7.0, -20.0, -38.0, -46.0, -30.0, -10.0])  # degrees
 DISC_HALF = np.array([2.1, 2.2, 2.3, 2.4, 2.6, 3.0, 3.5, 4.2, 4.7, 5.0, 5.2, 4.6, 0.9, 0.5, 0.4, 0.3])  # of heights

@@ -4,7 +4,8 @@ Every point of the patient (LPS mm) is first expressed along the spine: `s` runs
 bodies (0 at the disc L3/L4), `v` is the distance behind that wall, `u` the distance to the left of the midline. Sizes,
 discs and narrowing are tables over `s`; lordosis, scoliosis and slips only change the curve.
 
-A narrowing n in [0, 1] sets one size, by the same function at every level and in every body, in an envelope of its own:
+A narrowing n in [0, 1] sets one size, by the same function at every level and in every body, in an envelope of its own
+(see `causes` for the shapes that have these sizes):
 
 - canal: area of the dural sac in the plane of the disc, 170 (1 - 0.45 n)^2 mm2. Below 100 mm2 a canal counts as
   narrow, below about 75 mm2 as severely narrow (Schonstrom et al., Spine 1985; Ullrich et al., Radiology 1980). The
@@ -14,37 +15,39 @@ A narrowing n in [0, 1] sets one size, by the same function at every level and i
 - recess: distance from disc to facet, 6 (1 - 0.7 n) mm; 5 mm and more is normal, 3 mm and less is stenosis
   (Ciric et al., J Neurosurg 1980; Mikhael et al., Radiology 1981).
 
-Levels are named from below: L5/S1 is the lowest disc with at least half the height of the one above it.
+Levels are named from below: L5/S1 is the lowest disc with at least half the height of the one above it. One patient in
+ten has four or six lumbar vertebrae (transitional and numeric variants: 4 to 30 %; Konin and Walz, AJNR 2010).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lsdc_utils.phantom import causes
+from lsdc_utils.phantom.causes import RECESS, SAC
 from lsdc_utils.vocabulary import COLUMNS, LEVELS
 
 Array = np.ndarray
 
 STEP = 0.25  # mm between entries of the tables along the spine
-AXIS = np.arange(-150, 200, STEP)  # s of the entries
-DISC_NAMES = ("T9", "T10", "T11", "T12", *LEVELS, "S1", "S2", "S3", "S4")  # a disc by the vertebra above it
+AXIS = np.arange(-180, 280, STEP)  # s of the entries
+DISC_NAMES = ("T6", "T7", "T8", "T9", "T10", "T11", "T12", *LEVELS, "S1", "S2", "S3", "S4")  # by the vertebra above it
 FIRST = DISC_NAMES.index(LEVELS[0])
-SPACING = np.array([26.0, 27.0, 29.0, 31.5, 33.5, 33.5, 33.0, 29.5, 28.0, 23.0, 19.0, 16.0])  # disc to disc, downwards
-TILT = np.array([9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -7.0, -20.0, -38.0, -46.0, -30.0, -10.0])  # degrees at discs
-DISC_HALF = np.array([2.4, 2.6, 3.0, 3.5, 4.2, 4.7, 5.0, 5.2, 4.6, 0.9, 0.5, 0.4, 0.3])  # half a disc's height
-HALF_WIDTH = np.array([17.0, 18.0, 19.0, 20.0, 21.5, 22.5, 23.5, 24.5, 25.5, 22.0, 16.0, 12.0, 9.0])  # bodies, at discs
-DEPTH = np.array([27.0, 28.0, 29.0, 30.0, 31.0, 32.0, 33.0, 33.5, 32.0, 19.0, 12.0, 9.0, 7.0])  # front to back
+LAST = FIRST + 4  # the disc L5/S1
+MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # discs that are not graded
+# Sizes of an adult, from T6/T7 to S4/S5; vertebrae and discs after Gilad and Nissan (Spine 1986), canal after Panjabi
+# et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees from L1 to L5; sacral slope sd 8.
+SPACING = np.array([24.0, 24.5, 25.0, 26.0, 27.0, 29.0, 31.5, 33.5, 33.5, 33.0, 29.5, 28.0, 23.0, 19.0, 16.0])
+TILT = np.array([-4, 1, 5, 9.0, 11.0, 12.0, 12.5, 12.5, 10.0, 3.0, -7.0, -20.0, -38.0, -46.0, -30.0, -10.0])  # degrees
+DISC_HALF = np.array([2.1, 2.2, 2.3, 2.4, 2.6, 3.0, 3.5, 4.2, 4.7, 5.0, 5.2, 4.6, 0.9, 0.5, 0.4, 0.3])  # of heights
+HALF_WIDTH = np.array([15, 15.5, 16.2, 17, 18, 19, 20, 21.5, 22.5, 23.5, 24.5, 25.5, 22, 16, 12, 9])  # of bodies
+DEPTH = np.array([24.0, 25.0, 26.0, 27.0, 28.0, 29.0, 30.0, 31.0, 32.0, 33.0, 33.5, 32.0, 19.0, 12.0, 9.0, 7.0])
+FORAMEN_OUT = np.linspace(15.5, 20.5, 5)  # mm off the middle: between pedicles (Zindrick et al., Spine 1987)
+RECESS_OUT = np.linspace(6.3, 8.5, 5)
 
-SAC = (7.6, 7.1)  # half axes of the open sac at a disc: to the side, front to back
-SAC_SHRINK = 0.45
 ROOTS_AREA = 52.0  # mm2 of cauda equina in a cross-section
-FORAMEN = (15.5, -4.5, 5.0)  # top and bottom above the disc's middle, greatest half width
-FORAMEN_HEIGHT_LOSS, FORAMEN_WIDTH_LOSS = 0.35, 0.6
-RECESS = (9.9, 4.2, 3.3, 3.0)  # centre u and v, half axes u and v
-RECESS_SHRINK = 0.7
 SLIP = -6.0  # mm of a vertebra that is made to slip, forwards
 WAVES = 20  # of the coarse and of the fine texture
 
@@ -54,7 +57,7 @@ class Body:
     """One patient as built. `tables` hold, over `AXIS`, the sizes along the spine; sided ones have shape (2, n)."""
 
     narrowing: Array  # (25,) in the order of vocabulary.COLUMNS
-    discs: Array  # (13,) s of the middles of the discs in DISC_NAMES
+    discs: Array  # (16,) s of the middles of the discs in DISC_NAMES
     centre: Array  # (n, 3) the curve in LPS mm
     tilt: Array  # (n,) radians, forwards-backwards
     lean: Array  # (n,) radians, to the side
@@ -77,6 +80,7 @@ class Body:
         if transitional is not None:
             traits["transitional"] = transitional
         spacing = SPACING * traits["size"] * rng.normal(1, 0.025, SPACING.size)
+        spacing *= np.interp(_pattern(traits)[:-1], np.arange(SPACING.size), SPACING) / SPACING
         discs = -np.concatenate([[0], np.cumsum(spacing)])
         discs -= discs[DISC_NAMES.index("l3_l4")]
         centre, tilt, lean = _curve(discs, traits)
@@ -88,12 +92,17 @@ class Body:
 
     def points(self) -> Array:
         """The true place of each of COLUMNS: (25, 3) LPS mm."""
-        levels = self.discs[FIRST : FIRST + 5]
+        levels, recess, foramen = self.discs[FIRST : LAST + 1], self.traits["recess_u"], self.traits["foramen_u"]
         up = np.repeat([0.0, 9.0, 9.0, 0.0, 0.0], 5)
-        u = np.repeat([0.0, 18.0, -18.0, RECESS[0], -RECESS[0]], 5)
+        u = np.concatenate([np.zeros(5), foramen[0], -foramen[1], recess[0], -recess[1]])
         canal = np.interp(levels, AXIS, self.tables["sac_v"]) - 1.5
-        v = np.concatenate([canal, [2.5] * 10, [RECESS[1]] * 10])
+        v = np.concatenate([canal, [2.5] * 10, [RECESS[0]] * 10])
         return self.to_patient(u, v, np.tile(levels, 5) + up)
+
+    def marks(self) -> dict[str, Array]:
+        """Canal points (3,) LPS mm at discs that are not graded: T11/T12, T12/L1, S1/S2, and S2/S3 as the sacrum's."""
+        s = self.discs[[DISC_NAMES.index(name) for name in MARKS.values()]]
+        return dict(zip(MARKS, self.to_patient(0.0, np.interp(s, AXIS, self.tables["sac_v"]) - 1.5, s), strict=True))
 
     def disc_planes(self) -> tuple[Array, Array]:
         """Middles (5, 3) of the graded discs in LPS mm, and unit normals (5, 3) of their planes, to the head."""
@@ -102,13 +111,10 @@ class Body:
         return self.to_patient(0.0, -np.interp(levels, AXIS, self.tables["depth"]) / 2, levels), up
 
     def measures(self) -> Array:
-        """Sizes as built, (25,) in the order of COLUMNS: sac area mm2, foramen area mm2, recess depth mm."""
-        index = np.rint((self.discs[FIRST : FIRST + 5] - AXIS[0]) / STEP).astype(int)
-        canal = np.pi * self.tables["sac_a"][index] * self.tables["sac_b"][index]
-        t = np.linspace(FORAMEN[1], FORAMEN[0], 200)
-        foramen = [2 * np.trapezoid(foramen_half_width(t, narrowing), t) for narrowing in self.narrowing[5:15]]
-        recess = 2 * self.tables["recess_b"][:, index].ravel()
-        return np.concatenate([canal, foramen, recess])
+        """Sizes that shapes are built to have, (25,) as COLUMNS: sac area mm2, foramen area mm2, recess depth mm."""
+        canal = causes.SAC_AREA * (1 - causes.SAC_SHRINK * self.narrowing[:5]) ** 2
+        recess = 2 * RECESS[2] * (1 - causes.RECESS_SHRINK * self.narrowing[15:])
+        return np.concatenate([canal, causes.foramen_area(self.narrowing[5:15]), recess])
 
     def skin_depth(self, points: Array) -> Array:
         """Depth (mm) of LPS points (..., 3) under the skin of the back; negative outside."""
@@ -157,12 +163,30 @@ def draw_bow(rng: np.random.Generator, size: float) -> dict[str, float]:
 def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
     """What varies between patients without affecting any grade."""
     slip, transitional = rng.random() < 0.12, rng.random() < 0.08
+    size = np.clip(rng.normal(1, 0.09), 0.78, 1.25).item()
     hydration = rng.normal([0.7, 0.66, 0.6, 0.5, 0.48], 0.16) + rng.normal(0, 0.2)
     return {
-        "size": rng.normal(1, 0.055),
+        "size": size,
         "canal": np.clip(rng.normal(1, 0.07), 0.84, 1.2).item(),  # of the sac between discs; a small open one is normal
-        "lordosis": rng.normal(1, 0.2),
-        "pelvis": rng.normal(0, 3),  # degrees added to every tilt
+        "lordosis": np.clip(rng.normal(1, 0.35), 0.3, 1.65 * min(size, 1)).item(),
+        "pelvis": np.clip(rng.normal(0, 8), -18, 18).item(),  # degrees added to the tilt of the sacrum, fewer above
+        "lumbar": rng.choice([4, 5, 6], p=[0.05, 0.9, 0.05]).item(),  # vertebrae
+        "remnant": rng.uniform(0.35, 0.65),  # heights' ratio in a transitional vertebra: see `_disc_halves`
+        "collapsed": rng.random(5) < 0.06,  # discs that lost 60 % of their height without narrowing anything
+        "wedge": rng.normal([0.14, 0], [0.1, 0.06], (5, 2)),  # of a half height: more in front, more to the left
+        "rough": np.column_stack([rng.gamma(2, 0.09, 5), rng.uniform(0, 6.28, (5, 3))]),  # mm, phases of endplates
+        "schmorl": [  # disc, side, u, v, radius of a node; in 9 to 19 % of patients (Hamanishi et al., Spine 1994)
+            rng.uniform([FIRST - 2, -1, -9, -24, 3], [LAST, 1, 9, -9, 6]).tolist() for _ in range(rng.poisson(0.2))
+        ],
+        "lip": rng.gamma(1.2, 0.9, 16),  # mm of osteophytes round the front of a disc
+        "foramen_u": np.clip(FORAMEN_OUT + rng.normal(0, 1.5, 5) + [[0.5], [-0.5]] * rng.normal(0, 1, 5), 13, 24),
+        "recess_u": np.clip(RECESS_OUT + rng.normal(0, 0.5, 5) + rng.normal(0, 0.4, (2, 5)), 5.5, 9.5),
+        "lobes": rng.uniform(-0.04, 0.16, 5),  # of the sac: oval, triangle, trefoil
+        "aside": rng.normal(0, 2.2, 5),  # mm to the left: the middle of a protrusion
+        "roots": _draw_roots(rng),
+        "spread": rng.uniform(5, 13, 5),  # mm: half its width
+        "joint_turn": np.linspace(0.5, 0.85, 16) + rng.normal(0, 0.1, 16) + rng.normal(0, 0.09, (2, 16)),  # radians
+        "joint_size": rng.normal(1, 0.07, (2, 16)),
         "scoliosis": np.clip(rng.normal(0, 2.8), -6, 6).item(),  # mm to the side
         "scoliosis_phase": rng.uniform(0, 6.28),
         **{"scoliosis_wave": 170.0, "bow": 0.0, "turn": 0.0},  # mm, mm, radians a mm: see `draw_bow`
@@ -175,15 +199,22 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, Any]:
         "fat": rng.uniform(6, 28),  # mm under the skin of the back
         "front": rng.normal(135, 18),  # mm from the bodies to the skin of the belly
         "muscle_fat": rng.uniform(0.0, 1.0),
-        "facet_fluid": rng.uniform(0.2, 1.0, (2, 13)),  # half width of a joint's cleft, mm
+        "facet_fluid": 0.1 + rng.gamma(1.5, 0.1, (2, 16)),  # half width of a joint's cleft, mm
         "endplate": [
-            (rng.integers(FIRST, FIRST + 5).item(), rng.choice(["oedema", "fat"]).item())
-            for _ in range(rng.poisson(0.6))
+            (rng.integers(FIRST, FIRST + 5).item(), rng.choice(["oedema", "fat"]).item(), rng.uniform(4, 11))
+            for _ in range(rng.poisson(0.8))
         ],
         "haemangioma": [rng.uniform([-10, -24, -70, 3], [10, -8, 100, 7]).tolist() for _ in range(rng.poisson(0.3))],
         "voids": [rng.uniform([-3, -4, 5, 3], [3, 2, 130, 9]).tolist() for _ in range(rng.poisson(1.5))],
         "vessel": rng.normal(1, 0.1),
     }
+
+
+def _draw_roots(rng: np.random.Generator) -> list[tuple[float, ...]]:
+    """Twenty strands of the cauda equina: place in a unit disc, mostly behind; phase and period (mm) of their waves."""
+    angle, away = rng.uniform(-0.5, 3.64, 20), 0.85 * np.sqrt(rng.random(20))
+    waves = rng.uniform([0, 8], [6.28, 22], (20, 2))
+    return np.column_stack([away * np.cos(angle), away * np.sin(angle), waves]).tolist()
 
 
 def _frame(tilt: Array, lean: Array) -> tuple[Array, Array, Array]:
@@ -202,9 +233,18 @@ def _smooth(values: Array, width: float) -> Array:
     return values
 
 
+def _pattern(traits: dict[str, Any]) -> Array:
+    """Places (16,) of discs in the usual spine's tables. Levels are named from below: with six (four) lumbar vertebrae
+    the disc called T12/L1 (L2/L3) looks like the usual L1/L2."""
+    k = np.arange(len(DISC_NAMES))
+    return np.where(k < LAST, np.maximum(LAST - (LAST - k) * 4 / (traits["lumbar"] - 1), 0), k)
+
+
 def _curve(discs: Array, traits: dict[str, Any]) -> tuple[Array, Array, Array]:
     """The posterior wall's curve: places (n, 3), tilt and lean (n,)."""
-    degrees = TILT * traits["lordosis"] + (1 - traits["lordosis"]) * 2 + traits["pelvis"]
+    sacral = np.interp(np.arange(16), [FIRST - 1, LAST + 1], [0.15, 1]) * traits["pelvis"]
+    tilts = np.interp(_pattern(traits), np.arange(16), TILT)
+    degrees = np.maximum(tilts * traits["lordosis"] + (1 - traits["lordosis"]) * 2 + sacral, -72)
     tilt = _smooth(np.interp(AXIS, discs[::-1], np.deg2rad(degrees)[::-1]), 14)
     wave = 2 * np.pi / traits["scoliosis_wave"]
     side = traits["scoliosis"] * np.sin(wave * AXIS + traits["scoliosis_phase"])
@@ -224,75 +264,119 @@ def _bump(t: Array, flat: float, reach: float) -> Array:
     return 1 - x * x * (3 - 2 * x)
 
 
+def _disc_halves(rng: np.random.Generator, traits: dict[str, Any], lost: Array) -> Array:
+    """Half the heights (16,) mm of discs; `lost` (5,): the part of graded discs' heights that a narrowing took.
+
+    L5/S1 keeps more than half the height of L4/L5, S1/S2 has less than half of L5/S1: so levels are named. A
+    transitional vertebra leaves a disc between: S1/S2 of 0.35 to 0.48, or L5/S1 of 0.52 to 0.65 of the disc above."""
+    half = np.interp(_pattern(traits), np.arange(16), DISC_HALF) * traits["size"]
+    half *= np.clip(rng.normal(0.95, 0.14, half.size), 0.55, 1.2)
+    half[FIRST : LAST + 1] *= np.minimum(1 - lost, np.where(traits["collapsed"], 0.4, 1.0))
+    half[LAST] = max(half[LAST], 0.53 * half[LAST - 1])
+    remnant = traits["remnant"] if traits["transitional"] else 0.0
+    if remnant > 0.5:
+        half[LAST] = max(remnant, 0.52) * half[LAST - 1]
+    wanted = min(remnant, 0.48) * half[LAST]
+    half[LAST + 1] = wanted if 0 < remnant <= 0.5 else min(half[LAST + 1], 0.33 * half[LAST])
+    return half
+
+
 def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: dict[str, Any]) -> dict[str, Array]:
     """All sizes along the spine, over AXIS, float32; `layers` draws from them."""
-    order = discs[::-1]
+    order, count, size = discs[::-1], np.arange(16), traits["size"]
     near = discs.size - 1 - np.clip(np.searchsorted((order[1:] + order[:-1]) / 2, AXIS), 0, discs.size - 1)
-    size = traits["size"]
+    dealt = causes.deal_causes(rng, narrowing, traits["slip_level"] if traits["slip"] else None)
+    half = _disc_halves(rng, traits, 0.5 * dealt["height"])
     level_size = rng.normal(1, 0.025, discs.size)
-    half = DISC_HALF * size * np.clip(rng.normal(0.95, 0.14, discs.size), 0.55, 1.2)
-    if traits["transitional"]:
-        half[FIRST + 5] = 0.45 * half[FIRST + 4]  # below half the height of the last full disc: a remnant, not counted
     t = AXIS - discs[near]
 
-    def along(values: ArrayLike) -> Array:
-        return np.interp(AXIS, order, np.asarray(values, float)[::-1])
+    def along(values: ArrayLike, sizes: ArrayLike = 1.0) -> Array:
+        values = np.interp(_pattern(traits), count, np.asarray(values, float)) * sizes
+        return np.interp(AXIS, order, values[::-1])
+
+    def graded(values: Array, usual: float) -> Array:
+        """Values (..., 5) of the graded discs, at the others `usual`, by the nearest disc."""
+        rest = [(0, 0)] * (values.ndim - 1) + [(FIRST, 15 - LAST)]
+        return np.pad(values, rest, constant_values=usual)[..., near]
 
     above = np.where(t >= 0, near - 1, near).clip(0, discs.size - 2)  # a vertebra lies between discs above, above + 1
     middle = (discs[above] + discs[above + 1]) / 2
     tall = discs[above] - discs[above + 1]
+    waist = np.cos(np.pi * (AXIS - middle) / tall) ** 2
+    lip = traits["lip"][near] * np.exp(-(np.maximum(np.abs(t) - half[near], 0) / 2.2)) * (near <= LAST)
     out: dict[str, Array] = {
         "disc_t": t,
         "disc_half": half[near],
         "vertebra_t": AXIS - middle,
         "pedicle_t": AXIS - (middle + 0.165 * tall),
-        "half_width": along(HALF_WIDTH * size * level_size) * (1 - 0.09 * np.cos(np.pi * (AXIS - middle) / tall) ** 2),
-        "fat": traits["fat"] * along(np.interp(np.arange(13), [0, 4, 8, 12], [0.6, 0.8, 1.3, 1.5])),
-        "depth": along(DEPTH * size * level_size) * (1 - 0.06 * np.cos(np.pi * (AXIS - middle) / tall) ** 2),
-        "lumbar": np.interp(AXIS, [discs[FIRST + 4] - 14, discs[FIRST + 4] - 6], [0.0, 1.0]),
-        "canal_w": along(np.interp(np.arange(13), [0, 3, 8, 10, 12], [9.5, 11, 13.5, 11, 6]) * level_size),
-        "canal_d": along(np.interp(np.arange(13), [0, 3, 8, 10, 12], [17, 18.5, 18.5, 12, 6])),
-        "hydration": np.concatenate([[0.7] * 4, traits["hydration"], [0.15] * 4])[near],
+        "half_width": along(HALF_WIDTH, size * level_size) * (1 - 0.09 * waist) + 0.4 * lip,
+        "fat": traits["fat"] * along(np.interp(count, [3, 7, 11, 15], [0.6, 0.8, 1.3, 1.5])),
+        "depth": along(DEPTH, size * level_size) * (1 - 0.06 * waist) + lip,
+        "lumbar": np.interp(AXIS, [discs[LAST] - 14, discs[LAST] - 6], [0.0, 1.0]),
+        "canal_w": along(np.interp(count, [3, 6, 11, 13, 15], [9.5, 11, 13.5, 11, 6]), level_size),
+        "canal_d": along(np.interp(count, [3, 6, 11, 13, 15], [18.5, 20.5, 21, 12.5, 6])),
+        "hydration": graded(traits["hydration"] * (1 - 0.6 * dealt["height"]), 0.4) * (near <= LAST + 1),
+        "bulge": graded(0.4 + 2.5 * dealt["bulge"], 0.2),
+        "wedge": graded(traits["wedge"][:, 0], 0.0),
+        "wedge_u": graded(traits["wedge"][:, 1], 0.0),
+        "rough": graded(traits["rough"][:, 0], 0.15) * np.minimum(half[near] / 4, 1),
+        **{f"phase{k}": graded(traits["rough"][:, k], 1.0 + k) for k in (1, 2, 3)},
+        "joint_size": traits["joint_size"][:, near] * (1 + 0.5 * graded(dealt["facet"], 0.0)),
+        "joint_turn": traits["joint_turn"][:, near],
+        "facet_fluid": traits["facet_fluid"][:, near],
     }
-    out |= _narrow_tables(discs, narrowing, traits, along)
-    out["facet_fluid"] = traits["facet_fluid"][:, near]
-    out["cord"] = np.clip((AXIS - (discs[FIRST] + traits["conus"])) / 22, 0, 1) ** 0.6
+    taper = along([0.95] * 6 + [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.15, 0.0])  # the sac ends at S2
+    v = along([8.6] * 11 + [9.2, 7.5, 5.5, 3.5, 3.0])  # of its middle; fat lies in front of it at L5/S1
+    out |= _narrow_tables(discs[FIRST : LAST + 1], narrowing, traits, dealt, (taper, v))
+    conus = discs[LAST - traits["lumbar"] + 1] + traits["conus"]
+    out["cord"] = np.clip((AXIS - conus) / 22, 0, 1) ** 0.6
     return {name: np.ascontiguousarray(values, np.float32) for name, values in out.items()}
 
 
-def _narrow_tables(discs: Array, narrowing: Array, traits: dict[str, Any], along: Callable) -> dict[str, Array]:
-    """Tables of the sac, the recesses and the foramina: what the 25 narrowings change."""
-    levels = discs[FIRST : FIRST + 5]
-    taper = along([0.95, 0.95, 0.95, 1, 1, 1, 1, 1, 1, 0.8, 0.5, 0.15, 0.0])  # the sac ends at S2
+def _narrow_tables(
+    levels: Array, narrowing: Array, traits: dict[str, Any], dealt: dict[str, Array], sac: tuple[Array, Array]
+) -> dict[str, Array]:
+    """Tables of the sac, the recesses and the foramina: what the 25 narrowings change. sac: its share of the usual
+    size, and the place of its middle behind the vertebrae (mm)."""
     is_level = sum(_bump(AXIS - d, 4, 11) for d in levels)
-    size = is_level + (1 - is_level) * traits["canal"]
-    canal = sum(n * _bump(AXIS - d, 3.5, 9.5) for n, d in zip(narrowing[:5], levels, strict=True))
-    scale = 1 - SAC_SHRINK * canal
-    wide, deep = SAC[0] * taper * size * (1 + 0.12 * (1 - is_level)), SAC[1] * taper * size
-    sides = narrowing[5:].reshape(2, 2, 5)  # foramen, recess; left, right; level
+    size = is_level + (1 - is_level) * traits["canal"] * sac[0]
     index = np.abs(AXIS[:, None] - levels).argmin(1)
-    recess = sides[1][:, index] * _bump(AXIS - levels[index], 3.5, 9.5)
+    close = _bump(AXIS - levels[index], 3.5, 9.5)
+    here = np.rint((levels - AXIS[0]) / STEP).astype(int)
+    out = {
+        "sac_a": SAC[0] * size * (1 + 0.04 * (1 - is_level)),
+        "sac_b": SAC[1] * size,
+        "sac_v": sac[1],
+        "sac_lobes": np.interp(AXIS, levels[::-1], traits["lobes"][::-1]) * is_level,
+        "sac_aside": traits["aside"][index],
+        "sac_spread": traits["spread"][index],
+    }
+    sizes = {name: values[here] for name, values in out.items()}
+    pushes = causes.sac_pushes(dealt["canal"], narrowing[:5], sizes, traits["recess_u"])[:, index] * close
+    sides = narrowing[5:].reshape(2, 2, 5)  # foramen, recess; left, right; level
+    recess = sides[1][:, index] * close
+    shares = dealt["recess"] / np.maximum(sides[1], 1e-6)[..., None]  # facet, bulge, root
+    above = zip(np.maximum(narrowing[:5] - 0.5, 0) * 2, levels, strict=True)
     gap = np.abs(AXIS[:, None] - (levels + 5.5)).argmin(1)
-    return {
-        "sac_a0": wide,
-        "sac_b0": deep,
-        "sac_v": along([8.1] * 7 + [8.5, 10.3, 7.0, 5.0, 3.5, 3.0]),  # its middle; fat lies in front of it at L5/S1
-        "sac_a": wide * scale**0.7,
-        "sac_b": deep * scale**1.3,
-        "canal": canal,
+    walls = causes.foramen_pushes(dealt["foramen"].reshape(10, 4), narrowing[5:15]).reshape(3, 2, 5)[..., gap]
+    return out | {
+        "sac_area": causes.SAC_AREA * size * size * (1 - causes.SAC_SHRINK * narrowing[:5][index] * close) ** 2,
+        "redundant": np.max([loops * _bump(AXIS - d - 20, 6, 22) for loops, d in above], axis=0),
+        "push_front": pushes[0],
+        "push_back": pushes[1],
+        "push_side": pushes[2:],
+        "canal": narrowing[:5][index] * close,
+        "canal_fat": dealt["canal"][index, causes.CANAL_CAUSES.index("fat")] / np.maximum(narrowing[:5], 0.05)[index],
         "recess_n": recess,
-        "recess_b": RECESS[3] * (1 - RECESS_SHRINK * recess),
+        "recess_b": RECESS[2] * (1 - causes.RECESS_SHRINK * recess),
+        "recess_u": traits["recess_u"][:, index],
+        "recess_v": RECESS[0] + RECESS[2] * causes.RECESS_SHRINK * recess * (shares[..., 1] - shares[..., 0])[:, index],
+        "recess_aside": (shares[..., 2] * sides[1])[:, index] * close,
         "recess_open": np.broadcast_to(_bump(AXIS - levels[index], 6.5, 11), recess.shape),
         "foramen_n": sides[0][:, gap],
         "foramen_t": AXIS - levels[gap],
+        "foramen_u": traits["foramen_u"][:, gap],
+        "foramen_floor": walls[0],
+        "foramen_front": walls[1],
+        "foramen_back": walls[2],
     }
-
-
-def foramen_half_width(t: Array, narrowing: Array) -> Array:
-    """Half the width (mm, front to back) of a foramen `t` mm above its disc's middle: a drop, wide above; 0 outside."""
-    top, bottom, widest = FORAMEN
-    low = bottom + FORAMEN_HEIGHT_LOSS * (top - bottom) * narrowing
-    place = (t - low) / (top - low)
-    inside = np.clip(place * (1 - place), 0, None)
-    shape = 2 * np.sqrt(inside) * (0.62 + 0.38 * np.clip(place * 1.5, 0, 1))
-    return widest * shape * (1 - FORAMEN_WIDTH_LOSS * narrowing * np.clip(1.15 - 0.3 * place, 0, 1))

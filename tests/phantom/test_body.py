@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lsdc_utils.phantom import scanner
-from lsdc_utils.phantom.body import AXIS, FIRST, RECESS, STEP, Body, draw_bow
+from lsdc_utils.phantom.body import AXIS, DISC_NAMES, FIRST, LAST, MARKS, STEP, Body, draw_bow
+from lsdc_utils.phantom.causes import CANAL_CAUSES, FORAMEN_CAUSES, RECESS, RECESS_CAUSES, RIM, deal_causes  # fmt: skip
+from lsdc_utils.phantom.labels import draw_grades
 from lsdc_utils.phantom.layers import Points, paint
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, SERIES_TYPES, T1, T2
 
@@ -62,20 +64,112 @@ def test_a_size_is_the_same_function_of_narrowing_in_every_build_and_level():
     assert (np.diff(measures.mean(axis=(0, 3)), axis=0) < 0).all()
 
 
-@pytest.mark.parametrize("narrowing", [0.0, 0.5, 1.0])
-def test_measures_are_what_is_built(narrowing):
-    patient = body(narrowing, seed=3)
-    disc, measures = patient.discs[FIRST + 3], patient.measures()
-    u, v = np.meshgrid(np.arange(-9, 9, 0.1), np.arange(-1, 19, 0.1))
-    inside = tissue_share(patient, u, v, disc, ("csf", "root")) * (np.abs(u.ravel()) < 6)
-    wide = tissue_share(patient, u, v, disc, ("csf",)) * (np.abs(u.ravel()) >= 6)
-    assert 0.01 * (inside.sum() + wide.sum()) == pytest.approx(measures[CANAL], rel=0.08)
-    v, t = np.meshgrid(np.arange(-5, 13, 0.1), np.arange(-8, 18, 0.1))
-    area = 0.01 * tissue_share(patient, 18.0, v, disc + t, ("fat", "root"))[np.abs(v.ravel() - 3.6) < 6].sum()
-    assert area == pytest.approx(measures[LEFT_FORAMEN], rel=0.08)
-    v = np.arange(0, 8.5, 0.02)
-    depth = 0.02 * tissue_share(patient, RECESS[0], v, disc, ("fat", "root")).sum()
-    assert depth == pytest.approx(measures[LEFT_RECESS], abs=0.3)
+@pytest.mark.parametrize("narrowing", [0.0, 0.35, 0.7, 1.0])
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_measures_are_what_is_built_whatever_the_cause(narrowing, seed):
+    patient = body(narrowing, seed, slip=seed == 4)
+    measures, recesses = patient.measures().reshape(5, 5), patient.traits["recess_u"]
+    for k, disc in enumerate(patient.discs[FIRST : LAST + 1]):
+        u, v = (a.ravel() for a in np.meshgrid(np.arange(-11, 11, 0.1), np.arange(-1, 19, 0.1)))
+        recess_u = np.where(u > 0, *recesses[:, k])
+        outside = ((np.abs(u) - recess_u) / RECESS[1]) ** 2 + ((v - RECESS[0]) / (RECESS[2] + RIM)) ** 2 > 1
+        area = 0.01 * (tissue_share(patient, u, v, disc, ("csf", "root", "cord")) * outside).sum()
+        assert area == pytest.approx(measures[0, k], rel=0.08)
+        v, t = np.meshgrid(np.arange(-3, 10.2, 0.1), np.arange(-6, 17, 0.1))
+        for side, sign in enumerate((1, -1)):
+            out = sign * patient.traits["foramen_u"][side, k]
+            area = 0.01 * tissue_share(patient, out, v, disc + t, ("fat", "root", "vessel")).sum()
+            assert area == pytest.approx(measures[1 + side, k], rel=0.1)
+            w = np.arange(RECESS[0] - RECESS[2] - RIM, RECESS[0] + RECESS[2] + RIM, 0.02)
+            depth = 0.02 * tissue_share(patient, sign * recesses[side, k], w, disc, ("fat", "root")).sum()
+            assert depth == pytest.approx(measures[3 + side, k], abs=0.3)
+
+
+def test_causes_add_up_to_narrowings_and_shared_ones_fit_the_least_narrowed_place():
+    narrowing = np.random.default_rng(0).random((200, 25)) ** 2
+    for seed, n in enumerate(narrowing):
+        dealt = deal_causes(np.random.default_rng(seed), n, slip=3)
+        canal, (foramen, recess) = n[:5], n[5:].reshape(2, 2, 5)
+        np.testing.assert_allclose(dealt["canal"].sum(-1), canal)
+        np.testing.assert_allclose(dealt["foramen"].sum(-1), foramen)
+        np.testing.assert_allclose(dealt["recess"].sum(-1), recess)
+        assert all((amounts >= 0).all() for amounts in dealt.values())
+        least = np.minimum(canal, np.minimum(foramen, recess).min(0))
+        assert (dealt["bulge"] <= least).all() and (dealt["facet"] <= np.minimum(foramen, recess)).all()
+        assert (dealt["slip"] <= np.minimum(canal, foramen.min(0))).all() and not dealt["slip"][[0, 1, 2, 4]].any()
+
+
+def test_every_cause_leads_somewhere():
+    narrowing = np.full(25, 0.8)
+    dealt = [deal_causes(np.random.default_rng(seed), narrowing, slip=2) for seed in range(300)]
+    for place, names in (("canal", CANAL_CAUSES), ("foramen", FORAMEN_CAUSES), ("recess", RECESS_CAUSES)):
+        first = np.concatenate([causes[place].reshape(-1, len(names)) for causes in dealt]).argmax(-1)
+        shares = np.bincount(first, minlength=len(names)) / first.size
+        assert shares.shape == (len(names),) and shares.min() > 0.005 and shares.max() < 0.7
+
+
+def test_causes_and_traits_tell_nothing_about_a_grade_beyond_its_size():
+    """Labels less their expectation given the narrowing are uncorrelated with what causes and traits a body has."""
+    grades = draw_grades(1500, 3)
+    expected = grades.oracle @ [0, 1, 2]
+    left = (grades.labels - expected) / np.sqrt(grades.oracle @ [0, 1, 4] - expected**2)
+    told = []
+    for seed, narrowing in enumerate(grades.narrowing):
+        dealt = deal_causes(np.random.default_rng([seed, 1]), narrowing, slip=3)
+        told.append(np.concatenate([dealt["bulge"], dealt["facet"].ravel(), dealt["height"], dealt["canal"].ravel()]))
+    told = np.array(told)
+    told = told[:, told.std(0) > 1e-6]
+    told = (told - told.mean(0)) / told.std(0)
+    correlation = told.T @ left / len(left)
+    assert abs(correlation).max() < 4.5 / np.sqrt(len(left)) and correlation.std() < 1.25 / np.sqrt(len(left))
+
+
+def test_levels_are_named_from_below():
+    seen = {"lumbar": set(), "ratio": []}
+    for seed in range(90):
+        patient = body(seed=seed)
+        index = np.rint((patient.discs - AXIS[0]) / STEP).astype(int)
+        height = patient.tables["disc_half"][np.clip(index, 0, AXIS.size - 1)]
+        assert height[LAST] >= 0.5 * height[LAST - 1] and height[LAST + 1] < 0.5 * height[LAST]
+        ratio = height[LAST + 1] / height[LAST], height[LAST] / height[LAST - 1]
+        if patient.traits["transitional"]:
+            assert 0.34 < ratio[0] < 0.49 or 0.51 < ratio[1] < 0.66
+        else:
+            assert ratio[0] < 0.34
+        seen["lumbar"].add(patient.traits["lumbar"])
+    assert seen["lumbar"] == {4, 5, 6}
+
+
+def test_an_additional_lumbar_vertebra_lies_above_the_one_called_l1():
+    def conus_above_l5_s1(lumbar):
+        patient = body(seed=2, slip=False, bow={"lumbar": lumbar, "conus": 0.0})
+        return np.searchsorted(patient.tables["cord"], 0.01) * STEP + AXIS[0], patient
+
+    for lumbar in (4, 5, 6):
+        tip, patient = conus_above_l5_s1(lumbar)
+        assert tip == pytest.approx(patient.discs[LAST - lumbar + 1], abs=2 * STEP)
+        assert patient.points().shape == (25, 3)
+
+
+def test_marks_lie_in_the_canal_at_discs_that_are_not_graded():
+    patient = body(seed=6)
+    marks, canal = patient.marks(), patient.points()[:5]
+    assert list(marks) == ["t11_t12", "t12_l1", "s1_s2", "sacrum"]
+    path = np.array([marks["t11_t12"], marks["t12_l1"], *canal, marks["s1_s2"], marks["sacrum"]])
+    steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
+    assert (np.diff(path[:, 2]) < 0).all() and steps.min() > 12 and steps.max() < 45
+    for name, place in marks.items():
+        u, v, s = patient.to_spine(place[None])
+        assert abs(u[0]) < 0.05 and s[0] == pytest.approx(patient.discs[DISC_NAMES.index(MARKS[name])], abs=0.1)
+        assert tissue_share(patient, u, v + 1.5, s, ("csf", "root", "cord"))[0] > 0.5
+
+
+def test_places_vary_as_real_clicks_do():
+    traits = [body(seed=seed).traits for seed in range(90)]
+    recess, foramen = (np.array([t[name] for t in traits]) for name in ("recess_u", "foramen_u"))
+    assert recess.min() >= 5.5 and recess.max() <= 9.5 and (np.diff(recess.mean((0, 1))) > 0.2).all()
+    np.testing.assert_allclose(foramen.mean((0, 1)), np.linspace(15.5, 20.5, 5), atol=0.4)
+    assert 0.7 < (foramen[:, 0] - foramen[:, 1]).std() < 1.3
 
 
 def test_spine_coordinates_and_back():
@@ -117,7 +211,7 @@ def test_turned_vertebrae_take_their_points_and_tissues_with_them(bowed):
     turn = 2 * np.arcsin(15 * 2 * np.pi / 300) / 3
     assert np.arctan2(recesses[1], recesses[0]) == pytest.approx(turn, abs=0.01)
     assert front[2, 0] > points[2, 0] + 5, "the body turns to the convex side, the left"
-    assert np.linalg.norm(recesses) == pytest.approx(2 * RECESS[0])
+    assert np.linalg.norm(recesses) == pytest.approx(bowed.traits["recess_u"][:, 2].sum())
     u, v, s = np.random.default_rng(0).uniform([-60, -60, -60], [60, 50, 100], (300, 3)).T
     np.testing.assert_allclose(bowed.to_spine(bowed.to_patient(u, v, s)), (u, v, s), atol=0.05)
     acquisition, image = clean_images(bowed)[AXIAL]
@@ -147,7 +241,9 @@ def test_a_narrowing_changes_its_own_place_alone(column):
         k, row, col = np.nonzero(change > 0.05)
         pixels = np.stack([col, row, 0 * row, 0 * row + 1], axis=1)
         places = np.einsum("nij,nj->ni", acquisition.affines[k], pixels)[:, :3]
-        assert len(k) > 10 and np.linalg.norm(places - here, axis=1).max() < 17
+        away = np.linalg.norm(places - here, axis=1)
+        assert len(k) > 10 and (away < 17).mean() > (0.5 if column == CANAL else 0.999)
+        assert away.max() < (45 if column == CANAL else 17), "roots may lie in loops above a narrow canal"
         assert change.max() > 0.15
 
 
@@ -197,11 +293,5 @@ def test_axial_stack_reaches_the_levels_asked_for():
 def test_switches_force_a_slip_and_a_transitional_vertebra():
     slipped, straight = body(slip=True), body(slip=False)
     assert slipped.traits["slip"] != 0 and straight.traits["slip"] == 0
-    below = FIRST + 5
-    assert (
-        np.interp(body(transitional=True).discs[below], scanner.AXIS, body(transitional=True).tables["disc_half"]) > 1.2
-    )
-    assert (
-        np.interp(body(transitional=False).discs[below], scanner.AXIS, body(transitional=False).tables["disc_half"])
-        < 1.2
-    )
+    for wanted in (True, False):
+        assert body(transitional=wanted).traits["transitional"] is wanted

@@ -10,7 +10,7 @@ import numpy as np
 
 from lsdc_utils import geometry, vocabulary
 from lsdc_utils.phantom import labels
-from lsdc_utils.phantom.body import AXIS, DISC_NAMES, Body, draw_bow
+from lsdc_utils.phantom.body import Body, draw_bow
 from lsdc_utils.phantom.contrast import Visit
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Acquisition, Protocol, plan_series, render
@@ -21,7 +21,6 @@ CLICK_OFF_SLICE = 0.22  # share of points clicked on a slice beside the nearest;
 SERIES_PER_STUDY = len(vocabulary.SERIES_TYPES) + 1  # at most: the axial series may come twice
 NORMAL = ("normal_x", "normal_y", "normal_z")  # columns of a unit vector
 COLUMN_KEYS = [(condition, level) for condition in CONDITIONS for level in LEVELS]  # of each of COLUMNS
-MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # beyond the graded levels -> its disc
 WORDS = (*vocabulary.SEVERITY_NAMES, "")  # of grades 0, 1, 2 and MISSING, -1
 
 Row = dict[str, Any]  # of a table, by column
@@ -199,7 +198,7 @@ def _spine(body: Body, series: list[Series]) -> Row:
 
 
 def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[str, Row]]:
-    """Where a series sees the 25 places, the five discs and, in training, MARKS (LPS mm), as table and row; none beyond
+    """Where a series sees the 25 places, the five discs and, in training, the marks (LPS mm), as table and row; none beyond
     its slices."""
     middles, normals = body.disc_planes()
     turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
@@ -207,9 +206,9 @@ def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[
     keys += [("discs", {"level": v} | dict(zip(NORMAL, n, strict=True))) for v, n in zip(LEVELS, turned, strict=True)]
     places = [body.points(), middles]
     if split == "train":
-        keys += [("train_marks", {"mark": mark}) for mark in MARKS]
-        s = body.discs[[DISC_NAMES.index(name) for name in MARKS.values()]]
-        places.append(body.to_patient(0.0, np.interp(s, AXIS, body.tables["sac_v"]) - 1.5, s))
+        marks = body.marks()
+        keys += [("train_marks", {"mark": mark}) for mark in marks]
+        places.append(np.array(list(marks.values())))
     for (name, row), point in zip(keys, acquisition.to_scanner(np.concatenate(places)), strict=True):
         if _sees(acquisition, point, acquisition.step):
             yield name, row | dict(zip("XYZ", point.round(3).tolist(), strict=True))

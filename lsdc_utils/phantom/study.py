@@ -198,8 +198,8 @@ def _spine(body: Body, series: list[Series]) -> Row:
 
 
 def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[str, Row]]:
-    """Where a series sees the 25 places, the five discs and, in training, the marks (LPS mm), as table and row; none beyond
-    its slices."""
+    """Where a series sees the 25 places, the five discs and, in training, the marks (LPS mm), as table and row; none
+    beyond its slices."""
     middles, normals = body.disc_planes()
     turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
     keys = [("anatomy", {"condition": c, "level": v, "side": CONDITIONS[c].side or ""}) for c, v in COLUMN_KEYS]

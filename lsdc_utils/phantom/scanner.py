@@ -100,7 +100,7 @@ def _frame_of(
 ) -> tuple[int, int, float]:
     """Rows, columns and mm a pixel. The field of view holds all levels in height unless the visit cuts them."""
     low, high = SCALES[protocol.scale]
-    finest, coarsest = (0.4, 0.7) if protocol.scale else (0.85, 1.25) if is_axial else (1.15, 1.95)
+    finest, coarsest = (0.4, 0.7) if protocol.scale else (0.9, 1.3) if is_axial else (1.15, 1.95)
     draws = rng.uniform([finest, 0.78, 0, 140, 160, -0.2], [coarsest, 0.92, 1, 175, 210, 0.2])
     pixel, share, flat, narrow, axial, stretch = draws.tolist()
     sagittal = max(visit.view * np.exp(stretch), np.ptp(body.points()[:5, 2]) + ABOVE + BELOW)
@@ -138,7 +138,7 @@ def _plan_sagittal(rng: np.random.Generator, body: Body, size: tuple[float, floa
     Up to 40 mm off the spine's middle, as far as L5/S1, and unless `cut` L1/L2, stay in the image."""
     points = body.points()
     middle, (height, depth) = points[:5].mean(0), size
-    step, width = rng.uniform([3, 46], [6, 72])
+    step, width = rng.uniform([3, 44], [6, 68])
     n, step = round(np.clip(round(width / step) + 1, 9, 25) / wider), step * wider
     highest = points[4, 2] - middle[2] - BELOW + height / 2
     lowest = -60.0 if cut else points[0, 2] - middle[2] + ABOVE - height / 2
@@ -161,7 +161,7 @@ def _axial_place(rng: np.random.Generator) -> tuple[Array, Array]:
 def _plan_parallel(rng: np.random.Generator, body: Body, levels: tuple[int, ...], wider: float) -> Blocks:
     """Axial slices from above the first of the levels to below the last: one stack, or two that overlap and follow
     the tilt of their discs where one would have more than 25."""
-    step = rng.uniform(4, 6) * wider
+    step = rng.uniform(4.3, 6.3) * wider
     (shift, turn), points = _axial_place(rng), body.points()
     angle, above, below, *overlap = rng.uniform([-7, 5, 6, 2, 2], [5, 11, 12, 8, 8])
     span = points[levels[0], 2] - points[levels[-1], 2] + above + below
@@ -214,8 +214,8 @@ def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Ar
 
 
 def _acquire(rng: np.random.Generator, value: Array, sigma: float) -> Array:
-    """Magnitude (n, rows, cols) after noise of this sd in k-space, of which the outer part is zero, with a sharpening
-    filter: noise is Rician, and correlated between pixels; what is finer than the acquired pixel is lost."""
+    """Magnitude (n, rows, cols), written over `value`, after noise of this sd and a window on k-space: zero outside,
+    sharpening within. Noise is Rician, and correlated between pixels; what is finer than the acquired pixel is lost."""
     filters = []
     for size, least in zip(value.shape[1:], rng.permutation([0.6, 0.75]), strict=True):
         frequency = np.abs(fft.fftfreq(size)) * 2 / rng.uniform(least, least + 0.25)  # 1: the last that is acquired
@@ -225,7 +225,11 @@ def _acquire(rng: np.random.Generator, value: Array, sigma: float) -> Array:
     keep = np.sin(np.pi / 2 * down[:, None]) * np.sin(np.pi / 2 * along) * (1 + sharp * (far[:, None] + wide))
     noise = rng.standard_normal((*value.shape, 2), np.float32).view(np.complex64)[..., 0]
     noise *= np.float32(sigma / np.sqrt((keep**2).mean()))
-    return np.abs(fft.ifft2(fft.fft2(value + noise) * keep.astype(np.float32)))
+    keep = keep.astype(np.float32)
+    for image, other in zip(value, noise, strict=True):  # one by one: a slice fits in the processor's cache
+        other += image
+        image[:] = np.abs(fft.ifft2(fft.fft2(other, overwrite_x=True) * keep, overwrite_x=True))
+    return value
 
 
 def _wrapped(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:

@@ -279,7 +279,8 @@ def test_the_field_of_a_coil_is_taken_out(length: float) -> None:
 )
 def test_field_of_view_pixels_and_place_do_not_matter(field: float, size: int, shift: float) -> None:
     change = np.abs(picture(field, size, shift)[0] - picture(300, 256)[0])
-    assert change.mean() <= (14 if field < 150 else 7) and np.percentile(change, 95) <= 32  # edges of finer pixels
+    mean, most = (14, 40) if field < 150 else (7, 32)  # without the belly; edges of finer pixels
+    assert change.mean() <= mean and np.percentile(change, 95) <= most
 
 
 def test_csf_is_not_clipped_and_air_stays_dark() -> None:

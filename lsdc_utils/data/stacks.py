@@ -103,16 +103,13 @@ def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack
     read = list(_read_series(_described(comp, split, study_id)))
     stacks = {stack.series_id: stack for stack, _ in read if stack}
     rows = [row for _, rows in read for row in rows]
-    for series_id, distance in far_from_others({key: _height(stack) for key, stack in stacks.items()}).items():
+    middles = {key: (stack.affines, (stack.shapes[:, ::-1] - 1) / 2) for key, stack in stacks.items()}
+    heights = {key: float(np.median(geometry.to_patient(*middle)[:, 2])) for key, middle in middles.items()}
+    for series_id, distance in far_from_others(heights).items():
         value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
         rows.append((study_id, series_id, "series_far_away", value, "series left out"))
         del stacks[series_id]
     return list(stacks.values()), pd.DataFrame(rows, columns=FINDINGS)
-
-
-def _height(stack: Stack) -> float:
-    """Median z in mm of the middles of the slices."""
-    return float(np.median(geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) / 2)[:, 2]))
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:

@@ -1,4 +1,4 @@
 """A folder of studies: its tables, what is wrong with it, its series as stacks of slices, its folds.
 
-Imports run in this order: series_types, unsorted, competition, stacks, point_rules, checks, folds.
+Imports run in this order: series_types, unsorted, competition, windows, stacks, point_rules, checks, folds.
 """

@@ -178,8 +178,8 @@ def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
 
     def fits(tags: Tags) -> bool:
         """Whether an image has the usual size and spacing."""
-        same = not tags.spacing or np.allclose(tags.spacing, usual[0][0], rtol=SAME_SPACING, atol=0)
-        return same and (tags.rows, tags.columns) == size
+        pairs = zip(tags.spacing, usual[0][0], strict=True) if tags.spacing else ()
+        return (tags.rows, tags.columns) == size and all(abs(mm - than) <= SAME_SPACING * than for mm, than in pairs)
 
     tilts = {tags.orientation for tags in images if fits(tags)} | {None}
     odd = [tags for tags in images if not fits(tags)]

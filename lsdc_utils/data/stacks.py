@@ -12,14 +12,10 @@ import pandas as pd
 from lsdc_utils import dicom, geometry
 from lsdc_utils.data.competition import FINDINGS, Competition
 from lsdc_utils.data.parts import far_from_others, select
+from lsdc_utils.data.windows import to_grey
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each
 
-WINDOW = (0.5, 99.5)  # percentiles of a series that become 0 and 255
-SPARSE = 5  # every 5th pixel each way is used for them; odd, so that a mirrored image uses the same
-STANDS_OUT = 16  # times as many pixels as of the next values; real saturated tissue is below
-EMPTY, FEW_VALUES = 0.02, 8  # least share of signal in an image, and number of different values in a series
-ODD, NOISE = 1.75, 0.2  # deviation against the usual (ordinary: 1.4 at most); correlation of pixels `SPARSE` apart
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
 Described = tuple[dicom.Source, int, int, str, bool]  # as `read_stack` takes them
@@ -50,7 +46,10 @@ def read_stack(
     series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
-    windows, scales = _windows(series.pixels)
+    shapes = np.array([image.shape for image in series.slices], dtype=np.int32)
+    affines = np.stack([image.affine for image in series.slices]).astype(np.float64)
+    pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
+    scales = to_grey(series.pixels, affines, pixels)
     notes = [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
     for i in np.flatnonzero(scales != 1):
         image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
@@ -58,11 +57,8 @@ def read_stack(
         notes.append(("scale_differs", image.file, what, "scaled as its neighbours") if scales[i] else blank)
     if not len(kept := np.flatnonzero(scales)):
         raise dicom.DicomError(f"series {series.folder}: {BLANK}: check it in a viewer, and export it again")
-    slices, images = ([of[i] for i in kept] for of in (series.slices, series.pixels))
-    shapes = np.array([image.shape for image in images], dtype=np.int32)
-    pixels = np.zeros((len(kept), *shapes.max(axis=0)), dtype=np.uint8)
-    window_images(images, windows[kept], pixels)
-    affines = np.stack([image.affine for image in slices]).astype(np.float64)
+    shapes, affines, slices = shapes[kept], affines[kept], [series.slices[i] for i in kept]
+    pixels = pixels[kept, : shapes[:, 0].max(), : shapes[:, 1].max()]
     numbers = np.array([image.instance_number for image in slices], dtype=np.int32)
     blocks = np.array([image.block for image in slices], dtype=np.int32)
     return Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks), notes
@@ -80,77 +76,6 @@ def spacing_fault(series: dicom.Series) -> str:
         if np.min(size) < least or np.max(size) > most:
             return f"{what} of {' x '.join(f'{mm:.3g}' for mm in np.atleast_1d(size))} mm"
     return ""
-
-
-def _windows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Values of each image that become 0 and 255 (n, 2), and its scale against its neighbours' (n,): 0 if it is blank.
-
-    The values are the percentiles `WINDOW` of the signal in all images. Not signal: padding (-inf), and values that
-    stand out of the histogram, as of borders and text, and two pixels around. An image of another scale or offset
-    counts, and is shown, as if it had those of its neighbours, unless it is noise.
-    """
-    seen = [_sample(image).ravel() for image in images]
-    values, counts = np.unique(np.concatenate(seen), return_counts=True)
-    near = np.pad(counts, 2)
-    near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
-    fills = values[~np.isfinite(values) | (counts > np.maximum(STANDS_OUT * near, 9))]
-    for i, image in enumerate(images if len(fills) else ()):
-        seen[i] = seen[i][_sample(cv2.dilate(np.isin(image, fills).astype(np.uint8), np.ones((5, 5)))).ravel() == 0]
-        seen[i] = seen[i] if seen[i].size > EMPTY * _sample(image).size else np.zeros(1)
-    middle, spread = np.array([(part.mean(), np.abs(part - part.mean()).mean()) for part in seen]).T
-    windows, scales, full = np.zeros((len(images), 2)), np.zeros(len(images)), spread > 0
-    usual, centre = (np.median(of[full]) if full.any() else 0 for of in (spread, middle))
-    alike = full & (spread <= ODD * usual) & (usual <= ODD * spread) & (np.abs(middle - centre) <= ODD * usual)
-    alike = alike if alike.any() else full  # of two images none is usual
-    if len(np.unique(seen[np.argmax(alike)])) < FEW_VALUES:
-        return windows, scales
-    odd = [i for i in np.flatnonzero(full & ~alike) if np.corrcoef(seen[i][1:], seen[i][:-1])[0, 1] > NOISE]
-    near = {i: [np.interp(i, np.flatnonzero(alike), of[alike]) for of in (middle, spread)] for i in odd}
-    pool = [(seen[i] - middle[i]) * (wide / spread[i]) + place for i, (place, wide) in near.items()]
-    pool += [seen[i] for i in np.flatnonzero(alike)]
-    low, high, *most = np.percentile(np.concatenate(pool), (*WINDOW, 5, 95))
-    if np.ptp(most) > (high - low) / 255:  # else nearly all have one grey level
-        windows[full], scales[full] = (low, high), 1
-        for i, (place, wide) in near.items():
-            scales[i] = spread[i] / wide
-            windows[i] = middle[i] + (np.array([low, high]) - place) * scales[i]
-    return windows, scales
-
-
-def _sample(image: np.ndarray) -> np.ndarray:
-    """Every `SPARSE`-th pixel each way; the same ones, mirrored, of a mirrored image."""
-    return image[_sparse(image.shape[0]), _sparse(image.shape[1])]
-
-
-def _sparse(count: int) -> slice:
-    """Every `SPARSE`-th of `count` pixels, with as many before the first as behind the last."""
-    rest = (count - 1) % SPARSE
-    first = rest // 2 if rest % 2 == 0 else (rest + SPARSE) // 2
-    return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
-
-
-def window_images(images: list[np.ndarray], windows: np.ndarray, target: np.ndarray) -> None:
-    """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; windows (n, 2) as above."""
-    table, window = None, None  # of all values of up to 16 bits: takes a fifth of the time
-    for place, image, (low, high) in zip(target, images, windows, strict=True):
-        image = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
-        place = place[: image.shape[0], : image.shape[1]]
-        if image.dtype.kind not in "iu" or image.itemsize > 2:
-            place[:] = _to_grey(image, low, high)
-            continue
-        index = np.dtype(f"u{image.itemsize}")  # the bits of a negative value are an index too
-        if table is None or table.dtype != image.dtype or window != (low, high):
-            window = low, high
-            table = np.arange(256**image.itemsize, dtype=index).view(image.dtype)
-            grey = _to_grey(table, low, high)
-        cv2.LUT(image.view(index), grey, dst=place)
-
-
-def _to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Grey levels 0..255 (uint8) of values of any type."""
-    scaled = np.subtract(values, low, dtype=np.result_type(values, np.float32))  # float64 for 32-bit integers
-    scaled *= 255 / max(float(high - low), 1e-6)
-    return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
 def save_stack(stack: Stack, path: str | Path) -> None:
@@ -178,16 +103,13 @@ def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack
     read = list(_read_series(_described(comp, split, study_id)))
     stacks = {stack.series_id: stack for stack, _ in read if stack}
     rows = [row for _, rows in read for row in rows]
-    for series_id, distance in far_from_others({key: _height(stack) for key, stack in stacks.items()}).items():
+    middles = {key: (stack.affines, (stack.shapes[:, ::-1] - 1) / 2) for key, stack in stacks.items()}
+    heights = {key: float(np.median(geometry.to_patient(*middle)[:, 2])) for key, middle in middles.items()}
+    for series_id, distance in far_from_others(heights).items():
         value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
         rows.append((study_id, series_id, "series_far_away", value, "series left out"))
         del stacks[series_id]
     return list(stacks.values()), pd.DataFrame(rows, columns=FINDINGS)
-
-
-def _height(stack: Stack) -> float:
-    """Median z in mm of the middles of the slices."""
-    return float(np.median(geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) / 2)[:, 2]))
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:

@@ -126,9 +126,7 @@ def _tags(file: str | Path, header: Header, frame: int | None) -> Tags:
     return Tags(
         file=Path(file),
         frame=frame,
-        study_uid=text(dataset, "StudyInstanceUID"),
-        series_uid=text(dataset, "SeriesInstanceUID"),
-        sop_uid=text(dataset, "SOPInstanceUID"),
+        **{f"{name.lower()}_uid": text(dataset, f"{name}InstanceUID") for name in ("Study", "Series", "SOP")},
         patient=hashlib.sha256(patient.encode()).hexdigest()[:16] if patient.strip("|") else "",
         modality=text(dataset, "Modality").upper(),
         description=" ".join(filter(None, (text(dataset, "SeriesDescription"), text(dataset, "ProtocolName")))),

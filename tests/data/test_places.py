@@ -31,7 +31,7 @@ from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 RADIUS = 3.0  # mm, sd of the ball
-BRIGHT = 3000  # at its middle; the anatomy is dimmed to 200 at most, and a corner of each image is 3700 to 4095
+BRIGHT = 3000  # at its middle; the anatomy is dimmed to 200 at most, and 4095 is white
 LEVEL = 2  # of the ball
 CASES = {
     "plain": {},
@@ -103,7 +103,7 @@ def stretched(image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def plant(file: Path, ball: np.ndarray) -> None:
-    """Add the ball to an image, as PS3.3 C.7.6.2.1.1 places its pixels, and a bright corner that holds the window."""
+    """Add the ball to an image, as PS3.3 C.7.6.2.1.1 places its pixels."""
     dataset = pydicom.dcmread(file)
     image = dataset.pixel_array.astype(float)
     along_x, along_y = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
@@ -111,11 +111,22 @@ def plant(file: Path, ball: np.ndarray) -> None:
     row, column = np.indices(image.shape)[..., None]
     place = np.array(dataset.ImagePositionPatient, float) + column * across * along_x + row * down * along_y
     image += BRIGHT * np.exp(-((place - ball) ** 2).sum(axis=-1) / (2 * RADIUS**2))
-    image[:20, :20] = np.linspace(3700, 4095, 400).reshape(20, 20)  # of one value, it would be taken for a mark
     dataset.PixelData = np.rint(image).astype("<u2").tobytes()
     dataset["PixelData"].is_undefined_length = False
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.save_as(file)
+
+
+@pytest.fixture(autouse=True)
+def fixed_window(monkeypatch) -> None:
+    """Grey levels in proportion to signal, as places are tested alone."""
+
+    def to_grey(images: list[np.ndarray], _: np.ndarray, target: np.ndarray) -> np.ndarray:
+        for image, place in zip(images, target, strict=True):
+            place[: image.shape[0], : image.shape[1]] = np.clip(image / 16, 0, 255)
+        return np.ones(len(images))
+
+    monkeypatch.setattr("lsdc_utils.data.stacks.to_grey", to_grey)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[name.replace(" ", "-") for name in CASES])

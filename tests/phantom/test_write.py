@@ -162,12 +162,12 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
 
 
 def test_the_bytes_of_a_phantom_do_not_change(tmp_path):
-    """The hash of its tables was taken when the phantom was first released: change it only on purpose."""
+    """The hash of its tables was taken when its anatomy last changed: change it only on purpose."""
     root, digest = write_phantom(tmp_path / "p", 8, 2, 3, images=False, second_axial=0.5), hashlib.sha256()
     for file in sorted(root.glob("*.csv")):
         if file.name not in ("wrong_labels.csv", *ANATOMY):
             digest.update(file.read_bytes())
-    assert digest.hexdigest() == "a66d5acfccb06170a7e4941082e126bfc09cdf5c4d0e05f12ba9270010faf2b8"
+    assert digest.hexdigest() == "ec6dfc74a7b4ab887b389a39fee991e59dae53096b6b9a58b56e58e7474629c8"
 
 
 def test_fingerprint_tells_arguments_apart():
@@ -216,7 +216,7 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
         assert np.array_equal(pixels[0][kind], pixels[1][kind])
     changed = (pixels[0][T2] != pixels[2][T2]).any(axis=0)
     rows = np.flatnonzero(changed.any(axis=1))
-    assert 0 < changed.mean() < 0.02 and np.ptp(rows) < changed.shape[0] / 8  # about one level
+    assert 0 < changed.mean() < 0.04 and np.ptp(rows) < changed.shape[0] / 4  # one level, and loops of roots above it
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,9 @@ def _narrow_tables(
         "push_back": pushes[1],
         "push_side": pushes[2:],
         "canal": narrowing[:5][index] * close,
-        "canal_fat": dealt["canal"][index, causes.CANAL_CAUSES.index("fat")] / np.maximum(narrowing[:5], 0.05)[index],
+        "canal_fat": dealt["canal"][index, causes.CANAL_CAUSES.index("fat")]
+        / np.maximum(narrowing[:5], 0.05)[index]
+        * close,
         "recess_n": recess,
         "recess_b": RECESS[2] * (1 - causes.RECESS_SHRINK * recess),
         "recess_u": traits["recess_u"][:, index],

@@ -219,7 +219,7 @@ def test_studies_of_one_body_differ_by_their_narrowing_alone(tmp_path):
     change = np.abs(pixels[0][T2].astype(int) - pixels[2][T2])
     changed = (change > 0.05 * pixels[0][T2].max()).any(axis=0)  # an edge rings faintly through the image
     rows = np.flatnonzero(changed.any(axis=1))
-    assert 0 < changed.mean() < 0.02 and np.ptp(rows) < changed.shape[0] / 8  # about one level
+    assert 0 < changed.mean() < 0.04 and np.ptp(rows) < changed.shape[0] / 4  # one level, and loops of roots above it
 
 
 @pytest.mark.parametrize(

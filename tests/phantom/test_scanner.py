@@ -143,3 +143,16 @@ def test_coils_fall_off_in_two_thirds_of_scanners():
     coils = np.array([Visit.draw(np.random.default_rng(i)).coil for i in range(300)])
     assert 0.25 < np.isinf(coils).mean() < 0.42
     assert 40 <= coils.min() < 45 and 280 < coils[np.isfinite(coils)].max() <= 320
+
+
+@pytest.mark.parametrize("series_type", [T1, T2, AXIAL])
+def test_no_plan_knows_the_narrowing(series_type):
+    plans = []
+    for narrowing in (0.05, 0.95):
+        body = Body.draw(np.random.default_rng(1), np.full(25, narrowing))
+        plans.append(plan_series(np.random.default_rng(2), body, series_type))
+    one, other = plans
+    np.testing.assert_array_equal(one.affines, other.affines)
+    assert (one.rows, one.cols, one.step, one.greys, one.coil) == (
+        other.rows, other.cols, other.step, other.greys, other.coil,
+    )  # fmt: skip

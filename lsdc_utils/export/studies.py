@@ -18,7 +18,8 @@ import pandas as pd
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.export.images import UidCounts, count_uids, find_keys, write_images
 from lsdc_utils.export.sr import make_report
-from lsdc_utils.grading.run_tables import BLOCKS, PHANTOM_ONLY, grade_basis, read_data, read_graded, read_recipe
+from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
+from lsdc_utils.grading.run_tables import BLOCKS, read_data, read_graded, read_recipe
 
 
 class ExportError(ValueError):

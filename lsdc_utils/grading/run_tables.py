@@ -23,9 +23,6 @@ SOURCE_NAMES = {  # values of the column `source`, in words
     "prior": "prior: no model had evidence",
 }
 
-PHANTOM_ONLY = "phantom_only"  # grade basis of models that were trained on synthetic images alone
-KINDS = {"kaggle": "the RSNA 2024 data set", "folder": "a data folder"}  # of data.json, in words
-
 
 class RunError(ValueError):
     """A run that cannot be used: not finished, or made by other code; the message says which, and what to do."""
@@ -35,30 +32,6 @@ def weight_files(folds: Iterable[int]) -> list[str]:
     """The weights of the models of these folds, relative to the run's folder; each has a .json beside it."""
     detectors = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in folds]
     return detectors + [f"weights/vit3d_fold{fold}.safetensors" for fold in folds]
-
-
-def training_studies(run_dir: str | Path) -> int:
-    """Number of studies that any detector of a run was trained on; 0 where its weights do not list them."""
-    lists = (json.loads(file.read_text()).get("studies") for file in Path(run_dir).glob("weights/yolo_*.json"))
-    return len(set().union(*(studies for studies in lists if isinstance(studies, list))))
-
-
-def grade_basis(run_dir: str | Path) -> str:
-    """What the models of a run were trained on: `PHANTOM_ONLY`, or 'trained on <n> studies of <data>'."""
-    run = Path(run_dir)
-    files = [file for file in (run / "provenance.json", run / "data.json") if file.is_file()]
-    data = json.loads(files[0].read_text()) if files else {}
-    data = data.get("data", data) or {}
-    if data.get("kind") == "phantom":
-        return PHANTOM_ONLY
-    count = data.get("studies") or training_studies(run) or "an unknown number of"
-    return f"trained on {count} studies of {KINDS.get(data.get('kind'), 'unknown data')}"
-
-
-def basis_words(basis: str) -> str:
-    """The sentence about a `grade_basis` that stands on pages and in the terminal."""
-    meaning = ": the models were trained on synthetic images alone, never on a patient's"
-    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}."
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:

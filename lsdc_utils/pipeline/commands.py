@@ -89,7 +89,8 @@ def predict(asked: Namespace) -> int:
         place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
     from lsdc_utils.data.competition import CompetitionError
-    from lsdc_utils.grading.run_tables import RunError, grade_basis
+    from lsdc_utils.grading.basis import grade_basis
+    from lsdc_utils.grading.run_tables import RunError
     from lsdc_utils.pipeline import pack, predict
 
     began, cores = time.time(), asked.cores or usable_cores()

@@ -23,7 +23,8 @@ from lsdc_utils.data.stacks import read_study
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.dicom import Frames
 from lsdc_utils.files import atomic, readable, sha256, write_json
-from lsdc_utils.grading.run_tables import basis_words, read_graded, read_recipe
+from lsdc_utils.grading.basis import basis_words
+from lsdc_utils.grading.run_tables import read_graded, read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import declared, module_files
 from lsdc_utils.vocabulary import SEVERITIES, parse_row_id

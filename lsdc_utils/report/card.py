@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from lsdc_utils.grading.run_tables import basis_words, grade_basis
+from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.metric import GROUP_PARTS
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, number, provenance

@@ -19,9 +19,10 @@ import pandas as pd
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.files import atomic
+from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.grading.grade import SURE
 from lsdc_utils.grading.marks import SHORT_NAMES
-from lsdc_utils.grading.run_tables import SOURCE_NAMES, basis_words, grade_basis, read_graded, study_reader
+from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import run as tables
 from lsdc_utils.report import studies
 from lsdc_utils.report.card import TEMPLATES, environment, limits, sentences
@@ -139,7 +140,7 @@ def write_study_pages(
     first = ("index.html", "Studies")
     frame = {"run": SimpleNamespace(name=name), "pages": [first], "kind": "prediction", "basis": basis_words(basis)}
     whole = rows.groupby("study_id")["confidence"].mean().nsmallest(MOST_WHOLE).index.tolist()
-    whole = dict.fromkeys(whole, f"one of the {len(whole)} least sure")
+    whole = dict.fromkeys(whole, "among the least sure")
     write = partial(_write_page, folder, frame)
     written = _write_studies(write, rows, lambda study, _: read(study), weights, whole, first, findings)
     for file in {*folder.glob("*.html")} - {*written}:

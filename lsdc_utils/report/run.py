@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lsdc_utils.files import git_commit, write_json
-from lsdc_utils.grading.run_tables import training_studies
+from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.metric import GROUP_PARTS, PARTS
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.vocabulary import MISSING

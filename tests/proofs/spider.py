@@ -3,7 +3,7 @@
 DIR holds images/ and masks/ of SPIDER (van der Graaf et al., Scientific Data 2024; CC BY 4.0, see docs/real-data.md).
 Its masks number the discs from below (201 is L5/S1) and mark the spinal canal (100). Each series is graded alone, as a
 study of its own, by the ready-made models or by a finished run. The canal point of a level is on the right disc if the
-true point nearest to it in the sagittal plane is that of its level. Printed per kind of series: series, true points, and
+true point nearest to it in the sagittal plane is that of its level. Printed per kind of series: counts, and
 shares with 95 % intervals (patients resampled). A point that was not found counts as wrong. Nothing is trained.
 """
 

@@ -40,10 +40,8 @@ def paint(shape: tuple[int, int, int], affine: np.ndarray, points: pd.DataFrame)
 def spine(study: int = 11, patient: str = "1", source: str = "t2") -> pd.DataFrame:
     """Canal points of five levels on a lordotic line, the highest first."""
     heights = np.array([72.0, 38.0, 4.0, -30.0, -62.0])
-    lines = [
-        (study, patient, source, level, 2.0, 8 - (z / 40) ** 2, z) for level, z in zip(LEVELS, heights, strict=True)
-    ]
-    return pd.DataFrame(lines, columns=["study_id", "patient", "source", "level", *"XYZ"])
+    points = {"level": LEVELS, "X": 2.0, "Y": 8 - (heights / 40) ** 2, "Z": heights}
+    return pd.DataFrame({"study_id": study, "patient": patient, "source": source, **points})
 
 
 def test_the_canal_s_middle_at_each_disc_is_found_in_a_mask() -> None:

@@ -19,7 +19,7 @@ from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
-from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.pipeline.parameters import check_start, load_parameters
 from lsdc_utils.pipeline.progress import score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 
@@ -44,6 +44,7 @@ def run_of(asked: Namespace) -> Run:
     if asked.data:
         parameters["data_dir"] = str(asked.data.resolve())
         resume += ["--data", parameters["data_dir"]]
+    check_start(parameters)
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
     run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, asked.force, slurm=asked.slurm)

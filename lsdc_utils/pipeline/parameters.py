@@ -76,7 +76,6 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise UsageError(f"profile demo and the parameters cells of the notebooks differ in: {differing}")
     if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
         raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
-    check_start(parameters)
     return parameters
 
 
@@ -88,15 +87,14 @@ def check_start(parameters: dict[str, Any]) -> None:
     record = Path(place) / "parameters.yml"
     if not record.is_file() or not (Path(place) / "weights").is_dir():
         raise UsageError(f"start_from: {place} is neither a run in outputs/ nor a folder of packed models")
-    theirs = yaml.safe_load(record.read_text())
-
-    def same(key: str) -> bool:  # models may have moved, and an archive has no folders
-        return Path(str(theirs.get(key))).name == Path(str(parameters[key])).name
-
-    if differing := [key for key in ARCHITECTURE if not same(key)]:
-        values = ", ".join(f"{key} ({theirs.get(key)} there, {parameters[key]} here)" for key in differing)
-        raise UsageError(f"start_from: the models in {place} have another architecture: {values}")
-    if all(map(same, STUDIES)):
+    theirs, keys = yaml.safe_load(record.read_text()), (*ARCHITECTURE, *STUDIES)
+    # Names alone: models may have moved, and packed ones have no folders.
+    pairs = {key: [Path(str(values.get(key))).name for values in (theirs, parameters)] for key in keys}
+    if differing := [
+        f"{key} ({pairs[key][0]} there, {pairs[key][1]} here)" for key in ARCHITECTURE if len({*pairs[key]}) > 1
+    ]:
+        raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(differing)}")
+    if all(len({*pairs[key]}) == 1 for key in STUDIES):
         raise UsageError(f"start_from: the models in {place} were trained on studies that this run holds out")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         raise UsageError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "pages", ignore_errors=True)
     if listed["digest"] != (digest := _digest(root)):
         record.unlink(missing_ok=True)
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}

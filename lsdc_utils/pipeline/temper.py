@@ -43,25 +43,21 @@ def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, An
     of `prior`, of the ensemble as `trained`, and `tempered` by numbers fitted on the other populations."""
     rows = []
     for name, (tables, read) in parts.items():
-        prior, solution = _prior(recipe, read), metric.solution_of(read)
-        others = fitted(recipe, {other: part for other, part in parts.items() if other != name})
-        natural = {"prior": prior, "trained": blend.apply_blend(recipe["ensemble"], tables, prior)}
-        natural["tempered"] = blend.apply_blend(others["ensemble"], tables, prior)
-        totals = {key: metric.score(solution, metric.weight_table(table))["total"] for key, table in natural.items()}
+        others, prior = _fitted(recipe, {key: parts[key] for key in parts if key != name}), _prior(recipe, read)
+        blends = {"trained": recipe["ensemble"], "tempered": others["ensemble"]}
+        natural = {"prior": prior} | {key: blend.apply_blend(of, tables, prior) for key, of in blends.items()}
+        weighted = {key: metric.weight_table(table) for key, table in natural.items()}
+        totals = {key: metric.score(metric.solution_of(read), table)["total"] for key, table in weighted.items()}
         rows.append({"population": name, "studies": read["study_id"].nunique(), **totals})
-    return fitted(recipe, parts) | {"tempered_on": list(parts)}, pd.DataFrame(rows)
+    return _fitted(recipe, parts) | {"tempered_on": list(parts)}, pd.DataFrame(rows)
 
 
-def fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
+def _fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
     """The recipe with all numbers of its blends fitted on these populations together."""
     read = pd.concat([part[1] for part in parts.values()], ignore_index=True)
     tables = {model: pd.concat([part[0][model] for part in parts.values()]) for model in grade.BLENDS["ensemble"]}
-    prior = _prior(recipe, read)
-    blends = {
-        name: blend.fit_blend({model: tables[model] for model in models}, prior, read)
-        for name, models in grade.BLENDS.items()
-    }
-    return recipe | blends
+    inputs, prior = {name: {key: tables[key] for key in of} for name, of in grade.BLENDS.items()}, _prior(recipe, read)
+    return recipe | {name: blend.fit_blend(of, prior, read) for name, of in inputs.items()}
 
 
 def _prior(recipe: dict[str, Any], read: pd.DataFrame) -> pd.DataFrame:

@@ -109,7 +109,7 @@ def convert(folder: Path, root: Path) -> pd.DataFrame:
 def judge(truth: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """A line for each true point, with `SHARES` as booleans. points: predicted canal points (study_id, level, Y, Z)."""
     found = points.drop_duplicates(["study_id", "level"]).set_index(["study_id", "level"])[["Y", "Z"]]
-    judged = truth.join(found, on=["study_id", "level"], rsuffix="_found")
+    judged = truth.join(found.add_suffix("_found"), on=["study_id", "level"])
     off = np.hypot(judged["Y"] - judged["Y_found"], judged["Z"] - judged["Z_found"])
     for row in judged.itertuples():
         others = truth[truth["study_id"] == row.study_id]

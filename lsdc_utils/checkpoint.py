@@ -1,4 +1,4 @@
-"""The state of a training after its last epochs, from which a stopped training resumes."""
+"""Where a training starts: from its own last epochs after a stop, or from the weights of another run."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lsdc_utils.files import atomic
+from lsdc_utils.files import atomic, sha256
 
 FREE, SHARE = 10.0, 0.01  # seconds that writing may take, so that short trainings keep every epoch, and of longer ones
 
@@ -29,6 +29,17 @@ def fingerprint(*parts: Any) -> str:
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()[:20]
+
+
+def start_weights(folder: str | Path, name: str) -> Path:
+    """The weights of a model (`yolo_scs`, `vit3d`, ...) in the folder of another run or of packed models: of its first
+    fold. ValueError if there are none, or if they are not the file that the .json beside them describes."""
+    files = sorted(Path(folder).glob(f"weights/{name}_fold*"))
+    for file in (file for file in files if file.suffix in (".pt", ".safetensors")):
+        if sha256(file) == json.loads(file.with_suffix(".json").read_text())["sha256"]:
+            return file
+        raise ValueError(f"start_from: {file} was changed: its sha256 is not the one in {file.stem}.json")
+    raise ValueError(f"start_from: {folder} has no weights of {name}")
 
 
 @dataclass

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from lsdc_utils.files import sha256
-from lsdc_utils.grading.run_tables import weight_files
 from lsdc_utils.pipeline import graph
+from lsdc_utils.pipeline.pack import weight_names
 
 PYTHON = sys.executable
 STEP = "05_ensemble_inference_{shard}"
-MODELS = [Path(config["run_dir"], name) for name in ("blend.json", *weight_files(config["folds"]))]
+RUN = Path(config["run_dir"])
+MODELS = [RUN / name for name in ("blend.json", *weight_names(RUN, config["folds"]))]
 TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
 for times in Path("logs").glob("*.tsv"):

@@ -22,7 +22,7 @@ from lsdc_utils.pipeline.parameters import load_parameters
 
 START = ROOT / "notebooks" / "start.ipynb"
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in graph.NOTEBOOK_ORDER]
-PROFILES = ("demo", "smoke", "kaggle", "original")
+PROFILES = ("demo", "smoke", "kaggle", "original", "pretrained")
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
@@ -131,7 +131,7 @@ def test_profile_demo_is_what_the_notebooks_say() -> None:
     assert {key: type(value) for key, value in demo.items()} == {key: type(value) for key, value in defaults.items()}
 
 
-def test_profiles_are_the_four() -> None:
+def test_no_profile_is_left_out() -> None:
     assert sorted(file.stem for file in (ROOT / "notebooks/profiles").glob("*.yml")) == sorted(PROFILES)
 
 

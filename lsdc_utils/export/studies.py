@@ -7,6 +7,7 @@ exports/<study>/uids.csv     their sources: file, frame and UIDs before and afte
 """
 
 import functools
+import json
 import shutil
 from collections.abc import Iterable
 from datetime import datetime
@@ -17,6 +18,7 @@ import pandas as pd
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.export.images import UidCounts, count_uids, find_keys, write_images
 from lsdc_utils.export.sr import make_report
+from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.run_tables import BLOCKS, read_data, read_graded, read_recipe
 
 
@@ -31,9 +33,16 @@ def export_studies(
 
     study_ids: graded studies; default: the test studies, or all graded out of fold if there are none.
     Columns: study_id, block, images_referred (in the SR), images_written, problem (what could not be read).
-    RunError if the run is not finished or was made by older code; ExportError if it did not grade a study.
+    RunError if the run is not finished or was made by older code; ExportError if it did not grade a study, or if
+    models that were trained on a phantom alone graded anything else than the studies of one.
     """
     run = Path(run_dir)
+    record = run / "data.json"
+    synthetic = record.is_file() and json.loads(record.read_text())["kind"] == "phantom"
+    if not synthetic and grade_basis(run) == PHANTOM_ONLY:
+        raise ExportError(
+            f"grades by the models in {run} are {PHANTOM_ONLY}: no DICOM SR of a patient is made from them"
+        )
     read_recipe(run)
     tables = {
         block: read_graded(run, block) for block in BLOCKS if (run / f"predictions/sources_{block}.parquet").is_file()

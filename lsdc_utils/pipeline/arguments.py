@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
+READY = "pretrained"  # folder in outputs/ of the ready-made models
+RESERVED = ("data", "sample", READY, "predict")  # names in outputs/ that no run may have
 
 
 class UsageError(ValueError):
@@ -38,8 +40,8 @@ def at_least_one(text: str) -> int:
 
 
 def run_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in ("data", "sample", "pretrained"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not data, sample or pretrained")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in RESERVED:
+        raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not {' or '.join(RESERVED)}")
     return text
 
 
@@ -52,7 +54,7 @@ def finished_run(name: str) -> Path:
 COMMANDS = {  # name: arguments as shown in --help, what it does
     "run": ("[KEY=VALUE ...]", "run the pipeline, only steps that are not up to date; the default command"),
     "validate": ("DIR", "check a data folder; print findings; exit 1 if it cannot be used"),
-    "predict": ("DIR --run NAME", "grade every study in a folder with a finished run or a packed archive"),
+    "predict": ("DIR [--run NAME]", "grade every study in a folder with the ready-made models, a run or an archive"),
     "export": ("[STUDY ...]", "export grades of a finished run as CSV and DICOM SR, one folder per study"),
     "pack": ("", "pack the models of a finished run into one archive, for predict on another machine"),
     "kaggle-bundle": ("", "write a data set and a notebook that grade the hidden studies on Kaggle"),
@@ -66,7 +68,11 @@ NOTES = {  # at the end of a command's --help
     "run": "a step is named by notebook (03_train_yolo), number (03) or in full (03_train_yolo_scs_fold0)",
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
-SWITCH, FINISHED = {"action": "store_true"}, {"default": "demo", "type": finished_run}
+Optional, SWITCH, FINISHED = (
+    argparse.BooleanOptionalAction,
+    {"action": "store_true"},
+    {"default": "demo", "type": finished_run},
+)
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
     ("validate predict", "folder", "DIR", "the competition's layout, or any folder of DICOM files", {"type": folder}),
@@ -78,12 +84,21 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
     ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
     ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
-    ("predict", "--run", "NAME", "a finished run, outputs/NAME, or an archive made by `pack`", {"required": True}),
+    (
+        "predict",
+        "--run",
+        "NAME",
+        "a run or an archive made by `pack` (default: outputs/pretrained)",
+        {"default": READY},
+    ),
     ("export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
     ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
-    ("predict", "--out", "DIR", "where grades go (default: outputs/NAME/predict/<folder>)", {"type": Path}),
+    ("predict", "--out", "DIR", "where grades go (default: outputs/[NAME/]predict/<folder>)", {"type": Path}),
+    ("predict", "--pages", None, "a page per study (default: up to 20 studies)", {"action": Optional, "default": None}),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
     ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
+    ("pack", "--ready", None, "write outputs/pretrained instead: 16-bit weights, tempered blend", SWITCH),
+    ("pack", "--measured", "CSV", "with --ready: a table of results on real scans, shown in the card", {"type": Path}),
     ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
     ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
     ("run predict ablate curve", "--cores", "N", "processor cores to use (default: all)", {"type": at_least_one}),

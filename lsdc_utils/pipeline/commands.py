@@ -10,17 +10,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 from lsdc_utils.files import git_commit
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
-from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
+from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
-from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.pipeline.parameters import check_start, load_parameters
 from lsdc_utils.pipeline.progress import score_table, shown
-from lsdc_utils.pipeline.run import Run, dry_run, locked, work
+from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -35,11 +36,15 @@ NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.exec
 def run_of(asked: Namespace) -> Run:
     """The run that the arguments describe; UsageError if they are wrong."""
     parameters = load_parameters(asked.profile, asked.overrides)
-    name, cores = asked.run or asked.profile, asked.cores or usable_cores()
+    name = asked.run or (
+        f"{READY}-run" if asked.profile == READY else asked.profile
+    )  # outputs/READY is what pack makes
+    cores = asked.cores or usable_cores()
     resume = ["./run_all.sh", "--profile", asked.profile, "--run", name, "--cores", str(cores), *asked.overrides]
     if asked.data:
         parameters["data_dir"] = str(asked.data.resolve())
         resume += ["--data", parameters["data_dir"]]
+    check_start(parameters)
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
     run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, asked.force, slurm=asked.slurm)
@@ -71,12 +76,12 @@ def validate(asked: Namespace) -> int:
 
 
 def predict(asked: Namespace) -> int:
-    archive = Path(asked.run) if asked.run.endswith(".zip") else None
+    archive, ready = Path(asked.run) if asked.run.endswith(".zip") else None, asked.run == READY
     folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
-    out = (asked.out or trained / "predict" / folder.name).resolve()
+    out = (asked.out or (OUTPUTS if ready else trained) / "predict" / folder.name).resolve()  # READY is committed
     if archive and not archive.is_file():
         raise UsageError(f"--run {asked.run}: no such file")
-    if not archive and not trained.is_dir():
+    if not archive and not ready and not trained.is_dir():
         runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
         raise UsageError(f"--run {asked.run}: no such run; finished runs: {runs}")
     if out.exists() and not out.is_dir():
@@ -85,22 +90,32 @@ def predict(asked: Namespace) -> int:
         place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
     from lsdc_utils.data.competition import CompetitionError
+    from lsdc_utils.grading.basis import grade_basis
     from lsdc_utils.grading.run_tables import RunError
     from lsdc_utils.pipeline import pack, predict
 
-    cores = asked.cores or usable_cores()
+    began, cores = time.time(), asked.cores or usable_cores()
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
     with locked(out):
         try:
             trained = pack.unpack(archive, out / "models") if archive else trained
+            if ready:
+                pack.check_ready(trained)
             parameters = predict.prepare(folder, trained.resolve(), out, cores)
         except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
         planned = Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")
         if (status := work(planned)) == 0:
-            summary = predict.collect(out, [Path(step.given["out_dir"]) for step in planned.steps])
+            shards, basis = [Path(step.given["out_dir"]) for step in planned.steps], grade_basis(trained)
+            summary, studies, uncertain = predict.collect(folder, out, shards, basis)
             print(f"\n{summary}\n\ngrades: {out}/grades.csv")
+            if asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES):
+                name = archive.stem if archive else asked.run
+                print(f"pages: {predict.write_pages(out, shards, parameters, name, basis)}")
+            device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
+            seconds = f"{time.time() - began:.0f} s on {device}"
+            print(f"{studies} studies in {seconds}; levels uncertain in {uncertain}: check these on their pages")
     return status
 
 
@@ -117,8 +132,12 @@ def export(asked: Namespace) -> int:
 
 
 def pack(asked: Namespace) -> int:
-    from lsdc_utils.pipeline.pack import pack_run
+    from lsdc_utils.pipeline.pack import pack_ready, pack_run
 
+    if asked.ready:
+        table = pack_ready(asked.run, OUTPUTS / READY, asked.measured, usable_cores())
+        print(f"{table.to_string(index=False)}\nready-made models: {shown(OUTPUTS / READY)}")
+        return 0
     out = (asked.out or asked.run / f"{asked.run.name}.zip").resolve()
     if out.suffix != ".zip":
         raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")

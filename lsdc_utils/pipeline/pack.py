@@ -1,6 +1,7 @@
-"""The models of a run as one archive: weights, blend, checksums, class order and a model card.
+"""The models of a run as one archive, or as the folder of the ready-made models: weights, blend, checksums, class order
+and a model card.
 
-It names no study and no folder of the machine that made it. The same run gives the same bytes.
+They name no study and no folder of the machine that made them. The same run gives the same bytes.
 """
 
 import hashlib
@@ -12,10 +13,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from lsdc_utils.files import atomic, sha256
-from lsdc_utils.grading.run_tables import read_recipe, weight_files
+from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
 
@@ -23,36 +25,100 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 LARGEST = 16 * 2**30  # bytes of all files together; fifteen YOLOv10x and five ViTs take 1.5 GiB
 MOST = 500  # files
+READY_SIZE = 25_000_000  # bytes of all ready-made models, which are committed
 NAME = re.compile(r"(weights/)?[A-Za-z0-9]\w*(\.\w+)+")
 
 
 def pack_run(run: Path, out: Path) -> list[str]:
     """Write the archive `out` of the run in folder `run`; return its names; RunError or UsageError if unfinished."""
-    recipe = read_recipe(run)
-    if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
-        raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
-    from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
-    from lsdc_utils.report.run import Run
-
-    weights = weight_files(recipe["folds"])
-    contents = {name: (run / name).read_bytes() for name in (*weights, "blend.json", "scores.json")}
-    for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
-        about = without_places(json.loads((run / name).read_text()))
-        if "studies" in about:
-            about["studies"] = len(about["studies"])
-        contents[name] = _json(about)
-    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
-    contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
-    contents["MODEL_CARD.md"] = model_card(Run(run)).encode()
-    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
-    contents[MANIFEST] = _json(manifest)
+    contents = _contents(run, read_recipe(run))
     with atomic(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(contents):
             entry = zipfile.ZipInfo(name)  # with the zip format's first day as its date
             entry.external_attr, entry.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
             archive.writestr(entry, contents[name])
     return sorted(contents)
+
+
+def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.DataFrame:
+    """Write the folder `out` of ready-made models from a finished run; return the table of `temper.temper_run`.
+
+    Weights are kept in 16 bits (`load_vit` and `load_detector` use them in 32); the blend is tempered. real: a CSV of
+    results on real scans, for the card. UsageError if all files together exceed `READY_SIZE`.
+    """
+    recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}
+    if (size := sum(map(len, _contents(run, recipe, measured).values()))) > READY_SIZE:
+        most = f"{size / 1e6:.1f} MB, more than {READY_SIZE / 1e6:.0f}"
+        raise UsageError(f"the models in {run} take {most}: train one fold, or smaller models")
+    from lsdc_utils.pipeline.temper import temper_run
+
+    recipe, measured["tempering"] = temper_run(run, recipe, workers)
+    beside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    for name, content in _contents(run, recipe, measured).items():
+        (beside / name).parent.mkdir(parents=True, exist_ok=True)
+        (beside / name).write_bytes(content)
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+    return measured["tempering"]
+
+
+def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFrame] | None = None) -> dict[str, bytes]:
+    """Name -> bytes of each file of an archive; with what was measured, of ready-made models."""
+    if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
+        raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
+    from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
+    from lsdc_utils.report.run import Run
+
+    weights = weight_names(run, recipe["folds"])
+    contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
+    for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
+        about = without_places(json.loads((run / name).read_text()))
+        if "studies" in about:
+            about["studies"] = len(about["studies"])
+        if measured is not None and (file := str(Path(name).with_suffix(".safetensors"))) in contents:
+            contents[file] = in_half(contents[file])
+            about["sha256"] = hashlib.sha256(contents[file]).hexdigest()
+        contents[name] = _json(about)
+    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
+    contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
+    contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
+    digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}
+    contents["MODEL_CARD.md"] = model_card(Run(run), measured, digests).encode()
+    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
+    return contents | {MANIFEST: _json(manifest)}
+
+
+def weight_names(run: Path, folds: list[int]) -> list[str]:
+    """The weights of these folds, relative to the run's folder: of every model that has some."""
+    files = (file for fold in folds for file in sorted(run.glob(f"weights/*_fold{fold}.*")))
+    return [f"weights/{file.name}" for file in files if file.suffix in (".pt", ".safetensors")]
+
+
+def in_half(content: bytes) -> bytes:
+    """A safetensors file with its 32-bit numbers in 16 bits."""
+    from safetensors.torch import load, save
+
+    tensors = load(content)
+    return save({name: value.half() if value.is_floating_point() else value for name, value in tensors.items()})
+
+
+def check_ready(folder: Path) -> None:
+    """UsageError if the ready-made models are absent, are not the files of their manifest, or cannot be loaded."""
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} holds no ready-made models: check it out with git, or name a run with --run NAME")
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    for name, (_, digest) in _listed(names, (folder / MANIFEST).read_bytes(), folder).items():
+        if sha256(folder / name) != digest:
+            raise UsageError(f"{folder}: {name} is not the file that {MANIFEST} describes: check it out again with git")
+    from lsdc_utils.grading.grade import load_models
+
+    recipe = read_recipe(folder)
+    try:
+        load_models(folder / "weights", recipe["folds"], recipe["vit_views"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"this version of the code cannot load the models in {folder}: {error!r}") from error
 
 
 def without_places(value: Any) -> Any:
@@ -80,7 +146,9 @@ def unpack(archive: Path, folder: Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as opened:
-            for name, (size, digest) in _listed(opened, archive).items():
+            names = opened.namelist()
+            small = MANIFEST in names and opened.getinfo(MANIFEST).file_size <= 2**20
+            for name, (size, digest) in _listed(names, opened.read(MANIFEST) if small else b"", archive).items():
                 # zipfile writes at most as many bytes as the archive says that a file has
                 if opened.getinfo(name).file_size != size or sha256(opened.extract(name, beside)) != digest:
                     raise UsageError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
@@ -92,13 +160,13 @@ def unpack(archive: Path, folder: Path) -> Path:
     return ready
 
 
-def _listed(opened: zipfile.ZipFile, archive: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file in the manifest; UsageError if it differs from the archive or is implausible."""
-    names = opened.namelist()
-    if MANIFEST not in names or opened.getinfo(MANIFEST).file_size > 2**20:
+def _listed(names: list[str], text: bytes, archive: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file in the manifest `text`; UsageError if it differs from the names of the archive's (or
+    folder's) files or is implausible."""
+    if not text:
         raise UsageError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
     try:
-        manifest = json.loads(opened.read(MANIFEST))
+        manifest = json.loads(text)
         files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in manifest["files"].items()}
         known = (manifest["format"], manifest["columns"], manifest["severities"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,10 +7,14 @@ from typing import Any
 
 import yaml
 
-from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared
 
 PROFILES = NOTEBOOKS / "profiles"
+ARCHITECTURE = ("published_method", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
+    "size", "slices", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "context", "head",
+)))  # fmt: skip
+STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
 
 
 def converted(key: str, value: Any, default: Any) -> Any:
@@ -45,6 +49,8 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     if isinstance(defaults[key], str):
         path = Path(os.path.expanduser(raw))  # Path's own raises where ~NAME is not a user
         is_path = bool(raw) and (key == "data_dir" or key.endswith("_csv"))
+        if key == "start_from" and raw:  # a run by name, or a folder
+            path, is_path = next(place for place in (OUTPUTS / raw, path) if place.is_dir() or place is path), True
         is_path |= key in ("yolo_model", "vit_encoder_weights") and path.is_file()
         return key, str(path.resolve()) if is_path else raw
     if isinstance(defaults[key], list) and not raw.startswith("["):
@@ -71,6 +77,25 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
         raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
     return parameters
+
+
+def check_start(parameters: dict[str, Any]) -> None:
+    """UsageError in a sentence unless `start_from` is empty, or a folder of models of the same architecture that were
+    trained on other studies: else out-of-fold studies would have been seen."""
+    if not (place := parameters.get("start_from")):
+        return
+    record = Path(place) / "parameters.yml"
+    if not record.is_file() or not (Path(place) / "weights").is_dir():
+        raise UsageError(f"start_from: {place} is neither a run in outputs/ nor a folder of packed models")
+    theirs, keys = yaml.safe_load(record.read_text()), (*ARCHITECTURE, *STUDIES)
+    # Names alone: models may have moved, and packed ones have no folders.
+    pairs = {key: [Path(str(values.get(key))).name for values in (theirs, parameters)] for key in keys}
+    if differing := [
+        f"{key} ({pairs[key][0]} there, {pairs[key][1]} here)" for key in ARCHITECTURE if len({*pairs[key]}) > 1
+    ]:
+        raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(differing)}")
+    if all(len({*pairs[key]}) == 1 for key in STUDIES):
+        raise UsageError(f"start_from: the models in {place} were trained on studies that this run holds out")
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:

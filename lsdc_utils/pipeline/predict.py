@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import NONE
+from lsdc_utils.data.stacks import read_study
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.dicom import Frames
-from lsdc_utils.files import atomic, sha256, write_json
-from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.files import atomic, readable, sha256, write_json
+from lsdc_utils.grading.basis import basis_words
+from lsdc_utils.grading.run_tables import read_graded, read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import declared, module_files
 from lsdc_utils.vocabulary import SEVERITIES, parse_row_id
 
 LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
 SMALLEST_SHARD = 20  # studies: fewer take less time than the start of another notebook
+FEW_PAGES = 20  # studies up to which pages are written unasked
 RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 
 
@@ -43,6 +48,7 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         raise UsageError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "pages", ignore_errors=True)
     if listed["digest"] != (digest := _digest(root)):
         record.unlink(missing_ok=True)
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
@@ -97,12 +103,13 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     return count
 
 
-def collect(out: Path, shards: list[Path]) -> str:
-    """Join the answers in the folders of the shards to RESULTS in `out`; return a summary.
+def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str, int, int]:
+    """Join the answers of the shards to RESULTS in `out`; return a summary, the number of studies, and of those with
+    uncertain levels. The findings are `without_names`; tables/ and the shards keep them.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
     (models joined by +, or prior), own_series (whether the study has the series on which this condition is read),
-    level_confidence (probability that the study's levels are named right; empty where no level was found).
+    level_confidence (probability that the study's levels are named right; empty where no level was found), grade_basis.
     """
     natural, sources, problems, points = (
         pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
@@ -114,7 +121,9 @@ def collect(out: Path, shards: list[Path]) -> str:
     grades = grades.merge(sources, on="row_id")
     sure = points.groupby(points["study_id"].astype(str))["level_confidence"].min()
     grades["level_confidence"] = grades["study_id"].map(sure).astype(float)
+    grades["grade_basis"] = basis
     findings = pd.concat([pd.read_parquet(out / "tables" / "findings.parquet"), problems]).drop_duplicates()
+    findings["value"] = without_names(findings["value"], root)
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
         with atomic(out / name) as file:
             table.to_csv(file, index=False, float_format="%.9f")
@@ -124,7 +133,35 @@ def collect(out: Path, shards: list[Path]) -> str:
         lines += [f"  {count:>8} of them without the series that the condition is read on"]
     if len(findings):
         lines += ["findings: " + ", ".join(f"{n} {rule}" for rule, n in findings["rule"].value_counts().items())]
-    return "\n".join(lines)
+    uncertain = findings.loc[findings["rule"].str.contains("uncertain"), "study_id"].nunique()
+    return "\n".join([*lines, basis_words(basis)]), grades["study_id"].nunique(), uncertain
+
+
+def without_names(texts: pd.Series, root: Path) -> pd.Series:
+    """The texts with '[name]' for `root`, its name, and each name with three letters in a row of a file or folder
+    under it."""
+    parts = {part for file in walk(root, []) for part in file.relative_to(root).parts}
+    parts = {readable(part) for part in parts if re.search(r"[^\W\d_]{3}", Path(part).stem)}
+    whole = "\n".join(texts.astype(str))
+    there = [name for name in {str(root), root.name, *parts} if name in whole]
+    pattern = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in sorted(there, key=len, reverse=True))
+    return texts.replace(pattern, "[name]", regex=True) if there else texts
+
+
+def write_pages(out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str) -> Path:
+    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`."""
+    from lsdc_utils.report.pages import write_study_pages
+
+    comps, rows = {}, []
+    for shard in shards:
+        comp = competition.read_listed(parameters["data_dir"], out / "tables" / f"{shard.name}.parquet")
+        rows.append(read_graded(shard, "test"))
+        comps |= dict.fromkeys(rows[-1]["study_id"].unique(), comp)
+    findings = {}
+    for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
+        findings.setdefault(int(study), []).append((rule, value))
+    weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comps[study], "test", study)[0]
+    return write_study_pages(out / "pages", name, pd.concat(rows), read, weights, basis, findings)
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:

@@ -12,9 +12,10 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.metric import GROUP_PARTS
 from lsdc_utils.report import run as tables
-from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, provenance
+from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, number, provenance
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -90,8 +91,15 @@ def score_lines(run: Run) -> str:
     return environment().get_template("scores.md.j2").render(run=run, **context).strip()
 
 
-def model_card(run: Run) -> str:
-    """What a user of a run's weights must know, as Markdown: data, scores, use, limitations, licence."""
+def model_card(run: Run, measured: dict[str, pd.DataFrame] | None = None, digests: dict[str, str] | None = None) -> str:
+    """What a user of a run's weights must know, as Markdown: data, scores, use, limitations, licence. Of ready-made
+    models also what was `measured` (tables `real` and `tempering`); digests: sha256 by file."""
+    texts = {
+        key: table.map(lambda x: number(x) if isinstance(x, float) else str(x))
+        for key, table in (measured or {}).items()
+    }
+    shown = {key: markdown_table(table.set_index(table.columns[0])) for key, table in texts.items()}
     context = {"about": sentences(run, "about")[0], "scores": score_lines(run), "limits": limits(run)}
     context |= {"stress": sentences(run, "stress"), "facts": provenance(run), "kind": run.data.get("kind", "")}
+    context |= {"measured": shown, "digests": digests or {}, "basis": basis_words(grade_basis(run.folder))}
     return environment().get_template("card.md.j2").render(run=run, **context)

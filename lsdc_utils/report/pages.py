@@ -8,14 +8,18 @@ from disk and can be passed on. `templates/page.html.j2` frames every page.
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 
 from lsdc_utils import figures
+from lsdc_utils.data.stacks import Stack
 from lsdc_utils.files import atomic
+from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.grading.grade import SURE
 from lsdc_utils.grading.marks import SHORT_NAMES
 from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
@@ -27,6 +31,7 @@ from lsdc_utils.report.pictures import Picture
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that are also written as vector PDF
+MOST_WHOLE = 20  # studies of a prediction that are shown with all slices, about 0.5 MB each
 INDEX, OVERVIEW = ("index.html", "Summary"), ("studies.html", "Studies")
 LIMITS, CLAIM = ("limits.html", "Limitations"), ("claim.html", "CLAIM checklist")
 NAMES = {  # words of the task, for the templates of studies
@@ -53,8 +58,12 @@ def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 
     rows = pd.concat([read_graded(run.folder, name) for name in graded], ignore_index=True)
     pages = [INDEX, *([OVERVIEW] if len(rows) else ()), *(chapter["page"] for chapter in chapters), LIMITS, CLAIM]
     frame = {"run": run, "pages": pages, "facts": tables.provenance(run), "kind": run.data.get("kind", "")}
+    frame["basis"] = basis_words(grade_basis(run.folder))
     write = partial(_write_page, folder, frame)
-    written = _write_studies(run, write, rows, whole_studies, seed) if len(rows) else []
+    readers = {block: study_reader(run.folder, block) for block in rows["block"].unique()}
+    whole = studies.choose_studies(rows, whole_studies, seed)
+    read, weights = (lambda study, block: readers[block](study)), run.folder / "weights"
+    written = _write_studies(write, rows, read, weights, whole) if len(rows) else []
     for chapter in chapters:
         seconds = run.steps["seconds"].get(chapter["step"])
         written.append(write("chapter.html.j2", styles="code", seconds=seconds, **chapter))
@@ -99,22 +108,41 @@ def style_sheet(kind: str) -> str:
     return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"\s+", " ", css))  # every page carries it
 
 
-def _write_studies(run: tables.Run, write: partial, graded: pd.DataFrame, count: int, seed: int) -> list[Path]:
-    """The page of each study and their overview; returns the files."""
-    lines, whole, files = studies.overview(graded), studies.choose_studies(graded, count, seed), []
-    readers = {block: study_reader(run.folder, block) for block in graded["block"].unique()}
-    trained = {key: sorted((run.folder / "weights").glob(f"yolo_{key}_fold*.json")) for key in GROUPS}
+def _write_studies(
+    write: partial, graded: pd.DataFrame, read: Callable[[int, str], list[Stack]], weights: Path, whole: dict[int, str],
+    first: tuple[str, str] = OVERVIEW, findings: dict[int, list[tuple[str, str]]] | None = None,
+) -> list[Path]:  # fmt: skip
+    """The page of each study and their overview, `first`; returns the files. read: stacks of a study and block."""
+    lines, files = studies.overview(graded), []
+    trained = {key: sorted(weights.glob(f"yolo_{key}_fold*.json")) for key in GROUPS}
     boxes = {key: tables.read_file(some[0])["config"]["box_mm"] for key, some in trained.items() if some}
-    chain = [OVERVIEW, *((line["page"], f"Study {line['study_id']}") for line in lines)]
+    chain = [first, *((line["page"], f"Study {line['study_id']}") for line in lines)]
     for page, line, (study, rows) in zip(chain[1:], lines, graded.groupby("study_id", sort=True), strict=True):
-        keys, viewers = studies.show_study(rows, readers[rows["block"].iloc[0]](study), boxes, study in whole)
+        keys, viewers = studies.show_study(rows, read(study, rows["block"].iloc[0]), boxes, study in whole)
         context = {"line": line, "reason": whole.get(study, ""), "keys": keys, "viewers": viewers}
         context |= {"rows": rows.to_dict("records"), "script": "study.js" if viewers else "", "sure": SURE}
+        context["findings"] = (findings or {}).get(study, [])
         files.append(write("study.html.j2", page, styles="study", around=chain, **NAMES, **context))
-    context = {
-        "lines": lines,
-        "whole": whole,
-        "blocks": list(readers),
-        "labelled": any(line["known"] for line in lines),
-    }
-    return [*files, write("studies.html.j2", OVERVIEW, script="studies.js", styles="study", **NAMES, **context)]
+    labelled, blocks = any(line["known"] for line in lines), list(graded["block"].unique())
+    context = {"lines": lines, "whole": whole, "blocks": blocks, "labelled": labelled}
+    return [*files, write("studies.html.j2", first, script="studies.js", styles="study", **NAMES, **context)]
+
+
+def write_study_pages(
+    folder: Path, name: str, rows: pd.DataFrame, read: Callable[[int], list[Stack]], weights: Path, basis: str,
+    findings: dict[int, list[tuple[str, str]]],
+) -> Path:  # fmt: skip
+    """Write `folder`/index.html and a page for each graded study of a prediction; returns the index.
+
+    name: of the models; rows: as `read_graded` gives them; read: the stacks of a study; findings: rule and value by
+    study. The least sure studies, at most `MOST_WHOLE`, are shown with all slices. Older pages are deleted.
+    """
+    first = ("index.html", "Studies")
+    frame = {"run": SimpleNamespace(name=name), "pages": [first], "kind": "prediction", "basis": basis_words(basis)}
+    whole = rows.groupby("study_id")["confidence"].mean().nsmallest(MOST_WHOLE).index.tolist()
+    whole = dict.fromkeys(whole, "among the least sure")
+    write = partial(_write_page, folder, frame)
+    written = _write_studies(write, rows, lambda study, _: read(study), weights, whole, first, findings)
+    for file in {*folder.glob("*.html")} - {*written}:
+        file.unlink()
+    return written[-1]

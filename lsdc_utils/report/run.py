@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.metric import GROUP_PARTS, PARTS
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.vocabulary import MISSING
@@ -92,7 +93,9 @@ def write_provenance(run: Path) -> dict[str, Any]:
         for file in (*sorted(folder.glob("*.csv")), run / "tables/series.parquet"):
             if file.is_file():
                 digest.update(f"{file.name}\0".encode() + file.read_bytes())
-        data = {"kind": data["kind"], "folder": folder.name, "fingerprint": digest.hexdigest()}
+        kind = "phantom" if (folder / "phantom.json").is_file() else data["kind"]  # also one given as a folder
+        data = {"kind": kind, "folder": folder.name, "fingerprint": digest.hexdigest()}
+        data["studies"] = training_studies(run)
     for file in sorted((run / "weights").glob("*.json")):
         weights[file.stem] = {key: read_file(file)[key] for key in ("sha256", "git_commit")}
     cpu = Path("/proc/cpuinfo")

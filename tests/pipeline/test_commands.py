@@ -46,6 +46,8 @@ def test_help_lists_every_command_once(capsys) -> None:
         (["--nonsense"], "unrecognized"),
         (["predict", "nowhere", "--run", "demo"], "no such folder"),
         (["predict"], "required"),
+        (["predict", ".", "--run", "demo", "--pages", "yes"], "unrecognized"),
+        (["--run", "predict"], "plain name"),
         (["curve", "0"], "1 or more"),
         (["folds=2"], "n_splits"),
         (["folds=[]"], "n_splits"),

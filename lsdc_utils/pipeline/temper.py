@@ -1,0 +1,64 @@
+"""The blend of the ready-made models, fitted on phantom populations that no training draws, so that it hedges where
+scanner, prevalence or reader are new."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lsdc_utils import metric
+from lsdc_utils.data import competition
+from lsdc_utils.grading import blend, grade
+from lsdc_utils.grading.blend import Tables
+from lsdc_utils.phantom import labels, write_phantom
+from lsdc_utils.vocabulary import row_id
+
+STUDIES, SEED = 40, 9001  # of each population; phantoms of training have other seeds
+POPULATIONS = {  # name -> arguments of `write_phantom`, and the factor of all narrowings
+    "scanner": ({"noise": 2.0, "pixel": 1.3, "field": 2.0, "stir": 1.0}, 1.0),
+    "prevalence": ({}, 0.6),
+    "reader": ({"label_wrong": 0.15}, 1.0),
+}
+Part = tuple[Tables, pd.DataFrame]  # of a population: the models' rows, and labels (row_id, study_id, severity)
+
+
+def temper_run(run: Path, recipe: dict[str, Any], workers: int) -> tuple[dict[str, Any], pd.DataFrame]:
+    """`temper` with the models of a run, which grade `STUDIES` new studies of each of `POPULATIONS`."""
+    models, parts = grade.load_models(run / "weights", recipe["folds"], recipe["vit_views"]), {}
+    for number, (name, (choices, factor)) in enumerate(POPULATIONS.items()):
+        narrowing = factor * labels.draw_grades(STUDIES, [SEED, number]).narrowing
+        print(f"population {name}: {STUDIES} studies are drawn and graded", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"narrowing": narrowing, "workers": workers, **choices}
+            comp = competition.read(write_phantom(Path(folder) / "phantom", STUDIES, 0, SEED + number, **options))
+            graded = grade.grade_studies(models, comp, "train", sorted(comp.labels["study_id"].unique()))
+        names = [row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].itertuples(index=False)]
+        parts[name] = {model: graded[model] for model in grade.BLENDS["ensemble"]}, comp.labels.assign(row_id=names)
+    return temper(recipe, parts)
+
+
+def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The recipe with blends fitted on all populations, and a row for each: population, studies, and the official total
+    of `prior`, of the ensemble as `trained`, and `tempered` by numbers fitted on the other populations."""
+    rows = []
+    for name, (tables, read) in parts.items():
+        others, prior = _fitted(recipe, {key: parts[key] for key in parts if key != name}), _prior(recipe, read)
+        blends = {"trained": recipe["ensemble"], "tempered": others["ensemble"]}
+        natural = {"prior": prior} | {key: blend.apply_blend(of, tables, prior) for key, of in blends.items()}
+        weighted = {key: metric.weight_table(table) for key, table in natural.items()}
+        totals = {key: metric.score(metric.solution_of(read), table)["total"] for key, table in weighted.items()}
+        rows.append({"population": name, "studies": read["study_id"].nunique(), **totals})
+    return _fitted(recipe, parts) | {"tempered_on": list(parts)}, pd.DataFrame(rows)
+
+
+def _fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
+    """The recipe with all numbers of its blends fitted on these populations together."""
+    read = pd.concat([part[1] for part in parts.values()], ignore_index=True)
+    tables = {model: pd.concat([part[0][model] for part in parts.values()]) for model in grade.BLENDS["ensemble"]}
+    inputs, prior = {name: {key: tables[key] for key in of} for name, of in grade.BLENDS.items()}, _prior(recipe, read)
+    return recipe | {name: blend.fit_blend(of, prior, read) for name, of in inputs.items()}
+
+
+def _prior(recipe: dict[str, Any], read: pd.DataFrame) -> pd.DataFrame:
+    return grade.prior_of(recipe, grade.rows_of(read["study_id"].unique()))

@@ -1,0 +1,36 @@
+"""What grades rest on, told from a run's records alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lsdc_utils.grading.basis import PHANTOM_ONLY, basis_words, grade_basis
+
+
+def write(folder: Path, name: str, content: dict) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_the_basis_is_told_by_the_best_record_that_is_there(tmp_path: Path) -> None:
+    assert grade_basis(tmp_path) == "trained on an unknown number of studies of unknown data"
+    for fold, studies in enumerate(([1, 2, 3], [3, 4])):
+        write(tmp_path, f"weights/yolo_scs_fold{fold}.json", {"studies": studies})
+    assert grade_basis(tmp_path) == "trained on 4 studies of unknown data"
+    write(tmp_path, "data.json", {"kind": "folder", "data_dir": "/hospital/Some^Name"})
+    assert grade_basis(tmp_path) == "trained on 4 studies of a data folder"  # not named: a name may be a patient's
+    write(tmp_path, "provenance.json", {"data": {"kind": "kaggle", "studies": 1975}})
+    assert grade_basis(tmp_path) == "trained on 1975 studies of the RSNA 2024 data set"
+    write(tmp_path, "provenance.json", {"data": {"kind": "phantom", "studies": 160}})
+    assert grade_basis(tmp_path) == PHANTOM_ONLY == "phantom_only"
+
+
+def test_packed_weights_count_their_studies_without_naming_them(tmp_path: Path) -> None:
+    write(tmp_path, "weights/yolo_scs_fold0.json", {"studies": 80})
+    assert grade_basis(tmp_path) == "trained on an unknown number of studies of unknown data"
+
+
+def test_the_words_explain_a_phantom_alone() -> None:
+    assert "synthetic images alone" in basis_words(PHANTOM_ONLY)
+    assert basis_words("trained on 3 studies of x") == "Grade basis: trained on 3 studies of x."

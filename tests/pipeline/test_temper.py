@@ -1,0 +1,57 @@
+"""The blend of the ready-made models hedges on populations that training did not draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsdc_utils import phantom
+from lsdc_utils.grading import grade
+from lsdc_utils.pipeline import temper
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, parse_row_id
+
+PRIOR = dict(zip(SEVERITIES, (0.7, 0.2, 0.1), strict=True))
+EQUAL = {"weights": {"yolo": 0.5, "vit3d": 0.5}, "bias": [0.0, 0.0], "gain": [], "kept": "simple"}
+
+
+def recipe_of() -> dict:
+    blends = {name: dict.fromkeys(("nfn", "scs", "ss"), EQUAL) for name in grade.BLENDS}
+    for name in ("yolo", "vit3d"):
+        blends[name] = dict.fromkeys(("nfn", "scs", "ss"), EQUAL | {"weights": {name: 1.0}})
+    prior = [{"condition": c, "level": v, **PRIOR} for c in CONDITIONS for v in LEVELS]
+    return {"format": 3, "kind": "fitted", "folds": [0], "vit_views": 1, "threads": 1, "prior": prior, **blends}
+
+
+def population(first: int, n: int = 60) -> temper.Part:
+    """Labels drawn from a known probability, which both models claim far too surely."""
+    rng = np.random.default_rng(first)
+    rows = [f"{first + study}_{column}" for study in range(n) for column in COLUMNS]
+    logit = rng.normal(size=(len(rows), 1)) * [[-1.0, 0.3, 1.0]] + [[1.5, 0, -0.5]]
+    natural = np.exp(logit) / np.exp(logit).sum(axis=1, keepdims=True)
+    labels = pd.DataFrame([parse_row_id(row) for row in rows], columns=["study_id", "condition", "level"])
+    labels["severity"] = (rng.random(len(rows))[:, None] > natural.cumsum(axis=1)).sum(axis=1)
+    sure = natural**4 / (natural**4).sum(axis=1, keepdims=True)
+    table = pd.DataFrame(sure, columns=list(SEVERITIES)).assign(row_id=rows)
+    return {"yolo": table, "vit3d": table}, labels.assign(row_id=rows)
+
+
+def test_blends_are_fitted_where_training_never_was_and_judged_on_another_population() -> None:
+    recipe, parts = recipe_of(), {name: population(1000 * k) for k, name in enumerate("abc", start=1)}
+    tempered, table = temper.temper(recipe, parts)
+    assert list(table["population"]) == ["a", "b", "c"] and (table["studies"] == 60).all()
+    assert (table["tempered"] < table["trained"] - 0.02).all() and (table["tempered"] < table["prior"]).all()
+    for name in grade.BLENDS:
+        for mixture in tempered[name].values():
+            assert 0.1 < sum(mixture["weights"].values()) < 0.6  # p^4: a quarter undoes it, noise takes some
+    assert tempered["tempered_on"] == ["a", "b", "c"]
+    kept = ("format", "kind", "folds", "vit_views", "threads", "prior")
+    assert {key: tempered[key] for key in kept} == {key: recipe[key] for key in kept}
+
+
+@pytest.mark.parametrize("name", temper.POPULATIONS)
+def test_every_population_can_be_drawn(name: str) -> None:
+    choices, factor = temper.POPULATIONS[name]
+    usual = phantom.fingerprint(2, 0, temper.SEED)
+    assert factor != 1 or phantom.fingerprint(2, 0, temper.SEED, **choices) != usual
+    assert 0 < factor <= 1

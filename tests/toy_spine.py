@@ -10,11 +10,13 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import DetectorConfig, class_table
 from lsdc_utils.detector.dataset import Dataset
 from lsdc_utils.detector.detections import Detections
-from lsdc_utils.detector.levels import CONFIDENCES
-from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, T1, T2, row_id
+from lsdc_utils.detector.localiser import MAPS
+from lsdc_utils.detector.spine import CANAL_COLUMNS, Discs
+from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SPINAL_CANAL, T1, T2, row_id
 
 SIZES = {"nfn": (64, 32), "scs": (64, 32), "ss": (32, 32)}
-STRIPS = {"nfn": (0.2, 0.8, 0.0, 1.0), "scs": (0.2, 0.8, 0.0, 1.0), "ss": (0.25, 0.75, 0.25, 0.75)}
+WINDOWS = {"nfn": (256.0, 128.0), "scs": (256.0, 128.0), "ss": (96.0, 96.0)}
+BESIDE = ((0.0, 0.0),) * len(LEVELS)  # the toy spine has its foramina at the height of the canal points
 LATERAL = {"nfn": 18.0, "scs": 0.0, "ss": 12.0}  # mm off the midline
 
 
@@ -26,8 +28,8 @@ def write_dataset(stacks, labels, folder, *settings) -> tuple[pd.DataFrame, pd.D
 
 
 def config(condition: str, **values) -> DetectorConfig:
-    settings = dict(strip=STRIPS[condition], size=SIZES[condition], neighbours=True, box_mm=14.0)
-    return DetectorConfig(condition, **(settings | values))
+    settings = dict(window=WINDOWS[condition], size=SIZES[condition], neighbours=True, box_mm=14.0)
+    return DetectorConfig(condition, **(settings | {"canal_from_foramina": BESIDE} | values))
 
 
 def level_centre(level: str, shift: float = 0.0) -> np.ndarray:
@@ -99,10 +101,17 @@ def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
     return stack, toy_labels(stack, condition, severities)
 
 
+def canal_labels(study_id: int = 1) -> pd.DataFrame:
+    """The label table's rows of a toy study's canal, clicked on another series than `toy_study` gives."""
+    table = canal_points(study_id)[["study_id", "level", *"XYZ"]].assign(condition=SPINAL_CANAL, severity=0)
+    rows = [row_id(study_id, SPINAL_CANAL, level) for level in LEVELS]
+    return table.assign(row_id=rows, series_id=study_id * 10 + 9, instance_number=1, x=48.0, y=48.0)
+
+
 def ideal(condition: str, severities: dict, table: pd.DataFrame | None = None) -> tuple[Detections, DetectorConfig]:
     """What a perfect detector would say of a toy study: each true point twice, half a millimetre off, and clutter.
 
-    table: the classes; those of the detector's own scheme if None.
+    table: the classes; those of the detector's own scheme, which tell severities alone, if None.
     """
     settings = config(condition)
     table = class_table(settings) if table is None else table
@@ -110,11 +119,11 @@ def ideal(condition: str, severities: dict, table: pd.DataFrame | None = None) -
     points, scores, levels = [], [], []
     for (name, level), point in toy_points(condition).items():
         for _ in range(2):
-            score = np.full(len(table), 0.01)
-            fits = table["level"].isin([None, level]) & (table["severity"] == severities[name, level])
-            score[fits & (table["condition"] == name if "condition" in table else True)] = 0.8
+            fits = table["severity"] == severities[name, level]
+            for column, value in (("level", level), ("condition", name)):
+                fits &= (table[column] == value) if column in table else True
             points.append(point + rng.normal(0, 0.5, 3))
-            scores.append(score)
+            scores.append(np.where(fits, 0.8, 0.01))
             levels.append(LEVELS.index(level))
     for _ in range(30):  # clutter in front of the spine
         points.append(rng.uniform([-30, -80, -90], [30, -40, 90]))
@@ -130,7 +139,7 @@ def no_detections(settings: DetectorConfig) -> Detections:
 
 def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
     lines = [(study_id, level, "", *level_centre(level, shift), 0.9, 0.95) for level in LEVELS]
-    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES])
+    return pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
 
 
 def foramen_points(study_id: int = 1) -> pd.DataFrame:
@@ -138,4 +147,36 @@ def foramen_points(study_id: int = 1) -> pd.DataFrame:
         (study_id, level, CONDITIONS[name].side, *point, 0.8, 0.95)
         for (name, level), point in toy_points("nfn").items()
     ]
-    return pd.DataFrame(lines, columns=["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES])
+    return pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
+
+
+def discs(
+    centres: dict[str, np.ndarray],
+    seed: int = 0,
+    series: tuple[str, ...] = (T1, T2),
+    slices: int = 11,
+    clutter=2,
+    **scores,
+) -> Discs:
+    """What a localiser sees on sagittal slices 4 mm apart: every disc of `centres` (name -> LPS mm) on each slice half
+    a millimetre off, by the score of the map `disc`, and clutter in front. A name that is a map has that map's score too.
+
+    scores: those of maps on the discs that they are for, by default .9.
+    """
+    rng, points, table, on_t2 = np.random.default_rng(seed), [], [], []
+    for kind in series:
+        for x in 4.0 * (np.arange(slices) - (slices - 1) / 2):
+            for name, centre in centres.items():
+                row = np.full(len(MAPS), 0.02)
+                row[MAPS.index("disc")] = scores.get("disc", 0.9) if name != "s1_s2" else 0.1
+                if name in MAPS:
+                    row[MAPS.index(name)] = scores.get(name, 0.9)
+                row[MAPS.index("canal")] = scores.get("canal", 0.9) if abs(x) <= 5 else 0.02
+                points.append(centre * (0, 1, 1) + (x + centre[0], 0, 0) + rng.normal(0, 0.5, 3) * (0, 1, 1))
+                table.append(row)
+            for _ in range(clutter):
+                points.append((x, rng.uniform(-90, -40), rng.uniform(-90, 90)))
+                table.append(np.full(len(MAPS), 0.02))
+            on_t2 += [kind == T2] * (len(points) - len(on_t2))
+    table = np.array(table).reshape(-1, len(MAPS))
+    return Discs(np.array(points).reshape(-1, 3), table, np.array(on_t2, dtype=bool), slices * len(series))

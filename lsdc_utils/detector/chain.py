@@ -26,6 +26,7 @@ SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are
 NOTHING = 1e-3  # evidence that counts as none
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
 NO_CANDIDATE = np.log(MISSED * NOTHING)  # log weight of each disc without a candidate
+LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter,
 CELL = 5.0  # mm: of detections this close the best supported one is candidate,
 FEW = 40  # and so many are enough to choose from
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which `calibrate` chooses
@@ -100,7 +101,7 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
     """
     apart = np.linalg.norm(points[:, None, 1:] - points[None, :, 1:], axis=2)
     support = np.exp(-0.5 * (apart / SAME_PLACE) ** 2) @ evidence
-    index, free = [], np.full(len(points), True)
+    index, free = [], support.max(axis=1) >= LEAST_SUPPORT
     while free.any() and len(index) < FEW:
         index.append(int(np.where(free, support.max(axis=1), -1).argmax()))
         free &= apart[index[-1]] > CELL

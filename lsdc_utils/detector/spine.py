@@ -51,7 +51,7 @@ def name_levels(discs: Discs) -> tuple[Chain, np.ndarray]:
     """The chain of a study's candidates, and the places (5, 2) of its levels, y and z in mm, NaN for one not found."""
     found = chain(discs.points, evidence(discs))
     chosen = found.best()[LUMBAR]
-    return found, np.where(chosen[:, None] >= 0, found.plane[chosen] if len(found.plane) else np.nan, np.nan)
+    return found, np.where(chosen[:, None] >= 0, found.plane[chosen] if len(found.plane) else [[np.nan] * 2], np.nan)
 
 
 def canal_points(
@@ -61,7 +61,8 @@ def canal_points(
 
     A point is the mean of the detections near its level, by score: across the slices of those that show the canal, in
     the plane of those on T2 if there are any, since patients move between series. level_confidence: the mean over the
-    localisers of the probability of these names, so that one that counts in another way takes its share of it.
+    localisers of the probability of these names, so that one that counts in another way takes its share of it; half of
+    it where L5/S1, from which names are counted, was not found.
     """
     joined = Discs(*(np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2")),
                    sum(one.slices for one in seen))  # fmt: skip
@@ -69,6 +70,7 @@ def canal_points(
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
         chances.append(ceiling * chain(one.points, evidence(one)).chance(places, temperature))
+    sure = np.mean(chances) * (1 if np.isfinite(places[-1, 0]) else 0.5)
     lines, disc = [], joined.scores[:, MAPS.index("disc")]
     shows = joined.scores[:, MAPS.index("canal")]
     for level, place in zip(LEVELS, places, strict=True):
@@ -79,7 +81,7 @@ def canal_points(
         y, z = own @ joined.points[:, 1:] / own.sum()
         across = own * (shows + 1e-6) ** 2
         x = across @ joined.points[:, 0] / across.sum()
-        lines.append((study_id, level, "", x, y, z, (near > 0.5) @ disc / max((near > 0.5).sum(), 1), np.mean(chances)))
+        lines.append((study_id, level, "", x, y, z, (near > 0.5) @ disc / max((near > 0.5).sum(), 1), sure))
     table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
     return table.astype(
         dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float) | {"study_id": "int64", "level": "str", "side": "str"}

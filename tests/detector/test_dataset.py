@@ -9,14 +9,14 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from toy_spine import config, toy_study, write_dataset
+from toy_spine import canal_labels, canal_points, config, toy_study, write_dataset
 
 from lsdc_utils.data import checks, competition
 from lsdc_utils.data.stacks import convert_studies, load_study
 from lsdc_utils.detector.classes import DetectorError
 from lsdc_utils.detector.dataset import Dataset, _box, label_boxes
 from lsdc_utils.detector.detections import patient_points
-from lsdc_utils.detector.images import slice_channels, strip_window, strips
+from lsdc_utils.detector.images import network_inputs, shown, slice_channels, windows
 from lsdc_utils.phantom import write_phantom
 from lsdc_utils.vocabulary import GROUPS
 
@@ -25,11 +25,12 @@ from lsdc_utils.vocabulary import GROUPS
 def test_boxes_lie_where_the_reader_clicked(condition):
     stack, labels = toy_study(condition)
     settings = config(condition)
-    boxes = label_boxes(stack, labels, settings, copy_mm=0.0)
+    boxes = label_boxes(stack, labels, settings, 0.0, canal_points())
     assert set(boxes["row_id"]) == set(labels["row_id"]) and not boxes["copied"].any()
+    assert (boxes["class_id"] == boxes["severity"]).all()
     both = boxes.merge(labels, on="row_id")
-    centres = both[["x_x", "y_x"]].to_numpy()[:, None]
-    back = patient_points(stack, both["slice"].to_numpy(), centres, settings)[:, 0]
+    centres, index = both[["x_x", "y_x"]].to_numpy()[:, None], both["slice"].to_numpy()
+    back = patient_points(stack.affines[index], windows(stack, settings, canal_points())[index], centres)[:, 0]
     np.testing.assert_allclose(back, both[["X", "Y", "Z"]], atol=0.01)
     edge = boxes[["x", "y"]].to_numpy() + np.array([[0.5], [-0.5]])[:, None] * boxes[["width", "height"]].to_numpy()
     assert edge.min() >= 0 and edge.max() <= 1
@@ -37,7 +38,7 @@ def test_boxes_lie_where_the_reader_clicked(condition):
 
 def test_neighbouring_slices_carry_the_box_too():
     stack, labels = toy_study("nfn")
-    boxes = label_boxes(stack, labels, config("nfn"), copy_mm=6.0)
+    boxes = label_boxes(stack, labels, config("nfn"), 6.0, canal_points())
     assert boxes["copied"].sum() >= len(labels)
     assert not boxes.duplicated(["slice", "row_id"]).any()
     assert (boxes["off"] <= 6).all() and (boxes.loc[~boxes["copied"], "off"] == 0).all()
@@ -50,8 +51,8 @@ def test_a_box_has_the_same_side_in_mm_at_every_spacing(condition):
     settings = config(condition)
     finer = replace(stack, affines=stack.affines * [[0.5, 0.7, 1, 1]])
     for series in (stack, finer):
-        boxes = label_boxes(series, labels.assign(x=48.0, y=48.0), settings, copy_mm=0.0)
-        window = strip_window(series.shapes[0], settings)[2:]
+        boxes = label_boxes(series, labels.assign(x=48.0, y=48.0), settings, 0.0, canal_points())
+        window = windows(series, settings, canal_points())[0, 2:]
         side = boxes[["width", "height"]].to_numpy() * window * np.linalg.norm(series.affines[0, :3, :2], axis=0)
         np.testing.assert_allclose(side[~boxes["clipped"]], settings.box_mm)
 
@@ -62,7 +63,7 @@ def test_both_recesses_are_boxed_on_every_slice_of_a_level():
     index = np.flatnonzero(stack.instance_numbers == labels.loc[apart, "instance_number"].item())[0]
     labels.loc[apart, "instance_number"] = stack.instance_numbers[index + 1]
     labels.loc[apart, "Z"] = stack.affines[index + 1, 2, 3]
-    boxes = label_boxes(stack, labels, config("ss"), copy_mm=6.5)
+    boxes = label_boxes(stack, labels, config("ss"), 6.5, canal_points())
     level = boxes[boxes["row_id"].str.contains("l3_l4")]
     assert set(level["slice"]) == {index - 1, index, index + 1, index + 2}
     assert (level.groupby("slice").size() == 2).all()
@@ -70,7 +71,7 @@ def test_both_recesses_are_boxed_on_every_slice_of_a_level():
 
 def test_between_two_levels_the_nearer_label_speaks():
     stack, labels = toy_study("ss")
-    boxes = label_boxes(stack, labels, config("ss"), copy_mm=40.0)
+    boxes = label_boxes(stack, labels, config("ss"), 40.0, canal_points())
     per_slice = boxes.assign(side=boxes["row_id"].str.contains("left")).groupby(["slice", "side"]).size()
     assert per_slice.max() == 1 and len(per_slice) == 2 * len(stack.pixels)
 
@@ -78,10 +79,11 @@ def test_between_two_levels_the_nearer_label_speaks():
 def test_a_margin_beyond_the_copies_is_not_used(tmp_path):
     stack, labels = toy_study("scs")
     labels = labels[labels["level"] == "l3_l4"]  # clicked at x = 0, slices 5 mm apart
-    images, boxes, _ = write_dataset([stack], labels, tmp_path / "d", config("scs"), 6.0, 5.0, 99)
     x = dict(zip(range(len(stack.pixels)), stack.affines[:, 0, 3].round(), strict=True))
-    by_x = images.assign(x=images["slice"].map(x)).set_index("x")["boxes"].to_dict()
-    assert by_x == {-15: 0, -5: 1, 0: 1, 5: 1, 15: 0}
+    for margin, free in ((3.0, {-10: 0, 10: 0}), (5.0, {})):  # farther slices are not looked at
+        images, boxes, _ = write_dataset([stack], labels, tmp_path / str(margin), config("scs"), 6.0, margin, 99)
+        by_x = images.assign(x=images["slice"].map(x)).set_index("x")["boxes"].to_dict()
+        assert by_x == {-5: 1, 0: 1, 5: 1} | free
     weight = images.set_index("slice")["weight"]
     clicked = boxes.loc[~boxes["copied"], "slice"].item()
     assert weight[clicked] == 1 and weight[clicked + 1] == pytest.approx(np.exp(-0.5 * (5 / 4) ** 2))
@@ -92,31 +94,79 @@ def test_labels_without_a_box_are_counted_with_their_reason(tmp_path):
     labels.loc[0, "severity"] = -1
     labels.loc[1, "instance_number"] = 9999
     labels.loc[2, ["series_id", "instance_number"]] = -1
-    labels.loc[3, ["x", "y"]] = [-40.0, 5.0]
+    labels.loc[3, ["x", "y"]] = [-60.0, 5.0]
     images, boxes, skipped = write_dataset([stack], labels, tmp_path / "scs", config("scs"), 0.0, 4.0, 1)
     reasons = skipped.set_index("row_id")["reason"].to_dict()
-    expected = ["no severity", "its slice is not in the series", "no coordinate", "outside the strip"]
+    expected = [
+        "no severity",
+        "its slice is not in the series",
+        "no coordinate",
+        "outside the window, or no canal point to place that",
+    ]
     assert [reasons[row] for row in labels["row_id"][:4]] == expected
     assert boxes["row_id"].tolist() == [labels["row_id"][4]]
     assert images["boxes"].tolist() in ([1, 0], [0, 1]) and images["worst"].min() == -1
 
 
 def test_a_box_over_the_edge_is_clipped():
-    place = _box((0.0, 50.0), (96, 96), np.eye(4), config("scs", strip=(0.0, 1.0, 0.0, 1.0)))
+    place = _box((10.0, 50.0), (8, 0, 96, 96), np.eye(4), config("scs"))
     assert place is not None and place[-1] and place[0] - place[2] / 2 == pytest.approx(0)
+    assert place[0] + place[2] / 2 == pytest.approx((10.5 - 8 + 7) / 96)  # half the box beside the point
+    assert _box((7.0, 50.0), (8, 0, 96, 96), np.eye(4), config("scs")) is None
 
 
 def test_files_show_the_slices_before_at_and_behind(tmp_path):
     stack, labels = toy_study("ss")
-    settings = config("ss")
+    settings, labels = config("ss"), pd.concat([labels, canal_labels()])
     images, _, _ = write_dataset([stack], labels, tmp_path / "ss", settings, 5.0, 4.0, 0)
-    inputs = slice_channels(strips(stack, settings), stack.blocks, settings)
+    inputs = network_inputs(stack, settings, canal_points())
     line = images.iloc[2]
     picture = cv2.imread(str(tmp_path / "ss" / line["file"]))[..., ::-1]  # OpenCV reads blue, green, red
     np.testing.assert_array_equal(picture.transpose(2, 0, 1), inputs[line["slice"]])
     split = np.array([0] * 10 + [1] * (len(stack.pixels) - 10))
-    apart = slice_channels(strips(stack, settings), split, settings)
+    apart = slice_channels(shown(stack, settings, canal_points()), split, settings)
     np.testing.assert_array_equal(apart[10, 0], apart[10, 1])  # no neighbour from another block
+
+
+def test_a_window_keeps_its_size_in_mm_round_the_spine_and_is_black_beyond_the_image():
+    stack, _ = toy_study("scs")
+    settings, canal = config("scs"), canal_points()
+    for scale in ((1.0, 1.0), (0.5, 0.8)):  # other pixels
+        series = replace(stack, affines=stack.affines * [[*scale, 1, 1]])
+        moved = canal.assign(Y=canal["Y"] * scale[0], Z=canal["Z"] * scale[1])
+        for left, top, width, height in windows(series, settings, moved):
+            np.testing.assert_allclose([height * 2.7 * scale[1], width * 2.7 * scale[0]], settings.window, atol=1.4)
+            middle = series.affines[0] @ [left + width / 2 - 0.5, top + height / 2 - 0.5, 0, 1]
+            np.testing.assert_allclose(middle[1:3], [26 * scale[0], 0], atol=1.4)
+    far = windows(stack, settings, canal.assign(Z=canal["Z"] - 60))
+    black = shown(stack, settings, canal.assign(Z=canal["Z"] - 60))
+    below = (far[0, 1] + far[0, 3] - stack.pixels.shape[1]) / far[0, 3]  # share of the window below the image
+    rows = round(below * settings.size[0])
+    assert rows > 10 and not black[:, 1 - rows :].any() and black[:, : -rows - 2].any(axis=(1, 2)).all()
+    assert not shown(stack, settings, canal.assign(Z=900.0)).any()  # nothing of it in the image
+    whole = config("scs", window=None)
+    assert (windows(stack, whole, None) == [0, 0, 96, 96]).all()
+
+
+def test_an_axial_window_follows_the_canal_and_a_foraminal_one_lies_off_the_canal_points():
+    stack, _ = toy_study("ss")
+    places = windows(stack, config("ss"), canal_points(shift=5.0))
+    middle = places[:, :2] + places[:, 2:] / 2 - 0.5
+    at = np.einsum("nij,nj->ni", stack.affines, np.c_[middle, np.zeros(len(middle)), np.ones(len(middle))])
+    inside = np.abs(at[:, 2]) <= 70
+    expected = 26 - 3 * at[:, 2] / 35  # the toy spine leans by 3 mm a level
+    np.testing.assert_allclose(at[inside, 1], expected[inside], atol=1.1)
+    np.testing.assert_allclose(at[:, 0], 5, atol=1.1)
+    stack, _ = toy_study("nfn")
+    there, off = (windows(stack, config("nfn", canal_from_foramina=((y, z),) * 5), canal_points()) for y, z in
+                  ((0.0, 0.0), (10.8, -16.2)))  # fmt: skip
+    np.testing.assert_allclose(off - there, np.tile([-4, -6, 0, 0], (len(there), 1)), atol=1)  # pixels of 2.7 mm
+
+
+def test_a_study_without_any_canal_point_writes_no_image(tmp_path):
+    stack, labels = toy_study("ss")
+    dataset = Dataset(tmp_path / "d", config("ss"), 5.0, 4.0, 0)
+    assert dataset.add(stack, labels)[1] == [] and not (tmp_path / "d").exists()
 
 
 @pytest.fixture(scope="module")

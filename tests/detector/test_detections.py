@@ -11,7 +11,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels
 from lsdc_utils.detector.classes import Detector, class_table
 from lsdc_utils.detector.detections import detect, forward
-from lsdc_utils.detector.images import network_inputs, off_midline, strips
+from lsdc_utils.detector.images import network_inputs, off_midline, shown
 from lsdc_utils.detector.training import quiet_ultralytics
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS
 
@@ -32,12 +32,12 @@ def mirror(stack: Stack) -> Stack:
 def test_channels_run_from_medial_to_lateral():
     stack, _ = toy_study("nfn")
     settings = config("nfn")
-    for canal, other in ((None, None), (canal_points(shift=3), canal_points(shift=-3))):
+    for canal, other in ((canal_points(), canal_points()), (canal_points(shift=3), canal_points(shift=-3))):
         seen, mirrored = network_inputs(stack, settings, canal), network_inputs(mirror(stack), settings, other)
         off = off_midline(stack, canal)
         aside = off > 3  # the middle slice has no lateral neighbour
         np.testing.assert_array_equal(seen[aside], mirrored[::-1][aside])
-        plain = strips(stack, settings)
+        plain = shown(stack, settings, canal)
         left, right = np.flatnonzero(stack.affines[:, 0, 3] == 20)[0], np.flatnonzero(stack.affines[:, 0, 3] == -20)[0]
         np.testing.assert_array_equal(seen[left], plain[[left - 1, left, left + 1]])
         np.testing.assert_array_equal(seen[right], plain[[right + 1, right, right - 1]])
@@ -71,10 +71,16 @@ def test_a_flipped_view_of_the_foramina_is_the_view_itself(tmp_path):
     from ultralytics.nn.tasks import DetectionModel
 
     torch.manual_seed(1)
-    there = Detector(DetectionModel("yolov10n.yaml", nc=15, verbose=False).eval(), config("nfn"), 0, {})
-    inputs = network_inputs(toy_study("nfn")[0], config("nfn"), None)[:2]
+    there = Detector(DetectionModel("yolov10n.yaml", nc=3, verbose=False).eval(), config("nfn"), 0, {})
+    inputs = network_inputs(toy_study("nfn")[0], config("nfn"), canal_points())[:2]
     for plain, flipped in zip(forward(there, inputs, 1.0, False), forward(there, inputs, 1.0, True), strict=True):
         np.testing.assert_array_equal(plain, flipped)
+
+
+def test_nothing_is_looked_for_without_canal_points():
+    for canal in (None, canal_points().head(0)):
+        seen = detect(Detector(torch.nn.Identity(), config("scs"), 0, {}), [toy_study("scs")[0]], canal)
+        assert seen.points.shape == (0, 3) and seen.scores.shape == (0, 3)
 
 
 def test_axial_slices_take_the_level_whose_point_is_nearest_to_their_plane():

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from toy_spine import (
+    canal_labels,
     canal_points,
     config,
+    discs,
     foramen_points,
     ideal,
     level_centre,
@@ -19,8 +21,7 @@ from toy_spine import (
 )
 
 from lsdc_utils import metric
-from lsdc_utils.detector.canal import study_canal
-from lsdc_utils.detector.chain import chain
+from lsdc_utils.detector.canal import readers_canal
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA, Detector, DetectorConfig
 from lsdc_utils.detector.levels import (
     LevelEvidence,
@@ -31,6 +32,7 @@ from lsdc_utils.detector.levels import (
     level_evidence,
     read_severities,
 )
+from lsdc_utils.detector.localiser import Localiser, LocaliserConfig
 from lsdc_utils.grading import localisation
 from lsdc_utils.vocabulary import GROUPS, LEVELS, SEVERITIES, row_id
 
@@ -84,17 +86,21 @@ def test_no_study_takes_part_in_the_power_its_rows_are_read_by(monkeypatch):
 
 
 def test_foramina_take_their_level_from_the_canal():
-    """Where every detection is surest of the level below, the canal's points say otherwise."""
-    severities = dict.fromkeys(toy_points("nfn"), 1)
-    detections, settings = ideal("nfn", severities)
-    scores = detections.scores.reshape(-1, 5, 3)
-    slipped = replace(detections, scores=np.roll(scores, 1, axis=1).reshape(scores.shape[0], -1) + 0.02)
-    canal = canal_points()
+    """Detections lie where the canal's points and the way to them let foramina be expected."""
+    detections, settings = ideal("nfn", dict.fromkeys(toy_points("nfn"), 1))
+    settings, canal = replace(settings, canal_from_foramina=CANAL_FROM_FORAMINA), canal_points()
     canal[["Y", "Z"]] += np.array(CANAL_FROM_FORAMINA)
-    levels = level_evidence([slipped], 1, [settings], canal)[0]
-    assert len(levels) == 10
-    for level in levels:
-        assert np.abs(level.point[1:] - level_centre(level.level)[1:]).max() < 3, level.level
+    for some in (canal, canal.iloc[::-1], canal.iloc[[1, 3]]):
+        levels = level_evidence([detections], 1, [settings], some)[0]
+        assert len(levels) == 2 * len(some)
+        for level in levels:
+            assert np.abs(level.point[1:] - level_centre(level.level)[1:]).max() < 1, level.level
+
+
+def test_rows_are_as_sure_of_their_levels_as_the_least_sure_canal_point():
+    detections, settings = ideal("scs", dict.fromkeys(toy_points("scs"), 1))
+    canal = canal_points().assign(level_confidence=[0.9, 0.7, 0.9, 0.9, 0.9])
+    assert {level.level_confidence for level in level_evidence([detections], 1, [settings], canal)[0]} == {0.7}
 
 
 @pytest.mark.parametrize("condition", GROUPS)
@@ -103,10 +109,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition):
     severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
     stack = toy_stack(condition, severities)
     detections, settings = ideal(condition, severities)
-    canal = canal_points()
-    if condition == "nfn":  # as the body has it: the canal's points lie behind and below the foramina's
-        canal[["Y", "Z"]] += np.array(CANAL_FROM_FORAMINA)
-    rows, points = evidence_tables(level_evidence([detections], 1, [settings], canal)[0], settings.power)
+    rows, points = evidence_tables(level_evidence([detections], 1, [settings], canal_points())[0], settings.power)
     labels = toy_labels(stack, condition, severities)
     both = rows.merge(labels, on="row_id")
     assert len(both) == len(labels) == len(rows)
@@ -131,16 +134,6 @@ def test_a_mirrored_study_exchanges_left_and_right(condition):
         np.testing.assert_allclose(rows.loc[row], mirror.loc[other], atol=1e-6)
 
 
-def test_levels_are_assigned_once_in_anatomical_order():
-    points = np.array([level_centre(level) for level in LEVELS])
-    evidence = np.full((5, 5), 0.01) + 0.8 * np.eye(5)
-    evidence[2] = [0.01, 0.5, 0.45, 0.01, 0.01]  # on its own, L3/L4 would rather be L2/L3
-    order = np.array([3, 0, 4, 2, 1])
-    for some in (np.arange(5), order):
-        found = chain(points[some], evidence[some])
-        assert some[found.index[found.best()]].tolist() == [0, 1, 2, 3, 4]
-
-
 def test_no_evidence_no_rows():
     for condition in GROUPS:
         settings = config(condition)
@@ -152,37 +145,56 @@ def test_no_evidence_no_rows():
     assert level_evidence([detections], 1, [settings], None) == [[]]  # no canal points, no levels
 
 
-def test_without_canal_detections_the_canal_follows_from_the_foramina(monkeypatch):
-    """A study without sagittal T2: nothing for the canal, and still sides and levels for the recesses."""
-    seen = {key: ideal(key, dict.fromkeys(toy_points(key), 1)) for key in ("nfn", "ss")}
-    seen["scs"] = no_detections(config("scs")), config("scs")
-    monkeypatch.setattr(
-        "lsdc_utils.detector.levels.detect", lambda detector, stacks, canal: seen[detector.config.condition][0]
-    )
-    detectors = {key: [Detector(torch.nn.Identity(), seen[key][1], 0, {})] for key in GROUPS}
-    rows, points, canal = grade_study(detectors, 1, [])
-    assert set(points["condition"]) == {"nfn", "ss"}
-    assert not rows["row_id"].str.contains("canal").any()
-    assert len(rows) == 20
-    np.testing.assert_allclose(canal["X"], 0, atol=1)
-    shift = canal[["Y", "Z"]].to_numpy() - [level_centre(level)[1:] for level in canal["level"]]
-    np.testing.assert_allclose(shift, CANAL_FROM_FORAMINA, atol=1)
-    one_side = points[(points["condition"] == "nfn") & (points["side"] == "left")].drop(columns="condition")
-    for foramina in (one_side, one_side.head(0)):
-        assert study_canal(foramina.head(0), foramina, CANAL_FROM_FORAMINA).empty
-        assert list(study_canal(foramina.head(0), foramina, CANAL_FROM_FORAMINA)) == list(one_side)
+@pytest.fixture
+def graded(monkeypatch):
+    """Grade a study by perfect detectors and by localisers that see `seen`."""
+    found = {key: ideal(key, dict.fromkeys(toy_points(key), 1)) for key in GROUPS}
+
+    def detected(detector, stacks, canal):
+        key = detector.config.condition
+        return found[key][0] if canal is not None and len(canal) else no_detections(found[key][1])
+
+    def grade(seen):
+        some = iter(seen)
+        monkeypatch.setattr("lsdc_utils.detector.levels.find_discs", lambda network, stacks: next(some))
+        monkeypatch.setattr("lsdc_utils.detector.levels.detect", detected)
+        detectors = {key: [Detector(torch.nn.Identity(), found[key][1], 0, {})] for key in GROUPS}
+        networks = [Localiser(LocaliserConfig((2, 2))) for _ in seen]
+        return grade_study(networks, detectors, 1, [])
+
+    return grade
 
 
-def test_only_studies_without_canal_points_take_them_from_their_foramina():
+def test_the_localisers_points_are_the_canal_and_name_the_levels_of_all(graded):
+    truth = {level: level_centre(level) for level in LEVELS}
+    rows, points, canal = graded([discs(truth, seed) for seed in range(3)])
+    assert len(rows) == 25 and rows["row_id"].is_unique
+    pd.testing.assert_frame_equal(points[points["condition"] == "scs"].drop(columns="condition"), canal)
+    np.testing.assert_allclose(canal[[*"XYZ"]], list(truth.values()), atol=1)
+    assert points.groupby("condition").size().to_dict() == {"nfn": 10, "scs": 5, "ss": 10}
+    assert np.allclose(points["level_confidence"], canal["level_confidence"].min())
+
+
+def test_a_study_without_a_disc_has_neither_rows_nor_points(graded):
+    rows, points, canal = graded([discs({}, clutter=0)])
+    assert rows.empty and points.empty and canal.empty
+    assert list(rows) == ["row_id", *SEVERITIES] and {*canal, "condition"} == {*points}
+
+
+def test_levels_that_no_reader_clicked_take_their_canal_point_from_both_foramina():
+    clicked = canal_labels(1).iloc[:3]
     nfn = pd.concat([foramen_points(1), foramen_points(2)])
-    canal = study_canal(canal_points(1), nfn, CANAL_FROM_FORAMINA)
-    assert list(canal) == list(canal_points(1)) and set(canal["side"]) == {""}
-    pd.testing.assert_frame_equal(canal[canal["study_id"] == 1], canal_points(1))
-    second = canal[canal["study_id"] == 2]
-    assert list(second["level"]) == list(LEVELS)
-    shift = second[["X", "Y", "Z"]].to_numpy() - [level_centre(level) for level in LEVELS]
-    np.testing.assert_allclose(shift, np.c_[np.zeros(5), np.array(CANAL_FROM_FORAMINA)])
-    assert study_canal(canal_points(1).head(0), foramen_points(2).head(0), CANAL_FROM_FORAMINA).empty
+    nfn = nfn.assign(condition=nfn["side"] + "_neural_foraminal_narrowing")
+    lone = (nfn["study_id"] == 2) & (nfn["level"] == "l1_l2") & (nfn["side"] == "left")
+    canal = readers_canal(pd.concat([clicked, nfn[~lone]]), CANAL_FROM_FORAMINA)
+    assert list(canal) == ["study_id", "level", *"XYZ"]
+    assert canal.groupby("study_id")["level"].agg(list).to_dict() == {1: list(LEVELS), 2: list(LEVELS[1:])}
+    truth = np.array([level_centre(level) for level in canal["level"]])
+    way = np.array(CANAL_FROM_FORAMINA)[[LEVELS.index(level) for level in canal["level"]]]
+    way[:3] = 0  # of the clicked ones
+    np.testing.assert_allclose(canal[[*"XYZ"]], truth + np.c_[np.zeros(len(way)), way])
+    assert readers_canal(nfn[lone], CANAL_FROM_FORAMINA).empty
+    assert list(readers_canal(clicked.head(0), CANAL_FROM_FORAMINA)) == ["study_id", "level", *"XYZ"]
 
 
 def test_tables_without_evidence_join_with_others() -> None:

@@ -1,136 +1,102 @@
-"""Levels chosen once from the detections of all detectors, how sure they are, and sides from pairs of recesses."""
+"""Places by level and side: detections near the named canal points, and sides from pairs of recesses."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from toy_spine import canal_points, config, foramen_points, ideal, level_centre, toy_labels, toy_points, toy_stack
+from toy_spine import canal_points, config, foramen_points, ideal, level_centre, toy_points
 
 from lsdc_utils.detector.canal import canal_from_foramina
-from lsdc_utils.detector.chain import CEILINGS, MISSED, NOTHING, TEMPERATURES, calibrate, chain
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
-from lsdc_utils.detector.detections import Detections, pool_detections
-from lsdc_utils.detector.levels import evidence_tables, level_evidence
-from lsdc_utils.detector.places import FINDERS, calibrate_levels, recess_middles
+from lsdc_utils.detector.detections import Detections
+from lsdc_utils.detector.levels import level_evidence
+from lsdc_utils.detector.places import RECESS_REACH, SAGITTAL_REACH, find_places, recess_middles
 from lsdc_utils.vocabulary import LEVELS, SIDES
 
-
-def slipped(detections: Detections, by: int = 1) -> Detections:
-    """Detections by a detector that counts the levels `by` too far up."""
-    scores = detections.scores.reshape(-1, len(LEVELS), 3)
-    moved = np.full_like(scores, 1e-6)
-    moved[:, :-by] = scores[:, by:]
-    return replace(detections, scores=moved.reshape(len(scores), -1))
+CANAL = canal_points().set_index("level")
 
 
-def jittered(detections: Detections, seed: int) -> Detections:
-    return replace(detections, points=detections.points + np.random.default_rng(seed).normal(0, 0.7, (1, 3)))
-
-
-@pytest.fixture
-def five() -> list[Detections]:
-    """What five canal detectors say of one study."""
-    detections, _ = ideal("scs", dict.fromkeys(toy_points("scs"), 1))
-    return [jittered(detections, seed) for seed in range(5)]
-
-
-def test_one_detector_of_five_that_counts_a_level_off_moves_no_point(five):
-    configs = [config("scs")] * 5
-    without = FINDERS["scs"](pool_detections(five), five, configs, None)
-    seen = [slipped(five[0]), *five[1:]]
-    places = FINDERS["scs"](pool_detections(seen), seen, configs, None)
-    assert places.names == without.names == [("", level) for level in LEVELS]
-    assert np.linalg.norm(places.points - without.points, axis=1).max() < 1
-    assert (without.sure > 0.95).all() and (places.sure < 0.8).all()
-    rows = [evidence_tables(found, 2.0)[0] for found in level_evidence(seen, 1, configs)]
-    assert [len(table) for table in rows[1:]] == [5, 5, 5, 5]
+def detections(points, levels=-1, scores=(0.3, 0.1, 0.05)) -> Detections:
+    points = np.array(points, dtype=float).reshape(-1, 3)
+    levels = np.broadcast_to(levels, len(points))
+    return Detections(points, np.tile(scores, (len(points), 1)), levels, np.arange(len(points)))
 
 
 @pytest.mark.parametrize("condition", ["scs", "nfn", "ss"])
 def test_the_mirrored_detections_have_the_same_places_on_the_other_side(condition):
     points = toy_points(condition)
-    seen = jittered(ideal(condition, {key: k % 3 for k, key in enumerate(points)})[0], 3)
-    canal = canal_points().set_index("level")
+    seen = ideal(condition, {key: k % 3 for k, key in enumerate(points)})[0]
+    seen = replace(seen, points=seen.points + np.array([0.4, -0.3, 0.5]))
     order = np.arange(len(seen.scores))[::-1]
     other = Detections(*(values[order] for values in (seen.points * (-1, 1, 1), seen.scores, seen.levels, seen.slices)))
     before, after = (
-        FINDERS[condition](one, [one], [config(condition)], canal.assign(X=sign * canal["X"]))
-        for one, sign in ((seen, 1), (other, -1))
+        find_places(one, config(condition), CANAL.assign(X=sign * CANAL["X"])) for one, sign in ((seen, 1), (other, -1))
     )
     exchanged = dict(zip(SIDES, SIDES[::-1], strict=True)) | {"": ""}
     places = dict(zip(after.names, after.points, strict=True))
     assert len(places) == len(before.names) == len(points)
     for (side, level), point in zip(before.names, before.points, strict=True):
-        assert np.linalg.norm(places[exchanged[side], level] - point * (-1, 1, 1)) < 0.1  # the order decides ties
+        np.testing.assert_allclose(places[exchanged[side], level], point * (-1, 1, 1), atol=1e-9)
 
 
-def test_no_detection_serves_two_levels(five):
+def test_no_detection_serves_two_levels():
     """Two levels 10 mm apart, as of a compressed spine: what lies between belongs to the nearer one."""
-    points = np.array([[0, 0, 70.0], [0, 0, 60.0], [0, 0, 66.0], [0, 0, 64.0]])
-    scores = np.full((4, 5, 3), 1e-6)
-    scores[0, 0, 0], scores[1, 1, 0] = 0.9, 0.9
-    scores[2:, :2, 0] = 0.3
-    seen = Detections(points, scores.reshape(4, -1), np.full(4, -1), np.zeros(4, int))
-    places = FINDERS["scs"](seen, [seen], [config("scs")], None)
-    assert places.names[:2] == [("", "l1_l2"), ("", "l2_l3")]
+    canal = CANAL.iloc[:2].assign(Y=0.0, Z=[70.0, 60.0])
+    places = find_places(detections([(0, 0, 70), (0, 0, 60), (0, 0, 66), (0, 0, 64)]), config("scs"), canal)
+    assert places.names == [("", "l1_l2"), ("", "l2_l3")]
     assert places.owner.tolist() == [0, 1, 0, 1]
+    np.testing.assert_allclose(places.points, [[0, 0, 68], [0, 0, 62]])
 
 
-def test_a_level_that_is_not_imaged_is_missing_and_not_put_elsewhere():
-    points = np.array([level_centre(level) for level in LEVELS[1:]])
-    evidence = np.full((4, 5), 1e-6)
-    evidence[range(4), range(1, 5)] = 0.9
-    assert chain(points, evidence).best().tolist() == [-1, 0, 1, 2, 3]
-    assert chain(points[:0], evidence[:0]).best().tolist() == [-1] * 5
+@pytest.mark.parametrize("condition", ["scs", "nfn", "ss"])
+def test_detections_beyond_the_reach_belong_to_none(condition):
+    axial = condition == "ss"
+    reach = RECESS_REACH if axial else SAGITTAL_REACH
+    place = level_centre("l3_l4", {"scs": 0, "nfn": 15, "ss": 9}[condition])
+    far = np.sqrt(reach**2 - 9**2) if axial else reach  # in front of the canal; recesses lie beside it too
+    seen = detections([place, place - [0, far - 0.5, 0], place - [0, far + 0.5, 0]], 2 if axial else -1)
+    places = find_places(seen, config(condition), CANAL)
+    assert places.names == [("" if condition == "scs" else "left", "l3_l4")]
+    assert places.owner.tolist() == [0, 0, -1]
+    nowhere = find_places(detections([place - 200], 2 if axial else -1), config(condition), CANAL)
+    none = find_places(detections([]), config(condition), CANAL)
+    for empty in (nowhere, none):
+        assert empty.names == [] and empty.points.shape == (0, 3) and (empty.owner == -1).all()
 
 
-def test_best_choice_and_chance_are_those_of_all_choices_listed():
-    rng = np.random.default_rng(4)
-    points = np.array([level_centre(level) for level in LEVELS[:4]]) + rng.normal(0, 5, (4, 3))
-    found = chain(points, rng.uniform(0, 0.5, (4, 5)) ** 3)
-    weights = {}
-    for choice in itertools.product(range(-1, 4), repeat=5):
-        there = [level for level in range(5) if choice[level] >= 0]
-        log = (5 - len(there)) * np.log(MISSED * NOTHING) + sum(found.gain[choice[level], level] for level in there)
-        log += sum(found.move[b - a, choice[a], choice[b]] for a, b in itertools.pairwise(there))
-        weights[choice] = np.exp(log)
-    best = max(weights, key=weights.get)
-    assert found.best().tolist() == list(best)
-    places = np.array([found.plane[k] if k >= 0 else (np.nan, np.nan) for k in best])
-    allowed = [{-1} | ({k for k in range(4) if np.hypot(*(found.plane[k] - place)) <= 15}) for place in places]
-    agreeing = sum(
-        w for choice, w in weights.items() if all(k in some for k, some in zip(choice, allowed, strict=True))
-    )
-    assert found.chance(places, 1.0) == pytest.approx(agreeing / sum(weights.values()))
-    assert found.chance(places, 16.0) < found.chance(places, 1.0)
+def test_a_recess_is_of_the_level_that_its_slice_shows_and_of_none_if_that_is_far():
+    pair = [
+        level_centre("l3_l4", x) + np.array([0, 0, 12]) for x in (9, -9)
+    ]  # on an oblique slice that may be of either level
+    assert find_places(detections(pair, 2), config("ss"), CANAL).names == [("left", "l3_l4"), ("right", "l3_l4")]
+    assert find_places(detections(pair, 1), config("ss"), CANAL).names == [("left", "l2_l3"), ("right", "l2_l3")]
+    assert find_places(detections(pair, 4), config("ss"), CANAL).names == []  # whose canal lies 80 mm below
+    assert find_places(detections(pair, -1), config("ss"), CANAL).names == []
 
 
-def test_calibration_is_how_often_held_out_levels_are_right():
-    rng = np.random.default_rng(0)
-    chances = np.tile(np.linspace(1, 0.5, len(TEMPERATURES)), (200, 1))
-    sure, ceiling = calibrate(chances, np.full(200, True))
-    assert ceiling == CEILINGS[-1] and sure <= 1  # always right: never quite sure
-    temperature, ceiling = calibrate(chances, rng.random(200) < 0.75)
-    assert ceiling * chances[0, TEMPERATURES.index(temperature)] == pytest.approx(0.75, abs=0.07)
-    severities = dict.fromkeys(toy_points("scs"), 1)
-    detections, settings = ideal("scs", severities)
-    labels = toy_labels(toy_stack("scs", severities), "scs", severities)
-    many = pd.concat([labels.assign(study_id=study) for study in range(30)])
-    right = calibrate_levels(dict.fromkeys(range(30), detections), many, settings)
-    wrong = calibrate_levels(dict.fromkeys(range(30), slipped(detections)), many, settings)
-    assert right[1] > 0.95 > 0.85 > wrong[1]
-    assert calibrate_levels({}, labels, settings) == settings.calibration
+@pytest.mark.parametrize("curve", [0.0, 0.2, -0.2])
+def test_foramina_of_the_left_are_never_right_in_a_curved_spine(curve):
+    """A scoliotic spine leaves the body's middle by more than its foramina lie beside it."""
+    canal = CANAL.assign(X=curve * CANAL["Z"])
+    rng, points, truth = np.random.default_rng(0), [], []
+    for level in LEVELS:
+        for side, sign in zip(SIDES, (1, -1), strict=True):
+            for _ in range(5):
+                centre = canal.loc[level, [*"XYZ"]].to_numpy(float) + np.array([sign * 15, 0, 0])
+                points.append(centre + rng.uniform([-8, -6, -6], [8, 6, 6]))
+                truth.append((side, level))
+    places = find_places(detections(points), config("nfn"), canal)
+    assert [places.names[number] for number in places.owner] == truth
 
 
-def test_foramina_on_a_single_slice_have_no_side_and_calibrate_nothing():
-    severities = dict.fromkeys(toy_points("nfn"), 1)
-    detections, settings = ideal("nfn", severities)
-    single = replace(detections, points=detections.points * [0, 1, 1] + [3, 0, 0])
-    labels = toy_labels(toy_stack("nfn", severities), "nfn", severities)
-    assert calibrate_levels({1: single}, labels, settings) == settings.calibration
-    assert level_evidence([single], 1, [settings]) == [[]]
+def test_foramina_on_a_single_slice_have_the_side_of_that_slice():
+    """Left of the canal, all that is found there is left; on the canal itself it has no side."""
+    centres = CANAL[[*"XYZ"]].to_numpy(float)
+    places = find_places(detections(centres + np.array([14, 0, 0])), config("nfn"), CANAL)
+    assert places.names == [("left", level) for level in LEVELS]
+    assert find_places(detections(centres), config("nfn"), CANAL).names == []
+    assert level_evidence([detections(centres)], 1, [config("nfn")], canal_points()) == [[]]
 
 
 @pytest.mark.parametrize("half", [5.6, 7.5, 9.9])
@@ -161,7 +127,7 @@ def test_the_side_of_a_recess_is_that_of_its_pair(half, offset):
     middles = recess_middles(seen, canal)
     assert (np.sign(seen.points[:, 0] - middles) == truth)[truth != 0].all()
     assert np.abs(middles[truth != 0] - offset).max() < 2.5
-    places = FINDERS["ss"](seen, [seen], [config("ss")], canal)
+    places = find_places(seen, config("ss"), canal)
     assert set(places.names) == {(side, level) for side in SIDES for level in LEVELS}
 
 

@@ -11,7 +11,7 @@ from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared
 
 PROFILES = NOTEBOOKS / "profiles"
-ARCHITECTURE = ("published_method", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
+ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
     "size", "slices", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "context", "head",
 )))  # fmt: skip
 STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has

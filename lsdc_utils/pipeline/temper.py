@@ -19,6 +19,7 @@ POPULATIONS = {  # name -> arguments of `write_phantom`, and the factor of all n
     "scanner": ({"noise": 2.0, "pixel": 1.3, "field": 2.0, "stir": 1.0}, 1.0),
     "prevalence": ({}, 0.6),
     "reader": ({"label_wrong": 0.15}, 1.0),
+    "contrast": ({"population": "grey"}, 1.0),
 }
 Part = tuple[Tables, pd.DataFrame]  # of a population: the models' rows, and labels (row_id, study_id, severity)
 

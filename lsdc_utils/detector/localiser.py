@@ -5,7 +5,7 @@ Slices are seen at `SPACING`, so that neither the field of view nor the matrix m
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -28,14 +28,14 @@ from lsdc_utils.vocabulary import LEVELS
 SPACING = 2.0  # mm a pixel
 STRIDE = 2  # pixels of a slice to one of the maps
 SIDE = 160  # pixels a side of a training image
-# Maps: a disc, by its point in the canal or, beside it, behind the body; the lumbosacral disc; S1/S2; the sacrum at
-# S2/S3; whether the slice shows the canal at a disc.
-MAPS = ("disc", "l5_s1", "s1_s2", "sacrum", "canal")
+MARKS = ("l5_s1", "s1_s2", "sacrum")  # of their own: the lumbosacral disc, S1/S2, the sacrum at S2/S3
+MAPS = ("disc", *MARKS, "canal")  # the middle of a disc of any level; canal: behind it, where the slice shows the canal
+DISC_DEPTH = {"": 24.0, "s1_s2": 14.0, "sacrum": 10.0}  # mm from a canal point to the middle of its disc
 SPREAD = 1.2  # pixels of a map: sigma of a target
-ABOVE = ("t12_l1", "t11_t12")  # marks that are discs too, upwards from L1/L2
+ABOVE, BELOW = ("t12_l1", "t11_t12"), ("s1_s2", "sacrum")  # marks beyond the levels: discs, and none
 REACH = 26.0  # mm off the canal in which a slice shows the bodies
 CANAL_NEAR = (5.0, 9.0)  # mm off the canal's point up to which a slice shows it, and from which it does not
-KEPT = 16  # detections of a slice
+KEPT = 24  # detections of a slice
 CALIBRATION = (1.0, 0.98)  # of the names, see `chain.calibrate`, before it is fitted
 
 
@@ -103,37 +103,40 @@ class Sample:
     rows: np.ndarray  # (h,) bool: rows where all discs are known
 
 
+def disc_places(curve: np.ndarray, names: Sequence[str], sign: float = -1.0) -> np.ndarray:
+    """Middles (n, 3) of the discs `names`, head to foot, from their canal points (n, 3), LPS mm; with sign 1 the way back:
+    `DISC_DEPTH` to the front (back), at right angles to the curve in the sagittal plane."""
+    along = np.gradient(curve[:, 1:], axis=0) if len(curve) > 1 else np.array([[0.0, -1.0]])
+    depth = np.array([DISC_DEPTH.get(name, DISC_DEPTH[""]) for name in names])
+    back = np.column_stack([np.zeros(len(curve)), -along[:, 1], along[:, 0]])
+    return curve + sign * depth[:, None] * geometry.unit(back)
+
+
 def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[Sample]:
     """The slices of a series that show the spine. canal: points of the study's levels (level, X, Y, Z); marks: of this
     series (mark, X, Y, Z), or none."""
     images, affines = coarse(stack)
     places = dict(zip(canal["level"], canal[[*"XYZ"]].to_numpy(float), strict=True))
     places |= dict(zip(marks["mark"], marks[[*"XYZ"]].to_numpy(float), strict=True))
-    order = [*ABOVE[::-1], *LEVELS]
-    discs = [name for name in order if name in places]
-    spots = np.array([places[name] for name in discs])
-    number = np.array([order.index(name) for name in discs])
-    off = np.abs(geometry.plane_distances(affines, spots.mean(axis=0)[None])[:, 0])
-    for index in np.flatnonzero(off <= REACH):
-        xy = geometry.to_pixels(affines[index], spots)
-        beside = np.abs(xy[:, 2]).mean()
+    names = [name for name in (*ABOVE[::-1], *LEVELS, "s1_s2", "sacrum") if name in places]
+    curve = np.array([places[name] for name in names])
+    middles = disc_places(curve, names)
+    discs = np.array([name not in ("s1_s2", "sacrum") for name in names])
+    number = np.array([[*ABOVE[::-1], *LEVELS, *BELOW].index(name) for name in names])
+    for index in np.flatnonzero(np.abs(geometry.plane_distances(affines, curve.mean(axis=0)[None])[:, 0]) <= REACH):
+        behind, within = (geometry.to_pixels(affines[index], points) for points in (curve, middles))
         line = np.arange(images.shape[1])
-        slope = np.polyfit(xy[:, 1], number, 1)
-        which = np.interp(line, xy[:, 1], number)
-        which = np.where(line < xy[0, 1], number[0] + slope[0] * (line - xy[0, 1]), which)
-        which = np.where(line > xy[-1, 1], number[-1] + slope[0] * (line - xy[-1, 1]), which).round()
-        rows = np.isin(which, number) | ((which > order.index("l5_s1")) & ("l5_s1" in places))
-        points, maps = [xy[:, :2]], [np.zeros(len(xy), int)]
-        for name in ("l5_s1", "s1_s2", "sacrum"):
-            if name in places:
-                points.append(geometry.to_pixels(affines[index], places[name])[None, :2])
-                maps.append(np.array([MAPS.index(name)]))
-        if beside <= CANAL_NEAR[0]:
-            points.append(xy[:, :2])
-            maps.append(np.full(len(xy), MAPS.index("canal")))
-        known = [True, "l5_s1" in places, "s1_s2" in places, "sacrum" in places]
-        known.append(not CANAL_NEAR[0] < beside < CANAL_NEAR[1])
-        yield Sample(images[index], np.concatenate(points), np.concatenate(maps), np.array(known), rows)
+        which = np.interp(line, within[:, 1], number)
+        steps = np.polyfit(within[:, 1], number, 1)[0] * (line - np.clip(line, within[0, 1], within[-1, 1]))
+        which = np.rint(which + steps)
+        rows = np.isin(which, number) | ((which > number[discs].max()) & ("l5_s1" in places))
+        shows = discs & (np.abs(behind[:, 2]) <= CANAL_NEAR[0])
+        points = [within[discs], *(within[[names.index(mark)]] for mark in MARKS if mark in places), behind[shows]]
+        maps = [0, *(MAPS.index(mark) for mark in MARKS if mark in places), MAPS.index("canal")]
+        beside = np.abs(behind[discs, 2]).mean()
+        known = [True, *(mark in places for mark in MARKS), not CANAL_NEAR[0] < beside < CANAL_NEAR[1]]
+        of_map = np.repeat(maps, [len(part) for part in points])
+        yield Sample(images[index], np.concatenate(points)[:, :2], of_map, np.array(known), rows)
 
 
 def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -199,7 +202,7 @@ def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarr
     images, affines = coarse(stack)
     device = next(network.parameters()).device
     maps = network(torch.from_numpy(images)[:, None].to(device).float() / 255).sigmoid()
-    found = maps[:, [MAPS.index("disc"), MAPS.index("s1_s2")]].amax(dim=1, keepdim=True)
+    found = maps[:, [MAPS.index(name) for name in ("disc", "s1_s2", "canal")]].amax(dim=1, keepdim=True)
     width = found.shape[3]
     peaks = torch.where(F.max_pool2d(found, 3, 1, 1) == found, found, 0).flatten(1)
     strength, index = peaks.topk(min(KEPT, peaks.shape[1]), dim=1)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.chain import LUMBAR, SAME_PLACE, STATES, TEMPERATURES, Chain, calibrate, chain
-from lsdc_utils.detector.localiser import MAPS, Localiser, detect_discs
+from lsdc_utils.detector.localiser import CALIBRATION, MAPS, Localiser, detect_discs, disc_places
 from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
 FAINT = 0.01  # scores below this are no detection
@@ -48,44 +48,50 @@ def evidence(discs: Discs) -> np.ndarray:
 
 
 def name_levels(discs: Discs) -> tuple[Chain, np.ndarray]:
-    """The chain of a study's candidates, and the places (5, 2) of its levels, y and z in mm, NaN for one not found."""
+    """The chain of a study's candidates, and the middles (5, 2) of its levels' discs, y and z in mm; NaN: not found."""
     found = chain(discs.points, evidence(discs))
     chosen = found.best()[LUMBAR]
-    return found, np.where(chosen[:, None] >= 0, found.plane[chosen] if len(found.plane) else [[np.nan] * 2], np.nan)
+    return found, np.where(chosen[:, None] >= 0, found.plane[chosen] if len(found.plane) else np.nan, np.nan)
 
 
 def canal_points(
-    seen: Sequence[Discs], study_id: int, calibrations: Sequence[tuple[float, float]] = ((1.0, 0.98),)
+    seen: Sequence[Discs], study_id: int, calibrations: Sequence[tuple[float, float]] = (CALIBRATION,)
 ) -> pd.DataFrame:
     """The canal points of a study, `CANAL_COLUMNS`: levels named once, from the detections of all localisers together.
 
-    A point is the mean of the detections near its level, by score: across the slices of those that show the canal, in
-    the plane of those on T2 if there are any, since patients move between series. level_confidence: the mean over the
-    localisers of the probability of these names, so that one that counts in another way takes its share of it; half of
-    it where L5/S1, from which names are counted, was not found.
+    Behind the middle of a level's disc its canal is expected; the point is moved to what was detected of the canal
+    there, on T2 if there is one, since patients move between series. level_confidence: the mean over the localisers of
+    the probability of these names, so that one that counts in another way takes its share of it.
     """
     joined = Discs(*(np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2")),
                    sum(one.slices for one in seen))  # fmt: skip
-    _, places = name_levels(joined)
+    _, middles = name_levels(joined)
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
-        chances.append(ceiling * chain(one.points, evidence(one)).chance(places, temperature))
-    sure = np.mean(chances) * (1 if np.isfinite(places[-1, 0]) else 0.5)
-    lines, disc = [], joined.scores[:, MAPS.index("disc")]
-    shows = joined.scores[:, MAPS.index("canal")]
-    for level, place in zip(LEVELS, places, strict=True):
-        near = np.exp(-0.5 * (np.linalg.norm(joined.points[:, 1:] - place, axis=1) / SAME_PLACE) ** 2)
-        if np.isnan(place[0]) or not (weight := near * disc).sum():
-            continue
-        own = weight * (joined.on_t2 if (weight * joined.on_t2).sum() > 0.1 * weight.sum() else 1)
-        y, z = own @ joined.points[:, 1:] / own.sum()
-        across = own * (shows + 1e-6) ** 2
-        x = across @ joined.points[:, 0] / across.sum()
-        lines.append((study_id, level, "", x, y, z, (near > 0.5) @ disc / max((near > 0.5).sum(), 1), sure))
+        chances.append(ceiling * chain(one.points, evidence(one)).chance(middles, temperature))
+    found = np.flatnonzero(np.isfinite(middles[:, 0]))
+    names = [LEVELS[k] for k in found]
+    disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
+    canal = canal * np.where(joined.on_t2, 1.0, 1e-3)  # of T1 only where there is nothing else
+    near = _near(joined, middles[found]) * disc
+    x = near @ joined.points[:, 0] / np.maximum(near.sum(axis=1), 1e-9)
+    expected = disc_places(np.column_stack([x, middles[found]]), names, 1.0)
+    weight = _near(joined, expected[:, 1:]) * canal**2
+    sums = weight.sum(axis=1, keepdims=True)
+    points = np.where(sums > 1e-12, weight @ joined.points / np.maximum(sums, 1e-12), expected)
+    lines = [
+        (study_id, level, "", *point, (own > 0).any() and own.max(), np.mean(chances))
+        for level, point, own in zip(names, points, near, strict=True)
+    ]
     table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
-    return table.astype(
-        dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float) | {"study_id": "int64", "level": "str", "side": "str"}
-    )
+    kinds = {"study_id": "int64", "level": "str", "side": "str"}
+    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
+
+
+def _near(discs: Discs, places: np.ndarray) -> np.ndarray:
+    """How near (k, n) detections lie to places (k, 2) in the sagittal plane, 1 at best."""
+    apart = np.linalg.norm(discs.points[None, :, 1:] - places[:, None], axis=2)
+    return np.exp(-0.5 * (apart / SAME_PLACE) ** 2)
 
 
 def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[float, float]:
@@ -98,9 +104,11 @@ def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[fl
     for study, truth in canal.groupby("study_id"):
         if study not in seen or len(truth) < 2:
             continue
-        found, places = name_levels(seen[study])
-        known = np.isfinite(places[:, 0]) & np.isin(LEVELS, truth["level"])
-        off = np.linalg.norm(places[known, None] - truth[["Y", "Z"]].to_numpy(dtype=float), axis=2)
+        found, middles = name_levels(seen[study])
+        known = np.isfinite(middles[:, 0]) & np.isin(LEVELS, truth["level"])
+        truth = truth.sort_values("Z", ascending=False)
+        read = disc_places(truth[[*"XYZ"]].to_numpy(dtype=float), list(truth["level"]))[:, 1:]
+        off = np.linalg.norm(middles[known, None] - read, axis=2)
         right.append((truth["level"].to_numpy()[off.argmin(axis=1)] == np.array(LEVELS)[known]).all())
-        chances.append([found.chance(places, temperature) for temperature in TEMPERATURES])
-    return calibrate(np.array(chances), np.array(right)) if right else (1.0, 0.98)
+        chances.append([found.chance(middles, temperature) for temperature in TEMPERATURES])
+    return calibrate(np.array(chances), np.array(right)) if right else CALIBRATION

@@ -21,7 +21,7 @@ from lsdc_utils.detector.classes import DetectorConfig
 from lsdc_utils.detector.detections import Detections, _wanted, patient_points
 from lsdc_utils.detector.images import strip_window
 from lsdc_utils.detector.places import FINDERS
-from lsdc_utils.phantom.body import Body
+from lsdc_utils.phantom.body import FIRST, Body
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
 from lsdc_utils.published.grid import grid_points, study_grid
@@ -77,7 +77,7 @@ def write_study(folder: Path, tilted=False, turn=(0, 0, 0), backwards=False, squ
     turning = np.eye(4)
     turning[:3, :3] = turned(turn)
     turning[:3, 3] = middle - turning[:3, :3] @ middle
-    ball = body.to_patient(16.0, 3.0, body.discs[4 + LEVEL] + 0.6)
+    ball = body.to_patient(16.0, 3.0, body.discs[FIRST + LEVEL] + 0.6)
     for series, series_type in enumerate(SERIES_TYPES):
         plan = plan_series(rng, body, series_type, tilted=tilted, square=square, protocol=Protocol(stir=0))
         plan = replace(plan, affines=turning @ plan.affines)

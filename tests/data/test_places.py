@@ -21,7 +21,7 @@ from lsdc_utils.detector.classes import DetectorConfig
 from lsdc_utils.detector.detections import Detections, _wanted, patient_points
 from lsdc_utils.detector.images import strip_window
 from lsdc_utils.detector.places import FINDERS
-from lsdc_utils.phantom.body import Body
+from lsdc_utils.phantom.body import FIRST, Body
 from lsdc_utils.phantom.contrast import Visit
 from lsdc_utils.phantom.files import write_slice
 from lsdc_utils.phantom.scanner import Protocol, plan_series, render
@@ -78,7 +78,7 @@ def write_study(folder: Path, tilted=False, turn=(0, 0, 0), backwards=False, squ
     turning = np.eye(4)
     turning[:3, :3] = turned(turn)
     turning[:3, 3] = middle - turning[:3, :3] @ middle
-    ball = body.to_patient(16.0, 3.0, body.discs[4 + LEVEL] + 0.6)
+    ball = body.to_patient(16.0, 3.0, body.discs[FIRST + LEVEL] + 0.6)
     visit = replace(Visit.draw(rng), view=320.0)  # mm, so that the bright corner is far from the spine
     for series, series_type in enumerate(SERIES_TYPES):
         plan = plan_series(rng, body, series_type, (0, 1, 2, 3, 4), tilted, square, Protocol(stir=0), visit)

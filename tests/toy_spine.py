@@ -158,10 +158,10 @@ def discs(
     clutter=2,
     **scores,
 ) -> Discs:
-    """What a localiser sees on sagittal slices 4 mm apart: every disc of `centres` (name -> LPS mm) on each slice half
-    a millimetre off, by the score of the map `disc`, and clutter in front. A name that is a map has that map's score too.
+    """What a localiser sees on sagittal slices 4 mm apart: each disc of `centres` (name -> LPS mm) on every slice, half
+    a millimetre off, by the score of the map `disc` and of the map of its own name, and clutter in front.
 
-    scores: those of maps on the discs that they are for, by default .9.
+    scores: of these maps, by default .9.
     """
     rng, points, table, on_t2 = np.random.default_rng(seed), [], [], []
     for kind in series:

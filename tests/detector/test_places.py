@@ -66,9 +66,7 @@ def test_detections_beyond_the_reach_belong_to_none(condition):
 
 
 def test_a_recess_is_of_the_level_that_its_slice_shows_and_of_none_if_that_is_far():
-    pair = [
-        level_centre("l3_l4", x) + np.array([0, 0, 12]) for x in (9, -9)
-    ]  # on an oblique slice that may be of either level
+    pair = [level_centre("l3_l4", x) + np.array([0, 0, 12]) for x in (9, -9)]
     assert find_places(detections(pair, 2), config("ss"), CANAL).names == [("left", "l3_l4"), ("right", "l3_l4")]
     assert find_places(detections(pair, 1), config("ss"), CANAL).names == [("left", "l2_l3"), ("right", "l2_l3")]
     assert find_places(detections(pair, 4), config("ss"), CANAL).names == []  # whose canal lies 80 mm below

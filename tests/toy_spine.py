@@ -10,7 +10,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import DetectorConfig, class_table
 from lsdc_utils.detector.dataset import Dataset
 from lsdc_utils.detector.detections import Detections
-from lsdc_utils.detector.localiser import MAPS
+from lsdc_utils.detector.localiser import MAPS, disc_places
 from lsdc_utils.detector.spine import CANAL_COLUMNS, Discs
 from lsdc_utils.vocabulary import AXIAL, CONDITIONS, GROUPS, LEVELS, SPINAL_CANAL, T1, T2, row_id
 
@@ -158,25 +158,29 @@ def discs(
     clutter=2,
     **scores,
 ) -> Discs:
-    """What a localiser sees on sagittal slices 4 mm apart: each disc of `centres` (name -> LPS mm) on every slice, half
-    a millimetre off, by the score of the map `disc` and of the map of its own name, and clutter in front.
+    """What a localiser sees on sagittal slices 4 mm apart: every disc on each slice half a millimetre off, by the score of
+    the map `disc`, the canal behind it where the slice shows that, and clutter in front.
 
-    scores: of these maps, by default .9.
+    centres: canal points, from head to foot (name -> LPS mm). A disc whose name is a map has that map's score too.
+    scores: those of maps on the discs that they are for, by default .9.
     """
     rng, points, table, on_t2 = np.random.default_rng(seed), [], [], []
+    curve = np.array(list(centres.values())).reshape(-1, 3)
+    middles = disc_places(curve, list(centres)) if len(curve) else curve
+
+    def see(place: np.ndarray, x: float, **values: float) -> None:
+        points.append(place * (0, 1, 1) + (x + place[0], 0, 0) + rng.normal(0, 0.5, 3) * (0, 1, 1))
+        table.append([values.get(name, 0.02) for name in MAPS])
+
     for kind in series:
         for x in 4.0 * (np.arange(slices) - (slices - 1) / 2):
-            for name, centre in centres.items():
-                row = np.full(len(MAPS), 0.02)
-                row[MAPS.index("disc")] = scores.get("disc", 0.9) if name != "s1_s2" else 0.1
-                if name in MAPS:
-                    row[MAPS.index(name)] = scores.get(name, 0.9)
-                row[MAPS.index("canal")] = scores.get("canal", 0.9) if abs(x) <= 5 else 0.02
-                points.append(centre * (0, 1, 1) + (x + centre[0], 0, 0) + rng.normal(0, 0.5, 3) * (0, 1, 1))
-                table.append(row)
+            for name, canal, middle in zip(centres, curve, middles, strict=True):
+                own = {name: scores.get(name, 0.9)} if name in MAPS else {}
+                see(middle, x, disc=scores.get("disc", 0.9) if name != "s1_s2" else 0.1, **own)
+                if abs(x) <= 5 and name != "s1_s2":
+                    see(canal, x, canal=scores.get("canal", 0.9))
             for _ in range(clutter):
-                points.append((x, rng.uniform(-90, -40), rng.uniform(-90, 90)))
-                table.append(np.full(len(MAPS), 0.02))
+                see(np.array([0, rng.uniform(-90, -60), rng.uniform(-90, 90)]), x)
             on_t2 += [kind == T2] * (len(points) - len(on_t2))
     table = np.array(table).reshape(-1, len(MAPS))
     return Discs(np.array(points).reshape(-1, 3), table, np.array(on_t2, dtype=bool), slices * len(series))

@@ -158,8 +158,8 @@ def discs(
     clutter=2,
     **scores,
 ) -> Discs:
-    """What a localiser sees on sagittal slices 4 mm apart: every disc on each slice half a millimetre off, by the score of
-    the map `disc`, the canal behind it where the slice shows that, and clutter in front.
+    """What a localiser sees on sagittal slices 4 mm apart: every disc on each slice half a millimetre off, by the score
+    of the map `disc`, the canal behind it where the slice shows that, and clutter in front.
 
     centres: canal points, from head to foot (name -> LPS mm). A disc whose name is a map has that map's score too.
     scores: those of maps on the discs that they are for, by default .9.

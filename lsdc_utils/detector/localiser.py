@@ -104,10 +104,12 @@ class Sample:
 
 
 def disc_places(curve: np.ndarray, names: Sequence[str], sign: float = -1.0) -> np.ndarray:
-    """Middles (n, 3) of the discs `names`, head to foot, from their canal points (n, 3), LPS mm; with sign 1 the way back:
-    `DISC_DEPTH` to the front (back), at right angles to the curve in the sagittal plane."""
-    along = np.gradient(curve[:, 1:], axis=0) if len(curve) > 1 else np.array([[0.0, -1.0]])
-    depth = np.array([DISC_DEPTH.get(name, DISC_DEPTH[""]) for name in names])
+    """Middles (n, 3) of the discs `names`, head to foot, from their canal points (n, 3), LPS mm; sign 1: the way back.
+
+    It is `DISC_DEPTH` to the front (back), at right angles to the curve in the sagittal plane.
+    """
+    along = np.gradient(curve[:, 1:], axis=0) if len(curve) > 1 else np.tile([0.0, -1.0], (len(curve), 1))
+    depth = np.array([DISC_DEPTH.get(name, DISC_DEPTH[""]) for name in names], dtype=float)
     back = np.column_stack([np.zeros(len(curve)), -along[:, 1], along[:, 0]])
     return curve + sign * depth[:, None] * geometry.unit(back)
 

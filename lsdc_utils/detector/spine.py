@@ -11,6 +11,8 @@ from lsdc_utils.detector.chain import LUMBAR, SAME_PLACE, STATES, TEMPERATURES, 
 from lsdc_utils.detector.localiser import CALIBRATION, MAPS, Localiser, detect_discs, disc_places
 from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
+WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
+CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
 FAINT = 0.01  # scores below this are no detection
 CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence")
 
@@ -50,8 +52,11 @@ def evidence(discs: Discs) -> np.ndarray:
 def name_levels(discs: Discs) -> tuple[Chain, np.ndarray]:
     """The chain of a study's candidates, and the middles (5, 2) of its levels' discs, y and z in mm; NaN: not found."""
     found = chain(discs.points, evidence(discs))
-    chosen = found.best()[LUMBAR]
-    return found, np.where(chosen[:, None] >= 0, found.plane[chosen] if len(found.plane) else np.nan, np.nan)
+    middles = np.full((len(LEVELS), 2), np.nan)
+    for number, candidate in enumerate(found.best()[LUMBAR]):
+        if candidate >= 0:
+            middles[number] = found.plane[candidate]
+    return found, middles
 
 
 def canal_points(
@@ -69,6 +74,8 @@ def canal_points(
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
         chances.append(ceiling * chain(one.points, evidence(one)).chance(middles, temperature))
+    if np.isnan(middles[-1, 0]):  # nothing to count from
+        chances = [chance * WITHOUT_LOWEST for chance in chances]
     found = np.flatnonzero(np.isfinite(middles[:, 0]))
     names = [LEVELS[k] for k in found]
     disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
@@ -76,7 +83,7 @@ def canal_points(
     near = _near(joined, middles[found]) * disc
     x = near @ joined.points[:, 0] / np.maximum(near.sum(axis=1), 1e-9)
     expected = disc_places(np.column_stack([x, middles[found]]), names, 1.0)
-    weight = _near(joined, expected[:, 1:]) * canal**2
+    weight = _near(joined, expected[:, 1:], CANAL_SPREAD) * canal**2
     sums = weight.sum(axis=1, keepdims=True)
     points = np.where(sums > 1e-12, weight @ joined.points / np.maximum(sums, 1e-12), expected)
     lines = [
@@ -88,10 +95,10 @@ def canal_points(
     return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
 
 
-def _near(discs: Discs, places: np.ndarray) -> np.ndarray:
-    """How near (k, n) detections lie to places (k, 2) in the sagittal plane, 1 at best."""
+def _near(discs: Discs, places: np.ndarray, spread: float = SAME_PLACE) -> np.ndarray:
+    """How near (k, n) detections lie to places (k, 2) in the sagittal plane, 1 at best; spread: mm."""
     apart = np.linalg.norm(discs.points[None, :, 1:] - places[:, None], axis=2)
-    return np.exp(-0.5 * (apart / SAME_PLACE) ** 2)
+    return np.exp(-0.5 * (apart / spread) ** 2)
 
 
 def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[float, float]:

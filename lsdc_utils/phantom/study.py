@@ -198,8 +198,8 @@ def _spine(body: Body, series: list[Series]) -> Row:
 
 
 def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[str, Row]]:
-    """Where a series sees the 25 places, the five discs and, in training, the marks (LPS mm), as table and row; none
-    beyond its slices."""
+    """Where a series sees the 25 places, the five discs and, in training, the marks (LPS mm), as table and row: none
+    beyond its slices, but marks, which tell what an image does not show."""
     middles, normals = body.disc_planes()
     turned = (normals @ acquisition.motion[:3, :3].T).round(6).tolist()
     keys = [("anatomy", {"condition": c, "level": v, "side": CONDITIONS[c].side or ""}) for c, v in COLUMN_KEYS]
@@ -210,7 +210,7 @@ def _places(acquisition: Acquisition, body: Body, split: str) -> Iterator[tuple[
         keys += [("train_marks", {"mark": mark}) for mark in marks]
         places.append(np.array(list(marks.values())))
     for (name, row), point in zip(keys, acquisition.to_scanner(np.concatenate(places)), strict=True):
-        if _sees(acquisition, point, acquisition.step):
+        if name == "train_marks" or _sees(acquisition, point, acquisition.step):
             yield name, row | dict(zip("XYZ", point.round(3).tolist(), strict=True))
 
 

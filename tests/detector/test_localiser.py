@@ -79,13 +79,17 @@ def test_samples_are_the_slices_that_show_the_spine_with_points_in_their_pixels(
     images, affines = localiser.coarse(seen)
     every = list(localiser.samples(seen, canal(), marks("s1_s2", "sacrum", "t12_l1")))
     assert len(every) == len(images)
-    truth = {"disc": [[4, 25, 66], *POINTS.values()], "l5_s1": [POINTS["l5_s1"]], "canal": []}
-    truth |= {"s1_s2": [[4, 25, MARKS["s1_s2"]]], "sacrum": [[4, 25, MARKS["sacrum"]]]}
+    names = ["t12_l1", *POINTS, "s1_s2", "sacrum"]
+    behind = np.array(
+        [[4, 25, MARKS["t12_l1"]], *POINTS.values(), *([4, 25, MARKS[name]] for name in names[-2:])], float
+    )
+    within = localiser.disc_places(behind, names)
+    truth = {"disc": within[:6], "l5_s1": within[5], "s1_s2": within[6], "sacrum": within[7]}
     for k, sample in enumerate(every):
         np.testing.assert_array_equal(sample.image, images[k])
         off = abs(affines[k, 0, 3] - 4)
         for number, name in enumerate(MAPS):
-            expected = np.array(truth["disc"] if name == "canal" and off < 5 else truth[name]).reshape(-1, 3)
+            expected = behind[: 6 * (off < 5)] if name == "canal" else truth[name].reshape(-1, 3)
             back = geometry.to_patient(affines[k], sample.points[sample.maps == number])
             np.testing.assert_allclose(back[:, 1:], expected[:, 1:], atol=1e-6)
         assert sample.known.tolist() == [True] * 4 + [not 5 < off < 9]
@@ -127,7 +131,7 @@ def test_rows_of_unknown_discs_carry_no_weight(levels, names, weights, monkeypat
 
 
 def test_maps_of_an_augmented_slice_lie_on_the_discs_that_it_shows(monkeypatch):
-    """Discs are bright in this series: in any frame the image is bright where the map has its target, within 3 mm."""
+    """The canal is bright in this series: in any frame the image is bright where its map has a target, within 3 mm."""
     monkeypatch.setattr(localiser, "_recoloured", lambda image, rng: image)
     sample = next(localiser.samples(stack(size=(340, 260), pixel=(1.0, 1.0), slices=1), canal(), marks()))
     judged = 0
@@ -135,14 +139,14 @@ def test_maps_of_an_augmented_slice_lie_on_the_discs_that_it_shows(monkeypatch):
         image, target, weight = localiser.augmented(sample, np.random.default_rng(seed))
         assert image.shape == (localiser.SIDE, localiser.SIDE)
         assert target.shape == weight.shape == (len(MAPS), *(side // STRIDE for side in image.shape))
-        for y, x in np.argwhere(target[0] > 0.8):
-            at = middle_of(target[0], (x, y), 2) * STRIDE + 0.5
+        canals = target[MAPS.index("canal")]
+        for y, x in np.argwhere(canals > 0.8):
+            at = middle_of(canals, (x, y), 2) * STRIDE + 0.5
             inside = (at > 8).all() and (at < localiser.SIDE - 9).all() and image[tuple(at.astype(int)[::-1])] > 0
-            if inside and target[0, y, x] == target[0, y - 1 : y + 2, x - 1 : x + 2].max():
+            if inside and canals[y, x] == canals[y - 1 : y + 2, x - 1 : x + 2].max():
                 assert np.abs(middle_of(image.astype(float), at, 5) - at).max() * SPACING < 3
                 judged += 1
         assert (target[1] <= target[0] + 1e-6).all()  # L5/S1 is a disc
-        np.testing.assert_array_equal(target[0], target[MAPS.index("canal")])  # the middle slice
     assert judged > 60
 
 
@@ -260,3 +264,17 @@ def test_a_sample_beyond_the_frame_leaves_the_map_empty():
     sample = Sample(np.zeros((960, 160), np.uint8), points, np.array([0, 1]), np.full(5, True), np.full(960, True))
     _, target, weight = localiser.augmented(sample, np.random.default_rng(0))
     assert target[0].max() > 0.8 and target[1].max() == 0 and weight[1].min() == 1
+
+
+@pytest.mark.parametrize("names", [LEVELS, ("t12_l1", *LEVELS, "s1_s2")])
+def test_the_middle_of_a_disc_lies_in_front_of_its_canal_at_right_angles_and_the_way_back_is_the_same(names):
+    bow = np.linspace(-0.4, 0.5, len(names))
+    curve = np.column_stack([np.full(len(names), 3.0), 20 + 60 * bow**2, 80 - 34.0 * np.arange(len(names))])
+    middles = localiser.disc_places(curve, names)
+    way, along = middles - curve, np.gradient(curve, axis=0)
+    depth = [localiser.DISC_DEPTH["s1_s2" if name == "s1_s2" else ""] for name in names]
+    np.testing.assert_allclose(np.linalg.norm(way, axis=1), depth)
+    np.testing.assert_allclose((way * along).sum(axis=1), 0, atol=1e-9)
+    assert (way[:, 1] < 0).all() and (way[:, 0] == 0).all()
+    assert np.linalg.norm(localiser.disc_places(middles, names, 1.0) - curve, axis=1).max() < 6
+    assert localiser.disc_places(curve[:1], names[:1])[0] == pytest.approx(curve[0] - [0, depth[0], 0])

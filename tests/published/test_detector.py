@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from toy_spine import config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
+from toy_spine import canal_labels, config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
 
 from lsdc_utils.detector.classes import Detector, DetectorError
 from lsdc_utils.detector.dataset import training_images
@@ -38,9 +38,10 @@ def test_numbers_of_classes():
 def test_the_data_set_holds_clicked_slices_of_complete_studies(condition, tmp_path):
     toys = [toy_study(condition, number) for number in (1, 2, 3)]
     labels = pd.concat([labels for _, labels in toys], ignore_index=True)
+    canal = [canal_labels(number) for number in (1, 2, 3)] if condition == "ss" else []
     labels.loc[labels["study_id"].eq(2) & labels["level"].eq("l1_l2"), "severity"] = -1
     settings = config(condition, window=None, neighbours=False)
-    write_dataset([stack for stack, _ in toys], labels, tmp_path / "02", settings, 6.0, 2.0, 1)
+    write_dataset([stack for stack, _ in toys], pd.concat([labels, *canal]), tmp_path / "02", settings, 6.0, 2.0, 1)
     data, scheme = published.prepare(tmp_path / "02", tmp_path / "published", settings, labels)
     images, boxes = pd.read_csv(data / "images.csv"), pd.read_csv(data / "boxes.csv")
     assert set(images["study_id"]) == {1, 3} and (images["boxes"] > 0).all() and (images["weight"] == 1).all()

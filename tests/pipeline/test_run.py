@@ -173,7 +173,7 @@ def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
 
 def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path) -> None:
     steps_of_other = would_run(tiny_project, "--profile", "other")
-    assert len(steps_of_other) == 12
+    assert len(steps_of_other) == 13
     assert not [name for name in steps_of_other if "fold1" in name]
     assert not (tiny_project / "outputs/other").exists()
 

@@ -78,6 +78,8 @@ threads: 1
 yolo_epochs: {nfn: 2, scs: 3, ss: 1}
 yolo_batch: 2
 yolo_size: {nfn: [8, 8], scs: [8, 8], ss: [8, 8]}
+localiser_batches: 2
+published_method: false
 vit_batch: 2
 vit_size: 8
 vit_lr: 0.001
@@ -97,8 +99,17 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         "from lsdc_utils import used",
         ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
     ),
+    "03_train_localiser": (
+        "fold: int = 0\nthreads: int = 1\nlocaliser_batches: int = 2",
+        "name = f'fold{fold}'",
+        [
+            *(f"weights/localiser_{{name}}.{e}" for e in ("safetensors", "json", "csv")),
+            "predictions/points_canal_{name}_oof.parquet",
+        ],
+    ),
     "03_train_yolo": (
-        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\nyolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}\n'
+        'condition: str = "scs"\nfold: int = 0\nthreads: int = 1\npublished_method: bool = False\n'
+        'yolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}\n'
         'yolo_batch: int = 2\nyolo_size: dict = {"nfn": [8, 8], "scs": [8, 8], "ss": [8, 8]}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
         "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"

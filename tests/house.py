@@ -27,8 +27,13 @@ FLOORS = (  # a module or folder imports from its own floor and from those befor
     ("pipeline",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}
-TRAINING = ("01_eda", "02_convert_labels", "03_train_yolo", "04_train_vit3d", "05_ensemble_inference")
-CELL_LINES = {"03_train_yolo": 45, "04_train_vit3d": 45}  # the longest cell; in other notebooks 25
+TRAINING = ("01_eda", "02_convert_labels", "03_train_localiser", "03_train_yolo", "04_train_vit3d",
+            "05_ensemble_inference")  # fmt: skip
+CELL_LINES = {
+    "03_train_localiser": 45,
+    "03_train_yolo": 45,
+    "04_train_vit3d": 45,
+}  # the longest cell; in other notebooks 25
 
 
 @dataclass(frozen=True)

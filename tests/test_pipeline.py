@@ -127,7 +127,10 @@ def test_level_points_lie_in_the_patient(run: Path, parameters: dict) -> None:
 
 def test_weights_carry_their_checksum_and_fold(run: Path, parameters: dict) -> None:
     for fold in parameters["folds"]:
-        for name in (*(f"yolo_{key}_fold{fold}.pt" for key in GROUPS), f"vit3d_fold{fold}.safetensors"):
+        for name in (
+            *(f"yolo_{key}_fold{fold}.pt" for key in GROUPS),
+            *(f"{name}_fold{fold}.safetensors" for name in ("localiser", "vit3d")),
+        ):
             file = run / "weights" / name
             about = json.loads(file.with_suffix(".json").read_text())
             assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -79,6 +79,7 @@ def predict(root: Path, count: int) -> float:
 
     from lsdc_utils.detector.classes import Detector, DetectorConfig, class_table
     from lsdc_utils.detector.levels import grade_study
+    from lsdc_utils.detector.localiser import Localiser, LocaliserConfig
     from lsdc_utils.vit.model import Vit3d, VitConfig
     from lsdc_utils.vit.predict import predict_studies
 
@@ -86,14 +87,14 @@ def predict(root: Path, count: int) -> float:
     comp, points = competition.read(root), pd.read_csv(root / "points.csv")
     detectors = {}
     for key in GROUPS:
-        config = DetectorConfig(key, (0.2, 0.8, 0.1, 0.9), (64, 64), True, 0.05)
+        config = DetectorConfig(key, (200.0, 200.0), (64, 64), True, 14.0)
         model = DetectionModel("yolov10n.yaml", nc=len(class_table(config)), verbose=False).eval()
         detectors[key] = [Detector(model, config, 0, {})]
-    vits = [Vit3d(VitConfig()).eval()]
+    localisers, vits = [Localiser(LocaliserConfig()).eval()], [Vit3d(VitConfig()).eval()]
     graded = []
     for study in range(1, count + 1):
         stacks, _ = read_study(comp, "test", study)
-        rows, _, _ = grade_study(detectors, study, stacks)
+        rows, _, _ = grade_study(localisers, detectors, study, stacks)
         graded.append((rows, predict_studies(vits, [(study, stacks)], points, n_views=1)))
     return peak()
 

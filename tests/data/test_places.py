@@ -16,11 +16,11 @@ from toy_spine import write_dataset
 
 from lsdc_utils import dicom
 from lsdc_utils.data.stacks import Stack, load_study, read_stack, save_stack
-from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels
+from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels, readers_canal
 from lsdc_utils.detector.classes import DetectorConfig
-from lsdc_utils.detector.detections import Detections, _wanted, patient_points
-from lsdc_utils.detector.images import strip_window
-from lsdc_utils.detector.places import FINDERS
+from lsdc_utils.detector.detections import Detections, patient_points
+from lsdc_utils.detector.images import wanted, windows
+from lsdc_utils.detector.places import find_places
 from lsdc_utils.phantom.body import FIRST, Body
 from lsdc_utils.phantom.contrast import Visit
 from lsdc_utils.phantom.files import write_slice
@@ -29,7 +29,7 @@ from lsdc_utils.published.grid import grid_points, study_grid
 from lsdc_utils.vit.crops import SLOTS, level_cuts
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
+from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS, SERIES_TYPES, SIDES, SPINAL_CANAL, T1, T2
 
 RADIUS = 3.0  # mm, sd of the ball
 BRIGHT = 3000  # at its middle; the anatomy is dimmed to 200 at most, and 4095 is white
@@ -187,11 +187,7 @@ def test_the_cached_stack_shows_the_ball_where_it_is(planted, series_type, tmp_p
 
 @pytest.mark.parametrize("key", GROUPS)
 def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp_path):
-    settings = {
-        "nfn": ((0.3, 0.8, 0.1, 0.92), (160, 64)),
-        "scs": ((0.3, 0.8, 0.1, 0.92), (224, 160)),
-        "ss": ((0.3, 0.8, 0.3, 0.7), (96, 96)),
-    }
+    settings = {"nfn": ((200.0, 80.0), (160, 64)), "scs": ((200.0, 120.0), (224, 160)), "ss": ((80.0, 80.0), (96, 96))}
     config = DetectorConfig(key, *settings[key], True, 14.0)
     stack = planted.stack(GROUPS[key].series_type)
     series = planted.series(GROUPS[key].series_type)
@@ -201,8 +197,12 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
     label = {"row_id": f"7_{condition}_l3_l4", "study_id": 7, "condition": condition, "level": "l3_l4", "severity": 1}
     label |= {"series_id": stack.series_id, "instance_number": series.slices[index].instance_number, "x": x, "y": y}
     labels = pd.DataFrame([label | dict(zip("XYZ", place, strict=True))])
+    others = planted.canal.assign(condition=SPINAL_CANAL, severity=0, series_id=99, x=0.0, y=0.0)
+    others["row_id"] = [f"7_{SPINAL_CANAL}_{level}" for level in LEVELS]
+    labels = pd.concat([labels, others[~others["row_id"].isin(labels["row_id"])]], ignore_index=True)
+    canal = readers_canal(labels, config.canal_from_foramina)
     images, boxes, skipped = write_dataset([stack], labels, tmp_path, config, 5.0, 2.0, 0)
-    assert skipped.empty and (boxes["slice"] == index).any()
+    assert not skipped["row_id"].isin(labels["row_id"][:1]).any() and (boxes["slice"] == index).any()
     for line in images.itertuples():
         image = cv2.imread(str(tmp_path / line.file))[..., 1].astype(float)  # between its neighbours
         if line.slice != index and image.max() < 50:
@@ -214,9 +214,10 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
         label_at = np.array(written[1:3], float) * image.shape[::-1] - 0.5
         assert np.abs(seen - label_at).max() < 0.5
         share = ((seen + 0.5) / image.shape[::-1])[None, None]
-        back = patient_points(stack, np.array([line.slice]), share, config)[0, 0]
+        window = windows(stack, config, canal)[[line.slice]]
+        back = patient_points(stack.affines[[line.slice]], window, share)[0, 0]
         affine = stack.affines[line.slice]
-        pixel = np.array([strip_window(stack.shapes[0], config)[2:]]) / image.shape[::-1]
+        pixel = window[:, 2:] / image.shape[::-1]
         off = (back - planted.ball) @ affine[:3, :2] / (affine[:3, :2] ** 2).sum(axis=0)  # in pixels of the series
         assert (np.abs(off) < 0.5 * np.maximum(pixel, 1)).all()
 
@@ -256,21 +257,18 @@ def detected(planted: Planted, columns: slice, series_type: str) -> Detections:
     for point in planted.body.points()[columns]:
         index, x, y, _ = series.to_pixel(*point)
         points.append(series.to_patient(series.slices[index].instance_number, x, y))
-    per_level = 1 if series_type == AXIAL else len(LEVELS)
-    scores = np.full((len(points), per_level, 3), 1e-6)
-    for number in range(len(points)):
-        scores[number, number % per_level, 1] = 0.9
+    scores = np.tile([1e-6, 0.9, 1e-6], (len(points), 1))
     levels = np.arange(len(points)) % len(LEVELS) if series_type == AXIAL else np.full(len(points), -1)
-    return Detections(np.array(points), scores.reshape(len(points), -1), levels, levels)
+    return Detections(np.array(points), scores, levels, levels)
 
 
 def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
     canal = planted.canal.set_index("level")[["X", "Y", "Z"]]
     truth = planted.body.points()
     for key, columns, series_type in (("nfn", slice(5, 15), T1), ("ss", slice(15, 25), AXIAL)):
-        settings = DetectorConfig(key, (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
+        settings = DetectorConfig(key, (80.0, 80.0), (96, 96), True, 10.0)
         seen = detected(planted, columns, series_type)
-        found = FINDERS[key](seen, [seen], [settings], canal)
+        found = find_places(seen, settings, canal)
         named = dict(zip(found.names, found.points, strict=True))
         assert len(named) == len(truth[columns])
         for number, (side, level) in enumerate((side, level) for side in SIDES for level in LEVELS):
@@ -279,23 +277,23 @@ def test_side_and_level_of_foramina_and_recesses_come_from_the_patient(planted):
 
 
 def test_axial_slices_show_the_level_whose_point_lies_near_their_plane(planted):
-    config = DetectorConfig("ss", (0.3, 0.7, 0.3, 0.7), (96, 96), True, 10.0)
+    config = DetectorConfig("ss", (80.0, 80.0), (96, 96), True, 10.0)
     stack, canal = planted.stack(AXIAL), planted.canal
-    wanted = _wanted(stack, config, canal)
+    shown = wanted(stack, config, canal)
     series = planted.series(AXIAL)
     for point in canal[["X", "Y", "Z"]].to_numpy():
-        assert wanted[series.to_pixel(*point)[0]]
+        assert shown[series.to_pixel(*point)[0]]
     for k, image in enumerate(series.slices):
         normal, origin = image.affine[:3, 2], image.affine[:3, 3]
         nearest = np.abs((canal[["X", "Y", "Z"]].to_numpy() - origin) @ normal).min()
-        assert wanted[k] == (nearest <= AXIAL_REACH)
+        assert shown[k] == (nearest <= AXIAL_REACH)
     levels = axial_levels(stack, canal)
     assert (levels[[series.to_pixel(*point)[0] for point in canal[["X", "Y", "Z"]].to_numpy()]] == range(5)).all()
 
 
 def test_the_canal_is_looked_for_where_it_is(planted):
-    config = DetectorConfig("scs", (0.3, 0.8, 0.1, 0.92), (224, 160), True, 14.0)
-    wanted = _wanted(planted.stack(T2), config, None)
+    config = DetectorConfig("scs", (200.0, 120.0), (224, 160), True, 14.0)
+    shown = wanted(planted.stack(T2), config, planted.canal)
     series = planted.series(T2)
-    assert all(wanted[series.to_pixel(*point)[0]] for point in planted.body.points()[:5])
-    assert not wanted.all()
+    assert all(shown[series.to_pixel(*point)[0]] for point in planted.body.points()[:5])
+    assert not shown.all()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_spine import config, toy_study, write_dataset
+from toy_spine import canal_points, config, toy_study, write_dataset
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.detector.classes import Detector, DetectorError
@@ -87,12 +87,13 @@ def test_training_saving_and_grading(tmp_path, capsys):
     save_detector(train_toy(tmp_path / "data", files, tmp_path / "elsewhere")[0], tmp_path / "again.pt")
     assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
     stack, _ = toy_study("scs", 9)
-    seen = detect(loaded, [stack])
-    assert seen.scores.shape[1] == 15 and np.isfinite(seen.points).all() and seen.scores.max() > 1e-4
-    rows, points = grade_condition([loaded, loaded], 9, [stack])
+    canal = canal_points(9)
+    seen = detect(loaded, [stack], canal)
+    assert seen.scores.shape[1] == 3 and np.isfinite(seen.points).all() and seen.scores.max() > 1e-4
+    rows, points = grade_condition([loaded, loaded], 9, [stack], canal)
     assert rows["row_id"].is_unique and set(rows["row_id"].str.split("_").str[0]) <= {"9"}
     assert len(points) == len(rows)
-    for _, table in (grade_condition([loaded], 9, [stack]), grade_condition([loaded], 10, [])):
+    for _, table in (grade_condition([loaded], 9, [stack], canal), grade_condition([loaded], 10, [], canal)):
         assert set(table[["X", "Y", "Z", "confidence"]].dtypes) == {np.dtype(float)}  # of empty tables too
     save_detector(replace(trained, config=replace(trained.config, power=4.0)), path)
     assert load_detector(path).config.power == 4.0 and (tmp_path / "again.pt").read_bytes() == path.read_bytes()
@@ -206,7 +207,7 @@ def test_a_batch_is_shown_as_augmented(tmp_path):
     plain = {"hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "scale": 0.0, "translate": 0.0, "epochs": 1}
     images, boxes = augmented_batch(tmp_path / "data", files, config("scs"), SETTINGS | plain, count=4)
     assert images.shape == (4, 64, 32, 3) and images.dtype == np.uint8
-    assert set(boxes["image"]) <= set(range(4)) and boxes["class_id"].between(0, 14).all()
+    assert set(boxes["image"]) <= set(range(4)) and boxes["class_id"].between(0, 2).all()
     files = [cv2.imread(str(file))[..., ::-1] for file in (tmp_path / "data/images").glob("*.png")]
     assert all(any(np.array_equal(image, file) for file in files) for image in images)
     moved, _ = augmented_batch(tmp_path / "data", write_toy(tmp_path / "b"), config("scs"), SETTINGS | {"epochs": 1}, 4)
@@ -219,7 +220,7 @@ def test_untrained_networks_begin_with_boxes_of_the_known_size():
     from lsdc_utils.detector.trainer import quicken_norms, start_boxes
 
     torch.manual_seed(0)
-    model = DetectionModel("yolov10n.yaml", nc=15, verbose=False).eval()
+    model = DetectionModel("yolov10n.yaml", nc=3, verbose=False).eval()
     expected = np.array([7.0, 5.0])
     start_boxes([model], expected)
     quicken_norms(model)

@@ -82,7 +82,7 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     rows, canal = pd.DataFrame(columns=COLUMNS_OF["yolo"]), points.drop(columns="condition")
     stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
     monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
-    models = grade.Models({}, [], 1, lambda *asked: rows)
+    models = grade.Models([], {}, [], 1, lambda *asked: rows)
     for found, expected in (
         (points.iloc[:1], [("nothing_detected", T1)]),
         (points, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),

@@ -70,3 +70,14 @@ def test_a_figure_that_was_ended_and_is_not_there_is_found() -> None:
     ]
     cells = [nbformat.v4.new_code_cell(source, outputs=outputs) for source, outputs in cells]
     assert graph.without_figure(nbformat.v4.new_notebook(cells=cells)) == [4]
+
+
+def test_localisers_are_trained_before_detectors_and_not_by_the_published_method() -> None:
+    parameters = load_parameters("demo")
+    names = [step.name for step in graph.all_steps(parameters)]
+    localisers = [f"03_train_localiser_fold{fold}" for fold in parameters["folds"]]
+    first = names.index(localisers[0])
+    assert names[first : first + len(localisers)] == localisers
+    assert names[first - 1] == "02_convert_labels" and names[first + len(localisers)].startswith("03_train_yolo")
+    published = [step.name for step in graph.all_steps(parameters | {"published_method": True})]
+    assert published == [name for name in names if name not in localisers]

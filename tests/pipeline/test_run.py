@@ -39,9 +39,9 @@ def code_of(name: str) -> str:
 
 def test_a_run_prints_each_step_and_ends_with_scores_and_report(finished_tiny_project: Path) -> None:
     said = (finished_tiny_project / "first_run.txt").read_text()
-    assert said.count(" done in ") == 16
-    assert "[1/16] 00_get_data" in said
-    assert "[16/16] 08_report done in" in said
+    assert said.count(" done in ") == 18
+    assert "[1/18] 00_get_data" in said
+    assert "[18/18] 08_report done in" in said
     assert re.search(r"ensemble +0\.400 +0\.600 +0\.700 +- +0\.500", said)
     assert said.rstrip().endswith("outputs/demo/report/index.html")
 
@@ -51,7 +51,7 @@ def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
     began = re.findall(r"\] (\w+)$", (finished_tiny_project / "first_run.txt").read_text(), re.MULTILINE)
     assert done[0] == "00_get_data" and done[-1] == "08_report"
     trainings = [step for step in began if step.startswith("03")]
-    assert set(trainings[:2]) == {"03_train_yolo_scs_fold0", "03_train_yolo_scs_fold1"}
+    assert set(trainings[:2]) == {"03_train_localiser_fold0", "03_train_localiser_fold1"}
     last = max(done.index(step) for step in done if step[:2] in ("03", "04"))
     assert done.index("02_convert_labels") < began.index(trainings[0])
     assert last < done.index("05_ensemble_inference") < min(map(done.index, ("06_evaluation", "07_stress_tests")))
@@ -61,7 +61,7 @@ def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path
     folder = finished_tiny_project / "outputs" / "demo"
     parameters = yaml.safe_load((folder / "parameters.yml").read_text())
     names = [step.name for step in graph.all_steps(parameters)]
-    assert len(names) == 16
+    assert len(names) == 18
     assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(names)
     assert not list((folder / "logs").glob("*.ipynb"))
     for name in names:
@@ -108,7 +108,7 @@ def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path
     with (tiny_project / "lsdc_utils/used.py").open("a") as module:
         module.write("from . import helper\n")
     (tiny_project / "lsdc_utils/helper.py").write_text("")
-    assert len(would_run(tiny_project)) == 13  # all but 00, the phantom and 01
+    assert len(would_run(tiny_project)) == 15  # all but 00, the phantom and 01
     assert would_run(tiny_project, "--until", "02") == ["02_convert_labels"]
 
 
@@ -148,7 +148,7 @@ def test_a_copy_and_new_times_run_nothing_and_a_changed_byte_does(tiny_project: 
     changed.write_text("other")
     os.utime(changed, (1e9, 1e9))
     trained = would_run(tiny_project, "--run", "copy")
-    assert trained[0] == "03_train_yolo_nfn_fold0" and len(trained) == 12
+    assert trained[0] == "03_train_localiser_fold0" and len(trained) == 14
     changed.write_text("whole")
     points = outputs / "copy" / "predictions/points_ss_fold0_oof.parquet"
     points.write_text("other")
@@ -173,7 +173,7 @@ def test_lost_data_and_forced_steps_run_again(tiny_project: Path) -> None:
 
 def test_another_run_has_a_folder_of_its_own_and_fewer_folds(tiny_project: Path) -> None:
     steps_of_other = would_run(tiny_project, "--profile", "other")
-    assert len(steps_of_other) == 12
+    assert len(steps_of_other) == 13
     assert not [name for name in steps_of_other if "fold1" in name]
     assert not (tiny_project / "outputs/other").exists()
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from toy_spine import config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
+from toy_spine import canal_labels, config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
 
 from lsdc_utils.detector.classes import Detector, DetectorError
 from lsdc_utils.detector.dataset import training_images
@@ -24,7 +24,7 @@ def untrained(key: str, tmp_path, views=((1.0, False),)) -> Detector:
     quiet_ultralytics(tmp_path)
     from ultralytics.nn.tasks import DetectionModel
 
-    settings = config(key, neighbours=False, views=views)
+    settings = config(key, window=None, neighbours=False, views=views)
     torch.manual_seed(1)
     model = DetectionModel("yolov10n.yaml", nc=len(published.class_table(settings)), verbose=False).eval()
     return Detector(model, settings, 0, {}, published.SCHEME)
@@ -38,9 +38,10 @@ def test_numbers_of_classes():
 def test_the_data_set_holds_clicked_slices_of_complete_studies(condition, tmp_path):
     toys = [toy_study(condition, number) for number in (1, 2, 3)]
     labels = pd.concat([labels for _, labels in toys], ignore_index=True)
+    canal = [canal_labels(number) for number in (1, 2, 3)] if condition == "ss" else []
     labels.loc[labels["study_id"].eq(2) & labels["level"].eq("l1_l2"), "severity"] = -1
-    settings = config(condition, neighbours=False)
-    write_dataset([stack for stack, _ in toys], labels, tmp_path / "02", settings, 6.0, 2.0, 1)
+    settings = config(condition, window=None, neighbours=False)
+    write_dataset([stack for stack, _ in toys], pd.concat([labels, *canal]), tmp_path / "02", settings, 6.0, 2.0, 1)
     data, scheme = published.prepare(tmp_path / "02", tmp_path / "published", settings, labels)
     images, boxes = pd.read_csv(data / "images.csv"), pd.read_csv(data / "boxes.csv")
     assert set(images["study_id"]) == {1, 3} and (images["boxes"] > 0).all() and (images["weight"] == 1).all()
@@ -95,7 +96,7 @@ def test_a_flipped_view_mirrors_places_and_keeps_classes(condition, tmp_path):
 
 def test_published_detectors_are_trained_saved_loaded_and_grade_a_study(tmp_path):
     stack, labels = toy_study("scs")
-    settings = config("scs", neighbours=False)
+    settings = config("scs", window=None, neighbours=False)
     write_dataset([stack], labels, tmp_path / "02", settings, 0.0, 0.0, 0)
     data, scheme = published.prepare(tmp_path / "02", tmp_path / "data", settings, labels)
     shown = training_images(pd.read_csv(data / "images.csv"), [1], (1, 1, 1))
@@ -106,8 +107,8 @@ def test_published_detectors_are_trained_saved_loaded_and_grade_a_study(tmp_path
         save_detector(untrained(key, tmp_path), tmp_path / f"yolo_{key}_fold0.pt")
     detectors = published.load_detectors(tmp_path, [0])
     assert {key: len(of_key) for key, of_key in detectors.items()} == dict.fromkeys(GROUPS, 1)
-    rows, points, canal = grade_study(detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]])
+    rows, points, canal = grade_study([], detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]])
     assert len(rows) == len(points) == 25 and len(canal) == 5
-    assert not grade_study(detectors, 1, [])[0].size
+    assert not grade_study([], detectors, 1, [])[0].size
     with pytest.raises(DetectorError, match="published classes"):
         load_detector(tmp_path / "yolo_ss_fold0.pt")

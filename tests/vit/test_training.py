@@ -22,9 +22,7 @@ from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, tr
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
-from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
 from lsdc_utils.downloads import WeightsNotFound
-from lsdc_utils.files import write_json
 from lsdc_utils.vit.augment import Augmentation, augment
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, study_inputs
@@ -213,13 +211,9 @@ def small_run(tmp_path: Path) -> Path:
     (run / "tables").mkdir()
     (run / "predictions").mkdir()
     pd.concat(labels, ignore_index=True).to_parquet(run / "tables/labels.parquet")
-    for fold in (0, 1):
-        about = {"config": {"canal_from_foramina": CANAL_FROM_FORAMINA}}
-        write_json(run / f"weights/yolo_nfn_fold{fold}.json", about)
     for fold, rows in pd.concat(points).groupby("fold"):
         table = rows.drop(columns="fold")
         table.to_parquet(run / f"predictions/points_scs_fold{fold}_oof.parquet")
-        table.iloc[:0].to_parquet(run / f"predictions/points_nfn_fold{fold}_oof.parquet")
         recesses = table.assign(side="left", X=table["X"] + 7.0)
         recesses.to_parquet(run / f"predictions/points_ss_fold{fold}_oof.parquet")
     return run

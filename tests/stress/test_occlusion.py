@@ -7,14 +7,17 @@ import pandas as pd
 import pytest
 import torch
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.classes import Detector, DetectorConfig
+from lsdc_utils.detector.images import windows
 from lsdc_utils.phantom.body import Body
 from lsdc_utils.phantom.scanner import plan_series, render
 from lsdc_utils.stress import occlusion
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import COLUMNS, LEVELS, SERIES_TYPES, SPINAL_CANAL
+from lsdc_utils.vocabulary import COLUMNS, LEVELS, SERIES_TYPES, SPINAL_CANAL, T2
 
 CONFIG = VitConfig(size=16, spacing=1.75, margin=4, slices=5, width=32, heads=2)
 
@@ -83,6 +86,31 @@ def test_a_model_that_looks_at_the_canal_is_found_to_do_so(study):
     elsewhere = points.loc[points["level"] == "l1_l2", list("XYZ")].to_numpy()[0]
     blind = occlusion.look_vit(Bright(), stacks, points, row, elsewhere)
     assert blind["change"].max() < 1e-3  # that place is in other levels' squares
+
+
+def test_a_detector_that_looks_at_the_canal_is_found_to_do_so_and_needs_canal_points(study, monkeypatch):
+    """The detector's one detection lies at the place; its score is the grey there."""
+    stacks, points = study
+    place = points.loc[points["level"] == "l3_l4", list("XYZ")].to_numpy()[0]
+    stack = next(stack for stack in stacks if stack.series_type == T2)
+    settings = DetectorConfig("scs", (200.0, 120.0), (96, 64), True, 14.0)
+    nearest = np.abs(geometry.plane_distances(stack.affines, place[None])[:, 0]).argmin()
+    left, top, width, height = windows(stack, settings, points)[nearest]
+    x, y, _ = geometry.to_pixels(stack.affines[nearest], place)
+    spot = np.array([(x + 0.5 - left) / width, (y + 0.5 - top) / height])
+    column, row = (spot * settings.size[::-1]).astype(int)
+
+    def forward(detector, images, scale, flip):
+        grey = images[:, 1, row - 1 : row + 2, column - 1 : column + 2].mean(axis=(1, 2)) / 255
+        return np.tile(spot, (len(images), 1, 1)), np.repeat(grey[:, None, None], 3, axis=2)
+
+    monkeypatch.setattr(occlusion, "forward", forward)
+    network = Detector(torch.nn.Identity(), settings, 0, {})
+    looked = occlusion.attention(occlusion.look_detector(network, stacks, points, place))
+    assert looked["share"] > 3 * looked["chance"] and looked["hit"] == 1
+    recesses = points.assign(side="left")
+    for some, known in ((stacks, recesses), (stacks, points.head(0)), ([], points)):
+        assert occlusion.look_detector(network, some, known, place).empty
 
 
 def test_shuffled_weights_are_the_same_numbers_elsewhere():

@@ -220,8 +220,9 @@ def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarr
     return geometry.to_patient(affines[:, None], pixels), scores.cpu().numpy()
 
 
-def save_localiser(network: Localiser, path: str | Path, fold: int, training: dict) -> None:
-    """Write the weights as safetensors and beside them a .json that says what they are and how they came to be."""
+def save_localiser(network: Localiser, path: str | Path, fold: int, about: dict) -> None:
+    """Write the weights as safetensors and beside them a .json that says what they are and, by `about`, how they came
+    to be."""
     path = Path(path)
     with atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
@@ -231,7 +232,7 @@ def save_localiser(network: Localiser, path: str | Path, fold: int, training: di
         "config": asdict(network.config),
         "calibration": list(network.calibration),
         "maps": list(MAPS),
-        "training": training,
+        **about,
         "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
         "git_commit": git_commit(),
         "sha256": sha256(path),

@@ -167,7 +167,7 @@ def test_the_bytes_of_a_phantom_do_not_change(tmp_path):
     for file in sorted(root.glob("*.csv")):
         if file.name not in ("wrong_labels.csv", *ANATOMY):
             digest.update(file.read_bytes())
-    assert digest.hexdigest() == "dccf2fbb144093a88ad437b66bd02d4f708b874299d9f89de1445da99d589b46"
+    assert digest.hexdigest() == "45b45e0ca3627fbe127ad3c59f10ed9212fb9d895eb4e2fbb82d7d03ee12e7dc"
 
 
 def test_fingerprint_tells_arguments_apart():
@@ -426,8 +426,7 @@ def test_marks_lie_beyond_the_graded_levels_in_training_studies_alone(tables):
     columns = [sagittal["t11_t12"], sagittal["t12_l1"], *(canal[k] for k in LEVELS), sagittal["s1_s2"]]
     steps = -np.diff(np.stack([*columns, sagittal["sacrum"]]), axis=0)
     assert np.nanmin(steps) > 4 and np.nanmax(steps) < 60
-    shown = sagittal.notna().mean()
-    assert shown["s1_s2"] > 0.5 and 0.2 < shown["t11_t12"] < shown["t12_l1"] < 1
+    assert sagittal.notna().all(axis=None)  # whether the image shows them or not
 
 
 def test_spines_tell_who_is_not_ordinary(tables):

@@ -80,12 +80,10 @@ def _block(a: int, b: int, stride: int = 1, kernel: int = 3, dilation: int = 1) 
 
 
 def coarse(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
-    """A sagittal series at `SPACING`: slices (n, h, w) uint8, padded to multiples of 16, and affines (n, 4, 4)."""
+    """A sagittal series at `SPACING`: slices (n, h, w) uint8 and affines (n, 4, 4)."""
     across, down = np.median(geometry.spacing(stack.affines), axis=0)
     rows, cols = (max(round(n * mm / SPACING), 1) for n, mm in zip(stack.pixels.shape[1:], (down, across), strict=True))
-    pixels = np.zeros((len(stack.pixels), rows + -rows % 16, cols + -cols % 16), np.uint8)
-    for target, image in zip(pixels, stack.pixels, strict=True):
-        target[:rows, :cols] = cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA)
+    pixels = np.stack([cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA) for image in stack.pixels])
     affines, factor = stack.affines.copy(), np.array(stack.pixels.shape[:0:-1]) / (cols, rows)
     affines[:, :3, 3] += (affines[:, :3, :2] * (factor - 1) / 2).sum(axis=2)  # centre of the first pixel
     affines[:, :3, :2] *= factor
@@ -149,22 +147,24 @@ def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.
     shift = SIDE / 2 + rng.uniform(-32, 32, 2) - turned @ middle
     matrix = np.column_stack([turned, shift])
     image = cv2.warpAffine(sample.image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
-    rows = np.repeat(sample.rows[:, None].astype(np.uint8), sample.image.shape[1], axis=1)
-    rows = cv2.warpAffine(rows, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderValue=1)
+    layers = np.repeat(np.stack([sample.rows, np.full(len(sample.rows), True)], -1)[:, None], sample.image.shape[1], 1)
+    rows, shown = np.moveaxis(
+        cv2.warpAffine(layers.astype(np.uint8), matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST), -1, 0
+    )
+    rows |= 1 - shown
     if rng.random() < 0.3:  # a narrower field of view
-        low = rng.integers(0, SIDE // 4, 2)
-        high = SIDE - rng.integers(0, SIDE // 4, 2)
-        image[: low[0]], image[high[0] :] = 0, 0
-        image[:, : low[1]], image[:, high[1] :] = 0, 0
+        (top, left), (bottom, right) = rng.integers(0, SIDE // 4, 2), SIDE - rng.integers(0, SIDE // 4, 2)
+        inside = np.zeros_like(shown)
+        inside[top:bottom, left:right] = 1
+        shown, image = shown & inside, image * inside
     points = sample.points @ turned.T + shift
-    target = np.zeros((len(MAPS), SIDE // STRIDE, SIDE // STRIDE), np.float32)
-    grid = np.arange(SIDE // STRIDE)
-    for number, (x, y) in zip(sample.maps, (points + 0.5) / STRIDE - 0.5, strict=True):
-        if not (-1 < x < SIDE / STRIDE and -1 < y < SIDE / STRIDE):
-            continue
-        x0, y0 = (x, y)
-        spot = np.outer(np.exp(-0.5 * ((grid - y0) / SPREAD) ** 2), np.exp(-0.5 * ((grid - x0) / SPREAD) ** 2))
-        np.maximum(target[number], spot, out=target[number])
+    target, grid = np.zeros((len(MAPS), SIDE // STRIDE, SIDE // STRIDE), np.float32), np.arange(SIDE // STRIDE)
+    at = np.rint(points).astype(int)
+    seen = ((at >= 0) & (at < SIDE)).all(axis=1)
+    seen[seen] = shown[at[seen, 1], at[seen, 0]] > 0  # what the image does not show is nowhere
+    for number, place in zip(sample.maps[seen], (points[seen] + 0.5) / STRIDE - 0.5, strict=True):
+        across, down = np.exp(-0.5 * ((grid - place[:, None]) / SPREAD) ** 2)
+        np.maximum(target[number], np.outer(down, across), out=target[number])
     weight = np.broadcast_to(sample.known[:, None, None], target.shape).astype(np.float32).copy()
     weight[0] *= rows[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
     return _recoloured(image, rng), target, weight
@@ -202,6 +202,7 @@ def loss(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> to
 def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
     """Detections of a sagittal series: LPS points (n, k, 3) and scores (n, k, maps), 0 where a slice has fewer."""
     images, affines = coarse(stack)
+    images = np.pad(images, ((0, 0), *((0, -side % 16) for side in images.shape[1:])))
     device = next(network.parameters()).device
     maps = network(torch.from_numpy(images)[:, None].to(device).float() / 255).sigmoid()
     found = maps[:, [MAPS.index(name) for name in ("disc", "s1_s2", "canal")]].amax(dim=1, keepdim=True)

@@ -243,7 +243,7 @@ def test_weights_come_back_as_they_were_saved_and_only_with_their_own_descriptio
     torch.manual_seed(0)
     network, path = Localiser(LocaliserConfig((4, 4, 6, 8))).eval(), tmp_path / "localiser_fold1.safetensors"
     network.calibration = (2.0, 0.95)
-    localiser.save_localiser(network, path, 1, {"batches": 3})
+    localiser.save_localiser(network, path, 1, {"training": {"batches": 3}})
     loaded = localiser.load_localiser(path)
     assert loaded.config == network.config and loaded.calibration == (2.0, 0.95) and not loaded.training
     for name, value in network.state_dict().items():

@@ -101,7 +101,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     ),
     "03_train_localiser": (
         "fold: int = 0\nthreads: int = 1\nlocaliser_batches: int = 2",
-        "name = f'fold{fold}'",
+        "import os\nname = f'fold{fold}'\nprint('device', os.environ.get('CUDA_VISIBLE_DEVICES'))",
         [
             *(f"weights/localiser_{{name}}.{e}" for e in ("safetensors", "json", "csv")),
             "predictions/points_canal_{name}_oof.parquet",
@@ -112,7 +112,6 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         'yolo_epochs: dict = {"nfn": 2, "scs": 3, "ss": 1}\n'
         'yolo_batch: int = 2\nyolo_size: dict = {"nfn": [8, 8], "scs": [8, 8], "ss": [8, 8]}',
         "import os\nname = f'{condition}_fold{fold}'\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
-        "print('device', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
         "for epoch in range(yolo_epochs[condition]):\n    print(f'epoch {epoch + 1}/{yolo_epochs[condition]}')",
         [
             *(f"weights/yolo_{{name}}.{e}" for e in ("pt", "json", "csv")),

@@ -99,11 +99,13 @@ def fit_power(levels: Sequence[LevelEvidence], labels: pd.DataFrame) -> float:
     weight = WEIGHTS[truth] / WEIGHTS[truth].sum()
 
     def loss(temperature: float, logs: np.ndarray) -> float:
+        """The official log loss of rows by their log probabilities (n, 3) times a temperature."""
         logits = temperature * logs + np.log(WEIGHTS)
         logits -= logits.max(axis=1, keepdims=True)
         return -weight @ (logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1)))
 
     def lowest_loss(power: float) -> float:
+        """The loss of a power at its best temperature."""
         logs = np.log(np.maximum(read_severities(levels, power), FLOOR))
         return minimize_scalar(loss, bounds=(0.05, 5), args=(logs,), method="bounded").fun
 

@@ -198,6 +198,7 @@ class _Limited:
         self.reads_left, self.bytes_left = MAX_READS, MAX_HEADER
 
     def read(self, n: int) -> bytes:
+        """At most n bytes; DicomError after `MAX_READS` reads."""
         content = self.stream.read(min(n, self.bytes_left))
         self.reads_left, self.bytes_left = self.reads_left - 1, self.bytes_left - len(content)
         if self.reads_left < 0:

@@ -64,10 +64,12 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
     scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
+        """The parts of the score that these rows touch, of the blend with these numbers."""
         scores = scorer.losses(metric.weight_rows(_mix(parameters, *ratios))).score()
         return float(np.nansum([value for part, value in scores.items() if part != "total"]))
 
     def objective(parameters: np.ndarray) -> float:
+        """The loss, and a pull towards the best simple blend."""
         return loss(parameters) + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
 
     simple = [np.full(n_models, 1 / n_models), *(np.eye(n_models) if n_models > 1 else ())]

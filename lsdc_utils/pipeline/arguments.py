@@ -28,24 +28,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder(text: str) -> Path:
+    """An existing folder."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such folder")
     return Path(text)
 
 
 def at_least_one(text: str) -> int:
+    """A whole number, 1 or more."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
     return int(text)
 
 
 def run_name(text: str) -> str:
+    """A name that a new run may have."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) or text in RESERVED:
         raise argparse.ArgumentTypeError(f"{text}: expected a plain name, not {' or '.join(RESERVED)}")
     return text
 
 
 def finished_run(name: str) -> Path:
+    """The folder of a finished run."""
     if not (OUTPUTS / name / "scores.json").is_file():
         raise argparse.ArgumentTypeError(f"{name}: no such finished run; create it with ./run_all.sh --run {name}")
     return OUTPUTS / name

@@ -76,6 +76,7 @@ def validate(asked: Namespace) -> int:
 
 
 def predict(asked: Namespace) -> int:
+    """Grade every study in a folder with a run, an archive or the ready-made models."""
     archive, ready = Path(asked.run) if asked.run.endswith(".zip") else None, asked.run == READY
     folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
     out = (asked.out or (OUTPUTS if ready else trained) / "predict" / folder.name).resolve()  # READY is committed
@@ -120,6 +121,7 @@ def predict(asked: Namespace) -> int:
 
 
 def export(asked: Namespace) -> int:
+    """Write grades of a finished run for other systems."""
     from lsdc_utils.export import studies
 
     out = (asked.out or asked.run / "exports").resolve()
@@ -132,6 +134,7 @@ def export(asked: Namespace) -> int:
 
 
 def pack(asked: Namespace) -> int:
+    """Pack the models of a finished run."""
     from lsdc_utils.pipeline.pack import pack_ready, pack_run
 
     if asked.ready:
@@ -147,6 +150,7 @@ def pack(asked: Namespace) -> int:
 
 
 def kaggle_bundle(asked: Namespace) -> int:
+    """Write what grades the hidden studies on Kaggle."""
     from lsdc_utils.pipeline import kaggle
 
     out, user = (asked.out or asked.run / "kaggle").resolve(), asked.user or kaggle.user_here()
@@ -160,18 +164,21 @@ def kaggle_bundle(asked: Namespace) -> int:
 
 
 def ablate(asked: Namespace) -> int:
+    """Train and score the run without some of its parts."""
     from lsdc_utils.pipeline import experiments
 
     return experiments.run_ablations(asked.run, asked.names, asked.cores or usable_cores())
 
 
 def curve(asked: Namespace) -> int:
+    """Train and score the run on fewer studies."""
     from lsdc_utils.pipeline import experiments
 
     return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
 
 
 def bench(asked: Namespace) -> int:
+    """Run a benchmark of tests/benchmarks."""
     benchmarks = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
     scripts = [path for path in benchmarks if asked.name in path.stem]
     if not scripts:

@@ -107,7 +107,7 @@ def in_half(content: bytes) -> bytes:
 def check_ready(folder: Path) -> None:
     """UsageError if the ready-made models are absent, are not the files of their manifest, or cannot be loaded."""
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} holds no ready-made models: check it out with git, or name a run with --run NAME")
+        raise UsageError(f"{folder} holds no ready-made models: name a run or an archive with --run NAME")
     names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     for name, (_, digest) in _listed(names, (folder / MANIFEST).read_bytes(), folder).items():
         if sha256(folder / name) != digest:

@@ -71,7 +71,8 @@ def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path
 
 
 def test_two_trainings_side_by_side_take_a_gpu_each(finished_tiny_project: Path) -> None:
-    logs = [finished_tiny_project / f"outputs/demo/logs/03_train_yolo_scs_fold{fold}.log" for fold in (0, 1)]
+    """The localisers of two folds, which begin together."""
+    logs = [finished_tiny_project / f"outputs/demo/logs/03_train_localiser_fold{fold}.log" for fold in (0, 1)]
     assert {re.search("device (.*)", log.read_text())[1] for log in logs} == {"4", "5"}
 
 

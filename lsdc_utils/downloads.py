@@ -26,7 +26,7 @@ class WeightsNotFound(ValueError):
 
 
 def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
-    """The folder of the data and its kind: `data_dir` (folder), else Kaggle's mount or the download (kaggle).
+    """The data's folder and kind: `data_dir` (folder or phantom), else Kaggle's mount or the download (kaggle).
 
     Nothing is downloaded unless `download` is true and credentials are set. DataNotFound says what is missing.
     """
@@ -34,7 +34,7 @@ def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
         folder = Path(os.path.expanduser(data_dir)).resolve()
         if not folder.is_dir():
             raise DataNotFound(f"data_dir: there is no folder {folder}")
-        return folder, "folder"
+        return folder, "phantom" if (folder / "phantom.json").is_file() else "folder"
     for mounted in (mount / COMPETITION for mount in MOUNTS):
         if mounted.is_dir():
             return mounted, "kaggle"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lsdc_utils.files import sha256
 from lsdc_utils.pipeline import graph
-from lsdc_utils.pipeline.pack import weight_names
+from lsdc_utils.grading.run_tables import weight_files
 
 PYTHON = sys.executable
 STEP = "05_ensemble_inference_{shard}"
 RUN = Path(config["run_dir"])
-MODELS = [RUN / name for name in ("blend.json", *weight_names(RUN, config["folds"]))]
+MODELS = [RUN / name for name in ("blend.json", *weight_files(config["folds"], config["published_method"]))]
 TABLES = ["yolo", "vit3d", "ensemble", "points", "sources", "findings"]
 
 for times in Path("logs").glob("*.tsv"):

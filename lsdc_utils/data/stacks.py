@@ -38,7 +38,7 @@ class Stack:
 def read_stack(
     source: dicom.Source, study_id: int, series_id: int, series_type: str, labelled: bool = False
 ) -> tuple[Stack, list]:
-    """A series windowed by its own percentiles, notes (rule, file, reason, action); DicomError if it is unusable.
+    """A series flattened and windowed, see `windows`, notes (rule, file, reason, action); DicomError if it is unusable.
 
     labelled: whether a table of points names its images by number, see `dicom.read_series`.
     """

@@ -200,8 +200,9 @@ def _set_type(part: _Series) -> None:
         if (named := named_contrast(part.images[0])) not in (None, contrast):
             value = f"{SHORT[contrast]} by its times, described as {SHORT[named]}"
             part.findings.append(("contrast_differs", value, "typed by its times"))
-        if len(regions(part.images[0])) > 1:
-            part.findings.append(("region_unclear", part.images[0].description, "used as a lumbar series"))
+        if len(named := regions(part.images[0])) > 1:
+            value = f"names several parts of the body: {', '.join(named)}"
+            part.findings.append(("region_unclear", value, "used as a lumbar series"))
 
 
 def _leave_out_far(series: list[_Series]) -> None:

@@ -15,13 +15,13 @@ from scipy.special import logsumexp
 from lsdc_utils.vocabulary import LEVELS
 
 STATES = ("t11_t12", "t12_l1", *LEVELS, "s1_s2")
-LUMBAR = slice(2, 7)  # of the states
+LUMBAR = slice(STATES.index(LEVELS[0]), STATES.index(LEVELS[-1]) + 1)
 STEPS = np.array([0.86, 0.93, 1.0, 1.02, 1.0, 0.92, 0.8])  # from state to state, against the study's own mean step
 STEP_SPREAD = 0.13  # of a step, as a share of it
 SCALES = np.arange(22.0, 47.0, 2.0)  # mm: mean steps that a study may have
+UNIT = 5.0  # mm in which likelihoods of steps are densities, against those of discs that are missed
 LEAST_STEP = 8.0  # mm of height: the next disc lies at least this far below
 SAME_PLACE = 4.0  # mm: spread of the kernel by which detections support each other
-NEAR = 8.0  # mm: detections this close to a level's point are evidence for it
 SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are of its level
 NOTHING = 1e-3  # evidence that counts as none
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
@@ -44,13 +44,12 @@ class Chain:
 
     def weight(self) -> float:
         """Log weight of the best choice."""
-        totals = self._forward(self.gain, 1.0, np.max)
-        return max(total.max(initial=-np.inf) + NO_CANDIDATE[i + 1 :].sum() for i, total in enumerate(totals))
+        return self._ends(self._forward(self.gain, 1.0, np.max), 1.0).max(initial=-np.inf)
 
     def best(self) -> np.ndarray:
         """The choice of greatest weight: (8,) indices into the candidates, -1 for a disc without one."""
         totals = self._forward(self.gain, 1.0, np.max)
-        ends = np.stack([total + NO_CANDIDATE[i + 1 :].sum() for i, total in enumerate(totals)])
+        ends = self._ends(totals, 1.0)
         chosen = np.full(len(STATES), -1)
         if ends.max(initial=-np.inf) <= NO_CANDIDATE.sum():
             return chosen
@@ -64,17 +63,23 @@ class Chain:
 
     def chance(self, places: np.ndarray, temperature: float) -> float:
         """Probability of all choices that agree with `places` (5, 2), y and z of the lumbar levels in mm or NaN: each
-        has a candidate within `SAME_LEVEL` of its place, or none."""
+        has a candidate within `SAME_LEVEL` of its place, or none; without any of them a choice confirms nothing."""
         with np.errstate(invalid="ignore"):
             agrees = np.linalg.norm(self.plane[:, None] - places[None], axis=2) <= SAME_LEVEL
         gain = self.gain.copy()
         gain[:, LUMBAR] = np.where(agrees, gain[:, LUMBAR], -np.inf)
-        return float(np.exp(self._log_sum(gain, temperature) - self._log_sum(self.gain, temperature)))
+        without = gain.copy()
+        without[:, LUMBAR] = -np.inf
+        sums = np.array([self._log_sum(some, temperature) for some in (gain, without, self.gain)])
+        return float(np.exp(sums[0] - sums[2]) - np.exp(sums[1] - sums[2]))
 
     def _log_sum(self, gain: np.ndarray, temperature: float) -> float:
-        totals = self._forward(gain, temperature, logsumexp)
-        ends = [total + NO_CANDIDATE[i + 1 :].sum() / temperature for i, total in enumerate(totals)]
-        return float(logsumexp(np.append(np.concatenate(ends), NO_CANDIDATE.sum() / temperature)))
+        ends = self._ends(self._forward(gain, temperature, logsumexp), temperature)
+        return float(logsumexp(np.append(ends, NO_CANDIDATE.sum() / temperature)))
+
+    def _ends(self, totals: list[np.ndarray], temperature: float) -> np.ndarray:
+        """Log weights (8, k) of choices whose last disc is this one, at this candidate."""
+        return np.stack([total + NO_CANDIDATE[i + 1 :].sum() / temperature for i, total in enumerate(totals)])
 
     def _forward(self, gain: np.ndarray, temperature: float, reduce: Callable) -> list[np.ndarray]:
         """For each level and candidate (k,) the maximum or sum over all choices of the levels above it."""
@@ -114,7 +119,7 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
         move = np.full((len(STATES), len(STATES), *step.shape), -np.inf)
         for above, below in zip(*np.triu_indices(len(STATES), 1), strict=True):
             wide = STEP_SPREAD * scale * np.sqrt(below - above)
-            likely = -0.5 * ((step - scale * (place[below] - place[above])) / wide) ** 2 - np.log(wide / 5)
+            likely = -0.5 * ((step - scale * (place[below] - place[above])) / wide) ** 2 - np.log(wide / UNIT)
             move[above, below] = np.where(down >= LEAST_STEP * (below - above), likely, -np.inf)
         chains.append(Chain(index, plane, gain, move))
     return max(chains, key=lambda one: one.weight())

@@ -63,7 +63,7 @@ def shown(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> n
 def slice_channels(
     images: np.ndarray, blocks: np.ndarray, config: DetectorConfig, lateral: np.ndarray | None = None
 ) -> np.ndarray:
-    """Network inputs (n, 3, rows, cols) from strips (n, rows, cols): neighbours by position, inside a block only.
+    """Network inputs (n, 3, rows, cols) from windows (n, rows, cols): neighbours by position, inside a block only.
 
     lateral: mm of each slice off the midline. If given, channels run from medial to lateral, so that both sides of
     the patient look alike.

@@ -51,7 +51,7 @@ class Localiser(nn.Module):
 
     def __init__(self, config: LocaliserConfig) -> None:
         super().__init__()
-        self.config, self.calibration = config, CALIBRATION
+        self.config, self.calibration, self.trained = config, CALIBRATION, (True,) * len(MAPS)
         first, last, pairs = config.widths[0], config.widths[-1], list(pairwise(config.widths))
         self.stem = _block(1, first, stride=2, kernel=5)
         self.down = nn.ModuleList(nn.Sequential(_block(a, b, stride=2), _block(b, b)) for a, b in pairs)
@@ -118,13 +118,15 @@ def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[
     images, affines = coarse(stack)
     places = dict(zip(canal["level"], canal[[*"XYZ"]].to_numpy(float), strict=True))
     places |= dict(zip(marks["mark"], marks[[*"XYZ"]].to_numpy(float), strict=True))
-    names = [name for name in (*ABOVE[::-1], *LEVELS, "s1_s2", "sacrum") if name in places]
+    order = (*ABOVE[::-1], *LEVELS, *BELOW)
+    names = [name for name in order if name in places]
     curve = np.array([places[name] for name in names])
     middles = disc_places(curve, names)
-    discs = np.array([name not in ("s1_s2", "sacrum") for name in names])
-    number = np.array([[*ABOVE[::-1], *LEVELS, *BELOW].index(name) for name in names])
+    discs, number = ~np.isin(names, BELOW), np.array([order.index(name) for name in names])
     for index in np.flatnonzero(np.abs(geometry.plane_distances(affines, curve.mean(axis=0)[None])[:, 0]) <= REACH):
         behind, within = (geometry.to_pixels(affines[index], points) for points in (curve, middles))
+        if (np.diff(within[:, 1]) <= 0).any():  # a slice on its head, or labels out of order
+            continue
         line = np.arange(images.shape[1])
         which = np.interp(line, within[:, 1], number)
         steps = np.polyfit(within[:, 1], number, 1)[0] * (line - np.clip(line, within[0, 1], within[-1, 1]))
@@ -205,6 +207,7 @@ def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarr
     images = np.pad(images, ((0, 0), *((0, -side % 16) for side in images.shape[1:])))
     device = next(network.parameters()).device
     maps = network(torch.from_numpy(images)[:, None].to(device).float() / 255).sigmoid()
+    maps = maps * torch.tensor(network.trained, device=device)[:, None, None]
     found = maps[:, [MAPS.index(name) for name in ("disc", "s1_s2", "canal")]].amax(dim=1, keepdim=True)
     width = found.shape[3]
     peaks = torch.where(F.max_pool2d(found, 3, 1, 1) == found, found, 0).flatten(1)
@@ -233,6 +236,7 @@ def save_localiser(network: Localiser, path: str | Path, fold: int, about: dict)
         "config": asdict(network.config),
         "calibration": list(network.calibration),
         "maps": list(MAPS),
+        "trained": list(network.trained),  # whether a map had labels or marks to learn from
         **about,
         "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
         "git_commit": git_commit(),
@@ -251,5 +255,5 @@ def load_localiser(path: str | Path) -> Localiser:
         raise DetectorError(f"{path} finds other marks than this version of lsdc_utils")
     network = Localiser(LocaliserConfig(tuple(about["config"]["widths"])))
     network.load_state_dict(load_file(path))
-    network.calibration = tuple(about["calibration"])
+    network.calibration, network.trained = tuple(about["calibration"]), tuple(about["trained"])
     return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -51,9 +51,7 @@ def find_places(detections: Detections, config: DetectorConfig, canal: pd.DataFr
             sides = np.sign(points[:, 0] - np.interp(points[:, 2], line["Z"], line["X"]))
         off = np.linalg.norm(points[:, None, 1:] - expected, axis=2)
         off[off > SAGITTAL_REACH] = np.inf
-    near = (
-        np.where(np.isfinite(off.min(axis=1, initial=np.inf)), off.argmin(axis=1), -1) if len(points) else np.empty(0)
-    )
+    near = np.where(np.isfinite(off.min(axis=1)), off.argmin(axis=1), -1)
     names, means, owner = [], [], np.full(len(points), -1)
     strength = detections.scores.sum(axis=1)
     for side, sign in (("", 0),) if config.condition == "scs" else zip(SIDES, (1, -1), strict=True):

@@ -13,7 +13,7 @@ from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
 WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
-FAINT = 0.01  # scores below this are no detection
+FAINT, MOST = 0.01, 800  # scores below this are no detection; of a series the strongest ones, which bounds memory
 CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence")
 
 
@@ -33,8 +33,9 @@ def find_discs(network: Localiser, stacks: Sequence[Stack]) -> Discs:
     for stack in stacks:
         if PLANES[stack.series_type] == "sagittal":
             points, scores = (values.reshape(-1, values.shape[-1]) for values in detect_discs(network, stack))
-            kept = scores.max(axis=1) >= FAINT
-            t2 = np.full(kept.sum(), stack.series_type == T2)
+            kept = np.argsort(-scores.max(axis=1), kind="stable")[:MOST]
+            kept = np.sort(kept[scores.max(axis=1)[kept] >= FAINT])
+            t2 = np.full(len(kept), stack.series_type == T2)
             parts.append((points[kept], scores[kept], t2, len(stack.pixels)))
     *found, slices = zip(*parts, strict=True)
     return Discs(*map(np.concatenate, found), sum(slices))
@@ -73,9 +74,7 @@ def canal_points(
     _, middles = name_levels(joined)
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
-        chances.append(ceiling * chain(one.points, evidence(one)).chance(middles, temperature))
-    if np.isnan(middles[-1, 0]):  # nothing to count from
-        chances = [chance * WITHOUT_LOWEST for chance in chances]
+        chances.append(ceiling * _chance(chain(one.points, evidence(one)), middles, temperature))
     found = np.flatnonzero(np.isfinite(middles[:, 0]))
     names = [LEVELS[k] for k in found]
     disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
@@ -87,12 +86,17 @@ def canal_points(
     sums = weight.sum(axis=1, keepdims=True)
     points = np.where(sums > 1e-12, weight @ joined.points / np.maximum(sums, 1e-12), expected)
     lines = [
-        (study_id, level, "", *point, (own > 0).any() and own.max(), np.mean(chances))
+        (study_id, level, "", *point, own.max(), np.mean(chances))
         for level, point, own in zip(names, points, near, strict=True)
     ]
     table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
     kinds = {"study_id": "int64", "level": "str", "side": "str"}
     return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
+
+
+def _chance(found: Chain, middles: np.ndarray, temperature: float) -> float:
+    """`Chain.chance`, halved where L5/S1 was not found, so that there is nothing to count from."""
+    return found.chance(middles, temperature) * (WITHOUT_LOWEST if np.isnan(middles[-1, 0]) else 1.0)
 
 
 def _near(discs: Discs, places: np.ndarray, spread: float = SAME_PLACE) -> np.ndarray:
@@ -113,9 +117,11 @@ def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[fl
             continue
         found, middles = name_levels(seen[study])
         known = np.isfinite(middles[:, 0]) & np.isin(LEVELS, truth["level"])
+        if not known.any():
+            continue
         truth = truth.sort_values("Z", ascending=False)
         read = disc_places(truth[[*"XYZ"]].to_numpy(dtype=float), list(truth["level"]))[:, 1:]
         off = np.linalg.norm(middles[known, None] - read, axis=2)
         right.append((truth["level"].to_numpy()[off.argmin(axis=1)] == np.array(LEVELS)[known]).all())
-        chances.append([found.chance(middles, temperature) for temperature in TEMPERATURES])
+        chances.append([_chance(found, middles, temperature) for temperature in TEMPERATURES])
     return calibrate(np.array(chances), np.array(right)) if right else CALIBRATION

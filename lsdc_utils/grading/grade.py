@@ -52,7 +52,7 @@ class Models:
         rows, points, canal = grade_study(self.localisers, self.yolos, study_id, stacks)
         crop_points = pd.concat([canal, points[points["condition"] == "ss"]], ignore_index=True)
         types = sorted({stack.series_type for stack in stacks})
-        doubts = pd.DataFrame(_doubts(study_id, types, points), columns=COLUMNS_OF["findings"])
+        doubts = pd.DataFrame(_doubts(study_id, types, rows, points), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
             "vit3d": self.predict(self.vits, [(study_id, list(stacks))], crop_points, self.views),
@@ -63,13 +63,13 @@ class Models:
         }
 
 
-def _doubts(study_id: int, types: Sequence[str], points: pd.DataFrame) -> Iterator[tuple]:
+def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame) -> Iterator[tuple]:
     """Findings about the grading of a study: series on which nothing was detected, and levels that may be named wrong.
 
-    types: those of its readable series; points: of all detectors, with their condition group.
+    types: those of its readable series; rows: of all detectors; points: the study's.
     """
-    for key, group in GROUPS.items():
-        if group.series_type in types and not (points["condition"] == key).any():
+    for group in GROUPS.values():
+        if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"no {group.score} level found on {group.series_type}, although its images can be read"
             yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
     if (sure := points["level_confidence"].min()) < SURE:

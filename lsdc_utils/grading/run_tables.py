@@ -13,7 +13,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES
 
-FORMAT = 3  # of blend.json
+FORMAT = 4  # of blend.json
 RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
 BLOCKS = {"oof": "train", "test": "test"}  # block of the scores -> the split its studies come from
 SOURCE_NAMES = {  # values of the column `source`, in words
@@ -28,10 +28,10 @@ class RunError(ValueError):
     """A run that cannot be used: not finished, or made by other code; the message says which, and what to do."""
 
 
-def weight_files(folds: Iterable[int]) -> list[str]:
+def weight_files(folds: Iterable[int], published: bool = False) -> list[str]:
     """The weights of the models of these folds, relative to the run's folder; each has a .json beside it."""
-    detectors = [f"weights/yolo_{key}_fold{fold}.pt" for key in GROUPS for fold in folds]
-    return detectors + [f"weights/vit3d_fold{fold}.safetensors" for fold in folds]
+    names = ["localiser_fold{}.safetensors", *(f"yolo_{key}_fold{{}}.pt" for key in GROUPS), "vit3d_fold{}.safetensors"]
+    return [f"weights/{name.format(fold)}" for name in names[published:] for fold in folds]
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
             f"the run in {run} was made by an older version of the code: run it again, or use the version in its "
             "provenance.json"
         )
-    weights = weight_files(recipe.get("folds", ()))
+    weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published")
     needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
     if missing := [name for name in needed if not (run / name).is_file()]:
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")

@@ -97,6 +97,7 @@ def predict(asked: Namespace) -> int:
 
     began, cores = time.time(), asked.cores or usable_cores()
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
+    resume += [] if asked.pages is None else ["--pages" if asked.pages else "--no-pages"]
     with locked(out):
         try:
             trained = pack.unpack(archive, out / "models") if archive else trained
@@ -111,12 +112,14 @@ def predict(asked: Namespace) -> int:
             shards, basis = [Path(step.given["out_dir"]) for step in planned.steps], grade_basis(trained)
             summary, studies, uncertain = predict.collect(folder, out, shards, basis)
             print(f"\n{summary}\n\ngrades: {out}/grades.csv")
-            if asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES):
+            pages = asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES)
+            if pages:
                 name = archive.stem if archive else asked.run
                 print(f"pages: {predict.write_pages(out, shards, parameters, name, basis)}")
             device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
             seconds = f"{time.time() - began:.0f} s on {device}"
-            print(f"{studies} studies in {seconds}; levels uncertain in {uncertain}: check these on their pages")
+            check = ": check these on their pages" if pages and uncertain else ""
+            print(f"{studies} studies in {seconds}; levels uncertain in {uncertain}{check}")
     return status
 
 

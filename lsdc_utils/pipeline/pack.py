@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from lsdc_utils.files import atomic, sha256
-from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
 
@@ -70,7 +70,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
     from lsdc_utils.report.run import Run
 
-    weights = weight_names(run, recipe["folds"])
+    weights = weight_files(recipe["folds"], recipe["kind"] == "published")
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
@@ -88,12 +88,6 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}
     return contents | {MANIFEST: _json(manifest)}
-
-
-def weight_names(run: Path, folds: list[int]) -> list[str]:
-    """The weights of these folds, relative to the run's folder: of every model that has some."""
-    files = (file for fold in folds for file in sorted(run.glob(f"weights/*_fold{fold}.*")))
-    return [f"weights/{file.name}" for file in files if file.suffix in (".pt", ".safetensors")]
 
 
 def in_half(content: bytes) -> bytes:

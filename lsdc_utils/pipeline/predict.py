@@ -133,15 +133,15 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
         lines += [f"  {count:>8} of them without the series that the condition is read on"]
     if len(findings):
         lines += ["findings: " + ", ".join(f"{n} {rule}" for rule, n in findings["rule"].value_counts().items())]
-    uncertain = findings.loc[findings["rule"].str.contains("uncertain"), "study_id"].nunique()
+    uncertain = findings.loc[findings["rule"] == "levels_uncertain", "study_id"].nunique()
     return "\n".join([*lines, basis_words(basis)]), grades["study_id"].nunique(), uncertain
 
 
 def without_names(texts: pd.Series, root: Path) -> pd.Series:
-    """The texts with '[name]' for `root`, its name, and each name with three letters in a row of a file or folder
-    under it."""
+    """The texts with '[name]' for `root`, its name, and each name with two letters or six digits in a row of a file or
+    folder under it."""
     parts = {part for file in walk(root, []) for part in file.relative_to(root).parts}
-    parts = {readable(part) for part in parts if re.search(r"[^\W\d_]{3}", Path(part).stem)}
+    parts = {readable(part) for part in parts if re.search(r"[^\W\d_]{2}|\d{6}", Path(part).stem)}
     whole = "\n".join(texts.astype(str))
     there = [name for name in {str(root), root.name, *parts} if name in whole]
     pattern = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in sorted(there, key=len, reverse=True))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.classes import Detector, DetectorConfig, Scheme
+from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme
 from lsdc_utils.detector.dataset import write_labels
 from lsdc_utils.detector.detections import Detections, forward, join_detections, patient_points
 from lsdc_utils.detector.images import network_inputs, windows
@@ -39,6 +39,8 @@ def prepare(data: Path, folder: Path, config: DetectorConfig, labels: pd.DataFra
     data: the data set in YOLO's format that 02 wrote. Kept are boxes on the slices that the readers clicked, in studies
     that have all 25 labels, and images with such a box. labels: the label table, for which studies those are.
     """
+    if config.window:
+        raise DetectorError("the published detectors see whole images: set yolo_window_mm to [] for each condition")
     complete = labels.groupby("study_id")["severity"].min() >= 0
     table = class_table(config).reset_index().set_index(["condition", "level", "severity"])["index"]
     boxes = pd.read_csv(data / "boxes.csv")

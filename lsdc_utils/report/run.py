@@ -93,8 +93,7 @@ def write_provenance(run: Path) -> dict[str, Any]:
         for file in (*sorted(folder.glob("*.csv")), run / "tables/series.parquet"):
             if file.is_file():
                 digest.update(f"{file.name}\0".encode() + file.read_bytes())
-        kind = "phantom" if (folder / "phantom.json").is_file() else data["kind"]  # also one given as a folder
-        data = {"kind": kind, "folder": folder.name, "fingerprint": digest.hexdigest()}
+        data = {"kind": data["kind"], "folder": folder.name, "fingerprint": digest.hexdigest()}
         data["studies"] = training_studies(run)
     for file in sorted((run / "weights").glob("*.json")):
         weights[file.stem] = {key: read_file(file)[key] for key in ("sha256", "git_commit")}

@@ -179,7 +179,7 @@ class Known(torch.nn.Module):
 
     def __init__(self, seen: Stack, places: dict[str, list], height: float = 0.9) -> None:
         super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.unused, self.trained = torch.nn.Parameter(torch.zeros(1)), (True,) * len(MAPS)
         images, affines = localiser.coarse(seen)
         rows, cols = (np.arange(side // STRIDE) * STRIDE + (STRIDE - 1) / 2 for side in images.shape[1:])
         maps = np.full((len(images), len(MAPS), len(rows), len(cols)), 1e-4)

@@ -79,16 +79,17 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     """Images that can be read must not end as rows by the prior without a word."""
     point = {"study_id": 7, "level": "l1_l2", "side": "", "X": 0.0, "Y": 0.0, "Z": 0.0, "confidence": 0.4}
     points = pd.DataFrame([point | {"level_confidence": sure, "condition": "scs"} for sure in (0.9, 0.79)])
-    rows, canal = pd.DataFrame(columns=COLUMNS_OF["yolo"]), points.drop(columns="condition")
+    of_canal = pd.DataFrame([("7_spinal_canal_stenosis_l1_l2", *PRIOR)], columns=COLUMNS_OF["yolo"])
     stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
     monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
-    models = grade.Models([], {}, [], 1, lambda *asked: rows)
-    for found, expected in (
-        (points.iloc[:1], [("nothing_detected", T1)]),
-        (points, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
-        (points.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
+    models = grade.Models([], {}, [], 1, lambda *asked: of_canal)
+    for found, rows, expected in (
+        (points.iloc[:1], of_canal, [("nothing_detected", T1)]),
+        (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
+        (points.iloc[:1], of_canal.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
     ):
-        monkeypatch.setattr(grade, "grade_study", lambda *asked, found=found: (rows, found, canal))
+        answer = rows, found, found.drop(columns="condition")
+        monkeypatch.setattr(grade, "grade_study", lambda *asked, answer=answer: answer)
         findings = models.grade(7, stacks)["findings"]
         assert set(findings["study_id"]) == {7} and set(findings["rule"]) <= set(checks.RULES)
         assert findings["rule"].tolist() == [rule for rule, _ in expected]

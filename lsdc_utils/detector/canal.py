@@ -27,15 +27,20 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
     return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
 
 
+def _points(labels: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """X, Y, Z by study and level: the clicked canal points, and the middles of levels with both foramen points."""
+    placed = labels.dropna(subset=[*"XYZ"])
+    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    canal, foramina = (placed[group == key].set_index(["study_id", "level"])[[*"XYZ"]] for key in ("scs", "nfn"))
+    foramina = foramina.groupby(["study_id", "level"])
+    return canal.astype(float), foramina.mean()[foramina.size() == len(SIDES)].astype(float)
+
+
 def canal_from_foramina(labels: pd.DataFrame) -> tuple[tuple[float, float], ...]:
     """For each level the median over studies, in mm to posterior and to the head, of the way from the middle of its two
     foramen points to its canal point, by the label table. A level that few studies show this way: by the phantom's."""
-    placed = labels.dropna(subset=[*"XYZ"])
-    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
-    keys = ["study_id", "level"]
-    foramina = placed[group == "nfn"].groupby(keys)[["Y", "Z"]].agg(["mean", "size"])
-    middle = foramina.xs("mean", axis=1, level=1)[foramina["Y", "size"] == len(SIDES)]
-    way = (placed[group == "scs"].set_index(keys)[["Y", "Z"]] - middle).dropna().groupby("level")
+    canal, middle = _points(labels)
+    way = (canal - middle)[["Y", "Z"]].dropna().groupby("level")
     known = way.median()[way.size() >= FEW_PAIRS].round(2)
     usual = dict(zip(LEVELS, CANAL_FROM_FORAMINA, strict=True))
     return tuple(tuple(known.loc[level].tolist()) if level in known.index else usual[level] for level in LEVELS)
@@ -46,13 +51,9 @@ def readers_canal(labels: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> p
 
     labels: the label table, of any studies. offsets: see `canal_from_foramina`.
     """
-    placed, keys = labels.dropna(subset=[*"XYZ"]), ["study_id", "level"]
-    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
-    foramina = placed[group == "nfn"].groupby(keys)
-    middle = foramina[[*"XYZ"]].mean()[foramina.size() == len(SIDES)].astype(float)
-    numbers = [LEVELS.index(level) for level in middle.index.get_level_values("level")]
-    middle[["Y", "Z"]] += np.array(offsets)[numbers]
-    return placed[group == "scs"].set_index(keys)[[*"XYZ"]].astype(float).combine_first(middle).reset_index()
+    canal, middle = _points(labels)
+    middle[["Y", "Z"]] += np.array(offsets)[[LEVELS.index(level) for level in middle.index.get_level_values("level")]]
+    return canal.combine_first(middle).reset_index()
 
 
 def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:

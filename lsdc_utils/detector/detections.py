@@ -37,10 +37,9 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
     the detector's config.
     """
     config, parts, first = detector.config, [], 0
+    stacks = stacks if canal is not None and len(canal) else ()
     for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
         first += len(stack.pixels)
-        if canal is None or canal.empty:
-            continue
         levels = axial_levels(stack, canal) if config.condition == "ss" else np.full(len(stack.pixels), -1)
         index = np.flatnonzero(wanted(stack, config, canal))
         if not len(index):

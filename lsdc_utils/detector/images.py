@@ -60,35 +60,23 @@ def shown(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> n
     return result
 
 
-def slice_channels(
-    images: np.ndarray, blocks: np.ndarray, config: DetectorConfig, lateral: np.ndarray | None = None
-) -> np.ndarray:
-    """Network inputs (n, 3, rows, cols) from windows (n, rows, cols): neighbours by position, inside a block only.
+def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
+    """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points.
 
-    lateral: mm of each slice off the midline. If given, channels run from medial to lateral, so that both sides of
-    the patient look alike.
+    Its window between those of its neighbours by position, inside a block only. Of foramina they run from medial to
+    lateral, seen from the middle of the canal points, or of the series without them: both sides look alike.
     """
+    images, index = shown(stack, config, canal), np.arange(len(stack.pixels))
     if not config.neighbours:
         return np.repeat(images[:, None], 3, axis=1)
-    index = np.arange(len(images))
-    before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(images) - 1)
-    before = np.where(blocks[before] == blocks, before, index)
-    behind = np.where(blocks[behind] == blocks, behind, index)
-    if lateral is not None:
-        inward = lateral[before] > lateral[behind]
+    before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(index) - 1)
+    before, behind = (np.where(stack.blocks[k] == stack.blocks, k, index) for k in (before, behind))
+    if config.condition == "nfn":
+        corners = stack.affines[:, :3, 3]
+        middle = corners.min(axis=0) / 2 + corners.max(axis=0) / 2
+        if canal is not None:
+            middle = canal[[*"XYZ"]].to_numpy(dtype=float).mean(axis=0)
+        off = np.abs(geometry.plane_distances(stack.affines, middle[None])[:, 0])
+        inward = off[before] > off[behind]
         before, behind = np.where(inward, behind, before), np.where(inward, before, behind)
     return np.stack([images[before], images, images[behind]], axis=1)
-
-
-def off_midline(stack: Stack, canal: pd.DataFrame | None) -> np.ndarray:
-    """Distance (n,) in mm of every slice from the middle of the study's canal points, or of the series without them."""
-    middle = stack.affines[:, :3, 3].min(axis=0) / 2 + stack.affines[:, :3, 3].max(axis=0) / 2
-    if canal is not None and len(canal):
-        middle = canal[[*"XYZ"]].to_numpy(dtype=float).mean(axis=0)
-    return np.abs(geometry.plane_distances(stack.affines, middle[None])[:, 0])
-
-
-def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:
-    """What the network is shown of every slice: (n, 3, rows, cols) uint8. `canal`: the study's points."""
-    lateral = off_midline(stack, canal) if config.condition == "nfn" else None
-    return slice_channels(shown(stack, config, canal), stack.blocks, config, lateral)

@@ -35,9 +35,7 @@ class LevelEvidence:
     level: str
     side: str  # left, right, or '' for the canal
     point: np.ndarray  # (3,) LPS mm
-    confidence: float
-    evidence: np.ndarray  # (k,) sum of scores of each detection
-    scores: np.ndarray  # (k, 3) by severity
+    scores: np.ndarray  # (k, 3) by severity; the evidence of a detection is their sum
     level_confidence: float = np.nan  # probability that the study's levels are named right; NaN: not known
 
 
@@ -49,28 +47,25 @@ def level_evidence(
     seen: detections of one study by each detector of a condition, with their configs. Sides and points are those of all
     detections together, levels those of the study's canal points, `canal`.
     """
-    joined, config = pool_detections(seen), configs[0]
-    if not len(joined.scores) or canal is None or canal.empty:
-        return [[] for _ in seen]
-    places, sure = find_places(joined, config, canal.set_index("level")), float(canal["level_confidence"].min())
-    detector, result = np.repeat(np.arange(len(seen)), [len(one.scores) for one in seen]), []
-    for number in range(len(seen)):
-        found = []
-        for k, (side, level) in enumerate(places.names):
+    result = [[] for _ in seen]
+    if canal is None or canal.empty:
+        return result
+    joined, config, sure = pool_detections(seen), configs[0], float(canal["level_confidence"].min())
+    places = find_places(joined, config, canal.set_index("level"))
+    detector = np.repeat(np.arange(len(seen)), [len(one.scores) for one in seen])
+    for k, ((side, level), point) in enumerate(zip(places.names, places.points, strict=True)):
+        row = row_id(study_id, "_".join(filter(None, (side, GROUPS[config.condition].base))), level)
+        for number, found in enumerate(result):
             scores = joined.scores[(places.owner == k) & (detector == number)]
-            evidence = scores.sum(axis=1)
-            if evidence.max(initial=0) >= NOTHING:
-                row = row_id(study_id, "_".join(filter(None, (side, GROUPS[config.condition].base))), level)
-                place = study_id, level, side, places.points[k], float(scores.max())
-                found.append(LevelEvidence(row, *place, evidence, scores, sure))
-        result.append(found)
+            if scores.sum(axis=1).max(initial=0) >= NOTHING:
+                found.append(LevelEvidence(row, study_id, level, side, point, scores, sure))
     return result
 
 
 def evidence_tables(levels: Sequence[LevelEvidence], power: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows (row_id, three natural probabilities) and points: study_id, level, side, X, Y, Z (LPS mm), `CONFIDENCES`."""
     kinds = {"study_id": "int64", "level": "str", "side": "str"} | dict.fromkeys([*"XYZ", *CONFIDENCES], float)
-    lines = [(e.study_id, e.level, e.side, *e.point, e.confidence, e.level_confidence) for e in levels]
+    lines = [(e.study_id, e.level, e.side, *e.point, float(e.scores.max()), e.level_confidence) for e in levels]
     points = pd.DataFrame(lines, columns=list(kinds))
     rows = pd.DataFrame(read_severities(levels, power), columns=SEVERITIES, dtype=float)
     rows.insert(0, "row_id", pd.Series([e.row_id for e in levels], dtype="str"))
@@ -81,8 +76,8 @@ def read_severities(levels: Sequence[LevelEvidence], power: float) -> np.ndarray
     """Natural probabilities (n, 3): the geometric mean of a level's detections, weighted by evidence to a power."""
     logits = np.empty((len(levels), len(SEVERITIES)))
     for target, level in zip(logits, levels, strict=True):
-        several = len(level.evidence) > 1
-        weight = (level.evidence / max(level.evidence.max(), FLOOR)) ** power if several else np.ones(1)
+        evidence = level.scores.sum(axis=1)
+        weight = (evidence / max(evidence.max(), FLOOR)) ** power if len(evidence) > 1 else np.ones(1)
         target[:] = weight @ np.log(np.maximum(level.scores, FLOOR)) / weight.sum()
     rows = np.exp(logits - logits.max(axis=1, keepdims=True))
     return rows / rows.sum(axis=1, keepdims=True)
@@ -160,18 +155,16 @@ def grade_condition(
 
 def grade_study(
     localisers: Sequence[Localiser], detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack]
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Rows and points (with their condition group) of one study by the detectors of all groups, and its canal points.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and points of one study by the detectors of all groups; condition: the group of a point, scs for the canal.
 
     The localisers go first, since their points tell where to look, and name levels. Without any (the published method)
     the canal points are those of its canal detectors.
     """
-    rows, points, canal = {}, {}, None
-    if localisers:
-        seen = [find_discs(network, stacks) for network in localisers]
-        canal = canal_points(seen, study_id, [network.calibration for network in localisers])
-    for key in ("scs", "nfn", "ss"):
-        rows[key], points[key] = grade_condition(detectors[key], study_id, stacks, canal)
-    canal = points["scs"] = points["scs"] if canal is None else canal
-    named = [table.assign(condition=key) for key, table in points.items()]
-    return pd.concat(rows.values(), ignore_index=True), pd.concat(named, ignore_index=True), canal
+    seen = [find_discs(network, stacks) for network in localisers]
+    canal = canal_points(seen, study_id, [network.calibration for network in localisers]) if seen else None
+    keys = ("scs", "nfn", "ss")
+    rows, points = zip(*(grade_condition(detectors[key], study_id, stacks, canal) for key in keys), strict=True)
+    points = points if canal is None else (canal, *points[1:])
+    named = [table.assign(condition=key) for key, table in zip(keys, points, strict=True)]
+    return pd.concat(rows, ignore_index=True), pd.concat(named, ignore_index=True)

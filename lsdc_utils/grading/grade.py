@@ -49,8 +49,8 @@ class Models:
 
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
-        rows, points, canal = grade_study(self.localisers, self.yolos, study_id, stacks)
-        crop_points = pd.concat([canal, points[points["condition"] == "ss"]], ignore_index=True)
+        rows, points = grade_study(self.localisers, self.yolos, study_id, stacks)
+        crop_points = points[points["condition"] != "nfn"]
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, rows, points), columns=COLUMNS_OF["findings"])
         return {
@@ -59,7 +59,7 @@ class Models:
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
-            "slices": axial_slices(stacks, canal),
+            "slices": axial_slices(stacks, points[points["condition"] == "scs"]),
         }
 
 

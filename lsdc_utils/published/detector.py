@@ -83,7 +83,7 @@ def level_evidence(
     for (condition, level), numbers in class_table(config).groupby(["condition", "level"], sort=False).groups.items():
         place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
         row, side, scores = row_id(study_id, condition, level), CONDITIONS[condition].side or "", best[numbers][None]
-        result.append(LevelEvidence(row, study_id, level, side, place, float(scores.max()), scores.sum(axis=1), scores))
+        result.append(LevelEvidence(row, study_id, level, side, place, scores))
     return result
 
 

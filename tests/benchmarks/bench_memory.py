@@ -94,7 +94,7 @@ def predict(root: Path, count: int) -> float:
     graded = []
     for study in range(1, count + 1):
         stacks, _ = read_study(comp, "test", study)
-        rows, _, _ = grade_study(localisers, detectors, study, stacks)
+        rows, _ = grade_study(localisers, detectors, study, stacks)
         graded.append((rows, predict_studies(vits, [(study, stacks)], points, n_views=1)))
     return peak()
 

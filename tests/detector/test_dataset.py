@@ -16,7 +16,7 @@ from lsdc_utils.data.stacks import convert_studies, load_study
 from lsdc_utils.detector.classes import DetectorError
 from lsdc_utils.detector.dataset import Dataset, _box, label_boxes
 from lsdc_utils.detector.detections import patient_points
-from lsdc_utils.detector.images import network_inputs, shown, slice_channels, windows
+from lsdc_utils.detector.images import network_inputs, shown, windows
 from lsdc_utils.phantom import write_phantom
 from lsdc_utils.vocabulary import GROUPS
 
@@ -124,7 +124,7 @@ def test_files_show_the_slices_before_at_and_behind(tmp_path):
     picture = cv2.imread(str(tmp_path / "ss" / line["file"]))[..., ::-1]  # OpenCV reads blue, green, red
     np.testing.assert_array_equal(picture.transpose(2, 0, 1), inputs[line["slice"]])
     split = np.array([0] * 10 + [1] * (len(stack.pixels) - 10))
-    apart = slice_channels(shown(stack, settings, canal_points()), split, settings)
+    apart = network_inputs(replace(stack, blocks=split), settings, canal_points())
     np.testing.assert_array_equal(apart[10, 0], apart[10, 1])  # no neighbour from another block
 
 

@@ -32,7 +32,9 @@ from lsdc_utils.detector.levels import (
     level_evidence,
     read_severities,
 )
-from lsdc_utils.detector.localiser import Localiser, LocaliserConfig
+from lsdc_utils.detector.localiser import CALIBRATION, Localiser, LocaliserConfig
+from lsdc_utils.detector.spine import CANAL_COLUMNS
+from lsdc_utils.detector.spine import canal_points as localised_points
 from lsdc_utils.grading import localisation
 from lsdc_utils.vocabulary import GROUPS, LEVELS, SEVERITIES, row_id
 
@@ -48,7 +50,7 @@ def noisy_evidence(studies: int, seed: int = 0) -> tuple[list[LevelEvidence], pd
             scores[0] = 0.1
             scores[0, severity if rng.random() < 0.9 else 0] = 0.7
             row = row_id(study, "spinal_canal_stenosis", level)
-            levels.append(LevelEvidence(row, study, level, "", np.zeros(3), 0.7, scores.sum(axis=1), scores))
+            levels.append(LevelEvidence(row, study, level, "", np.zeros(3), scores))
             labels.append((row, severity))
     return levels, pd.DataFrame(labels, columns=["row_id", "severity"])
 
@@ -167,18 +169,20 @@ def graded(monkeypatch):
 
 def test_the_localisers_points_are_the_canal_and_name_the_levels_of_all(graded):
     truth = {level: level_centre(level) for level in LEVELS}
-    rows, points, canal = graded([discs(truth, seed) for seed in range(3)])
+    seen = [discs(truth, seed) for seed in range(3)]
+    rows, points = graded(seen)
     assert len(rows) == 25 and rows["row_id"].is_unique
-    pd.testing.assert_frame_equal(points[points["condition"] == "scs"].drop(columns="condition"), canal)
+    canal = points[points["condition"] == "scs"].drop(columns="condition")
+    pd.testing.assert_frame_equal(canal, localised_points(seen, 1, [CALIBRATION] * 3))
     np.testing.assert_allclose(canal[[*"XYZ"]], list(truth.values()), atol=1)
     assert points.groupby("condition").size().to_dict() == {"nfn": 10, "scs": 5, "ss": 10}
     assert np.allclose(points["level_confidence"], canal["level_confidence"].min())
 
 
 def test_a_study_without_a_disc_has_neither_rows_nor_points(graded):
-    rows, points, canal = graded([discs({}, clutter=0)])
-    assert rows.empty and points.empty and canal.empty
-    assert list(rows) == ["row_id", *SEVERITIES] and {*canal, "condition"} == {*points}
+    rows, points = graded([discs({}, clutter=0)])
+    assert rows.empty and points.empty
+    assert list(rows) == ["row_id", *SEVERITIES] and {*points} == {*CANAL_COLUMNS, "condition"}
 
 
 def test_levels_that_no_reader_clicked_take_their_canal_point_from_both_foramina():

@@ -88,8 +88,7 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
         (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
         (points.iloc[:1], of_canal.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
     ):
-        answer = rows, found, found.drop(columns="condition")
-        monkeypatch.setattr(grade, "grade_study", lambda *asked, answer=answer: answer)
+        monkeypatch.setattr(grade, "grade_study", lambda *asked, answer=(rows, found): answer)
         findings = models.grade(7, stacks)["findings"]
         assert set(findings["study_id"]) == {7} and set(findings["rule"]) <= set(checks.RULES)
         assert findings["rule"].tolist() == [rule for rule, _ in expected]

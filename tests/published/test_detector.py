@@ -107,8 +107,8 @@ def test_published_detectors_are_trained_saved_loaded_and_grade_a_study(tmp_path
         save_detector(untrained(key, tmp_path), tmp_path / f"yolo_{key}_fold0.pt")
     detectors = published.load_detectors(tmp_path, [0])
     assert {key: len(of_key) for key, of_key in detectors.items()} == dict.fromkeys(GROUPS, 1)
-    rows, points, canal = grade_study([], detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]])
-    assert len(rows) == len(points) == 25 and len(canal) == 5
+    rows, points = grade_study([], detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]])
+    assert len(rows) == len(points) == 25 and (points["condition"] == "scs").sum() == 5
     assert not grade_study([], detectors, 1, [])[0].size
     with pytest.raises(DetectorError, match="published classes"):
         load_detector(tmp_path / "yolo_ss_fold0.pt")

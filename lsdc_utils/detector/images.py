@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
@@ -48,12 +49,9 @@ def shown(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> n
     """The window of every slice at the network's size: (n, rows, cols) uint8; black beyond the image."""
     rows, cols = config.size
     result = np.empty((len(stack.pixels), rows, cols), dtype=np.uint8)
-    every = windows(stack, config, canal)
+    every = windows(stack, config, canal).tolist()
     for target, image, shape, (x, y, width, height) in zip(result, stack.pixels, stack.shapes, every, strict=True):
-        part = np.zeros((height, width), np.uint8)
-        high, low = np.minimum((y + height, x + width), shape), np.maximum((y, x), 0)
-        if (high > low).all():
-            part[low[0] - y : high[0] - y, low[1] - x : high[1] - x] = image[low[0] : high[0], low[1] : high[1]]
+        part = np.asarray(Image.fromarray(image[: shape[0], : shape[1]]).crop((x, y, x + width, y + height)))
         # Averaging keeps fine lines when an image shrinks; linear when it grows.
         method = cv2.INTER_AREA if width > cols else cv2.INTER_LINEAR
         target[:] = cv2.resize(part, (cols, rows), interpolation=method)

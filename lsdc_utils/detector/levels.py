@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.chain import NOTHING
@@ -79,8 +80,7 @@ def read_severities(levels: Sequence[LevelEvidence], power: float) -> np.ndarray
         evidence = level.scores.sum(axis=1)
         weight = (evidence / max(evidence.max(), FLOOR)) ** power if len(evidence) > 1 else np.ones(1)
         target[:] = weight @ np.log(np.maximum(level.scores, FLOOR)) / weight.sum()
-    rows = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return rows / rows.sum(axis=1, keepdims=True)
+    return softmax(logits, axis=1)
 
 
 def fit_power(levels: Sequence[LevelEvidence], labels: pd.DataFrame) -> float:
@@ -95,9 +95,7 @@ def fit_power(levels: Sequence[LevelEvidence], labels: pd.DataFrame) -> float:
 
     def loss(temperature: float, logs: np.ndarray) -> float:
         """The official log loss of rows by their log probabilities (n, 3) times a temperature."""
-        logits = temperature * logs + np.log(WEIGHTS)
-        logits -= logits.max(axis=1, keepdims=True)
-        return -weight @ (logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(axis=1)))
+        return -weight @ log_softmax(temperature * logs + np.log(WEIGHTS), axis=1)[np.arange(len(truth)), truth]
 
     def lowest_loss(power: float) -> float:
         """The loss of a power at its best temperature."""

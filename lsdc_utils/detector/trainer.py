@@ -3,8 +3,8 @@
 Importing this module imports ultralytics, so `training.quiet_ultralytics` must have run before.
 """
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,22 @@ import numpy as np
 import torch
 from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.torch_utils import init_seeds
 
 from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
 from lsdc_utils.detector.classes import DetectorError
 
 
+@dataclass(eq=False)
 class WeightedSampler(torch.utils.data.Sampler):
     """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance.
 
     The order depends on seed and `epoch` alone; the trainer sets `epoch`.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
-        self.weights = np.asarray(weights, dtype=float)
-        self.seed, self.epoch = seed, 0
+    weights: np.ndarray  # (n,) float
+    seed: int
+    epoch: int = 0
 
     def __len__(self) -> int:
         return max(int(np.floor(self.weights.sum() + 1e-6)), 1)
@@ -63,7 +65,6 @@ class DetectorTrainer(DetectionTrainer):
     ) -> None:  # fmt: skip
         super().__init__(overrides=overrides)
         self.image_weights, self.tricks, self.box, self.threads = weights, tricks, box, threads
-        self.sampler = WeightedSampler(list(weights.values()), self.args.seed)
         self.checkpoint, self.full_batch = checkpoint, self.args.batch
         self.history: list[dict[str, float]] = []
         self.add_callback("on_train_epoch_start", DetectorTrainer.begin_epoch)
@@ -77,7 +78,8 @@ class DetectorTrainer(DetectionTrainer):
         if len(dataset) != len(self.image_weights):  # it drops what it calls corrupt with a warning only
             raise DetectorError(f"ultralytics took {len(dataset)} of {len(self.image_weights)} training images")
         # ultralytics has the images in an order of its own.
-        self.sampler.weights = np.array([self.image_weights[Path(file).name] for file in dataset.im_files])
+        shown = np.array([self.image_weights[Path(file).name] for file in dataset.im_files])
+        self.sampler = WeightedSampler(shown, self.args.seed)
         return Loader(
             dataset, batch_size, sampler=self.sampler, collate_fn=dataset.collate_fn, num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda", worker_init_fn=seed_worker, generator=torch.Generator(),
@@ -124,9 +126,7 @@ class DetectorTrainer(DetectionTrainer):
             what = f"a batch of {self.full_batch} images is too large for this GPU"
             raise DetectorError(f"{what}; try yolo_batch={self.batch_size}")
         seed = int(np.random.SeedSequence([self.args.seed, self.epoch]).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        init_seeds(seed, self.args.deterministic)
         self.train_loader.generator.manual_seed(seed)
         self.sampler.epoch = self.epoch
 

@@ -77,10 +77,8 @@ def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) 
     side = config.size + 2 * config.margin
     places = np.full((len(LEVELS), len(SLOTS), config.slices, side, side, 3), np.nan)
     steps = np.arange(side)[:, None]
-    for level, slots in enumerate(level_cuts(stacks, points, side, config.spacing, config.slices)):
-        for slot, cuts in enumerate(slots):
-            for k, cut in enumerate(cuts):
-                places[level, slot, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
+    for level, slot, k, cut in level_cuts(stacks, points, side, config.spacing, config.slices):
+        places[level, slot, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
     return places.reshape(len(LEVELS), -1, side, side, 3)
 
 

@@ -4,6 +4,7 @@ Nothing is resampled between slices. Slice thickness and instance numbers are ne
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -133,9 +134,9 @@ class Cut:
 
 def level_cuts(
     stacks: list[Stack], points: pd.DataFrame, size: int, spacing: float, count: int
-) -> list[list[list[Cut]]]:
+) -> Iterator[tuple[int, int, int, Cut]]:
     """For each of five levels and each of `SLOTS` the squares of the `count` slices nearest to where a slot looks, from
-    whichever series of the type holds them; there may be fewer, or none.
+    whichever series of the type holds them, or fewer: the numbers of level, slot and square, and the square.
 
     points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
     to the head; in axial slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
@@ -144,24 +145,21 @@ def level_cuts(
     for stack in (coarsen(stack, spacing) for stack in stacks):
         for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
             slices[stack.series_type].append((image[:rows, :cols], affine, geometry.normals(affine)))
-    levels = []
     centres, frames = level_frames(points)
-    for centre, frame, anchors in zip(centres, frames, slot_centres(points, centres, frames), strict=True):
-        slots = []
-        for (kind, _), aim, axes, anchor in zip(SLOTS, AIMS, SLOT_AXES, anchors, strict=True):
-            across, down, _ = axes @ frame
-            offset, cuts = (0.0, 0.0) if kind == AXIAL else SAGITTAL_MIDDLE, []
-            for place, image, affine, normal in _nearest(slices[kind], centre, axes[2], aim, count):
-                columns = geometry.unit(across - normal * (normal @ across))
-                rows = down - normal * (normal @ down)
-                rows = geometry.unit(rows - columns * (columns @ rows))
-                middle = anchor + normal * (place - normal @ (anchor - centre))
-                middle = middle + columns * offset[0] + rows * offset[1]
-                origin = middle - (columns + rows) * (size - 1) / 2 * spacing
-                cuts.append(Cut(image, affine, origin, columns * spacing, rows * spacing, place))
-            slots.append(cuts)
-        levels.append(slots)
-    return levels
+    anchors = slot_centres(points, centres, frames)
+    for level, slot in np.ndindex(anchors.shape[:2]):
+        kind, axes, anchor, centre = SLOTS[slot][0], SLOT_AXES[slot], anchors[level, slot], centres[level]
+        across, down, _ = axes @ frames[level]
+        offset = (0.0, 0.0) if kind == AXIAL else SAGITTAL_MIDDLE
+        nearest = _nearest(slices[kind], centre, axes[2], AIMS[slot], count)
+        for k, (place, image, affine, normal) in enumerate(nearest):
+            columns = geometry.unit(across - normal * (normal @ across))
+            rows = down - normal * (normal @ down)
+            rows = geometry.unit(rows - columns * (columns @ rows))
+            middle = anchor + normal * (place - normal @ (anchor - centre))
+            middle = middle + columns * offset[0] + rows * offset[1]
+            origin = middle - (columns + rows) * (size - 1) / 2 * spacing
+            yield level, slot, k, Cut(image, affine, origin, columns * spacing, rows * spacing, place)
 
 
 def _nearest(slices: list[tuple], centre: np.ndarray, outwards: np.ndarray, aim: float, count: int) -> list[tuple]:

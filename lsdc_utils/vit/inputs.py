@@ -29,10 +29,9 @@ def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) ->
     side, shape = config.size + 2 * config.margin, (len(LEVELS), len(crops.SLOTS) * config.slices)
     record = np.zeros((), dtype=[("images", np.uint8, (*shape, side, side)), ("places", np.float32, shape)])
     record["places"] = np.nan
-    for level, slots in enumerate(crops.level_cuts(stacks, points, side, config.spacing, config.slices)):
-        for slot, cuts in enumerate(slots):
-            for k, cut in enumerate(cuts, start=slot * config.slices):
-                record["images"][level, k], record["places"][level, k] = cut.sample(side), cut.place
+    for level, slot, k, cut in crops.level_cuts(stacks, points, side, config.spacing, config.slices):
+        place = level, slot * config.slices + k
+        record["images"][place], record["places"][place] = cut.sample(side), cut.place
     return record
 
 

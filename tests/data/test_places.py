@@ -229,14 +229,15 @@ def test_squares_show_the_ball_in_its_place_and_on_its_side(planted):
     size, spacing = 40, 1.0  # wide enough to hold all of the ball
     images = study_input(stacks, planted.canal, config)["images"]
     by_slot = images[LEVEL].reshape(len(SLOTS), config.slices, config.size, config.size)
-    cuts = level_cuts(stacks, planted.canal, size, spacing, config.slices)[LEVEL]
-    for (kind, side), seen, mine in zip(SLOTS, by_slot, cuts, strict=True):
+    cuts = list(level_cuts(stacks, planted.canal, size, spacing, config.slices))
+    for number, ((kind, side), seen) in enumerate(zip(SLOTS, by_slot, strict=True)):
         if side == "right":
             assert (seen < 60).all()
         if side != "left":
             continue
         assert seen.max() > 100
         rows, cols = np.indices((size, size))[..., None]
+        mine = [cut for level, slot, _, cut in cuts if (level, slot) == (LEVEL, number)]
         nearest = max(mine, key=lambda cut: cut.sample(size).max())  # of the slices to the ball; blocks lie unlike
         found = centre(nearest.sample(size), nearest.origin + cols * nearest.columns + rows * nearest.rows, planted)
         off = [(found - planted.ball) @ step / (step @ step) for step in (nearest.columns, nearest.rows)]

@@ -90,12 +90,13 @@ def test_axial_squares_lie_about_the_recesses_that_were_found_wherever_the_canal
         usual = (out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0) if kind == AXIAL else (0.0, 0.0, 0.0)
         np.testing.assert_allclose(off, np.tile(usual, (5, 1)), atol=1e-9)
     axial = [stack for stack in noisy_study() if stack.series_type == AXIAL]
-    for level, slots in enumerate(level_cuts(axial, pd.concat([canal, truth]), 6, 2.0, 5)):
-        for side, cuts in zip(SIDES, slots[3:], strict=True):
-            place = truth[(truth["level"] == LEVELS[level]) & (truth["side"] == side)][[*"XYZ"]].to_numpy(float)[0]
-            for cut in cuts:  # its middle is the recess, in the plane of the slice
-                off = cut.origin + 2.5 * (cut.columns + cut.rows) - place
-                assert np.hypot(*off[:2]) < 0.3
+    slots = set()
+    for level, slot, _, cut in level_cuts(axial, pd.concat([canal, truth]), 6, 2.0, 5):
+        is_own = (truth["level"] == LEVELS[level]) & (truth["side"] == SLOTS[slot][1])
+        off = cut.origin + 2.5 * (cut.columns + cut.rows) - truth[is_own][[*"XYZ"]].to_numpy(float)[0]
+        assert np.hypot(*off[:2]) < 0.3  # its middle is the recess, in the plane of the slice
+        slots.add((level, slot))
+    assert slots == {(level, slot) for level in range(5) for slot in (3, 4)}
 
 
 def test_a_recess_without_a_point_lies_where_the_others_let_it_be_expected():
@@ -148,15 +149,15 @@ def test_squares_are_where_they_say_and_series_that_lack_are_blank():
     stack = make_stack(ramp, make_affines(21, 2.0, 4.5, centre=(3, 30, -40), size=size, **SAGITTAL), size, T2)
     images, places = level_slices([stack], points, 6, 2.0, 5)
     centres, frames = level_frames(points)
-    for level, slots in enumerate(level_cuts([stack], points, 6, 2.0, 5)):
-        assert [len(cuts) for cuts in slots] == [5, 0, 0, 0, 0]
-        for k, cut in enumerate(slots[0]):
-            rows, cols = np.indices((6, 6))[..., None]
-            at_pixel = cut.origin + cols * cut.columns + rows * cut.rows
-            np.testing.assert_allclose(images[level, k], np.clip(ramp(at_pixel), 0, 255), atol=1.5)
-            off = (at_pixel.mean(axis=(0, 1)) - centres[level]) @ frames[level].T
-            np.testing.assert_allclose(off[1:], SAGITTAL_MIDDLE, atol=1.0)
-            assert places[level, k] == pytest.approx(at_pixel[0, 0, 0] - centres[level, 0], abs=1e-4)
+    cuts = list(level_cuts([stack], points, 6, 2.0, 5))
+    assert [place for *place, _ in cuts] == [[level, 0, k] for level in range(5) for k in range(5)]
+    for level, _, k, cut in cuts:
+        rows, cols = np.indices((6, 6))[..., None]
+        at_pixel = cut.origin + cols * cut.columns + rows * cut.rows
+        np.testing.assert_allclose(images[level, k], np.clip(ramp(at_pixel), 0, 255), atol=1.5)
+        off = (at_pixel.mean(axis=(0, 1)) - centres[level]) @ frames[level].T
+        np.testing.assert_allclose(off[1:], SAGITTAL_MIDDLE, atol=1.0)
+        assert places[level, k] == pytest.approx(at_pixel[0, 0, 0] - centres[level, 0], abs=1e-4)
     assert (np.diff(np.abs(places[:, :5]), axis=1) >= -1e-4).all() and np.isnan(places[:, 5:]).all()
     assert (images[:, 5:] == 0).all()
 

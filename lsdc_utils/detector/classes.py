@@ -4,8 +4,7 @@ Left and right follow from patient coordinates, and the level from the named can
 picture is asked to be in two classes, and no place in an image means a level.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -61,18 +60,6 @@ def class_table(config: DetectorConfig) -> pd.DataFrame:
     return pd.DataFrame([(f"{base}_{name}", k) for k, name in enumerate(SEVERITIES)], columns=["name", "severity"])
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """What the classes of a detector mean, and how its detections are made and read.
-
-    None stands for this folder's own functions, `detections.detect` and `levels.level_evidence`.
-    """
-
-    class_table: Callable[[DetectorConfig], pd.DataFrame] = class_table
-    detect: Callable | None = None
-    level_evidence: Callable | None = None
-
-
 @dataclass
 class Detector:
     """A trained network with its config; `about` is what the JSON file beside the weights holds."""
@@ -81,4 +68,3 @@ class Detector:
     config: DetectorConfig
     fold: int
     about: dict[str, Any]
-    scheme: Scheme = field(default_factory=Scheme)

@@ -11,7 +11,7 @@ import torch
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import axial_levels
-from lsdc_utils.detector.classes import Detector
+from lsdc_utils.detector.classes import Detector, class_table
 from lsdc_utils.detector.images import network_inputs, wanted, windows
 from lsdc_utils.vocabulary import GROUPS
 
@@ -48,7 +48,7 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
             centres, scores = forward(detector, images, scale, flip)
             points = patient_points(stack.affines[index], places, centres)
             parts.append((points, scores, levels[index], index + first))
-    return join_detections(parts, len(detector.scheme.class_table(config)))
+    return join_detections(parts, len(class_table(config)))
 
 
 def join_detections(parts: Sequence[tuple[np.ndarray, ...]], classes: int) -> Detections:

@@ -70,11 +70,8 @@ def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | N
     before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(index) - 1)
     before, behind = (np.where(stack.blocks[k] == stack.blocks, k, index) for k in (before, behind))
     if config.condition == "nfn":
-        corners = stack.affines[:, :3, 3]
-        middle = corners.min(axis=0) / 2 + corners.max(axis=0) / 2
-        if canal is not None:
-            middle = canal[[*"XYZ"]].to_numpy(dtype=float).mean(axis=0)
-        off = np.abs(geometry.plane_distances(stack.affines, middle[None])[:, 0])
+        points = stack.affines[:, :3, 3] if canal is None else canal[[*"XYZ"]].to_numpy(dtype=float)
+        off = np.abs(geometry.plane_distances(stack.affines, points.mean(axis=0)[None])[:, 0])
         inward = off[before] > off[behind]
         before, behind = np.where(inward, behind, before), np.where(inward, before, behind)
     return np.stack([images[before], images, images[behind]], axis=1)

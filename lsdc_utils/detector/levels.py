@@ -1,6 +1,6 @@
 """From the places of a study's levels to severity rows and points, by each detector and by all. Coordinates: LPS mm."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.chain import NOTHING
-from lsdc_utils.detector.classes import Detector, DetectorConfig
+from lsdc_utils.detector.classes import Detector, DetectorConfig, class_table
 from lsdc_utils.detector.detections import Detections, detect, pool_detections
 from lsdc_utils.detector.localiser import Localiser
 from lsdc_utils.detector.places import find_places
@@ -117,30 +117,26 @@ def cross_read(levels: Sequence[LevelEvidence], labels: pd.DataFrame, seed: int,
     return rows
 
 
-def detect_study(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
-    """Detections of one study, made as the detector's scheme says. `canal`: the study's canal points."""
-    return (detector.scheme.detect or detect)(detector, stacks, canal)
+@dataclass(frozen=True)
+class Scheme:
+    """What the classes of detectors mean, and how their detections are made and read."""
 
-
-def study_evidence(
-    detectors: Sequence[Detector], seen: Sequence[Detections], study_id: int, canal: pd.DataFrame | None = None
-) -> list[list[LevelEvidence]]:
-    """Evidence of one study by each detector of a condition, read as their scheme says. `canal`: its canal points."""
-    if read := detectors[0].scheme.level_evidence:
-        return [read(one, study_id, detector.config, canal) for detector, one in zip(detectors, seen, strict=True)]
-    return level_evidence(seen, study_id, [detector.config for detector in detectors], canal)
+    class_table: Callable = class_table
+    detect: Callable = detect
+    level_evidence: Callable = level_evidence
 
 
 def grade_condition(
-    detectors: Sequence[Detector], study_id: int, stacks: Sequence[Stack], canal: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+    detectors: Sequence[Detector], study_id: int, stacks: Sequence[Stack],
+    canal: pd.DataFrame | None = None, scheme: Scheme = Scheme(),
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Rows and points of a study by detectors of one condition (the folds, for test studies).
 
     Levels and points come once, from the detections of all. Rows are read by each detector at these levels; they and
     the confidence are the mean over the detectors that have evidence. `canal`: the study's canal points.
     """
-    seen = [detect_study(detector, stacks, canal) for detector in detectors]
-    found = study_evidence(detectors, seen, study_id, canal)
+    seen = [scheme.detect(detector, stacks, canal) for detector in detectors]
+    found = scheme.level_evidence(seen, study_id, [detector.config for detector in detectors], canal)
     tables = [evidence_tables(own, one.config.power) for own, one in zip(found, detectors, strict=True)]
     rows, points = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
     weighted = points.assign(**{axis: points[axis] * points["confidence"] for axis in "XYZ"}, n=1)
@@ -152,8 +148,9 @@ def grade_condition(
 
 
 def grade_study(
-    localisers: Sequence[Localiser], detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+    localisers: Sequence[Localiser], detectors: dict[str, Sequence[Detector]], study_id: int, stacks: Sequence[Stack],
+    scheme: Scheme = Scheme(),
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Rows and points of one study by the detectors of all groups; condition: the group of a point, scs for the canal.
 
     The localisers go first, since their points tell where to look, and name levels. Without any (the published method)
@@ -162,7 +159,7 @@ def grade_study(
     seen = [find_discs(network, stacks) for network in localisers]
     canal = canal_points(seen, study_id, [network.calibration for network in localisers]) if seen else None
     keys = ("scs", "nfn", "ss")
-    rows, points = zip(*(grade_condition(detectors[key], study_id, stacks, canal) for key in keys), strict=True)
+    rows, points = zip(*(grade_condition(detectors[key], study_id, stacks, canal, scheme) for key in keys), strict=True)
     points = points if canal is None else (canal, *points[1:])
     named = [table.assign(condition=key) for key, table in zip(keys, points, strict=True)]
     return pd.concat(rows, ignore_index=True), pd.concat(named, ignore_index=True)

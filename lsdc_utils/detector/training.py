@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from lsdc_utils.checkpoint import Checkpoint, fingerprint
-from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme, config_from
+from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, class_table, config_from
 from lsdc_utils.files import atomic, git_commit, sha256, write_json
 
 FIXED = {  # settings that `train_detector` makes; None: one for each training
@@ -184,7 +184,7 @@ def save_detector(detector: Detector, path: str | Path) -> None:
     about = {
         "config": asdict(detector.config),
         "fold": detector.fold,
-        "classes": list(detector.scheme.class_table(detector.config)["name"]),
+        "classes": list(detector.model.names.values()),
         **detector.about,
         "versions": {name: version(name) for name in ("torch", "ultralytics", "numpy")},
         "git_commit": git_commit(),
@@ -193,9 +193,9 @@ def save_detector(detector: Detector, path: str | Path) -> None:
     write_json(path.with_suffix(".json"), about)
 
 
-def load_detector(path: str | Path, scheme: Scheme | None = None) -> Detector:
-    """Read a detector that `save_detector` wrote; DetectorError if weights, JSON and scheme do not belong together."""
-    path, scheme = Path(path), scheme or Scheme()
+def load_detector(path: str | Path, classes: Callable[[DetectorConfig], pd.DataFrame] = class_table) -> Detector:
+    """Read a detector that `save_detector` wrote; DetectorError if weights, JSON and classes do not belong together."""
+    path = Path(path)
     about = json.loads(path.with_suffix(".json").read_text())
     if sha256(path) != about["sha256"]:
         raise DetectorError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
@@ -208,6 +208,6 @@ def load_detector(path: str | Path, scheme: Scheme | None = None) -> Detector:
     model = model.fuse(verbose=False).to("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(memory_format=torch.channels_last)
     config = config_from(about["config"])
-    if about["classes"] != list(scheme.class_table(config)["name"]):
+    if about["classes"] != list(classes(config)["name"]):
         raise DetectorError(f"{path}: its classes are not those of this version, or it has the published classes")
-    return Detector(model, config, about["fold"], about, scheme)
+    return Detector(model, config, about["fold"], about)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.detector.canal import axial_slices
 from lsdc_utils.detector.classes import Detector
-from lsdc_utils.detector.levels import CONFIDENCES, grade_study
+from lsdc_utils.detector.levels import CONFIDENCES, Scheme, grade_study
 from lsdc_utils.detector.localiser import Localiser, load_localiser
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
@@ -46,10 +46,11 @@ class Models:
     vits: list[Any]  # of one kind, such as Vit3d
     views: int  # that a transformer averages
     predict: Callable[..., pd.DataFrame] = predict_studies
+    scheme: Scheme = field(default_factory=Scheme)  # of the detectors
 
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
-        rows, points = grade_study(self.localisers, self.yolos, study_id, stacks)
+        rows, points = grade_study(self.localisers, self.yolos, study_id, stacks, self.scheme)
         crop_points = points[points["condition"] != "nfn"]
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, rows, points), columns=COLUMNS_OF["findings"])

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, Scheme
+from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError
 from lsdc_utils.detector.dataset import write_labels
 from lsdc_utils.detector.detections import Detections, forward, join_detections, patient_points
 from lsdc_utils.detector.images import network_inputs, windows
-from lsdc_utils.detector.levels import LevelEvidence
+from lsdc_utils.detector.levels import LevelEvidence, Scheme
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, parse_row_id, row_id
 
@@ -74,16 +74,17 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
 
 
 def level_evidence(
-    detections: Detections, study_id: int, config: DetectorConfig, canal: pd.DataFrame | None = None
-) -> list[LevelEvidence]:
-    """A study's evidence by level and side: the highest confidence of each class; `canal` is not used."""
-    if not len(detections.scores):
-        return []
-    best, result = detections.scores.max(axis=0), []
-    for (condition, level), numbers in class_table(config).groupby(["condition", "level"], sort=False).groups.items():
-        place = detections.points[detections.scores[:, numbers].max(axis=1).argmax()]
-        row, side, scores = row_id(study_id, condition, level), CONDITIONS[condition].side or "", best[numbers][None]
-        result.append(LevelEvidence(row, study_id, level, side, place, scores))
+    seen: Sequence[Detections], study_id: int, configs: Sequence[DetectorConfig], canal: pd.DataFrame | None = None
+) -> list[list[LevelEvidence]]:
+    """As `levels.level_evidence`: the highest confidence of each class; `canal` is not used."""
+    result = [[] for _ in seen]
+    for found, own, config in zip(result, seen, configs, strict=True):
+        places = class_table(config).groupby(["condition", "level"], sort=False).groups if len(own.scores) else {}
+        for (condition, level), numbers in places.items():
+            place = own.points[own.scores[:, numbers].max(axis=1).argmax()]
+            row, side = row_id(study_id, condition, level), CONDITIONS[condition].side or ""
+            best = own.scores[:, numbers].max(axis=0)[None]
+            found.append(LevelEvidence(row, study_id, level, side, place, best))
     return result
 
 
@@ -94,4 +95,4 @@ def load_detectors(weights: str | Path, folds: Iterable[int]) -> dict[str, list[
     """The published detectors of these folds in a folder of weights, by condition group, for `levels.grade_study`."""
     folds = list(folds)
     names = {key: [f"yolo_{key}_fold{fold}.pt" for fold in folds] for key in GROUPS}
-    return {key: [load_detector(Path(weights) / file, SCHEME) for file in files] for key, files in names.items()}
+    return {key: [load_detector(Path(weights) / file, class_table) for file in files] for key, files in names.items()}

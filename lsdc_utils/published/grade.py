@@ -11,7 +11,7 @@ import pandas as pd
 from lsdc_utils.grading.blend import Tables, aligned, as_table, row_sources
 from lsdc_utils.grading.grade import BLENDS, Models
 from lsdc_utils.metric import PROBABILITIES
-from lsdc_utils.published.detector import load_detectors
+from lsdc_utils.published.detector import SCHEME, load_detectors
 from lsdc_utils.published.vit import load_vits, predict_studies
 
 WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
@@ -20,7 +20,7 @@ WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
 def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
     """The published models of these folds in a folder of weights."""
     folds = list(folds)
-    return Models([], load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies)
+    return Models([], load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies, SCHEME)
 
 
 def published_mean(tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:

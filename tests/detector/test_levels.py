@@ -25,6 +25,7 @@ from lsdc_utils.detector.canal import readers_canal
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA, Detector, DetectorConfig
 from lsdc_utils.detector.levels import (
     LevelEvidence,
+    Scheme,
     cross_read,
     evidence_tables,
     fit_power,
@@ -159,10 +160,9 @@ def graded(monkeypatch):
     def grade(seen):
         some = iter(seen)
         monkeypatch.setattr("lsdc_utils.detector.levels.find_discs", lambda network, stacks: next(some))
-        monkeypatch.setattr("lsdc_utils.detector.levels.detect", detected)
         detectors = {key: [Detector(torch.nn.Identity(), found[key][1], 0, {})] for key in GROUPS}
         networks = [Localiser(LocaliserConfig((2, 2))) for _ in seen]
-        return grade_study(networks, detectors, 1, [])
+        return grade_study(networks, detectors, 1, [], Scheme(detect=detected))
 
     return grade
 

@@ -26,8 +26,10 @@ def untrained(key: str, tmp_path, views=((1.0, False),)) -> Detector:
 
     settings = config(key, window=None, neighbours=False, views=views)
     torch.manual_seed(1)
-    model = DetectionModel("yolov10n.yaml", nc=len(published.class_table(settings)), verbose=False).eval()
-    return Detector(model, settings, 0, {}, published.SCHEME)
+    names = published.class_table(settings)["name"]
+    model = DetectionModel("yolov10n.yaml", nc=len(names), verbose=False).eval()
+    model.names = dict(enumerate(names))
+    return Detector(model, settings, 0, {})
 
 
 def test_numbers_of_classes():
@@ -65,7 +67,7 @@ def test_perfect_detections_give_perfect_rows_and_points(condition):
     severities = {key: int(rng.integers(3)) for key in toy_points(condition)}
     labels = toy_labels(toy_stack(condition, severities), condition, severities)
     detections, settings = ideal(condition, severities, published.class_table(config(condition)))
-    rows, points = evidence_tables(published.level_evidence(detections, 1, settings), settings.power)
+    rows, points = evidence_tables(published.level_evidence([detections], 1, [settings])[0], settings.power)
     both = rows.merge(labels, on="row_id")
     assert len(both) == len(labels) == len(rows)
     assert (both[list(SEVERITIES)].to_numpy().argmax(axis=1) == both["severity"]).all()
@@ -76,7 +78,7 @@ def test_a_class_never_seen_gets_the_published_floor():
     scores = np.zeros((1, 30))
     scores[0, 2] = 0.5
     detections = Detections(np.zeros((1, 3)), scores, np.array([-1]), np.array([0]))
-    rows = evidence_tables(published.level_evidence(detections, 1, config("ss")), 1.0)[0].set_index("row_id")
+    rows = evidence_tables(published.level_evidence([detections], 1, [config("ss")])[0], 1.0)[0].set_index("row_id")
     first = rows.loc["1_left_subarticular_stenosis_l1_l2"].to_numpy(float)
     np.testing.assert_allclose(first, np.array([FLOOR, FLOOR, 0.5]) / (0.5 + 2 * FLOOR))
     np.testing.assert_allclose(rows.iloc[1].to_numpy(float), 1 / 3)
@@ -102,13 +104,13 @@ def test_published_detectors_are_trained_saved_loaded_and_grade_a_study(tmp_path
     shown = training_images(pd.read_csv(data / "images.csv"), [1], (1, 1, 1))
     training = {"model": "yolov10n.yaml", "epochs": 1, "batch": 4, "seed": 1, "close_mosaic": 0}
     model, _ = train_detector(data, shown, settings, training, tmp_path / "work")
-    save_detector(Detector(model, settings, 0, {}, scheme), tmp_path / "yolo_scs_fold0.pt")
+    save_detector(Detector(model, settings, 0, {}), tmp_path / "yolo_scs_fold0.pt")
     for key in ("nfn", "ss"):
         save_detector(untrained(key, tmp_path), tmp_path / f"yolo_{key}_fold0.pt")
     detectors = published.load_detectors(tmp_path, [0])
     assert {key: len(of_key) for key, of_key in detectors.items()} == dict.fromkeys(GROUPS, 1)
-    rows, points = grade_study([], detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]])
+    rows, points = grade_study([], detectors, 1, [stack, toy_study("ss")[0], toy_study("nfn")[0]], scheme)
     assert len(rows) == len(points) == 25 and (points["condition"] == "scs").sum() == 5
-    assert not grade_study([], detectors, 1, [])[0].size
+    assert not grade_study([], detectors, 1, [], scheme)[0].size
     with pytest.raises(DetectorError, match="published classes"):
         load_detector(tmp_path / "yolo_ss_fold0.pt")

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from lsdc_utils import geometry
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
-from lsdc_utils.detector.levels import detect_study
+from lsdc_utils.detector.levels import Scheme
 from lsdc_utils.grading.grade import Graded, blend_studies, join_graded, load_models
 from lsdc_utils.phantom import write_phantom
 from lsdc_utils.stress import symmetry
@@ -86,7 +86,7 @@ def graded(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         points = found["as it is"]["points"]
         canal = points[points["condition"] == "scs"].assign(study_id=own)
         canal = canal.assign(X=-canal["X"]) if name == "mirrored" else canal
-        found[name]["seen"] = [detect_study(detector, seen, canal) for detector in detectors]
+        found[name]["seen"] = [Scheme().detect(detector, seen, canal) for detector in detectors]
         found[name]["at_points"] = predict_studies(models.vits, [(own, seen)], canal, models.views)
         found[name]["ensemble"] = blend_studies(recipe, join_graded([found[name]]), [own])[0]["ensemble"]
     return found

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lsdc_utils import figures, geometry, vocabulary
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.grading.evaluation import judge
 from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
-from lsdc_utils.metric import PROBABILITIES, WEIGHTS, weight_rows
 from lsdc_utils.report.pictures import avif
 from lsdc_utils.vocabulary import FORAMINAL, GROUPS, LEVEL_NAMES, LEVELS, MISSING, SPINAL_CANAL, SUBARTICULAR
 
@@ -80,10 +80,7 @@ def _film(stack: Stack, n: int, start: np.ndarray, stop: np.ndarray, rows: list,
 def study_losses(rows: pd.DataFrame) -> pd.Series:
     """Weighted log loss of each study's labelled rows, by study id; empty where nothing is labelled."""
     known = rows[rows["severity"] != MISSING]
-    weight = WEIGHTS[known["severity"]]
-    chance = weight_rows(known[PROBABILITIES].to_numpy())[np.arange(len(known)), known["severity"]]
-    parts = pd.DataFrame({"loss": -np.log(np.maximum(chance, 1e-15)) * weight, "weight": weight})
-    sums = parts.groupby(known["study_id"].to_numpy()).sum()
+    sums = judge(known, known).astype({"study_id": int}).groupby("study_id")[["loss", "weight"]].sum()
     return sums["loss"] / sums["weight"]
 
 

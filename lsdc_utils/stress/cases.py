@@ -23,9 +23,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # factor -> setting -> argum
     "spine": {"transitional": {"transitional": True}, "slipped": {"slip": True}},
 }
 DOSE_LEVELS = ("l4_l5", "l3_l4", "l5_s1")  # narrowed, in turn from body to body
-CONTROLLED = dict.fromkeys(
-    ("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0
-)  # dirt that would hide the change
+# Dirt that would hide the change.
+CONTROLLED = dict.fromkeys(("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0)
 FIRST_SETTING_BODY = 10_000  # so that no body of a setting is one of a dose
 
 

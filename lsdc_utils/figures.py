@@ -114,10 +114,9 @@ def show_slice(
 
 def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> None:
     """Put a legend of the severities on axes or a figure; `missing` adds rows without a label; options of `legend`."""
-    handles = []
-    for k, name in [*enumerate(SEVERITY_NAMES), *([(MISSING, "no label")] if missing else ())]:
-        handles.append(Line2D([], [], linestyle="none", markersize=8, label=name))
-        handles[-1].set(marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k])
+    names = dict(enumerate(SEVERITY_NAMES)) | ({MISSING: "no label"} if missing else {})
+    styles = [{"label": names[k], "marker": SEVERITY_MARKERS[k], "color": SEVERITY_COLOURS[k]} for k in names]
+    handles = [Line2D([], [], linestyle="none", markersize=8, **style) for style in styles]
     place.legend(handles=handles, **{"frameon": True, **options})  # a frame: it often lies on a dark slice
 
 

@@ -40,10 +40,8 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
-        raise RunError(
-            f"the run in {run} was made by an older version of the code: run it again, or use the version in its "
-            "provenance.json"
-        )
+        remedy = "run it again, or use the version in its provenance.json"
+        raise RunError(f"the run in {run} was made by an older version of the code: {remedy}")
     weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published")
     needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
     if missing := [name for name in needed if not (run / name).is_file()]:

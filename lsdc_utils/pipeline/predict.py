@@ -115,10 +115,9 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
         pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
         for name in ("ensemble", "sources", "findings", "points")
     )
-    keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])
-    probabilities = natural[list(SEVERITIES)]
-    grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
-    grades = grades.merge(sources, on="row_id")
+    keys = metric.row_keys(natural["row_id"])[["row_id", "study_id", "condition", "level"]]
+    grades = natural.assign(grade=natural[list(SEVERITIES)].idxmax(axis=1))
+    grades = keys.merge(grades, on="row_id").merge(sources, on="row_id")
     sure = points.groupby(points["study_id"].astype(str))["level_confidence"].min()
     grades["level_confidence"] = grades["study_id"].map(sure).astype(float)
     grades["grade_basis"] = basis

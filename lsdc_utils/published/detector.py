@@ -4,6 +4,7 @@ They are trained on the clicked slices of complete studies and look at every sli
 without changing sides, and a row is the highest confidence of each class over all slices and views.
 """
 
+import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,12 +25,8 @@ from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, parse_
 def class_table(config: DetectorConfig) -> pd.DataFrame:
     """The classes in their order: name, condition, level, severity 0 to 2."""
     conditions = [condition.name for condition in CONDITIONS.values() if condition.group == config.condition]
-    rows = [
-        (f"{condition}_{level}_{name}", condition, level, severity)
-        for condition in conditions
-        for level in LEVELS
-        for severity, name in enumerate(SEVERITIES)
-    ]
+    keys = itertools.product(conditions, LEVELS, enumerate(SEVERITIES))
+    rows = [(f"{condition}_{level}_{name}", condition, level, severity) for condition, level, (severity, name) in keys]
     return pd.DataFrame(rows, columns=["name", "condition", "level", "severity"])
 
 

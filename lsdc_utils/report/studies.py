@@ -1,7 +1,6 @@
 """What the page of a study shows: slices as small images with marks, and which studies are shown with all slices.
 
-Images are AVIF inside the page. The page draws the marks over them, in millimetres of the slice, so that the marks stay
-sharp and can be hidden.
+Images are AVIF inside the page, which draws the marks over them in mm of the slice: they stay sharp and can be hidden.
 """
 
 from collections.abc import Sequence

@@ -49,8 +49,7 @@ def use_style() -> None:
 def edge_letters(affine: np.ndarray) -> dict[str, str]:
     """Letters at the `left`, `right`, `top` and `bottom` edge of an image: A, P, H, F, L, R (PS3.3 C.7.6.1.1.1).
 
-    `affine` (4, 4) maps (x = column, y = row, 0, 1) to LPS mm. A second letter follows if the axis leans by 30 degrees
-    or more towards it.
+    `affine` (4, 4) maps (x = column, y = row, 0, 1) to LPS mm. An axis that leans 30 degrees or more has two letters.
     """
     letters = {}
     for column, (back, forth) in enumerate((("left", "right"), ("top", "bottom"))):

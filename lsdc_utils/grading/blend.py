@@ -59,8 +59,7 @@ def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: C
 
 
 def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
-    """Minimise the parts of the score that these rows touch: over the simple blends, then, where `freely`, over all
-    numbers round the best of them."""
+    """Minimise these rows' parts of the score over the simple blends, then, if `freely`, over all numbers."""
     scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:

@@ -167,11 +167,11 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
     """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), frames (those
     read; none: all), sha256 of its bytes. A series without files, or a study without series, has one line with an empty
     file."""
-    lines = []
+    lines, nothing = [], (b"", (), "")
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", b"", (), ""))
+            lines.append((study_id, NONE, "", *nothing))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)
@@ -181,6 +181,5 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
             parts = [part if isinstance(part, Frames) else Frames(part, ()) for part in source]
             known = [sha256(part.file) if os.access(part.file, os.R_OK) else "" for part in parts]
             facts = [(os.fsencode(part.file), part.frames, content) for part, content in zip(parts, known, strict=True)]
-            facts = facts or [(b"", (), "")]
-            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
+            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts or [nothing]]
     return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "frames", "sha256"])

@@ -89,6 +89,5 @@ SCHEME = Scheme(class_table, detect, level_evidence)
 
 def load_detectors(weights: str | Path, folds: Iterable[int]) -> dict[str, list[Detector]]:
     """The published detectors of these folds in a folder of weights, by condition group, for `levels.grade_study`."""
-    folds = list(folds)
-    names = {key: [f"yolo_{key}_fold{fold}.pt" for fold in folds] for key in GROUPS}
-    return {key: [load_detector(Path(weights) / file, SCHEME) for file in files] for key, files in names.items()}
+    weights, folds = Path(weights), list(folds)
+    return {key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt", SCHEME) for fold in folds] for key in GROUPS}

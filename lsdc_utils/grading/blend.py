@@ -87,10 +87,8 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
-    losses = {
-        name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, only)))
-        for name, only in (("simple", ()), ("fitted", GROUPS))
-    }
+    rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
+    losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
     drawn, gains = metric.resampled_scores(losses), {}
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     for key, group in GROUPS.items():

@@ -56,11 +56,8 @@ def slopes(curves: pd.DataFrame) -> pd.DataFrame:
 def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
     """The range over doses of each other row's probability of moderate or worse: narrowed, body, row, leak."""
     rows = rows[(rows["factor"] == "dose") & (rows["model"] == "ensemble")]
-    rows = rows.assign(
-        leak=rows["moderate"] + rows["severe"],
-        narrowed=["_".join(cases[number].row) for number in rows["case"]],
-        row=rows["condition"] + "_" + rows["level"],
-    )
+    rows = rows.assign(leak=rows["moderate"] + rows["severe"], row=rows["condition"] + "_" + rows["level"])
+    rows["narrowed"] = ["_".join(cases[number].row) for number in rows["case"]]
     spans = rows.groupby(["narrowed", "body", "row"], sort=False)["leak"].agg(np.ptp).reset_index()
     return spans[spans["row"] != spans["narrowed"]].reset_index(drop=True)
 

@@ -54,9 +54,8 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
         write_json(record, listed)
     places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
-    places = {name: str(place) for name, place in places.items()}
-    known = places | {"n_shards": listed["n_shards"]} | grading_parameters(recipe)
-    return declared("05_ensemble_inference") | known
+    known = {name: str(place) for name, place in places.items()} | {"n_shards": listed["n_shards"]}
+    return declared("05_ensemble_inference") | known | grading_parameters(recipe)
 
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:

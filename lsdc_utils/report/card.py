@@ -76,13 +76,9 @@ def limits(run: Run) -> dict[str, list[str]]:
         if len(parts):
             part = parts.idxmin() if kind == "skill" else parts.idxmax()
             weakest[name] = (PART_NAMES[part].lower(), kind.removesuffix("s"), parts[part])
-    sections: dict[str, list[str]] = {}
-    for line in sentences(run, "limits", labels=labels, weakest=weakest):
-        if line.startswith("## "):
-            sections[line.removeprefix("## ")] = []
-        else:
-            list(sections.values())[-1].append(line)
-    return sections
+    text = "\n".join(sentences(run, "limits", labels=labels, weakest=weakest))
+    sections = text.removeprefix("## ").split("\n## ")
+    return {heading: lines for heading, *lines in map(str.splitlines, sections)}
 
 
 def score_lines(run: Run) -> str:

@@ -59,8 +59,8 @@ def dose_cases(bodies: int, doses: Sequence[float], seed: int) -> list[Case]:
 def setting_cases(studies: int, transformed: int, seed: int) -> list[Case]:
     """The same fresh studies as usual and in each of `SETTINGS`; the first `transformed` also in other versions."""
     narrowings = labels.draw_grades(studies, [seed, 2]).narrowing if studies else ()
-    bodies, others = list(enumerate(narrowings, FIRST_SETTING_BODY)), FIRST_SETTING_BODY + transformed
-    cases = [Case(USUAL, USUAL, *body, CONTROLLED, reduce=True, transform=body[0] < others) for body in bodies]
+    bodies, untransformed = list(enumerate(narrowings, FIRST_SETTING_BODY)), FIRST_SETTING_BODY + transformed
+    cases = [Case(USUAL, USUAL, *body, CONTROLLED, reduce=True, transform=body[0] < untransformed) for body in bodies]
     for factor, settings in SETTINGS.items():
         for setting, choices in settings.items():
             cases += [Case(factor, setting, *body, CONTROLLED | choices) for body in bodies]

@@ -35,8 +35,7 @@ def show_study(
     slices), first (the slice shown at the start).
     """
     series = [stack for kind in vocabulary.SERIES_TYPES for stack in stacks if stack.series_type == kind]
-    rows = rows.dropna(subset=["X"])
-    rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0))
+    rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0)).dropna(subset=["X"])
     keys, viewers = {}, []
     for row in rows[rows["grade"] > 0].itertuples():
         own = [k for k, stack in enumerate(series) if stack.series_type == GROUPS[row.group].series_type]

@@ -51,8 +51,7 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
 
 def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataFrame:
     """What 03 or 04 left out of fold as predictions/<name>_fold<k>_oof.parquet, the folds joined."""
-    files = [Path(run_dir) / f"predictions/{name}_fold{fold}_oof.parquet" for fold in folds]
-    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    return pd.concat([_read(Path(run_dir), f"{name}_fold{fold}_oof") for fold in folds], ignore_index=True)
 
 
 def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.DataFrame]:

@@ -49,8 +49,7 @@ def use_style() -> None:
 def edge_letters(affine: np.ndarray) -> dict[str, str]:
     """Letters at the `left`, `right`, `top` and `bottom` edge of an image: A, P, H, F, L, R (PS3.3 C.7.6.1.1.1).
 
-    `affine` (4, 4) maps (x = column, y = row, 0, 1) to LPS mm. A second letter follows if the axis leans by 30 degrees
-    or more towards it.
+    `affine` (4, 4) maps (x = column, y = row, 0, 1) to LPS mm. An axis that leans 30 degrees or more has two letters.
     """
     letters = {}
     for column, (back, forth) in enumerate((("left", "right"), ("top", "bottom"))):
@@ -114,10 +113,9 @@ def show_slice(
 
 def severity_legend(place: Axes | Figure, missing: bool = False, **options) -> None:
     """Put a legend of the severities on axes or a figure; `missing` adds rows without a label; options of `legend`."""
-    handles = []
-    for k, name in [*enumerate(SEVERITY_NAMES), *([(MISSING, "no label")] if missing else ())]:
-        handles.append(Line2D([], [], linestyle="none", markersize=8, label=name))
-        handles[-1].set(marker=SEVERITY_MARKERS[k], color=SEVERITY_COLOURS[k])
+    names = dict(enumerate(SEVERITY_NAMES)) | ({MISSING: "no label"} if missing else {})
+    styles = [{"label": names[k], "marker": SEVERITY_MARKERS[k], "color": SEVERITY_COLOURS[k]} for k in names]
+    handles = [Line2D([], [], linestyle="none", markersize=8, **style) for style in styles]
     place.legend(handles=handles, **{"frameon": True, **options})  # a frame: it often lies on a dark slice
 
 

@@ -43,8 +43,7 @@ def plane_distances(affines: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def image_distances(affines: np.ndarray, shapes: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Distances (n, m) in mm, never negative, of points (m, 3) from n images with affines (n, 4, 4) and shapes (n, 2),
-    rows and columns. A point beside an image is that much farther: planes of tilted blocks cross far from what they
-    image."""
+    rows and columns. A point beside an image is that much farther: tilted planes cross far from their images."""
     local = to_pixels(affines[:, None], points)
     last = np.asarray(shapes)[:, None, ::-1] - 1.0
     beside = np.maximum(np.maximum(-local[..., :2], local[..., :2] - last), 0.0) * spacing(affines)[:, None]

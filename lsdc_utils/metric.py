@@ -156,15 +156,13 @@ def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
 
 def prior_rows(train: pd.DataFrame, rows: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """The prediction table that `prior(train)` gives for `rows` (row_id, condition, level)."""
-    counted = prior(train, pool_sides)
-    table = rows[["row_id", "condition", "level"]].merge(counted, on=["condition", "level"], how="left")
-    return table[["row_id", *PROBABILITIES]]
+    keys = ["condition", "level"]
+    return rows[["row_id", *keys]].merge(prior(train, pool_sides), on=keys, how="left").drop(columns=keys)
 
 
 def prior_out_of_fold(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """The prior of each training row, counted on the other folds; `labels` as in tables/labels.parquet."""
-    folds = labels.groupby("fold")
-    parts = [prior_rows(labels[labels["fold"] != fold], rows, pool_sides) for fold, rows in folds]
+    parts = [prior_rows(labels[labels["fold"] != fold], rows, pool_sides) for fold, rows in labels.groupby("fold")]
     return pd.concat(parts, ignore_index=True)
 
 

@@ -69,22 +69,20 @@ def check(comp: Competition, workers: int = 1) -> Checked:
         tasks.append((comp.source(*key), row, points[key]))
     read = list(each(_read_headers, tasks, workers, FEW_SERIES, chunk=16))
     faults = [(row["study_id"], row["series_id"], *fault) for row, faults, _ in read for fault in faults]
-    findings.tables.append(pd.DataFrame(faults, columns=FINDINGS))
     known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
     listed = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
     studies = {*known.study_id.dropna(), *comp.labels.study_id}
     for split in competition.SPLITS:
         for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
-            study = number_of(folder.name)
+            study, value = number_of(folder.name), readable(f"{split}_images/{folder.name}")
             if study not in studies:
-                ids = pd.DataFrame({"study_id": [study]}, dtype="Int64")
-                findings.add(ids, "study_not_in_tables", readable(f"{split}_images/{folder.name}"), "study left out")
+                faults.append((study, None, "study_not_in_tables", value, "study left out"))
                 continue
             for inner in sorted(folder.glob("[!.]*/")):
-                if (study, number_of(inner.name)) not in listed:
-                    ids = pd.DataFrame({"study_id": [study], "series_id": [number_of(inner.name)]}, dtype="Int64")
-                    value = readable(f"{split}_images/{folder.name}/{inner.name}")
-                    findings.add(ids, "series_not_in_tables", value, "series left out")
+                series_id, of_series = number_of(inner.name), readable(f"{value}/{inner.name}")
+                if (study, series_id) not in listed:
+                    faults.append((study, series_id, "series_not_in_tables", of_series, "series left out"))
+    findings.tables.append(pd.DataFrame(faults, columns=FINDINGS, dtype=object))  # which keeps every digit of an id
     headers = pd.DataFrame([row for row, *_ in read], columns=[*SERIES, *COLUMNS, "middle"])
     series = comp.series.merge(headers.drop(columns="middle"), "left", SERIES)
     series[COUNTS] = series[COUNTS].astype("float64").fillna(0)
@@ -142,9 +140,7 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     return series[there]
 
 
-def _read_headers(
-    task: tuple[dicom.Source, dict[str, Any], list[tuple]],
-) -> tuple[dict[str, Any], list[tuple], list[tuple]]:
+def _read_headers(task: tuple[dicom.Source, dict, list[tuple]]) -> tuple[dict, list[tuple], list[tuple]]:
     """A series' line of the table with `middle` (x of sagittal slices, mm), faults, and points with X, Y, Z or NaN."""
     source, row, points = task
     unplaced = [(*point, np.nan, np.nan, np.nan) for point in points]

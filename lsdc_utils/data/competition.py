@@ -34,6 +34,7 @@ CONDITION_WORDS = {word: c.name for c in words.CONDITIONS.values() for word in (
 LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: level for level in words.LEVELS}
 ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
 
+Table = pd.DataFrame
 NONE = -1  # series of a listed study that has none
 
 
@@ -51,16 +52,15 @@ class Competition:
     series: study_id, series_id, series_type, split (train or test).
     sample_rows: the row ids that a submission must hold.
     findings: the faults of the tables, and what was done about each.
-    files: (study_id, series_id) -> the files, or frames of them, of a series that is not a folder of its own in the
-        competition's layout.
+    files: (study_id, series_id) -> the files, or frames of them, of a series without a folder of its own.
     """
 
     root: Path
-    labels: pd.DataFrame
-    coordinates: pd.DataFrame
-    series: pd.DataFrame
+    labels: Table
+    coordinates: Table
+    series: Table
     sample_rows: list[str]
-    findings: pd.DataFrame
+    findings: Table
     files: Mapping[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
 
     def source(self, split: str, study_id: int, series_id: int) -> Path | tuple[Path | Frames, ...]:
@@ -72,21 +72,21 @@ class Competition:
 class Findings:
     """Collects findings while tables are read."""
 
-    tables: list[pd.DataFrame] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
-    def add(self, rows: pd.DataFrame, rule: str, value: str | pd.Series, action: str) -> None:
+    def add(self, rows: Table, rule: str, value: str | pd.Series, action: str) -> None:
         """One finding for each of `rows` (study_id, and series_id if there is one)."""
         if len(rows):
             value = value.astype(str).to_numpy() if isinstance(value, pd.Series) else value
             self.tables.append(rows.assign(rule=rule, value=value, action=action).reindex(columns=FINDINGS))
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> Table:
         """All findings; a missing id is <NA>."""
         table = pd.concat(self.tables, ignore_index=True) if self.tables else pd.DataFrame(columns=FINDINGS)
         return table.astype({"study_id": "Int64", "series_id": "Int64", "rule": str, "value": str, "action": str})
 
 
-def label_names(rows: pd.DataFrame) -> pd.Series:
+def label_names(rows: Table) -> pd.Series:
     """Condition and level of each row in one word, e.g. spinal_canal_stenosis_l1_l2."""
     return rows.condition.astype(str) + "_" + rows.level.astype(str)
 
@@ -142,7 +142,7 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     return folder
 
 
-def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame:
+def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> Table:
     """Columns of a table as text, those of `ids` as int64, indexed by the lines of the file.
 
     Read are commas, semicolons or tabs, any case and blanks in the header, UTF-8, UTF-16 and Latin-1. CompetitionError
@@ -202,30 +202,30 @@ def whole_number(text: str) -> int | None:
     return number if number < (2**53 if found and found[2] else 2**63) else None
 
 
-def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> pd.DataFrame | None:
-    return read_required_table(file, columns, ids) if file.is_file() else None
+def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> Table:
+    """As `read_required_table`; without rows where there is no file."""
+    if file.is_file():
+        return read_required_table(file, columns, ids)
+    return pd.DataFrame(columns=columns, dtype="str").astype(dict.fromkeys(ids, "int64"))
 
 
-def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[pd.DataFrame, dict]:
+def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[Table, dict]:
     """The series, those not listed or in unknown words typed by headers, and files of those without own folder."""
-    columns = ["study_id", "series_id", "series_type", "split"]
-    ids, tables = ["study_id", "series_id"], {}
-    for split in SPLITS:
-        table = _read_table(root / f"{split}_series_descriptions.csv", [*ids, "series_description"], ids)
-        if table is not None:
-            tables[split] = table.rename(columns={"series_description": "series_type"}).assign(split=split)
-    listed = pd.concat([pd.DataFrame(columns=columns), *tables.values()], ignore_index=True)
-    repeated = listed.duplicated(["split", "study_id", "series_id"])
+    ids, files = ["study_id", "series_id"], {split: root / f"{split}_series_descriptions.csv" for split in SPLITS}
+    tables = [_read_table(file, [*ids, "series_description"], ids).assign(split=split) for split, file in files.items()]
+    listed = pd.concat(tables, ignore_index=True).rename(columns={"series_description": "series_type"})
+    repeated = listed.duplicated(["split", *ids])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
-    listed = listed[~repeated].astype({"study_id": "int64", "series_id": "int64"})
-    kinds = _named(listed.series_type, dict(zip(words.SERIES_TYPES, words.SERIES_TYPES, strict=True)))
-    listed["series_type"] = kinds.astype(object).fillna(listed.series_type)
+    listed = listed[~repeated]
+    kinds = _named(listed.series_type, {name: name for name in words.SERIES_TYPES})
+    listed = listed.assign(series_type=kinds.astype(object).fillna(listed.series_type)).astype({"split": object})
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
-    places = [(split, root / f"{split}_images") for split in SPLITS if split not in tables]
+    unlisted = [split for split in SPLITS if not files[split].is_file()]
+    places = [(split, root / f"{split}_images") for split in unlisted]
     places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
     places = [(split, folder) for split, folder in places if folder.is_dir()]
-    discovered = unsorted.find(root, places, workers) if places or not tables else unsorted.Discovered()
-    if not tables and not discovered.series:
+    discovered = unsorted.find(root, places, workers) if places or len(unlisted) == 2 else unsorted.Discovered()
+    if len(unlisted) == 2 and not discovered.series:
         reasons = "; ".join(value for *_, value, _ in discovered.findings[:3]) or "the folder holds no files"
         raise CompetitionError(
             f"{root}: there is no train_series_descriptions.csv or test_series_descriptions.csv, and no sagittal T1, "
@@ -239,14 +239,12 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[p
         series_type = types.get((row.split, row.study_id, row.series_id))
         action = f"used as {series_type}, by its headers" if series_type else "series left out"
         findings.add(unknown.loc[[row.Index]], "series_type_unknown", row.series_type, action)
-    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=columns)])
-    return series.astype({"study_id": "int64", "series_id": "int64"}).reset_index(drop=True), discovered.files
+    series = pd.concat([listed.drop(unknown.index), pd.DataFrame(discovered.series, columns=listed.columns)])
+    return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
-def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
+def _read_labels(root: Path, findings: Findings) -> Table:
     wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
-    if wide is None:
-        wide = pd.DataFrame(columns=["study_id", *words.COLUMNS], dtype=object).astype({"study_id": "int64"})
     repeated = wide.study_id.duplicated()
     findings.add(wide[repeated], "study_repeated", "in train.csv", "first line kept")
     wide = wide[~repeated]
@@ -261,10 +259,9 @@ def _read_labels(root: Path, findings: Findings) -> pd.DataFrame:
     return labels
 
 
-def _read_coordinates(root: Path, findings: Findings) -> pd.DataFrame:
+def _read_coordinates(root: Path, findings: Findings) -> Table:
     """The points of train_label_coordinates.csv in the vocabulary's words, without unreadable and repeated ones."""
     raw = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"])
-    raw = pd.DataFrame(columns=POINTS) if raw is None else raw
     points, usable = _tidy_points(raw)
     text = raw.condition.fillna("") + " " + raw.level.fillna("")
     findings.add(raw[~usable], "point_unusable", text[~usable], "point left out")
@@ -278,12 +275,11 @@ def _named(cells: pd.Series, meaning: Mapping[str, Any]) -> pd.Series:
     return cells.astype("str").str.strip().str.casefold().map({name.casefold(): meaning[name] for name in meaning})
 
 
-def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+def _tidy_points(raw: Table) -> tuple[Table, pd.Series]:
     """Points in the vocabulary's words and types, and which lines of `raw` could be read."""
     points = raw.copy()
     points["condition"] = _named(points.condition, CONDITION_WORDS)
     points["level"] = _named(points.level, LEVEL_WORDS)
-    numbers = ["instance_number", "x", "y"]
     points["instance_number"] = points.instance_number.map(whole_number, na_action="ignore").astype(float)
     for name in ("x", "y"):
         cells = points[name].astype(object)
@@ -291,58 +287,51 @@ def _tidy_points(raw: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         if not (cells.str.contains(".", regex=False, na=False).any() or commas.str.fullmatch(r"\d\d?,\d{3}").all()):
             cells = cells.str.replace(",", ".", n=1)  # decimal commas; what may be thousands stays unreadable
         points[name] = pd.to_numeric(cells, errors="coerce").astype(float)
-    usable = points.notna().all(axis=1) & np.isfinite(points[numbers].astype(float)).all(axis=1)
-    ids = ["study_id", "series_id", "instance_number"]
-    return points[usable].astype(dict.fromkeys(ids, "int64") | {"x": "float64", "y": "float64"}), usable
+    usable = points.notna().all(axis=1) & np.isfinite(points[["x", "y"]]).all(axis=1)
+    return points[usable].astype(dict.fromkeys(["study_id", "series_id", "instance_number"], "int64")), usable
 
 
-def _read_sample(root: Path, series: pd.DataFrame, findings: Findings) -> list[str]:
+def _read_sample(root: Path, series: Table, findings: Findings) -> list[str]:
     """Row ids of sample_submission.csv; without that file, those of all test studies."""
     studies = series.study_id[series.split == "test"].unique()
-    sample = _read_table(root / "sample_submission.csv", ["row_id"])
-    if sample is None:
+    file = root / "sample_submission.csv"
+    if not file.is_file():
         return [row for study in studies for row in words.study_row_ids(study)]
-    listed = sample.row_id.dropna().drop_duplicates()
-    rows, known = listed.tolist(), set(words.COLUMNS)
+    listed = read_required_table(file, ["row_id"]).row_id.dropna().drop_duplicates()
+    rows = listed.tolist()
     for line, row in listed.items():
         study, _, column = row.partition("_")
-        if column not in known or unsorted.number_of(study) is None or study.startswith("0"):
+        if column not in words.COLUMNS or unsorted.number_of(study) is None or study.startswith("0"):
             asked = f"expected <study_id>_<condition>_<level>, with all digits, e.g. 1_{words.COLUMNS[0]}"
-            raise CompetitionError(f"{root / 'sample_submission.csv'}: row_id in line {line} is {row!r}; {asked}")
+            raise CompetitionError(f"{file}: row_id in line {line} is {row!r}; {asked}")
     absent = {int(row.partition("_")[0]) for row in rows} - set(studies)
     studies = pd.DataFrame({"study_id": sorted(absent)})
     findings.add(studies, "study_without_series", "in sample_submission.csv only", "answered by the prior")
     return rows
 
 
-def _correct_points(
-    points: pd.DataFrame, file: Path, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings
-) -> pd.DataFrame:
+def _correct_points(points: Table, file: Path, labels: Table, series: Table, findings: Findings) -> Table:
     """Points with those of `file` replacing or added to the folder's own; CompetitionError names a wrong line."""
     raw = read_required_table(file, POINTS, ["study_id", "series_id"])
     given, usable = _tidy_points(raw)
     ids = ["study_id", "series_id"]
-    training = pd.Series(
-        given.set_index(ids).index.isin(series[series.split == "train"].set_index(ids).index), given.index, dtype=bool
-    )
+    training = series[series.split == "train"].set_index(ids).index
     faults = {
         "is not a point: condition, level or a number cannot be read": ~usable,
         "names a study that train.csv does not hold": ~raw.study_id.isin(labels.study_id),
         "names a label that an earlier line has a point for": given.duplicated(KEY),
-        "names a series that is not one of the training study's": ~training,
+        "names a series that is not one of the training study's": ~given.set_index(ids).index.isin(training),
     }
     for fault, wrong in faults.items():
         if wrong.any():
-            raise CompetitionError(f"{file}: line {wrong.idxmax()} {fault}")
+            raise CompetitionError(f"{file}: line {raw.index[np.argmax(wrong)]} {fault}")
     new = ~given.set_index(KEY).index.isin(points.set_index(KEY).index)
     for part, action in ((given[~new], "replaces the table's point"), (given[new], "added")):
         findings.add(part, "point_corrected", label_names(part), action)
     return pd.concat([given, points], ignore_index=True).drop_duplicates(KEY, ignore_index=True)
 
 
-def _leave_out(
-    labels: pd.DataFrame, points: pd.DataFrame, series: pd.DataFrame, file: Path, findings: Findings
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings: Findings) -> tuple[Table, ...]:
     """Labels, points and series without what `file` names; CompetitionError if a line names something unknown."""
     known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
     for row in read_required_table(file, EXCLUDE, ["study_id"]).fillna("").itertuples():
@@ -368,11 +357,11 @@ def _leave_out(
     return labels, points, series
 
 
-def _matches(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.Series:
+def _matches(table: Table, values: Mapping[str, Any]) -> pd.Series:
     return (table[list(values)] == pd.Series(values)).all(axis=1)
 
 
-def _check_points(points: pd.DataFrame, labels: pd.DataFrame, series: pd.DataFrame, findings: Findings) -> pd.DataFrame:
+def _check_points(points: Table, labels: Table, series: Table, findings: Findings) -> Table:
     """Points checked against labels and series; those on a series that no table names are left out."""
     training = series.loc[series.split == "train", ["study_id", "series_id", "series_type"]]
     points = points.merge(training, how="left", on=["study_id", "series_id"])

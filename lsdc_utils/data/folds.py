@@ -17,14 +17,11 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     CompetitionError if there are fewer studies than folds.
     """
     group = labels.condition.map({c.name: c.group for c in words.CONDITIONS.values()})
-    traits = pd.DataFrame({"study_id": labels.study_id})
-    for key in words.GROUPS:
-        for severity in (1, 2):
-            traits[f"{key}_{severity}"] = ((group == key) & (labels.severity == severity)).astype(float)
-    counts = traits.groupby("study_id").sum().sort_index()
+    counts = pd.crosstab(labels.study_id, [group, labels.severity])
+    counts = counts.reindex(columns=pd.MultiIndex.from_product([words.GROUPS, (1, 2)]), fill_value=0).astype(float)
     if not 2 <= n_splits <= len(counts):
         raise CompetitionError(f"cannot cut {len(counts)} studies into {n_splits} folds")
-    counts["any_severe"] = (counts.scs_2 > 0).astype(float)
+    counts["any_severe"] = (counts["scs", 2] > 0).astype(float)
     share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each study's share of the total of each trait
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(-share[order].sum(axis=1), kind="stable")]

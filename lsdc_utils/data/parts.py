@@ -191,10 +191,8 @@ def _without_strangers(images: list[Tags], plane: str) -> list[Part]:
     enough = 3 * len(odd) <= len(images) - len(odd) if plane == "sagittal" else len(odd) <= min(2, len(images) // FEW)
     if not odd or not enough:
         return [(images, "")]
-    return [
-        ([tags for tags in images if tags not in odd], ""),
-        (odd, "of another size, pixel spacing or tilt than the other images of its series"),
-    ]
+    usual = [tags for tags in images if tags not in odd]
+    return [(usual, ""), (odd, "of another size, pixel spacing or tilt than the other images of its series")]
 
 
 def middle_height(images: Iterable[Tags]) -> float | None:

@@ -33,18 +33,16 @@ def skip_reason(tags: Tags, described: bool = True) -> str:
     if not tags.rows and not tags.has_pixels:
         return "no images"
     kinds = [word.lower().replace("_", " ") for word in (*tags.image_type[2:], *tags.sequence)]
+    kinds += ["localizer"] * ("LOCALIZER" in tags.image_type[:2])  # where other words do not belong
     for reason, pattern in SKIP_WORDS["image_type"].items():
-        if any(re.fullmatch(pattern, kind) for kind in kinds) or (
-            reason == "localiser" and "LOCALIZER" in tags.image_type
-        ):
+        if any(re.fullmatch(pattern, kind) for kind in kinds):
             return reason
     if not described:
         return ""
     text = _described(tags)
-    if reason := next(
-        (reason for reason, pattern in SKIP_WORDS["description"].items() if re.search(pattern, text)), ""
-    ):
-        return reason
+    for reason, pattern in SKIP_WORDS["description"].items():
+        if re.search(pattern, text):
+            return reason
     return "other part of the spine or body" if (regions(tags) or ["lumbar"])[0] == "other" else ""
 
 

@@ -1,7 +1,7 @@
 """Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -81,15 +81,13 @@ def spacing_fault(series: dicom.Series) -> str:
 def save_stack(stack: Stack, path: str | Path) -> None:
     """Write a stack as .npz, atomically. Not compressed: noisy MR images shrink little and would load more slowly."""
     with atomic(path) as temporary:
-        np.savez(temporary, **{field.name: getattr(stack, field.name) for field in fields(Stack)})
+        np.savez(temporary, **vars(stack))
 
 
 def load_stack(path: str | Path) -> Stack:
     """The stack that `save_stack` wrote."""
     with np.load(path, allow_pickle=False) as content:
-        values = {field.name: content[field.name] for field in fields(Stack)}
-    numbers = {name: int(values[name]) for name in ("study_id", "series_id")}
-    return Stack(**{**values, **numbers, "series_type": str(values["series_type"])})
+        return Stack(**{name: value if value.ndim else value.item() for name, value in content.items()})
 
 
 def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
@@ -116,9 +114,7 @@ def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
     series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
     rows = sorted(zip(series["series_id"].tolist(), series["series_type"], strict=True))
     labelled = set(comp.coordinates["series_id"][comp.coordinates["study_id"] == study_id]) if split == "train" else ()
-    return [
-        (comp.source(split, study_id, number), int(study_id), number, kind, number in labelled) for number, kind in rows
-    ]
+    return [(comp.source(split, study_id, n), int(study_id), n, kind, n in labelled) for n, kind in rows]
 
 
 def _read_series(series: Iterable[Described]) -> Iterator[tuple[Stack | None, list[tuple]]]:

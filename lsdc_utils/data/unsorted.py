@@ -33,9 +33,8 @@ class Discovered:
     """What `find` returns. Findings have the columns of `competition.FINDINGS`, with None for an unknown id."""
 
     series: list[dict[str, Any]] = field(default_factory=list)  # study_id, series_id, series_type, split
-    files: dict[tuple[int, int], tuple[Path | Frames, ...]] = field(
-        default_factory=dict
-    )  # of series without their own folder
+    # (study_id, series_id) -> files of a series without a folder of its own
+    files: dict[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
     findings: list[tuple[int | None, int | None, str, str, str]] = field(default_factory=list)
 
 

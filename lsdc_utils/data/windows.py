@@ -39,8 +39,7 @@ def to_grey(images: list[np.ndarray], affines: np.ndarray, target: np.ndarray) -
 def _signal(images: list[np.ndarray]) -> list[np.ndarray | None]:
     """Where an image shows signal, (rows, cols) uint8; None: everywhere.
 
-    Not signal: padding (-inf), and values that stand out of the histogram, as of borders and text, and two pixels
-    around.
+    Not signal: padding (-inf), values that stand out of the histogram (borders, text), and two pixels around them.
     """
     values, counts = np.unique(np.concatenate([_sample(image).ravel() for image in images]), return_counts=True)
     near = np.pad(counts, 2)

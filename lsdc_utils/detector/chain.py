@@ -26,9 +26,9 @@ SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are
 NOTHING = 1e-3  # evidence that counts as none
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
 NO_CANDIDATE = np.log(MISSED * NOTHING)  # log weight of each disc without a candidate
-LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter,
-CELL = 5.0  # mm: of detections this close the best supported one is candidate,
-FEW = 40  # and so many are enough to choose from
+LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter
+SAME_DISC = 8.0  # mm: spread of the kernel by which a candidate explains detections
+FEW = 40  # candidates
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which `calibrate` chooses
 CEILINGS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)  # likewise
 
@@ -101,17 +101,10 @@ class Chain:
 def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
     """The candidates among detections at points (m, 3), with their evidence (m, 8) for each disc.
 
-    Detections close to each other in the sagittal plane support each other. Steps are likely by the mean step, among
-    `SCALES`, at which the best choice has the greatest weight.
+    Steps are likely by the mean step, among `SCALES`, at which the best choice has the greatest weight.
     """
-    apart = np.linalg.norm(points[:, None, 1:] - points[None, :, 1:], axis=2)
-    support = np.exp(-0.5 * (apart / SAME_PLACE) ** 2) @ evidence
-    index, free = [], support.max(axis=1) >= LEAST_SUPPORT
-    while free.any() and len(index) < FEW:
-        index.append(int(np.where(free, support.max(axis=1), -1).argmax()))
-        free &= apart[index[-1]] > CELL
-    index = np.array(index, dtype=int)
-    plane, gain = points[index, 1:], np.log(support[index] + NOTHING)
+    index, support = _candidates(points, evidence)
+    plane, gain = points[index, 1:], np.log(support + NOTHING)
     step, down = np.linalg.norm(plane[:, None] - plane[None], axis=2), plane[:, None, 1] - plane[None, :, 1]
     place = np.concatenate([[0], np.cumsum(STEPS)])
     chains = []
@@ -123,6 +116,25 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
             move[above, below] = np.where(down >= LEAST_STEP * (below - above), likely, -np.inf)
         chains.append(Chain(index, plane, gain, move))
     return max(chains, key=lambda one: one.weight())
+
+
+def _candidates(points: np.ndarray, evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections (k,) are candidates, best first, and their support (k, 8).
+
+    Detections close to each other in the sagittal plane support each other. What one candidate explains supports no
+    other: else a disc whose detections are spread would be two.
+    """
+    apart = np.linalg.norm(points[:, None, 1:] - points[None, :, 1:], axis=2)
+    near, rest = np.exp(-0.5 * (apart / SAME_PLACE) ** 2), evidence.astype(float)
+    support, index, supports = near @ rest, [], []
+    while len(index) < FEW and support.max(initial=0) >= LEAST_SUPPORT:
+        index.append(int(support.max(axis=1).argmax()))
+        supports.append(support[index[-1]].copy())
+        here = apart[index[-1]] < 3 * SAME_DISC
+        explained = rest[here] * np.exp(-0.5 * (apart[index[-1], here] / SAME_DISC) ** 2)[:, None]
+        rest[here] -= explained
+        support -= near[:, here] @ explained
+    return np.array(index, dtype=int), np.reshape(supports, (-1, len(STATES)))
 
 
 def calibrate(chances: np.ndarray, right: np.ndarray) -> tuple[float, float]:

@@ -29,7 +29,9 @@ SPACING = 2.0  # mm a pixel
 STRIDE = 2  # pixels of a slice to one of the maps
 SIDE = 160  # pixels a side of a training image
 MARKS = ("l5_s1", "s1_s2", "sacrum")  # of their own: the lumbosacral disc, S1/S2, the sacrum at S2/S3
-MAPS = ("disc", *MARKS, "canal")  # the middle of a disc of any level; canal: behind it, where the slice shows the canal
+DOUBTS = ("transitional", "conus")  # a lumbosacral disc that is neither free nor fused; the tip of the cord
+MAPS = ("disc", *MARKS, *DOUBTS, "canal")  # the middle of a disc of any level; behind it, where shown, the canal
+PEAKS = ("disc", "s1_s2", "conus", "canal")  # maps whose peaks are detections
 DISC_DEPTH = {"": 24.0, "s1_s2": 14.0, "sacrum": 10.0}  # mm from a canal point to the middle of its disc
 SPREAD = 1.2  # pixels of a map: sigma of a target
 ABOVE, BELOW = ("t12_l1", "t11_t12"), ("s1_s2", "sacrum")  # marks beyond the levels: discs, and none
@@ -118,11 +120,15 @@ def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[
     images, affines = coarse(stack)
     places = dict(zip(canal["level"], canal[[*"XYZ"]].to_numpy(float), strict=True))
     places |= dict(zip(marks["mark"], marks[[*"XYZ"]].to_numpy(float), strict=True))
+    tip = np.reshape(places.get("conus", []), (-1, 3))
     order = (*ABOVE[::-1], *LEVELS, *BELOW)
     names = [name for name in order if name in places]
     curve = np.array([places[name] for name in names])
     middles = disc_places(curve, names)
     discs, number = ~np.isin(names, BELOW), np.array([order.index(name) for name in names])
+    single = {name: names.index(name) for name in MARKS if name in places}
+    if "transitional" in places:
+        single["transitional"] = int(np.linalg.norm(curve - places["transitional"], axis=1).argmin())
     for index in np.flatnonzero(np.abs(geometry.plane_distances(affines, curve.mean(axis=0)[None])[:, 0]) <= REACH):
         behind, within = (geometry.to_pixels(affines[index], points) for points in (curve, middles))
         if (np.diff(within[:, 1]) <= 0).any():  # a slice on its head, or labels out of order
@@ -132,13 +138,13 @@ def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[
         steps = np.polyfit(within[:, 1], number, 1)[0] * (line - np.clip(line, within[0, 1], within[-1, 1]))
         which = np.rint(which + steps)
         rows = np.isin(which, number) | ((which > number[discs].max()) & ("l5_s1" in places))
-        shows = discs & (np.abs(behind[:, 2]) <= CANAL_NEAR[0])
-        points = [within[discs], *(within[[names.index(mark)]] for mark in MARKS if mark in places), behind[shows]]
-        maps = [0, *(MAPS.index(mark) for mark in MARKS if mark in places), MAPS.index("canal")]
-        beside = np.abs(behind[discs, 2]).mean()
-        known = [True, *(mark in places for mark in MARKS), not CANAL_NEAR[0] < beside < CANAL_NEAR[1]]
-        of_map = np.repeat(maps, [len(part) for part in points])
-        yield Sample(images[index], np.concatenate(points)[:, :2], of_map, np.array(known), rows)
+        points = {"disc": within[discs], **{name: within[[k]] for name, k in single.items()}}
+        for name, at in (("conus", geometry.to_pixels(affines[index], tip)), ("canal", behind[discs])):
+            points[name] = at[np.abs(at[:, 2]) <= CANAL_NEAR[0]]
+        sees = not CANAL_NEAR[0] < np.abs(behind[discs, 2]).mean() < CANAL_NEAR[1]
+        known = [True, *(name in places for name in MARKS), len(marks) > 0, len(tip) > 0 and sees, sees]
+        of_map = np.repeat([MAPS.index(name) for name in points], [len(part) for part in points.values()])
+        yield Sample(images[index], np.concatenate([*points.values()])[:, :2], of_map, np.array(known), rows)
 
 
 def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -208,7 +214,7 @@ def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarr
     device = next(network.parameters()).device
     maps = network(torch.from_numpy(images)[:, None].to(device).float() / 255).sigmoid()
     maps = maps * torch.tensor(network.trained, device=device)[:, None, None]
-    found = maps[:, [MAPS.index(name) for name in ("disc", "s1_s2", "canal")]].amax(dim=1, keepdim=True)
+    found = maps[:, [MAPS.index(name) for name in PEAKS]].amax(dim=1, keepdim=True)
     width = found.shape[3]
     peaks = torch.where(F.max_pool2d(found, 3, 1, 1) == found, found, 0).flatten(1)
     strength, index = peaks.topk(min(KEPT, peaks.shape[1]), dim=1)

@@ -1,6 +1,6 @@
 """Named canal points of a study, from the discs that localisers of one or several folds found; LPS mm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,11 @@ from lsdc_utils.detector.localiser import CALIBRATION, MAPS, Localiser, detect_d
 from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
 WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
+EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
 FAINT, MOST = 0.01, 800  # scores below this are no detection; of a series the strongest ones, which bounds memory
-CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence")
+CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence", "numbering")
+CLEAR = 0.5  # score from which a transitional disc or the cord's tip counts as seen
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,12 @@ def evidence(discs: Discs) -> np.ndarray:
     return table / max(discs.slices, 1)
 
 
-def name_levels(discs: Discs) -> tuple[Chain, np.ndarray]:
-    """The chain of a study's candidates, and the middles (5, 2) of its levels' discs, y and z in mm; NaN: not found."""
+def name_discs(discs: Discs) -> tuple[Chain, np.ndarray]:
+    """A study's chain of candidates, and the middles (8, 2) of the discs `STATES`, y and z in mm; NaN: not found."""
     found = chain(discs.points, evidence(discs))
-    middles = np.full((len(LEVELS), 2), np.nan)
-    for number, candidate in enumerate(found.best()[LUMBAR]):
-        if candidate >= 0:
-            middles[number] = found.plane[candidate]
+    best = found.best()
+    middles = np.full((len(STATES), 2), np.nan)
+    middles[best >= 0] = found.plane[best[best >= 0]]
     return found, middles
 
 
@@ -67,31 +68,57 @@ def canal_points(
 
     Behind the middle of a level's disc its canal is expected; the point is moved to what was detected of the canal
     there, on T2 if there is one, since patients move between series. level_confidence: the mean over the localisers of
-    the probability of these names, so that one that counts in another way takes its share of it.
+    the probability of these names, so that one that counts in another way takes its share of it. numbering: why the
+    number of vertebrae may be unusual, else ''; names are counted from below all the same.
     """
     joined = Discs(*(np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2")),
                    sum(one.slices for one in seen))  # fmt: skip
-    _, middles = name_levels(joined)
+    _, discs = name_discs(joined)
+    middles = discs[LUMBAR]
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
         chances.append(ceiling * _chance(chain(one.points, evidence(one)), middles, temperature))
     found = np.flatnonzero(np.isfinite(middles[:, 0]))
     names = [LEVELS[k] for k in found]
     disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
-    canal = canal * np.where(joined.on_t2, 1.0, 1e-3)  # of T1 only where there is nothing else
+    if joined.on_t2.any():
+        canal = canal * joined.on_t2
     near = _near(joined, middles[found]) * disc
     x = near @ joined.points[:, 0] / np.maximum(near.sum(axis=1), 1e-9)
     expected = disc_places(np.column_stack([x, middles[found]]), names, 1.0)
     weight = _near(joined, expected[:, 1:], CANAL_SPREAD) * canal**2
-    sums = weight.sum(axis=1, keepdims=True)
-    points = np.where(sums > 1e-12, weight @ joined.points / np.maximum(sums, 1e-12), expected)
+    points = (weight @ joined.points + EXPECTED * expected) / (weight.sum(axis=1, keepdims=True) + EXPECTED)
+    doubt = "; ".join(_numbering(joined, discs))
     lines = [
-        (study_id, level, "", *point, own.max(), np.mean(chances))
+        (study_id, level, "", *point, own.max(), np.mean(chances), doubt)
         for level, point, own in zip(names, points, near, strict=True)
     ]
     table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
-    kinds = {"study_id": "int64", "level": "str", "side": "str"}
-    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
+    kinds = {"study_id": "int64", "level": "str", "side": "str", "numbering": "str"}
+    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-3:-1]], float))
+
+
+def _numbering(discs: Discs, middles: np.ndarray) -> Iterator[str]:
+    """What speaks of a transitional vertebra, or of four or six lumbar ones, by the middles (8, 2) of the discs.
+
+    Between free and fused is a lumbosacral disc of 0.35 to 0.65 of the height of the one above, as the localiser learnt
+    it. The cord ends between T12/L1 and L2/L3 in nearly everyone (Saifuddin et al., Spine 1998).
+    """
+    of = {name: discs.scores[:, MAPS.index(name)] for name in MAPS}
+    for k, name, own in ((-2, "L5/S1", of["disc"]), (-1, "S1/S2", of["s1_s2"])):
+        near = _near(discs, middles[[k]])[0] * own
+        if near.max(initial=0) > FAINT and near @ of["transitional"] / near.sum() > CLEAR:
+            yield f"{name} is a disc between free and fused"
+    if of["conus"].max(initial=0) > CLEAR:
+        near = _near(discs, discs.points[[of["conus"].argmax()], 1:])[0] * of["conus"] ** 2
+        tip = (near @ discs.points / near.sum())[2]
+        found = np.isfinite(middles[:, 0])
+        heights = disc_places(np.insert(middles[found], 0, 0.0, axis=1), np.array(STATES)[found], 1.0)[:, 2]
+        of_disc = dict(zip(np.array(STATES)[found], heights, strict=True))
+        if tip < of_disc.get("l2_l3", -np.inf):
+            yield "the cord ends below L2/L3"
+        if tip > of_disc.get("t12_l1", np.inf):
+            yield "the cord ends above T12/L1"
 
 
 def _chance(found: Chain, middles: np.ndarray, temperature: float) -> float:
@@ -115,7 +142,8 @@ def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[fl
     for study, truth in canal.groupby("study_id"):
         if study not in seen or len(truth) < 2:
             continue
-        found, middles = name_levels(seen[study])
+        found, discs = name_discs(seen[study])
+        middles = discs[LUMBAR]
         known = np.isfinite(middles[:, 0]) & np.isin(LEVELS, truth["level"])
         if not known.any():
             continue

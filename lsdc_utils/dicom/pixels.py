@@ -6,7 +6,6 @@ process of their own, replaced after a crash. The RLE decoder is called directly
 
 import contextlib
 import functools
-import json
 import os
 import resource
 import signal
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -242,13 +241,12 @@ class Worker:
 
     def decode(self, data: bytes, layout: Layout) -> np.ndarray:
         """Values of one compressed frame, (rows, columns); DicomError where it is broken or takes too long."""
-        request = json.dumps(asdict(layout)).encode() + b"\n" + data
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             start = time.monotonic()
             try:
-                state, content = self._ask(request, layout.bytes, WAIT_SECONDS)
+                state, content = self._ask((data, layout), layout.bytes, WAIT_SECONDS)
             except (OSError, EOFError):
                 reason, waited = "made the decoder crash", time.monotonic() - start
                 if self.stop() == -signal.SIGPROF:
@@ -281,13 +279,13 @@ class Worker:
             reason = "needs a decoder that does not start: run `python -m lsdc_utils.dicom.pixels` to see why"
             raise DicomError(reason) from None
 
-    def _ask(self, request: bytes | None, limit: int, seconds: float) -> tuple[int, bytearray]:
+    def _ask(self, frame: tuple[bytes, Layout] | None, limit: int, seconds: float) -> tuple[int, bytearray]:
         """State and content of an answer; OSError or EOFError where none comes within `seconds`, which kill."""
         watchdog = threading.Timer(seconds, self._process.kill)
         watchdog.start()
         try:
-            if request:
-                self._pipe.send_bytes(request)
+            if frame:
+                self._pipe.send(frame)
             answer = self._pipe.recv_bytes(limit + 4096)
         finally:
             watchdog.cancel()
@@ -316,10 +314,10 @@ def serve(pipe: Connection) -> None:
     sizes = Path("/proc/self/statm")  # not every system has it
     pipe.send_bytes(bytes([DONE]))
     while True:
-        layout, _, data = pipe.recv_bytes().partition(b"\n")
+        frame = pipe.recv()
         signal.setitimer(signal.ITIMER_PROF, FRAME_SECONDS)  # ends the process
         try:
-            content, state = decode(data, Layout(**json.loads(layout))).tobytes(), DONE
+            content, state = decode(*frame).tobytes(), DONE
         except DicomError as error:
             held = int(sizes.read_text().split()[5]) * resource.getpagesize() if sizes.exists() else 0
             content, state = str(error).encode(), EXHAUSTED if held > WORKER_MEMORY // 2 else FAILED

@@ -132,24 +132,21 @@ def read_series(source: Source, pixels: bool = True, labelled: bool = True) -> S
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in skipped[:3]) or "the folder is empty"
         raise DicomError(f"series {folder}: no file can be used ({reasons})")
     numbers = _numbers(images)
-    slices = [
-        Slice(image.file, image.frame, number, _affine(image), image.shape, 0)
-        for image, number in zip(images, numbers or range(1, len(images) + 1), strict=True)
-    ]
+    counted = zip(images, numbers or range(1, len(images) + 1), strict=True)
+    slices = [Slice(image.file, image.frame, n, _affine(image), image.shape, 0) for image, n in counted]
     planes = [geometry.plane_of(image.affine[:3, 2]) for image in slices]
     plane = max(ORDER, key=planes.count)
     order = [(i, block) for block, members in enumerate(_blocks(slices, np.array(ORDER[plane]))) for i in members]
-    ordered = tuple(dataclasses.replace(slices[i], block=block) for i, block in order)
+    slices = [dataclasses.replace(slices[i], block=block) for i, block in order]
     if not numbers:
-        ordered = tuple(dataclasses.replace(image, instance_number=n) for n, image in enumerate(ordered, 1))
+        slices = [dataclasses.replace(image, instance_number=n) for n, image in enumerate(slices, 1)]
     kept = [images[i].pixels for i, _ in order] if pixels else None
     skipped, repaired = dict.fromkeys(skipped), dict.fromkeys(repaired)  # once, where frames of a file share a note
-    return Series(folder, ordered, kept, tuple(skipped), plane, tuple(repaired))
+    return Series(folder, tuple(slices), kept, tuple(skipped), plane, tuple(repaired))
 
 
 def series_files(source: Source) -> tuple[Path, list[Frames]]:
-    """The folder of a series and its files, 2.dcm before 10.dcm, without frames where all are read; hidden files of a
-    folder are ignored."""
+    """The folder of a series and its files but hidden ones, 2.dcm before 10.dcm; without frames where all are read."""
     if not isinstance(source, str | Path):
         parts = [part if isinstance(part, Frames) else Frames(Path(part), ()) for part in source]
         if not parts:

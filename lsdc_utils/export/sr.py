@@ -24,10 +24,7 @@ FINDINGS = {
     "ss": Code("SAS", SCHEME, "Subarticular stenosis"),
 }
 SITES = {"scs": codes.SCT.SpinalCanalStructure, "nfn": codes.SCT.LumbarSpine, "ss": codes.SCT.LumbarSpine}
-LEVEL_CODES = {
-    level: getattr(codes.SCT, f"LevelOf{name.replace('/', '')}IntervertebralDisc")
-    for level, name in zip(LEVELS, LEVEL_NAMES, strict=True)
-}
+LEVEL_CODES = {n: getattr(codes.SCT, f"LevelOf{n.upper().replace('_', '')}IntervertebralDisc") for n in LEVELS}
 SIDE_CODES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "": None}
 GRADES = (Code("NORMALMILD", SCHEME, "Normal or mild"), codes.SCT.Moderate, codes.SCT.Severe)
 CHANCES = tuple(Code(f"P{k}", SCHEME, f"Probability of {name.lower()}") for k, name in enumerate(SEVERITY_NAMES))

@@ -40,13 +40,10 @@ def export_studies(
     record = run / "data.json"
     synthetic = record.is_file() and json.loads(record.read_text())["kind"] == "phantom"
     if not synthetic and grade_basis(run) == PHANTOM_ONLY:
-        raise ExportError(
-            f"grades by the models in {run} are {PHANTOM_ONLY}: no DICOM SR of a patient is made from them"
-        )
+        grades = f"grades by the models in {run} are {PHANTOM_ONLY}"
+        raise ExportError(f"{grades}: no DICOM SR of a patient is made from them")
     read_recipe(run)
-    tables = {
-        block: read_graded(run, block) for block in BLOCKS if (run / f"predictions/sources_{block}.parquet").is_file()
-    }
+    tables = {key: read_graded(run, key) for key in BLOCKS if (run / f"predictions/sources_{key}.parquet").is_file()}
     if not tables:
         raise ExportError(f"the run in {run} has no grades: run it to 05_ensemble_inference")
     comp, folder = read_data(run), Path(out or run / "exports")

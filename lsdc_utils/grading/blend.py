@@ -59,8 +59,7 @@ def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: C
 
 
 def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
-    """Minimise the parts of the score that these rows touch: over the simple blends, then, where `freely`, over all
-    numbers round the best of them."""
+    """Minimise these rows' parts of the score over the simple blends, then, if `freely`, over all numbers."""
     scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
@@ -88,10 +87,8 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
-    losses = {
-        name: metric.study_losses(solution, metric.weight_table(cross_fitted(tables, prior, labels, only)))
-        for name, only in (("simple", ()), ("fitted", GROUPS))
-    }
+    rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
+    losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
     drawn, gains = metric.resampled_scores(losses), {}
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     for key, group in GROUPS.items():

@@ -128,13 +128,9 @@ def suspicion(rows: pd.DataFrame, wrong: Collection[str]) -> dict[str, float]:
     its precision and recall, and the precision where half of the wrong ones are found (`suspicion_curve`)."""
     planted, listed = set(rows["row_id"]) & set(wrong), set(suspects(rows)["row_id"])
     hits, curve = len(planted & listed), suspicion_curve(rows, wrong)
-    return {
-        "planted": len(planted),
-        "listed": len(listed),
-        "precision": hits / max(len(listed), 1),
-        "recall": hits / max(len(planted), 1),
-        "precision_at_half": float(curve.loc[curve["recall"] >= 0.5, "precision"].iloc[-1]),
-    }
+    numbers = {"planted": len(planted), "listed": len(listed)}
+    numbers |= {"precision": hits / max(len(listed), 1), "recall": hits / max(len(planted), 1)}
+    return numbers | {"precision_at_half": float(curve.loc[curve["recall"] >= 0.5, "precision"].iloc[-1])}
 
 
 def suspicion_curve(rows: pd.DataFrame, wrong: Collection[str]) -> pd.DataFrame:

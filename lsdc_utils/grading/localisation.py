@@ -34,11 +34,10 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     both = known.merge(points.rename(columns={"condition": "group"}), on=keys, how="left", suffixes=("", "_detected"))
     others = known.assign(condition=known["condition"].map(mirrored))[["study_id", "condition", "level", *"XYZ"]]
     both = both.merge(others, on=["study_id", "condition", "level"], how="left", suffixes=("", "_other"))
-    true, detected, other = (
-        both[[f"{axis}{of}" for axis in "XYZ"]].to_numpy(float) for of in ("", "_detected", "_other")
-    )
+    ends = ("", "_detected", "_other")
+    true, detected, other = (both[[f"{axis}{end}" for axis in "XYZ"]].to_numpy(float) for end in ends)
     off, distance = np.abs(detected - true), np.linalg.norm(detected - true, axis=1)
-    axial = (both["condition"].map(GROUP_OF) == "ss").to_numpy()
+    axial = (both["group"] == "ss").to_numpy()
     in_plane = np.where(axial, np.hypot(off[:, 0], off[:, 1]), np.hypot(off[:, 1], off[:, 2]))
     exchanged = np.linalg.norm(detected - other, axis=1) < distance
     names = ["row_id", "study_id", "condition", "level", "side", "severity", "confidence"]

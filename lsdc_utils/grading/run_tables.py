@@ -40,10 +40,8 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
-        raise RunError(
-            f"the run in {run} was made by an older version of the code: run it again, or use the version in its "
-            "provenance.json"
-        )
+        remedy = "run it again, or use the version in its provenance.json"
+        raise RunError(f"the run in {run} was made by an older version of the code: {remedy}")
     weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published")
     needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
     if missing := [name for name in needed if not (run / name).is_file()]:
@@ -53,8 +51,7 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
 
 def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataFrame:
     """What 03 or 04 left out of fold as predictions/<name>_fold<k>_oof.parquet, the folds joined."""
-    files = [Path(run_dir) / f"predictions/{name}_fold{fold}_oof.parquet" for fold in folds]
-    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    return pd.concat([_read(Path(run_dir), f"{name}_fold{fold}_oof") for fold in folds], ignore_index=True)
 
 
 def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.DataFrame]:

@@ -36,6 +36,7 @@ AXIS = np.arange(-180, 280, STEP)  # s of the entries
 DISC_NAMES = ("T6", "T7", "T8", "T9", "T10", "T11", "T12", *LEVELS, "S1", "S2", "S3", "S4")  # by the vertebra above it
 FIRST = DISC_NAMES.index(LEVELS[0])
 LAST = FIRST + 4  # the disc L5/S1
+BETWEEN = (0.35, 0.65)  # of the height of the disc above: a lumbosacral disc that is neither free nor fused
 MARKS = {"t11_t12": "T11", "t12_l1": "T12", "s1_s2": "S1", "sacrum": "S2"}  # discs that are not graded
 # Sizes of an adult, from T6/T7 to S4/S5; vertebrae and discs after Gilad and Nissan (Spine 1986), canal after Panjabi
 # et al. (Spine 1992), curve after Vialle et al. (JBJS Am 2005): 43 degrees from L1 to L5; sacral slope sd 8.
@@ -100,9 +101,17 @@ class Body:
         return self.to_patient(u, v, np.tile(levels, 5) + up)
 
     def marks(self) -> dict[str, Array]:
-        """Canal points (3,) LPS mm at discs that are not graded: T11/T12, T12/L1, S1/S2, and S2/S3 as the sacrum's."""
-        s = self.discs[[DISC_NAMES.index(name) for name in MARKS.values()]]
-        return dict(zip(MARKS, self.to_patient(0.0, np.interp(s, AXIS, self.tables["sac_v"]) - 1.5, s), strict=True))
+        """Canal points (3,) LPS mm at discs that are not graded: T11/T12, T12/L1, S1/S2, and S2/S3 as the sacrum's; at
+        the tip of the cord; and at the lumbosacral disc that is neither free nor fused, if there is one."""
+        s = dict(zip(MARKS, self.discs[[DISC_NAMES.index(name) for name in MARKS.values()]], strict=True))
+        s["conus"] = _conus(self.discs, self.traits)
+        half = np.interp(self.discs, AXIS, self.tables["disc_half"])
+        for k in (LAST, LAST + 1):
+            if BETWEEN[0] <= half[k] / half[k - 1] <= BETWEEN[1]:
+                s["transitional"] = self.discs[k]
+        places = np.array(list(s.values()))
+        back = np.interp(places, AXIS, self.tables["sac_v"]) - 1.5
+        return dict(zip(s, self.to_patient(0.0, back, places), strict=True))
 
     def disc_planes(self) -> tuple[Array, Array]:
         """Middles (5, 3) of the graded discs in LPS mm, and unit normals (5, 3) of their planes, to the head."""
@@ -258,6 +267,11 @@ def _curve(discs: Array, traits: dict[str, Any]) -> tuple[Array, Array, Array]:
     return np.column_stack([side, back - back[zero], up - up[zero]]), tilt, lean
 
 
+def _conus(discs: Array, traits: dict[str, Any]) -> float:
+    """Height (mm along the spine) of the cord's tip, from the disc below the first lumbar vertebra."""
+    return float(discs[LAST - traits["lumbar"] + 1] + traits["conus"])
+
+
 def _bump(t: Array, flat: float, reach: float) -> Array:
     """1 within `flat` mm of 0, falling smoothly to 0 at `reach` mm."""
     x = np.clip((np.abs(t) - flat) / (reach - flat), 0, 1)
@@ -328,8 +342,7 @@ def _tables(rng: np.random.Generator, discs: Array, narrowing: Array, traits: di
     taper = along([0.95] * 6 + [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.15, 0.0])  # the sac ends at S2
     v = along([8.6] * 11 + [9.2, 7.5, 5.5, 3.5, 3.0])  # of its middle; fat lies in front of it at L5/S1
     out |= _narrow_tables(discs[FIRST : LAST + 1], narrowing, traits, dealt, (taper, v))
-    conus = discs[LAST - traits["lumbar"] + 1] + traits["conus"]
-    out["cord"] = np.clip((AXIS - conus) / 22, 0, 1) ** 0.6
+    out["cord"] = np.clip((AXIS - _conus(discs, traits)) / 22, 0, 1) ** 0.6
     return {name: np.ascontiguousarray(values, np.float32) for name, values in out.items()}
 
 

@@ -72,11 +72,8 @@ NOTES = {  # at the end of a command's --help
     "run": "a step is named by notebook (03_train_yolo), number (03) or in full (03_train_yolo_scs_fold0)",
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
-Optional, SWITCH, FINISHED = (
-    argparse.BooleanOptionalAction,
-    {"action": "store_true"},
-    {"default": "demo", "type": finished_run},
-)
+SWITCH, EITHER = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
+FINISHED = {"default": "demo", "type": finished_run}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
     ("validate predict", "folder", "DIR", "the competition's layout, or any folder of DICOM files", {"type": folder}),
@@ -88,17 +85,11 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
     ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
     ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
-    (
-        "predict",
-        "--run",
-        "NAME",
-        "a run or an archive made by `pack` (default: outputs/pretrained)",
-        {"default": READY},
-    ),
+    ("predict", "--run", "NAME", f"a run or an archive made by `pack` (default: outputs/{READY})", {"default": READY}),
     ("export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
     ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
     ("predict", "--out", "DIR", "where grades go (default: outputs/[NAME/]predict/<folder>)", {"type": Path}),
-    ("predict", "--pages", None, "a page per study (default: up to 20 studies)", {"action": Optional, "default": None}),
+    ("predict", "--pages", None, "a page per study (default: up to 20 studies)", EITHER),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
     ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
     ("pack", "--ready", None, "write outputs/pretrained instead: 16-bit weights, tempered blend", SWITCH),

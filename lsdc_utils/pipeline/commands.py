@@ -36,9 +36,7 @@ NBSTRIPOUT_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.exec
 def run_of(asked: Namespace) -> Run:
     """The run that the arguments describe; UsageError if they are wrong."""
     parameters = load_parameters(asked.profile, asked.overrides)
-    name = asked.run or (
-        f"{READY}-run" if asked.profile == READY else asked.profile
-    )  # outputs/READY is what pack makes
+    name = asked.run or (f"{READY}-run" if asked.profile == READY else asked.profile)  # outputs/READY is pack's
     cores = asked.cores or usable_cores()
     resume = ["./run_all.sh", "--profile", asked.profile, "--run", name, "--cores", str(cores), *asked.overrides]
     if asked.data:

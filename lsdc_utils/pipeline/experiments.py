@@ -86,17 +86,17 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
     `PARTS`, the total's skill (absent without an oracle); worse_by, low, high: the total's increase and its paired 95 %
     interval (bootstrap over studies). ValueError if an ablation graded other studies."""
     rows, solutions, natural = [], {}, {}
-    for folder in (base, *removed):
+    for folder, without in {base: "", **removed}.items():
         labels = pd.read_parquet(folder / "tables/labels.parquet")
         solutions[folder] = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
-        natural[folder] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
-        rows.append({"name": folder.name, "without": "", **_scores(folder, "oof")})
-    for row, (folder, without) in zip(rows[1:], removed.items(), strict=True):
         if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
             raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
-        tables = {"ablation": natural[folder], "run": natural[base]}
-        row["worse_by"], row["low"], row["high"] = difference(solutions[base], tables, "ablation", "run")["total"]
-        row |= {"name": folder.name.removeprefix(f"{base.name}-"), "without": without}
+        natural[folder.name] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
+        row = {"name": folder.name.removeprefix(f"{base.name}-"), "without": without, **_scores(folder, "oof")}
+        if folder != base:
+            worse = difference(solutions[base], natural, folder.name, base.name)
+            row["worse_by"], row["low"], row["high"] = worse["total"]
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -58,8 +58,7 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
         shards = [f"shard{number:03d}" for number in range(parameters["n_shards"])]
-        places = [(f"{out}/shards/{shard}", f"{out}/tables/{shard}.parquet") for shard in shards]
-        given = [dict(zip(("out_dir", "studies_table"), files, strict=True)) for files in places]
+        given = [{"out_dir": f"{out}/shards/{k}", "studies_table": f"{out}/tables/{k}.parquet"} for k in shards]
         return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
     steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
     yolo, folds = "03_train_yolo", parameters["folds"]

@@ -119,7 +119,5 @@ def fetch(wanted: dict[str, str], folder: Path, python: str) -> None:
         done = subprocess.run([*command, f"{name}=={wanted[name]}"], capture_output=True, text=True)
         if done.returncode:
             tail = "\n".join(f"      {line}" for line in done.stderr.strip().splitlines()[-15:])
-            raise UsageError(
-                f"cannot download the wheel of {name} {wanted[name]} for Python {python}; this needs the network once. "
-                f"Or put it into {folder} by hand. pip's last lines:\n{tail}"
-            )
+            remedy = f"this needs the network once. Or put it into {folder} by hand. pip's last lines:\n{tail}"
+            raise UsageError(f"cannot download the wheel of {name} {wanted[name]} for Python {python}; {remedy}")

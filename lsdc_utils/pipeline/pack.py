@@ -1,5 +1,4 @@
-"""The models of a run as one archive, or as the folder of the ready-made models: weights, blend, checksums, class order
-and a model card.
+"""A run's models as one archive or as the folder of ready-made models: weights, blend, checksums, classes, model card.
 
 They name no study and no folder of the machine that made them. The same run gives the same bytes.
 """

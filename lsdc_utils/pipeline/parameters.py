@@ -24,10 +24,8 @@ def converted(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             value = float(value)
-    if type(value) is not type(default):
-        raise UsageError(
-            f"{key}: {value!r} is {type(value).__name__}, expected {type(default).__name__} like {default!r}"
-        )
+    if (given := type(value)) is not (wanted := type(default)):
+        raise UsageError(f"{key}: {value!r} is {given.__name__}, expected {wanted.__name__} like {default!r}")
     if isinstance(default, list) and len({type(item) for item in default}) == 1:
         return [converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):
@@ -89,12 +87,11 @@ def check_start(parameters: dict[str, Any]) -> None:
         raise UsageError(f"start_from: {place} is neither a run in outputs/ nor a folder of packed models")
     theirs, keys = yaml.safe_load(record.read_text()), (*ARCHITECTURE, *STUDIES)
     # Names alone: models may have moved, and packed ones have no folders.
-    pairs = {key: [Path(str(values.get(key))).name for values in (theirs, parameters)] for key in keys}
-    if differing := [
-        f"{key} ({pairs[key][0]} there, {pairs[key][1]} here)" for key in ARCHITECTURE if len({*pairs[key]}) > 1
-    ]:
-        raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(differing)}")
-    if all(len({*pairs[key]}) == 1 for key in (STUDIES[:1] if parameters["data_dir"] else STUDIES)):
+    there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
+    differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
+    if other := [differ[key] for key in ARCHITECTURE if key in differ]:
+        raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
+    if differ.keys().isdisjoint(STUDIES[:1] if parameters["data_dir"] else STUDIES):
         raise UsageError(f"start_from: the models in {place} were trained on studies that this run holds out")
 
 

@@ -54,9 +54,8 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
         write_json(record, listed)
     places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
-    places = {name: str(place) for name, place in places.items()}
-    known = places | {"n_shards": listed["n_shards"]} | grading_parameters(recipe)
-    return declared("05_ensemble_inference") | known
+    known = {name: str(place) for name, place in places.items()} | {"n_shards": listed["n_shards"]}
+    return declared("05_ensemble_inference") | known | grading_parameters(recipe)
 
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +114,9 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
         pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
         for name in ("ensemble", "sources", "findings", "points")
     )
-    keys = pd.DataFrame([parse_row_id(row) for row in natural["row_id"]], columns=["study_id", "condition", "level"])
-    probabilities = natural[list(SEVERITIES)]
-    grades = pd.concat([natural["row_id"], keys, probabilities], axis=1).assign(grade=probabilities.idxmax(axis=1))
-    grades = grades.merge(sources, on="row_id")
+    keys = metric.row_keys(natural["row_id"])[["row_id", "study_id", "condition", "level"]]
+    grades = natural.assign(grade=natural[list(SEVERITIES)].idxmax(axis=1))
+    grades = keys.merge(grades, on="row_id").merge(sources, on="row_id")
     sure = points.groupby(points["study_id"].astype(str))["level_confidence"].min()
     grades["level_confidence"] = grades["study_id"].map(sure).astype(float)
     grades["grade_basis"] = basis
@@ -168,11 +166,11 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
     """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), frames (those
     read; none: all), sha256 of its bytes. A series without files, or a study without series, has one line with an empty
     file."""
-    lines = []
+    lines, nothing = [], (b"", (), "")
     by_study = dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", b"", (), ""))
+            lines.append((study_id, NONE, "", *nothing))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)
@@ -182,6 +180,5 @@ def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Itera
             parts = [part if isinstance(part, Frames) else Frames(part, ()) for part in source]
             known = [sha256(part.file) if os.access(part.file, os.R_OK) else "" for part in parts]
             facts = [(os.fsencode(part.file), part.frames, content) for part, content in zip(parts, known, strict=True)]
-            facts = facts or [(b"", (), "")]
-            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts]
+            lines += [(study_id, row.series_id, row.series_type, *fact) for fact in facts or [nothing]]
     return pd.DataFrame(lines, columns=["study_id", "series_id", "series_type", "file", "frames", "sha256"])

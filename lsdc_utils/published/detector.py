@@ -4,6 +4,7 @@ They are trained on the clicked slices of complete studies and look at every sli
 without changing sides, and a row is the highest confidence of each class over all slices and views.
 """
 
+import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,12 +25,8 @@ from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SEVERITIES, parse_
 def class_table(config: DetectorConfig) -> pd.DataFrame:
     """The classes in their order: name, condition, level, severity 0 to 2."""
     conditions = [condition.name for condition in CONDITIONS.values() if condition.group == config.condition]
-    rows = [
-        (f"{condition}_{level}_{name}", condition, level, severity)
-        for condition in conditions
-        for level in LEVELS
-        for severity, name in enumerate(SEVERITIES)
-    ]
+    keys = itertools.product(conditions, LEVELS, enumerate(SEVERITIES))
+    rows = [(f"{condition}_{level}_{name}", condition, level, severity) for condition, level, (severity, name) in keys]
     return pd.DataFrame(rows, columns=["name", "condition", "level", "severity"])
 
 
@@ -93,6 +90,7 @@ SCHEME = Scheme(class_table, detect, level_evidence)
 
 def load_detectors(weights: str | Path, folds: Iterable[int]) -> dict[str, list[Detector]]:
     """The published detectors of these folds in a folder of weights, by condition group, for `levels.grade_study`."""
-    folds = list(folds)
-    names = {key: [f"yolo_{key}_fold{fold}.pt" for fold in folds] for key in GROUPS}
-    return {key: [load_detector(Path(weights) / file, class_table) for file in files] for key, files in names.items()}
+    weights, folds = Path(weights), list(folds)
+    return {
+        key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt", class_table) for fold in folds] for key in GROUPS
+    }

@@ -1,5 +1,4 @@
-"""The published method with the functions of `grading.grade`: its models, and the mean of their rows, which fits
-nothing."""
+"""The published method with the functions of `grading.grade`: its models, and the mean of their rows, without a fit."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -24,8 +23,7 @@ def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models
 
 
 def published_mean(tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
-    """The weighted mean of the models' rows; a row that one model lacks is the other's, one that both lack the
-    prior's."""
+    """The weighted mean of the models' rows; a row that one lacks is the other's, one that both lack the prior's."""
     natural = np.stack([aligned(table, prior) for table in tables.values()])  # (models, n, 3)
     weights = np.array([WEIGHTS[model] for model in tables])[:, None, None] * ~np.isnan(natural[..., :1])
     total = weights.sum(axis=0)

@@ -16,7 +16,7 @@ from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.metric import GROUP_PARTS
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, number, provenance
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING
+from lsdc_utils.vocabulary import GROUPS, MISSING
 
 TEMPLATES = Path(__file__).with_name("templates")
 WARNING = "Not for clinical use: research software, not a medical device."
@@ -67,7 +67,7 @@ def limits(run: Run) -> dict[str, list[str]]:
     """What the results of this run do not show: sentences by heading."""
     labelled, labels, weakest = tables.labelled_rows(run), {}, {}
     if len(labelled):
-        parts = labelled["condition"].map(lambda name: PART_NAMES[GROUPS[CONDITIONS[name].group].score])
+        parts = labelled["group"].map(lambda key: PART_NAMES[GROUPS[key].score])
         severe = labelled["severity"].eq(2).groupby(parts).sum().to_dict()
         labels = {"rows": len(labelled), "missing": (run.labels["severity"] == MISSING).sum(), "severe": severe}
     for name, block in blocks(run.scores).items():  # the part in which the ensemble is weakest
@@ -76,13 +76,9 @@ def limits(run: Run) -> dict[str, list[str]]:
         if len(parts):
             part = parts.idxmin() if kind == "skill" else parts.idxmax()
             weakest[name] = (PART_NAMES[part].lower(), kind.removesuffix("s"), parts[part])
-    sections: dict[str, list[str]] = {}
-    for line in sentences(run, "limits", labels=labels, weakest=weakest):
-        if line.startswith("## "):
-            sections[line.removeprefix("## ")] = []
-        else:
-            list(sections.values())[-1].append(line)
-    return sections
+    text = "\n".join(sentences(run, "limits", labels=labels, weakest=weakest))
+    sections = text.removeprefix("## ").split("\n## ")
+    return {heading: lines for heading, *lines in map(str.splitlines, sections)}
 
 
 def score_lines(run: Run) -> str:
@@ -94,11 +90,10 @@ def score_lines(run: Run) -> str:
 def model_card(run: Run, measured: dict[str, pd.DataFrame] | None = None, digests: dict[str, str] | None = None) -> str:
     """What a user of a run's weights must know, as Markdown: data, scores, use, limitations, licence. Of ready-made
     models also what was `measured` (tables `real` and `tempering`); digests: sha256 by file."""
-    texts = {
-        key: table.map(lambda x: number(x) if isinstance(x, float) else str(x))
-        for key, table in (measured or {}).items()
-    }
-    shown = {key: markdown_table(table.set_index(table.columns[0])) for key, table in texts.items()}
+    shown = {}
+    for key, table in (measured or {}).items():
+        texts = table.map(lambda x: number(x) if isinstance(x, float) else str(x))
+        shown[key] = markdown_table(texts.set_index(table.columns[0]))
     context = {"about": sentences(run, "about")[0], "scores": score_lines(run), "limits": limits(run)}
     context |= {"stress": sentences(run, "stress"), "facts": provenance(run), "kind": run.data.get("kind", "")}
     context |= {"measured": shown, "digests": digests or {}, "basis": basis_words(grade_basis(run.folder))}

@@ -84,8 +84,7 @@ def _write_page(
 ) -> Path:
     """Render a page (file name, title); returns its file.
 
-    script: file name of the page's script; styles: kind of `style_sheet`; around: pages in the order in which their
-    links lead on (default: the frame's pages).
+    script: file name of the page's script; styles: kind of `style_sheet`; around: linked pages (default: the frame's).
     """
     chain = [None, *(around or frame["pages"]), None]
     place = chain.index(page)

@@ -17,9 +17,10 @@ from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.run import BLOCK_NAMES, MODEL_NAMES, PART_NAMES, Run, value
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITY_NAMES
+from lsdc_utils.vocabulary import GROUPS, SEVERITY_NAMES
 
 BLACK = figures.MODEL_COLOURS["ensemble"]
+LOSS = "Weighted log loss (lower is better)"
 OUTSIDE = {"loc": "outside lower center", "ncols": 3}  # of legends, so that they cover nothing
 
 
@@ -72,11 +73,9 @@ def plot_doses(run: Run) -> Picture | None:
     if run.doses.empty:
         return None
     bodies = run.doses["body"].nunique()
-    caption = (
-        f"One location narrowed step by step in {bodies} simulated {'body' if bodies == 1 else 'bodies'}, all else "
-        "unchanged: probabilities of the models and the oracle, shares of simulated readers (marks), and the cut-offs "
-        "of an error-free reader (vertical lines)."
-    )
+    caption = f"One location narrowed step by step in {bodies} simulated {'body' if bodies == 1 else 'bodies'}, all "
+    caption += "else unchanged: probabilities of the models and the oracle, shares of simulated readers (marks), and "
+    caption += "the cut-offs of an error-free reader (vertical lines)."
     if run.stress.get("slope") is not None:
         by_group = {part: slope for part, slope in run.stress["slope_by_group"].items() if slope is not None}
         groups = ", ".join(f"{part} {slope:.2f}" for part, slope in by_group.items()) or "all groups"
@@ -104,9 +103,7 @@ def plot_totals(scores: dict[str, Any]) -> Picture:
                 ax.plot(total, y - 0.32 * k, color=colour, markerfacecolor=[colour, "white"][k], **style)
         ax.plot([], [], color=BLACK, markerfacecolor=[BLACK, "white"][k], label=BLOCK_NAMES[name], **style)
     ax.set_yticks(range(len(shown)), [MODEL_NAMES[model] for model in shown])
-    ax.set(
-        xlabel="Weighted log loss (lower is better)", title="Total score of each model", ylim=(-0.8, len(shown) - 0.5)
-    )
+    ax.set(xlabel=LOSS, title="Total score of each model", ylim=(-0.8, len(shown) - 0.5))
     figure.legend(**OUTSIDE)
     caption = "Total score of each model; lines are 95 % intervals from resampling studies."
     return Picture("totals", caption, _words(totals), figure)
@@ -153,9 +150,7 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
         total = value(scores.get("test") or {}, "scores", model)
         if total is not None:
             ax.axhline(total, color=figures.MODEL_COLOURS[model], linewidth=1.2, label=f"{MODEL_NAMES[model]}, test")
-    ax.set(
-        xscale="log", xlabel="Training studies", ylabel="Weighted log loss (lower is better)", title="Learning curve"
-    )
+    ax.set(xscale="log", xlabel="Training studies", ylabel=LOSS, title="Learning curve")
     sizes = sorted(curve["n_train"].unique())
     ax.set_xticks(sizes, sizes)
     ax.minorticks_off()
@@ -167,10 +162,9 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
 def plot_grades(labelled: pd.DataFrame) -> tuple[Picture, Picture]:
     """Labels against grades by condition group, and how probabilities are calibrated; of `run.labelled_rows`."""
     natural, severity = labelled[PROBABILITIES].to_numpy(), labelled["severity"].to_numpy(int)
-    grade, group = natural.argmax(axis=1), labelled["condition"].map(lambda name: CONDITIONS[name].group)
-    confusion, texts = Figure(figsize=(9, 3.6)), []
-    for ax, key in zip(confusion.subplots(1, len(GROUPS)), GROUPS, strict=True):
-        name, rows = PART_NAMES[GROUPS[key].score], (group == key).to_numpy()
+    grade, confusion, texts = natural.argmax(axis=1), Figure(figsize=(9, 3.6)), []
+    for ax, group in zip(confusion.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
+        name, rows = PART_NAMES[group.score], (labelled["group"] == group.key).to_numpy()
         figures.show_confusion(ax, severity[rows], grade[rows], name)
         texts.append(f"{name}: {(severity[rows] == grade[rows]).sum()} of {rows.sum()} rows have the label's grade")
     caption = "Out-of-fold rows by label and grade (the most probable severity); shares are of the label's row."

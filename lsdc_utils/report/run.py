@@ -16,9 +16,9 @@ import yaml
 
 from lsdc_utils.files import git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
-from lsdc_utils.metric import GROUP_PARTS, PARTS
+from lsdc_utils.grading.evaluation import judge
+from lsdc_utils.metric import GROUP_PARTS, PARTS, solution_of
 from lsdc_utils.parallel import usable_cores
-from lsdc_utils.vocabulary import MISSING
 
 MODEL_NAMES = {"prior": "Label frequency", "yolo": "YOLOv10 detectors", "vit3d": "3D ViT", "ensemble": "Ensemble",
                "oracle": "Oracle"}  # fmt: skip
@@ -73,11 +73,8 @@ def read_file(file: Path, **options: Any) -> Any:
 
 
 def labelled_rows(run: Run) -> pd.DataFrame:
-    """Out-of-fold rows of the ensemble with their label: row_id, three natural probabilities, condition, severity."""
-    if run.rows.empty or run.labels.empty:
-        return pd.DataFrame()
-    labels = run.labels.loc[run.labels["severity"] != MISSING, ["row_id", "condition", "severity"]]
-    return run.rows.merge(labels, on="row_id")
+    """Out-of-fold rows of the ensemble with their label, as `evaluation.judge` gives them."""
+    return pd.DataFrame() if run.rows.empty or run.labels.empty else judge(run.rows, solution_of(run.labels))
 
 
 def write_provenance(run: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What the page of a study shows: slices as small images with marks, and which studies are shown with all slices.
 
-Images are AVIF inside the page. The page draws the marks over them, in millimetres of the slice, so that the marks stay
-sharp and can be hidden.
+Images are AVIF inside the page, which draws the marks over them in mm of the slice: they stay sharp and can be hidden.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from PIL import Image
 
 from lsdc_utils import figures, geometry, vocabulary
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.grading.evaluation import judge
 from lsdc_utils.grading.marks import REACH, distances, row_words, worst_slice
-from lsdc_utils.metric import PROBABILITIES, WEIGHTS, weight_rows
 from lsdc_utils.report.pictures import avif
 from lsdc_utils.vocabulary import FORAMINAL, GROUPS, LEVEL_NAMES, LEVELS, MISSING, SPINAL_CANAL, SUBARTICULAR
 
@@ -36,8 +35,7 @@ def show_study(
     slices), first (the slice shown at the start).
     """
     series = [stack for kind in vocabulary.SERIES_TYPES for stack in stacks if stack.series_type == kind]
-    rows = rows.dropna(subset=["X"])
-    rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0))
+    rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0)).dropna(subset=["X"])
     keys, viewers = {}, []
     for row in rows[rows["grade"] > 0].itertuples():
         own = [k for k, stack in enumerate(series) if stack.series_type == GROUPS[row.group].series_type]
@@ -80,10 +78,7 @@ def _film(stack: Stack, n: int, start: np.ndarray, stop: np.ndarray, rows: list,
 def study_losses(rows: pd.DataFrame) -> pd.Series:
     """Weighted log loss of each study's labelled rows, by study id; empty where nothing is labelled."""
     known = rows[rows["severity"] != MISSING]
-    weight = WEIGHTS[known["severity"]]
-    chance = weight_rows(known[PROBABILITIES].to_numpy())[np.arange(len(known)), known["severity"]]
-    parts = pd.DataFrame({"loss": -np.log(np.maximum(chance, 1e-15)) * weight, "weight": weight})
-    sums = parts.groupby(known["study_id"].to_numpy()).sum()
+    sums = judge(known, known).astype({"study_id": int}).groupby("study_id")[["loss", "weight"]].sum()
     return sums["loss"] / sums["weight"]
 
 

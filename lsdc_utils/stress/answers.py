@@ -136,10 +136,8 @@ class _Study:
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
                 vit = occlusion.shuffled(vit, case.body)
-            maps = {
-                "yolo": occlusion.look_detector(detector, self.stacks, points, place),
-                "vit3d": occlusion.look_vit(vit, self.stacks, points, case.row, place),
-            }
+            maps = {"yolo": occlusion.look_detector(detector, self.stacks, points, place)}
+            maps["vit3d"] = occlusion.look_vit(vit, self.stacks, points, case.row, place)
             for model, changes in maps.items():
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)

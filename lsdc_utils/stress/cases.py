@@ -23,9 +23,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # factor -> setting -> argum
     "spine": {"transitional": {"transitional": True}, "slipped": {"slip": True}},
 }
 DOSE_LEVELS = ("l4_l5", "l3_l4", "l5_s1")  # narrowed, in turn from body to body
-CONTROLLED = dict.fromkeys(
-    ("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0
-)  # dirt that would hide the change
+# Dirt that would hide the change.
+CONTROLLED = dict.fromkeys(("series_missing", "second_axial", "short_stack", "levels_cut"), 0.0)
 FIRST_SETTING_BODY = 10_000  # so that no body of a setting is one of a dose
 
 
@@ -60,12 +59,9 @@ def dose_cases(bodies: int, doses: Sequence[float], seed: int) -> list[Case]:
 def setting_cases(studies: int, transformed: int, seed: int) -> list[Case]:
     """The same fresh studies as usual and in each of `SETTINGS`; the first `transformed` also in other versions."""
     narrowings = labels.draw_grades(studies, [seed, 2]).narrowing if studies else ()
-    bodies = list(enumerate(narrowings, FIRST_SETTING_BODY))
-    cases = [
-        Case(USUAL, USUAL, body, narrowing, CONTROLLED, reduce=True, transform=body - FIRST_SETTING_BODY < transformed)
-        for body, narrowing in bodies
-    ]
+    bodies, untransformed = list(enumerate(narrowings, FIRST_SETTING_BODY)), FIRST_SETTING_BODY + transformed
+    cases = [Case(USUAL, USUAL, *body, CONTROLLED, reduce=True, transform=body[0] < untransformed) for body in bodies]
     for factor, settings in SETTINGS.items():
         for setting, choices in settings.items():
-            cases += [Case(factor, setting, body, narrowing, CONTROLLED | choices) for body, narrowing in bodies]
+            cases += [Case(factor, setting, *body, CONTROLLED | choices) for body in bodies]
     return cases

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import metric
 from lsdc_utils.phantom import labels
 from lsdc_utils.stress.cases import Case
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, SEVERITIES
@@ -20,9 +21,7 @@ def responses(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
     """Dose and response: case, body, condition, level, dose, model (or oracle, readers), probabilities `severe` and
     `moderate` (or worse) of the narrowed row, an error-free reader's cut-offs `severe_from` and `moderate_from`."""
     lines = []
-    for number, case in enumerate(cases):
-        if case.factor != "dose":
-            continue
+    for number, case in ((number, case) for number, case in enumerate(cases) if case.factor == "dose"):
         condition, level = case.row
         column = COLUMNS.index(f"{condition}_{level}")
         moderate_from, severe_from = labels.CUTS[CONDITIONS[condition].group]
@@ -57,11 +56,8 @@ def slopes(curves: pd.DataFrame) -> pd.DataFrame:
 def leaks(cases: Sequence[Case], rows: pd.DataFrame) -> pd.DataFrame:
     """The range over doses of each other row's probability of moderate or worse: narrowed, body, row, leak."""
     rows = rows[(rows["factor"] == "dose") & (rows["model"] == "ensemble")]
-    rows = rows.assign(
-        leak=rows["moderate"] + rows["severe"],
-        narrowed=["_".join(cases[number].row) for number in rows["case"]],
-        row=rows["condition"] + "_" + rows["level"],
-    )
+    rows = rows.assign(leak=rows["moderate"] + rows["severe"], row=rows["condition"] + "_" + rows["level"])
+    rows["narrowed"] = ["_".join(cases[number].row) for number in rows["case"]]
     spans = rows.groupby(["narrowed", "body", "row"], sort=False)["leak"].agg(np.ptp).reset_index()
     return spans[spans["row"] != spans["narrowed"]].reset_index(drop=True)
 
@@ -73,15 +69,6 @@ def key_numbers(curves: pd.DataFrame, leak: pd.DataFrame, looks: pd.DataFrame, m
     parts = [GROUPS[CONDITIONS[condition].group].score for condition, _ in slope.index]
     by_group = slope["ratio"].groupby(parts, sort=False).mean()
     trained = looks[(looks["weights"] == "trained") & (looks["model"] == "vit3d")]
-
-    def number(value: float) -> float | None:
-        return float(value) if np.isfinite(value) else None
-
-    return {
-        "slope": number(slope["ratio"].mean()),
-        "slope_by_group": {part: number(value) for part, value in by_group.items()},
-        "leak": number(leak["leak"].max()),
-        "looked": number(trained["share"].mean()),
-        "moved": number(moves["moved"].max()),
-        "bodies": int(curves["body"].nunique()),
-    }
+    numbers = {"slope": slope["ratio"].mean(), "slope_by_group": by_group.to_dict(), "leak": leak["leak"].max()}
+    numbers |= {"looked": trained["share"].mean(), "moved": moves["moved"].max(), "bodies": curves["body"].nunique()}
+    return metric.without_nan(numbers)

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import metric
+from lsdc_utils.grading import grade
+from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.phantom import labels
-from lsdc_utils.phantom.study import COLUMN_KEYS
 from lsdc_utils.stress.cases import USUAL, Case
 from lsdc_utils.stress.responses import READERS
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
 def scores_by_setting(cases: Sequence[Case], rows: pd.DataFrame, recipe: dict[str, Any]) -> pd.DataFrame:
@@ -20,35 +20,25 @@ def scores_by_setting(cases: Sequence[Case], rows: pd.DataFrame, recipe: dict[st
     usual = {case.body: case.narrowing for case in cases if case.factor == USUAL}
     bodies, truth = list(usual), np.stack(list(usual.values()))
     read = [labels.read(truth, np.random.default_rng([7, reader])) for reader in range(READERS)]
-    prior = (
-        pd.DataFrame(recipe["prior"]).set_index(["condition", "level"]).loc[COLUMN_KEYS, list(SEVERITIES)].to_numpy()
-    )
-    natural = {"oracle": labels.oracle(truth), "prior": np.broadcast_to(prior, (len(bodies), *prior.shape))}
+    keys = grade.rows_of(bodies)
+    natural = {"prior": grade.prior_of(recipe, keys)[PROBABILITIES].to_numpy()}
+    natural["oracle"] = labels.oracle(truth).reshape(-1, 3)
     rows = rows[(rows["model"] == "ensemble") & (rows["factor"] != "dose")]
-    order = [(body, *key) for body in bodies for key in COLUMN_KEYS]
     for setting, part in rows.groupby(["factor", "setting"], sort=False):
-        table = part.set_index(["body", "condition", "level"])[list(SEVERITIES)]
-        natural[setting] = table.loc[order].to_numpy().reshape(len(bodies), len(COLUMNS), 3)
-    row_ids, losses = pd.DataFrame({"row_id": [row for body in bodies for row in study_row_ids(body)]}), {}
-    scorers = [metric.Scorer(row_ids.assign(severity=severity.ravel())) for severity in read]
+        part = part.astype({"body": str}).rename(columns={"body": "study_id"})
+        natural[setting] = keys.merge(part, on=["study_id", "condition", "level"])[PROBABILITIES].to_numpy()
+    scorers = [metric.Scorer(keys.assign(severity=severity.ravel())) for severity in read]
+    counts = np.vstack([np.ones(len(bodies)), metric.bootstrap(len(bodies))])  # first the studies as they are
+    totals, lines = {}, []
     for name, table in natural.items():
-        weighted = metric.weight_rows(table.reshape(-1, 3))
-        own = [scorer.losses(weighted) for scorer in scorers]
+        own = [scorer.losses(metric.weight_rows(table)) for scorer in scorers]
         means = (np.mean([getattr(each, part) for each in own], axis=0) for part in ("losses", "weights"))
-        losses[name] = metric.StudyLosses(own[0].studies, *means)
-    drawn = metric.resampled_scores(losses)
-    whole = {name: part.resampled(np.ones((1, len(bodies)))) for name, part in losses.items()}
-    lines = []
-    for key in (name for name in losses if isinstance(name, tuple)):
-        skill, lost = _skill(whole, key), _skill(whole, (USUAL, USUAL)) - _skill(whole, key)
-        [(low, high)] = metric.interval(_skill(drawn, key)[:, None])
-        [(least, most)] = metric.interval((_skill(drawn, (USUAL, USUAL)) - _skill(drawn, key))[:, None])
-        lines.append((*key, len(bodies), whole[key][0, -1], skill[0], low, high, lost[0], least, most))
+        totals[name] = metric.StudyLosses(own[0].studies, *means).resampled(counts)[:, -1]
+    prior, oracle = totals.pop("prior"), totals.pop("oracle")
+    skills = {key: (prior - total) / (prior - oracle) for key, total in totals.items()}
+    for key, skill in skills.items():
+        lost = skills[USUAL, USUAL] - skill
+        intervals = metric.interval(np.column_stack([skill, lost])[1:])
+        lines.append((*key, len(bodies), totals[key][0], skill[0], *intervals[0], lost[0], *intervals[1]))
     names = ["factor", "setting", "studies", "score", "skill", "low", "high", "lost", "lost_low", "lost_high"]
     return pd.DataFrame(lines, columns=names)
-
-
-def _skill(scores: dict[Any, np.ndarray], key: tuple[str, str]) -> np.ndarray:
-    """Skill (n,) of total scores, the last column of arrays (n, parts)."""
-    prior, model, oracle = (scores[name][:, -1] for name in ("prior", key, "oracle"))
-    return (prior - model) / (prior - oracle)

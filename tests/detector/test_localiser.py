@@ -18,7 +18,8 @@ from lsdc_utils.detector.spine import canal_points, find_discs
 from lsdc_utils.vocabulary import AXIAL, LEVELS, T1, T2
 
 CENTRE = np.array([4.0, 25.0, 0.0])  # mm, of the series
-MARKS = {"t11_t12": 98.0, "t12_l1": 66.0, "s1_s2": -128.0, "sacrum": -152.0}  # mm of height
+MARKS = {"t11_t12": 98.0, "t12_l1": 66.0, "s1_s2": -128.0, "sacrum": -152.0, "conus": 50.0}  # mm of height
+MARKS["transitional"] = -96.0  # at L5/S1
 POINTS = {level: np.array([4.0, 22.3 + 2 * k, 36.4 - 33.1 * k]) for k, level in enumerate(LEVELS)}
 
 
@@ -77,7 +78,7 @@ def test_samples_are_the_slices_that_show_the_spine_with_points_in_their_pixels(
     wide = list(localiser.samples(stack(slices=19), canal(), marks()))
     assert len(wide) == 13  # up to 24 mm to either side
     images, affines = localiser.coarse(seen)
-    every = list(localiser.samples(seen, canal(), marks("s1_s2", "sacrum", "t12_l1")))
+    every = list(localiser.samples(seen, canal(), marks("s1_s2", "sacrum", "t12_l1", "transitional", "conus")))
     assert len(every) == len(images)
     names = ["t12_l1", *POINTS, "s1_s2", "sacrum"]
     behind = np.array(
@@ -85,22 +86,24 @@ def test_samples_are_the_slices_that_show_the_spine_with_points_in_their_pixels(
     )
     within = localiser.disc_places(behind, names)
     truth = {"disc": within[:6], "l5_s1": within[5], "s1_s2": within[6], "sacrum": within[7]}
+    truth["transitional"], tip = within[5], np.array([[4, 25, MARKS["conus"]]])
     for k, sample in enumerate(every):
         np.testing.assert_array_equal(sample.image, images[k])
         off = abs(affines[k, 0, 3] - 4)
         for number, name in enumerate(MAPS):
-            expected = behind[: 6 * (off < 5)] if name == "canal" else truth[name].reshape(-1, 3)
+            in_canal = {"canal": behind[: 6 * (off < 5)], "conus": tip[: int(off < 5)]}
+            expected = in_canal[name] if name in in_canal else truth[name].reshape(-1, 3)
             back = geometry.to_patient(affines[k], sample.points[sample.maps == number])
             np.testing.assert_allclose(back[:, 1:], expected[:, 1:], atol=1e-6)
-        assert sample.known.tolist() == [True] * 4 + [not 5 < off < 9]
+        assert sample.known.tolist() == [True] * 5 + [not 5 < off < 9] * 2
 
 
 def test_what_has_no_label_or_mark_is_not_known():
     known = {name: k for k, name in enumerate(MAPS)}
     for levels, names, missing in (
-        (LEVELS, ("s1_s2", "sacrum"), set()),
-        (LEVELS, (), {"s1_s2", "sacrum"}),
-        (LEVELS[:4], ("s1_s2",), {"l5_s1", "sacrum"}),
+        (LEVELS, ("s1_s2", "sacrum", "conus"), set()),
+        (LEVELS, (), {"s1_s2", "sacrum", "transitional", "conus"}),
+        (LEVELS[:4], ("s1_s2",), {"l5_s1", "sacrum", "conus"}),
     ):
         sample = next(localiser.samples(stack(slices=1), canal(levels), marks(*names)))
         assert {name for name in MAPS if not sample.known[known[name]]} == missing
@@ -261,7 +264,9 @@ def test_weights_come_back_as_they_were_saved_and_only_with_their_own_descriptio
 def test_a_sample_beyond_the_frame_leaves_the_map_empty():
     """Discs that a shift puts outside the image have no target, and no error."""
     points = np.array([[80.0, 80.0], [80.0, 900.0]])
-    sample = Sample(np.zeros((960, 160), np.uint8), points, np.array([0, 1]), np.full(5, True), np.full(960, True))
+    sample = Sample(
+        np.zeros((960, 160), np.uint8), points, np.array([0, 1]), np.full(len(MAPS), True), np.full(960, True)
+    )
     _, target, weight = localiser.augmented(sample, np.random.default_rng(0))
     assert target[0].max() > 0.8 and target[1].max() == 0 and weight[1].min() == 1
 

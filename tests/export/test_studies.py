@@ -39,7 +39,7 @@ def write_graded(folder: Path, rng: np.random.Generator) -> Path:
     (run / "predictions").mkdir(parents=True)
     (run / "data.json").write_text(json.dumps({"data_dir": "../data/phantom", "kind": "phantom"}))
     (run / "scores.json").write_text("{}")
-    recipe = {"format": 3, "kind": "fitted", "folds": [], "vit_views": 1, "threads": 1, "prior": {}}
+    recipe = {"format": 4, "kind": "fitted", "folds": [], "vit_views": 1, "threads": 1, "prior": {}}
     (run / "blend.json").write_text(json.dumps(recipe))
     truth = pd.read_csv(root / "anatomy.csv")
     solution = pd.read_csv(root / "solution.csv")

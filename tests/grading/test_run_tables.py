@@ -10,10 +10,10 @@ import pytest
 from report_run import write_run
 
 from lsdc_utils.grading import run_tables
-from lsdc_utils.grading.run_tables import RunError, read_graded, read_recipe
+from lsdc_utils.grading.run_tables import FORMAT, RunError, read_graded, read_recipe
 from lsdc_utils.vocabulary import LEVELS
 
-RECIPE = {"format": 3, "kind": "fitted", "folds": [0, 3], "vit_views": 2, "threads": 1, "prior": []}
+RECIPE = {"format": FORMAT, "kind": "fitted", "folds": [0, 3], "vit_views": 2, "threads": 1, "prior": []}
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_recipe_of_a_finished_run_is_read(run):
     assert read_recipe(run) == RECIPE
-    assert len(list((run / "weights").iterdir())) == 16  # three detectors and a transformer a fold, a json beside each
+    assert len(list((run / "weights").iterdir())) == 20  # a localiser, three detectors, a transformer a fold
 
 
 def test_an_unfinished_run_is_refused_with_what_it_lacks(run, tmp_path_factory):
@@ -40,7 +40,7 @@ def test_an_unfinished_run_is_refused_with_what_it_lacks(run, tmp_path_factory):
         read_recipe(tmp_path_factory.mktemp("empty"))
 
 
-@pytest.mark.parametrize("changed", [{"format": 1}, {"format": 4}, {"format": None}, {"threads": None}])
+@pytest.mark.parametrize("changed", [{"format": 1}, {"format": FORMAT + 1}, {"format": None}, {"threads": None}])
 def test_a_run_of_older_code_is_refused_in_one_sentence(run, changed):
     recipe = {name: value for name, value in (RECIPE | changed).items() if value is not None}
     (run / "blend.json").write_text(json.dumps(recipe))

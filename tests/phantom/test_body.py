@@ -169,14 +169,31 @@ def test_an_additional_lumbar_vertebra_lies_above_the_one_called_l1():
 def test_marks_lie_in_the_canal_at_discs_that_are_not_graded():
     patient = body(seed=6)
     marks, canal = patient.marks(), patient.points()[:5]
-    assert list(marks) == ["t11_t12", "t12_l1", "s1_s2", "sacrum"]
+    assert list(marks) == ["t11_t12", "t12_l1", "s1_s2", "sacrum", "conus"]
     path = np.array([marks["t11_t12"], marks["t12_l1"], *canal, marks["s1_s2"], marks["sacrum"]])
     steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
     assert (np.diff(path[:, 2]) < 0).all() and steps.min() > 12 and steps.max() < 45
+    heights = {name: patient.discs[DISC_NAMES.index(disc)] for name, disc in MARKS.items()}
+    heights["conus"] = AXIS[np.flatnonzero(patient.tables["cord"])[0]]
     for name, place in marks.items():
         u, v, s = patient.to_spine(place[None])
-        assert abs(u[0]) < 0.05 and s[0] == pytest.approx(patient.discs[DISC_NAMES.index(MARKS[name])], abs=0.1)
+        assert abs(u[0]) < 0.05 and s[0] == pytest.approx(heights[name], abs=2 * STEP)
         assert tissue_share(patient, u, v + 1.5, s, ("csf", "root", "cord"))[0] > 0.5
+
+
+def test_a_lumbosacral_disc_between_free_and_fused_is_marked():
+    seen = set()
+    for seed in range(40):
+        patient = body(seed=seed, slip=False, transitional=seed % 2 == 0)
+        half = np.interp(patient.discs[LAST - 1 : LAST + 2], AXIS, patient.tables["disc_half"])
+        ratio = half[1:] / half[:-1]  # of L5/S1 and of S1/S2 to the disc above
+        between = [k for k in range(2) if 0.35 <= ratio[k] <= 0.65]
+        assert ("transitional" in patient.marks()) == bool(between) and (seed % 2 == 1 or between)
+        if between:
+            place = patient.to_spine(patient.marks()["transitional"][None])[2]
+            assert place[0] == pytest.approx(patient.discs[LAST + between[-1]], abs=0.1)
+        seen.add(tuple(between))
+    assert {(), (0,), (1,)} <= seen
 
 
 def test_places_vary_as_real_clicks_do():

@@ -24,6 +24,7 @@ LEAST_STEP = 8.0  # mm of height: the next disc lies at least this far below
 SAME_PLACE = 4.0  # mm: spread of the kernel by which detections support each other
 SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are of its level
 NOTHING = 1e-3  # evidence that counts as none
+SHARPNESS = 4.0  # power of the evidence: at 1, weak candidates slip in between discs rather than that one is missed
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
 NO_CANDIDATE = np.log(MISSED * NOTHING)  # log weight of each disc without a candidate
 LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter
@@ -104,7 +105,7 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
     Steps are likely by the mean step, among `SCALES`, at which the best choice has the greatest weight.
     """
     index, support = _candidates(points, evidence)
-    plane, gain = points[index, 1:], np.log(support + NOTHING)
+    plane, gain = points[index, 1:], SHARPNESS * np.log(support + NOTHING)
     step, down = np.linalg.norm(plane[:, None] - plane[None], axis=2), plane[:, None, 1] - plane[None, :, 1]
     place = np.concatenate([[0], np.cumsum(STEPS)])
     chains = []

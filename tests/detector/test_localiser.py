@@ -220,10 +220,11 @@ def test_a_peak_of_a_map_is_a_detection_within_a_millimetre(size, pixel, shift):
 
 def test_discs_of_a_study_come_from_its_sagittal_series_alone():
     first, axial = stack(slices=5), stack(slices=7, series_type=AXIAL, plane=AXIAL_PLANE)
-    network = Known(first, {"disc": list(POINTS.values()), "l5_s1": [POINTS["l5_s1"]], "canal": list(POINTS.values())})
+    middles = localiser.disc_places(np.array(list(POINTS.values())), LEVELS)
+    network = Known(first, {"disc": middles, "l5_s1": middles[4:], "canal": list(POINTS.values())})
     found = find_discs(network, [first, axial, replace(first, series_type=T1)])
-    assert found.slices == 10 and len(found.points) == 2 * 5 * 5
-    assert found.on_t2.tolist() == [True] * 25 + [False] * 25
+    assert found.slices == 10 and len(found.points) == 2 * 5 * 10
+    assert found.on_t2.tolist() == [True] * 50 + [False] * 50
     points = canal_points([found], 7)
     assert points["level"].tolist() == list(LEVELS)
     assert np.linalg.norm(points[[*"XYZ"]].to_numpy() - list(POINTS.values()), axis=1).max() < 1

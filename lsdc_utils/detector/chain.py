@@ -24,9 +24,10 @@ LEAST_STEP = 8.0  # mm of height: the next disc lies at least this far below
 SAME_PLACE = 4.0  # mm: spread of the kernel by which detections support each other
 SAME_LEVEL = 15.0  # mm, under half a step: candidates this close to a place are of its level
 NOTHING = 1e-3  # evidence that counts as none
-SHARPNESS = 4.0  # power of the evidence: at 1, weak candidates slip in between discs rather than that one is missed
+SHARPNESS = 3.0  # power of the evidence: at 1, weak candidates slip in between discs rather than that one is missed
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
 NO_CANDIDATE = np.log(MISSED * NOTHING)  # log weight of each disc without a candidate
+CLEAR = 0.1  # support from which a candidate costs weight where it is passed over
 LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter
 SAME_DISC = 8.0  # mm: spread of the kernel by which a candidate explains detections
 FEW = 40  # candidates
@@ -107,6 +108,8 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
     index, support = _candidates(points, evidence)
     plane, gain = points[index, 1:], SHARPNESS * np.log(support + NOTHING)
     step, down = np.linalg.norm(plane[:, None] - plane[None], axis=2), plane[:, None, 1] - plane[None, :, 1]
+    lost, z = SHARPNESS * np.log(np.maximum(support.max(axis=1, initial=0) / CLEAR, 1)), plane[:, 1]
+    passed = (lost * (z[:, None, None] > z) * (z > z[None, :, None])).sum(axis=2)  # between two candidates
     place = np.concatenate([[0], np.cumsum(STEPS)])
     chains = []
     for scale in SCALES:
@@ -114,7 +117,7 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
         for above, below in zip(*np.triu_indices(len(STATES), 1), strict=True):
             wide = STEP_SPREAD * scale * np.sqrt(below - above)
             likely = -0.5 * ((step - scale * (place[below] - place[above])) / wide) ** 2 - np.log(wide / UNIT)
-            move[above, below] = np.where(down >= LEAST_STEP * (below - above), likely, -np.inf)
+            move[above, below] = np.where(down >= LEAST_STEP * (below - above), likely - passed, -np.inf)
         chains.append(Chain(index, plane, gain, move))
     return max(chains, key=lambda one: one.weight())
 

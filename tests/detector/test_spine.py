@@ -8,7 +8,18 @@ import pandas as pd
 import pytest
 from toy_spine import discs
 
-from lsdc_utils.detector.chain import CEILINGS, MISSED, NOTHING, STATES, STEPS, TEMPERATURES, calibrate, chain
+from lsdc_utils.detector.chain import (
+    CEILINGS,
+    CLEAR,
+    MISSED,
+    NOTHING,
+    SHARPNESS,
+    STATES,
+    STEPS,
+    TEMPERATURES,
+    calibrate,
+    chain,
+)
 from lsdc_utils.detector.localiser import MAPS, disc_places
 from lsdc_utils.detector.spine import CANAL_COLUMNS, Discs, calibrate_levels, canal_points, evidence, name_discs
 from lsdc_utils.vocabulary import LEVELS, T1, T2
@@ -183,6 +194,34 @@ def test_discs_are_assigned_once_and_downwards_in_any_order_of_detections():
         assert some[found.index[found.best()[2:7]]].tolist() == [0, 1, 2, 3, 4]
         assert found.best()[[0, 1, 7]].tolist() == [-1, -1, -1]
     assert chain(points[:0], table[:0]).best().tolist() == [-1] * len(STATES)
+
+
+def test_a_weak_candidate_between_discs_is_no_disc_and_a_clear_one_is_not_passed_over():
+    """T11/T12 is not imaged: something weak between two discs must not move the names above it up by one."""
+    places = np.array(list(centres([*SEEN[1:], "s1_s2"]).values()))
+    table = np.full((7, len(STATES)), 0.01)
+    table[:6, :6] = 0.6
+    table[5, :7], table[5, 6], table[6, 7] = 0.2, 0.6, 0.6
+    truth = [-1, 0, 1, 2, 3, 4, 5, 6]
+    for below in range(5):
+        weak = np.vstack([places, (places[below] + places[below + 1]) / 2 + (0, 24, 0)])  # in the canal
+        found = chain(weak, np.vstack([table, np.full(len(STATES), 0.03)]))
+        names = np.append(found.index, -1)[found.best()]
+        assert names.tolist() == truth, below
+    squeezed = places + np.outer([0, 0, 0, 0, -15, 0, 0], [0, 0, 1.0])  # L4/L5 lies close to L5/S1
+    found = chain(squeezed, table)
+    assert np.append(found.index, -1)[found.best()].tolist() == truth
+
+
+def test_what_a_candidate_explains_is_no_second_candidate():
+    """A disc of 60 detections that spread over 20 mm is one candidate; two discs 18 mm apart are two."""
+    rng = np.random.default_rng(0)
+    disc = rng.normal(0, (0, 5, 5), (60, 3))
+    table = np.full((60, len(STATES)), 0.01)
+    one = chain(disc, table)
+    two = chain(np.concatenate([disc[:30], disc[30:] * 0.4 + (0, 0, 18)]), table)
+    clear = [np.exp(found.gain.max(axis=1) / SHARPNESS) > CLEAR for found in (one, two)]
+    assert [own.sum() for own in clear] == [1, 2]
 
 
 def test_detections_of_one_disc_are_one_candidate():

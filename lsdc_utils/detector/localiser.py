@@ -147,12 +147,17 @@ def samples(stack: Stack, canal: pd.DataFrame, marks: pd.DataFrame) -> Iterator[
         yield Sample(images[index], np.concatenate([*points.values()])[:, :2], of_map, np.array(known), rows)
 
 
-def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A sample in a random frame and contrast: image (SIDE, SIDE) from 0 to 1, maps and their weights, float32."""
-    size, turn = np.exp(rng.uniform(-0.4, 0.4)), np.deg2rad(rng.uniform(-12, 12))
+def augmented(
+    sample: Sample, rng: np.random.Generator, frames: float = 1.0, greys: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sample in a random frame and contrast: image (SIDE, SIDE) from 0 to 1, maps and their weights, float32.
+
+    frames: factor of all changes of the frame, 0 for none; greys: whether contrast and noise change.
+    """
+    size, turn = np.exp(frames * rng.uniform(-0.4, 0.4)), frames * np.deg2rad(rng.uniform(-12, 12))
     turned = size * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     middle = sample.points[sample.maps == 0].mean(axis=0)
-    shift = SIDE / 2 + rng.uniform(-32, 32, 2) - turned @ middle
+    shift = SIDE / 2 + frames * rng.uniform(-32, 32, 2) - turned @ middle
     matrix = np.column_stack([turned, shift])
     image = cv2.warpAffine(sample.image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
     layers = np.repeat(np.stack([sample.rows, np.full(len(sample.rows), True)], -1)[:, None], sample.image.shape[1], 1)
@@ -160,7 +165,7 @@ def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.
         cv2.warpAffine(layers.astype(np.uint8), matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST), -1, 0
     )
     rows |= 1 - shown
-    if rng.random() < 0.3:  # a narrower field of view
+    if rng.random() < 0.3 * frames:  # a narrower field of view
         (top, left), (bottom, right) = rng.integers(0, SIDE // 4, 2), SIDE - rng.integers(0, SIDE // 4, 2)
         inside = np.zeros_like(shown)
         inside[top:bottom, left:right] = 1
@@ -175,7 +180,7 @@ def augmented(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.
         np.maximum(target[number], np.outer(down, across), out=target[number])
     weight = np.broadcast_to(sample.known[:, None, None], target.shape).astype(np.float32).copy()
     weight[0] *= rows[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
-    return _recoloured(image, rng), target, weight
+    return _recoloured(image, rng) if greys else image.astype(np.float32) / 255, target, weight
 
 
 def _recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

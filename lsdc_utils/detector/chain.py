@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from lsdc_utils.vocabulary import LEVELS
@@ -27,10 +28,10 @@ NOTHING = 1e-3  # evidence that counts as none
 SHARPNESS = 3.0  # power of the evidence: at 1, weak candidates slip in between discs rather than that one is missed
 MISSED = np.array([0.3, 0.3, *[0.02] * len(LEVELS), 0.3])  # how likely each disc has no candidate, or is not imaged
 NO_CANDIDATE = np.log(MISSED * NOTHING)  # log weight of each disc without a candidate
-CLEAR = 0.1  # support from which a candidate costs weight where it is passed over
+CLEAR = 0.1  # support from which a candidate between two chosen ones costs weight
 LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter
 SAME_DISC = 8.0  # mm: spread of the kernel by which a candidate explains detections
-FEW = 40  # candidates
+MOST, FEW = 2000, 40  # detections that count, the strongest ones, which bounds memory; candidates
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which `calibrate` chooses
 CEILINGS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)  # likewise
 
@@ -125,10 +126,11 @@ def chain(points: np.ndarray, evidence: np.ndarray) -> Chain:
 def _candidates(points: np.ndarray, evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which detections (k,) are candidates, best first, and their support (k, 8).
 
-    Detections close to each other in the sagittal plane support each other. What one candidate explains supports no
-    other: else a disc whose detections are spread would be two.
+    Detections close to each other in the sagittal plane support each other. A detection supports one candidate only;
+    otherwise a disc with spread detections would count twice.
     """
-    apart = np.linalg.norm(points[:, None, 1:] - points[None, :, 1:], axis=2)
+    kept = np.sort(np.argsort(-evidence.max(axis=1), kind="stable")[:MOST])
+    apart, evidence = cdist(points[kept, 1:], points[kept, 1:]), evidence[kept]
     near, rest = np.exp(-0.5 * (apart / SAME_PLACE) ** 2), evidence.astype(float)
     support, index, supports = near @ rest, [], []
     while len(index) < FEW and support.max(initial=0) >= LEAST_SUPPORT:
@@ -138,7 +140,7 @@ def _candidates(points: np.ndarray, evidence: np.ndarray) -> tuple[np.ndarray, n
         explained = rest[here] * np.exp(-0.5 * (apart[index[-1], here] / SAME_DISC) ** 2)[:, None]
         rest[here] -= explained
         support -= near[:, here] @ explained
-    return np.array(index, dtype=int), np.reshape(supports, (-1, len(STATES)))
+    return kept[np.array(index, dtype=int)], np.reshape(supports, (-1, len(STATES)))
 
 
 def calibrate(chances: np.ndarray, right: np.ndarray) -> tuple[float, float]:

@@ -33,7 +33,7 @@ class Detections:
 def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
     """Detections of one study: patient points and the full class-score vectors of the one-to-one head.
 
-    `canal`: the study's canal points, round which all is looked for: nothing without them. Views: those of the config.
+    Detects only near the study's canal points, `canal`; returns nothing without them. Views: those of the config.
     """
     config, parts, first = detector.config, [], 0
     stacks = stacks if canal is not None and len(canal) else ()

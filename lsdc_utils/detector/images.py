@@ -70,7 +70,7 @@ def network_inputs(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | N
     before, behind = np.maximum(index - 1, 0), np.minimum(index + 1, len(index) - 1)
     before, behind = (np.where(stack.blocks[k] == stack.blocks, k, index) for k in (before, behind))
     if config.condition == "nfn":
-        points = stack.affines[:, :3, 3] if canal is None else canal[[*"XYZ"]].to_numpy(dtype=float)
+        points = stack.affines[:, :3, 3] if canal is None or canal.empty else canal[[*"XYZ"]].to_numpy(dtype=float)
         off = np.abs(geometry.plane_distances(stack.affines, points.mean(axis=0)[None])[:, 0])
         inward = off[before] > off[behind]
         before, behind = np.where(inward, behind, before), np.where(inward, before, behind)

@@ -1,6 +1,6 @@
 """The localiser: a small network that finds discs of any level on whole sagittal slices of any contrast.
 
-It names nothing but the lumbosacral disc, which looks like no other; `chain` names the rest by counting from there.
+It tells the lumbosacral disc, which looks like no other, and a few marks; `chain` names the rest by counting from it.
 Slices are seen at `SPACING`, so that neither the field of view nor the matrix matters. Coordinates are LPS mm.
 """
 

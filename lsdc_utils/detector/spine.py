@@ -14,9 +14,9 @@ from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
 EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
-FAINT, MOST = 0.01, 800  # scores below this are no detection; of a series the strongest ones, which bounds memory
+FAINT = 0.01  # scores below this are clutter
 CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence", "numbering")
-CLEAR = 0.5  # score from which a transitional disc or the cord's tip counts as seen
+SEEN_FROM = 0.5  # score from which a transitional disc or the cord's tip counts as seen
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ def find_discs(network: Localiser, stacks: Sequence[Stack]) -> Discs:
     for stack in stacks:
         if PLANES[stack.series_type] == "sagittal":
             points, scores = (values.reshape(-1, values.shape[-1]) for values in detect_discs(network, stack))
-            kept = np.argsort(-scores.max(axis=1), kind="stable")[:MOST]
-            kept = np.sort(kept[scores.max(axis=1)[kept] >= FAINT])
-            t2 = np.full(len(kept), stack.series_type == T2)
+            kept = scores.max(axis=1) >= FAINT
+            t2 = np.full(kept.sum(), stack.series_type == T2)
             parts.append((points[kept], scores[kept], t2, len(stack.pixels)))
     *found, slices = zip(*parts, strict=True)
     return Discs(*map(np.concatenate, found), sum(slices))
@@ -99,7 +98,7 @@ def canal_points(
 
 
 def _numbering(discs: Discs, middles: np.ndarray) -> Iterator[str]:
-    """What speaks of a transitional vertebra, or of four or six lumbar ones, by the middles (8, 2) of the discs.
+    """Reasons why the number of vertebrae may be unusual, from the middles (8, 2) of the discs.
 
     Between free and fused is a lumbosacral disc of 0.35 to 0.65 of the height of the one above, as the localiser learnt
     it. The cord ends between T12/L1 and L2/L3 in nearly everyone (Saifuddin et al., Spine 1998).
@@ -107,9 +106,9 @@ def _numbering(discs: Discs, middles: np.ndarray) -> Iterator[str]:
     of = {name: discs.scores[:, MAPS.index(name)] for name in MAPS}
     for k, name, own in ((-2, "L5/S1", of["disc"]), (-1, "S1/S2", of["s1_s2"])):
         near = _near(discs, middles[[k]])[0] * own
-        if near.max(initial=0) > FAINT and near @ of["transitional"] / near.sum() > CLEAR:
+        if near.max(initial=0) > FAINT and near @ of["transitional"] / near.sum() > SEEN_FROM:
             yield f"{name} is a disc between free and fused"
-    if of["conus"].max(initial=0) > CLEAR:
+    if of["conus"].max(initial=0) > SEEN_FROM:
         near = _near(discs, discs.points[[of["conus"].argmax()], 1:])[0] * of["conus"] ** 2
         tip = (near @ discs.points / near.sum())[2]
         found = np.isfinite(middles[:, 0])

@@ -71,7 +71,7 @@ def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.
     """
     for group in GROUPS.values():
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
-            value = f"no {group.score} level found on {group.series_type}, although its images can be read"
+            value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"
             yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
     if doubt := "".join(points.get("numbering", pd.Series(dtype="str")).dropna().unique()):
         yield study_id, None, "numbering_uncertain", doubt, "graded as counted from below; check the levels on its page"

@@ -34,7 +34,7 @@ TABLES = {  # name -> columns; those with a column `split` hold both splits
     "train": ("study_id", *COLUMNS),  # grades in words, empty where a label is missing
     "train_label_coordinates": POINTS,
     "train_series_descriptions": SERIES,
-    "train_marks": ("study_id", *SEEN[2:], "mark", *"XYZ"),  # canal at discs beyond the graded ones, as anatomy has it
+    "train_marks": ("study_id", *SEEN[2:], "mark", *"XYZ"),  # in the canal, see `Body.marks`; otherwise as anatomy
     "test_series_descriptions": SERIES,
     "sample_submission": ("row_id", *SEVERITIES),  # every row of every test study
     # The answers, which nothing may open before predictions are made:

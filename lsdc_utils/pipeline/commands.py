@@ -139,9 +139,7 @@ def pack(asked: Namespace) -> int:
     from lsdc_utils.pipeline.pack import pack_ready, pack_run
 
     if (asked.out and asked.ready) or (asked.measured and not asked.ready):
-        raise UsageError(
-            "pack: --out names the archive, --measured goes with --ready; they cannot be given together so"
-        )
+        raise UsageError("pack: --out cannot be used with --ready, and --measured needs --ready")
     if asked.ready:
         table = pack_ready(asked.run, OUTPUTS / READY, asked.measured, usable_cores())
         print(f"{table.to_string(index=False)}\nready-made models: {shown(OUTPUTS / READY)}")

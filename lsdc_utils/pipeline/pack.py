@@ -42,7 +42,7 @@ def pack_run(run: Path, out: Path) -> list[str]:
 def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.DataFrame:
     """Write the folder `out` of ready-made models from a finished run; return the table of `temper.temper_run`.
 
-    Weights are kept in 16 bits (`load_vit` and `load_detector` use them in 32); the blend is tempered. real: a CSV of
+    Weights are kept in 16 bits (used in 32); the blend is tempered. real: a CSV of
     results on real scans, for the card. UsageError if all files together exceed `READY_SIZE`.
     """
     recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}

@@ -91,7 +91,8 @@ def check_start(parameters: dict[str, Any]) -> None:
     differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
     if other := [differ[key] for key in ARCHITECTURE if key in differ]:
         raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
-    if differ.keys().isdisjoint(STUDIES[:1] if parameters["data_dir"] else STUDIES):
+    drawn = parameters["phantom"] and not parameters["data_dir"]
+    if differ.keys().isdisjoint(STUDIES if drawn else STUDIES[:1]):
         raise UsageError(f"start_from: the models in {place} were trained on studies that this run holds out")
 
 

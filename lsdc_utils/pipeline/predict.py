@@ -137,7 +137,7 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
 
 def without_names(texts: pd.Series, root: Path) -> pd.Series:
     """The texts with '[name]' for `root`, its name, and each name with two letters or six digits in a row of a file or
-    folder under it."""
+    folder under it, even where such a name is an ordinary word."""
     parts = {part for file in walk(root, []) for part in file.relative_to(root).parts}
     parts = {readable(part) for part in parts if re.search(r"[^\W\d_]{2}|\d{6}", Path(part).stem)}
     whole = "\n".join(texts.astype(str))

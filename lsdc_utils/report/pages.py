@@ -139,7 +139,9 @@ def write_study_pages(
     first = ("index.html", "Studies")
     frame = {"run": SimpleNamespace(name=name), "pages": [first], "kind": "prediction", "basis": basis_words(basis)}
     whole = rows.groupby("study_id")["confidence"].mean().nsmallest(MOST_WHOLE).index.tolist()
-    whole = dict.fromkeys(whole, "among the least sure" if rows["study_id"].nunique() > MOST_WHOLE else "one of few")
+    whole = dict.fromkeys(
+        whole, "among the least sure" if rows["study_id"].nunique() > MOST_WHOLE else "few studies: all are shown whole"
+    )
     write = partial(_write_page, folder, frame)
     written = _write_studies(write, rows, lambda study, _: read(study), weights, whole, first, findings)
     for file in {*folder.glob("*.html")} - {*written}:

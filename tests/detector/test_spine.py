@@ -196,7 +196,7 @@ def test_discs_are_assigned_once_and_downwards_in_any_order_of_detections():
     assert chain(points[:0], table[:0]).best().tolist() == [-1] * len(STATES)
 
 
-def test_a_weak_candidate_between_discs_is_no_disc_and_a_clear_one_is_not_passed_over():
+def test_weak_candidates_between_discs_are_left_out_and_clear_ones_are_taken():
     """T11/T12 is not imaged: something weak between two discs must not move the names above it up by one."""
     places = np.array(list(centres([*SEEN[1:], "s1_s2"]).values()))
     table = np.full((7, len(STATES)), 0.01)
@@ -213,7 +213,7 @@ def test_a_weak_candidate_between_discs_is_no_disc_and_a_clear_one_is_not_passed
     assert np.append(found.index, -1)[found.best()].tolist() == truth
 
 
-def test_what_a_candidate_explains_is_no_second_candidate():
+def test_a_disc_with_spread_detections_is_one_candidate():
     """A disc of 60 detections that spread over 20 mm is one candidate; two discs 18 mm apart are two."""
     rng = np.random.default_rng(0)
     disc = rng.normal(0, (0, 5, 5), (60, 3))
@@ -274,7 +274,7 @@ def doubted(truth: dict[str, np.ndarray], between: str = "", conus: float | None
     return table["numbering"].iloc[0]
 
 
-def test_what_speaks_of_a_transitional_vertebra_is_told_and_the_names_stay():
+def test_signs_of_an_unusual_count_are_reported_and_the_names_stay():
     truth = centres([*SEEN, "s1_s2"])
     assert doubted(truth) == ""
     assert doubted(truth, between="l5_s1") == "L5/S1 is a disc between free and fused"

@@ -40,8 +40,8 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 13_120
-    training: int = 7_240  # modules that TRAINING imports, transitively
+    package: int = 13_090
+    training: int = 7_220  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

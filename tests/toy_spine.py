@@ -138,7 +138,7 @@ def no_detections(settings: DetectorConfig) -> Detections:
 
 
 def canal_points(study_id: int = 1, shift: float = 0.0) -> pd.DataFrame:
-    lines = [(study_id, level, "", *level_centre(level, shift), 0.9, 0.95, "") for level in LEVELS]
+    lines = [(study_id, level, "", *level_centre(level, shift), 0.9, 0.95) for level in LEVELS]
     return pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
 
 
@@ -147,7 +147,7 @@ def foramen_points(study_id: int = 1) -> pd.DataFrame:
         (study_id, level, CONDITIONS[name].side, *point, 0.8, 0.95)
         for (name, level), point in toy_points("nfn").items()
     ]
-    return pd.DataFrame(lines, columns=list(CANAL_COLUMNS[:-1]))
+    return pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
 
 
 def discs(

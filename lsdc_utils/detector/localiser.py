@@ -29,7 +29,9 @@ SPACING = 2.0  # mm a pixel
 STRIDE = 2  # pixels of a slice to one of the maps
 SIDE = 160  # pixels a side of a training image
 MARKS = ("l5_s1", "s1_s2", "sacrum")  # of their own: the lumbosacral disc, S1/S2, the sacrum at S2/S3
-DOUBTS = ("transitional", "conus")  # a lumbosacral disc that is neither free nor fused; the tip of the cord
+# A lumbosacral disc that is neither free nor fused, and the tip of the cord. Nothing is read from these two: out of
+# fold they did not tell which studies have one, or where the cord ends.
+DOUBTS = ("transitional", "conus")
 MAPS = ("disc", *MARKS, *DOUBTS, "canal")  # the middle of a disc of any level; behind it, where shown, the canal
 PEAKS = ("disc", "s1_s2", "conus", "canal")  # maps whose peaks are detections
 DISC_DEPTH = {"": 24.0, "s1_s2": 14.0, "sacrum": 10.0}  # mm from a canal point to the middle of its disc

@@ -1,6 +1,6 @@
 """Named canal points of a study, from the discs that localisers of one or several folds found; LPS mm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,7 @@ WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
 EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
 FAINT = 0.01  # scores below this are clutter
-CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence", "numbering")
-SEEN_FROM = 0.5  # score from which a transitional disc or the cord's tip counts as seen
+CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence")
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,11 @@ def canal_points(
 
     Behind the middle of a level's disc its canal is expected; the point is moved to what was detected of the canal
     there, on T2 if there is one, since patients move between series. level_confidence: the mean over the localisers of
-    the probability of these names, so that one that counts in another way takes its share of it. numbering: why the
-    number of vertebrae may be unusual, else ''; names are counted from below all the same.
+    the probability of these names, so that one that counts in another way takes its share of it.
     """
     joined = Discs(*(np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2")),
                    sum(one.slices for one in seen))  # fmt: skip
-    _, discs = name_discs(joined)
-    middles = discs[LUMBAR]
+    middles = name_discs(joined)[1][LUMBAR]
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
         chances.append(ceiling * _chance(chain(one.points, evidence(one)), middles, temperature))
@@ -87,37 +84,13 @@ def canal_points(
     expected = disc_places(np.column_stack([x, middles[found]]), names, 1.0)
     weight = _near(joined, expected[:, 1:], CANAL_SPREAD) * canal**2
     points = (weight @ joined.points + EXPECTED * expected) / (weight.sum(axis=1, keepdims=True) + EXPECTED)
-    doubt = "; ".join(_numbering(joined, discs))
     lines = [
-        (study_id, level, "", *point, own.max(), np.mean(chances), doubt)
+        (study_id, level, "", *point, own.max(), np.mean(chances))
         for level, point, own in zip(names, points, near, strict=True)
     ]
     table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
-    kinds = {"study_id": "int64", "level": "str", "side": "str", "numbering": "str"}
-    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-3:-1]], float))
-
-
-def _numbering(discs: Discs, middles: np.ndarray) -> Iterator[str]:
-    """Reasons why the number of vertebrae may be unusual, from the middles (8, 2) of the discs.
-
-    Between free and fused is a lumbosacral disc of 0.35 to 0.65 of the height of the one above, as the localiser learnt
-    it. The cord ends between T12/L1 and L2/L3 in nearly everyone (Saifuddin et al., Spine 1998).
-    """
-    of = {name: discs.scores[:, MAPS.index(name)] for name in MAPS}
-    for k, name, own in ((-2, "L5/S1", of["disc"]), (-1, "S1/S2", of["s1_s2"])):
-        near = _near(discs, middles[[k]])[0] * own
-        if near.max(initial=0) > FAINT and near @ of["transitional"] / near.sum() > SEEN_FROM:
-            yield f"{name} is a disc between free and fused"
-    if of["conus"].max(initial=0) > SEEN_FROM:
-        near = _near(discs, discs.points[[of["conus"].argmax()], 1:])[0] * of["conus"] ** 2
-        tip = (near @ discs.points / near.sum())[2]
-        found = np.isfinite(middles[:, 0])
-        heights = disc_places(np.insert(middles[found], 0, 0.0, axis=1), np.array(STATES)[found], 1.0)[:, 2]
-        of_disc = dict(zip(np.array(STATES)[found], heights, strict=True))
-        if tip < of_disc.get("l2_l3", -np.inf):
-            yield "the cord ends below L2/L3"
-        if tip > of_disc.get("t12_l1", np.inf):
-            yield "the cord ends above T12/L1"
+    kinds = {"study_id": "int64", "level": "str", "side": "str"}
+    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
 
 
 def _chance(found: Chain, middles: np.ndarray, temperature: float) -> float:

@@ -57,7 +57,7 @@ class Models:
         return {
             "yolo": rows,
             "vit3d": self.predict(self.vits, [(study_id, list(stacks))], crop_points, self.views),
-            "points": points[COLUMNS_OF["points"]],
+            "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
             "slices": axial_slices(stacks, points[points["condition"] == "scs"]),
@@ -73,8 +73,6 @@ def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"
             yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
-    if doubt := "".join(points.get("numbering", pd.Series(dtype="str")).dropna().unique()):
-        yield study_id, None, "numbering_uncertain", doubt, "graded as counted from below; check the levels on its page"
     if (sure := points["level_confidence"].min()) < SURE:
         yield study_id, None, "levels_uncertain", f"{sure:.2f}", "graded; check the levels on its page"
 

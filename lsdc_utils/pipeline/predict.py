@@ -131,7 +131,7 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
         lines += [f"  {count:>8} of them without the series that the condition is read on"]
     if len(findings):
         lines += ["findings: " + ", ".join(f"{n} {rule}" for rule, n in findings["rule"].value_counts().items())]
-    uncertain = findings.loc[findings["rule"].isin(("levels_uncertain", "numbering_uncertain")), "study_id"].nunique()
+    uncertain = findings.loc[findings["rule"] == "levels_uncertain", "study_id"].nunique()
     return "\n".join([*lines, basis_words(basis)]), grades["study_id"].nunique(), uncertain
 
 

@@ -20,7 +20,6 @@ from lsdc_utils.detector.chain import (
     calibrate,
     chain,
 )
-from lsdc_utils.detector.localiser import MAPS, disc_places
 from lsdc_utils.detector.spine import CANAL_COLUMNS, Discs, calibrate_levels, canal_points, evidence, name_discs
 from lsdc_utils.vocabulary import LEVELS, T1, T2
 
@@ -254,39 +253,3 @@ def test_names_are_right_where_the_nearest_readers_point_has_the_same_name():
 def test_names_of_no_disc_are_nan():
     found, places = name_discs(discs({}, clutter=0))
     assert not len(found.index) and places.shape == (8, 2) and np.isnan(places).all()
-
-
-def doubted(truth: dict[str, np.ndarray], between: str = "", conus: float | None = None) -> str:
-    """What is said of the count where the disc `between` looks transitional and the cord ends at `conus` mm."""
-    seen = discs(truth)
-    if between:
-        middle = disc_places(np.array(list(truth.values())), list(truth))[list(truth).index(between)]
-        near = np.linalg.norm((seen.points - middle)[:, 1:], axis=1) < 5
-        seen.scores[near, MAPS.index("transitional")] = 0.9
-    if conus is not None:
-        tip = np.zeros((3, len(MAPS)))
-        tip[:, MAPS.index("conus")] = 0.9
-        place = np.tile([3.0, 20.0, conus], (3, 1))
-        points, scores = np.concatenate([seen.points, place]), np.concatenate([seen.scores, tip])
-        seen = Discs(points, scores, np.append(seen.on_t2, [True] * 3), seen.slices)
-    table = canal_points([seen], 7)
-    assert table["numbering"].nunique() == 1 and table["level"].tolist() == list(LEVELS)
-    return table["numbering"].iloc[0]
-
-
-def test_signs_of_an_unusual_count_are_reported_and_the_names_stay():
-    truth = centres([*SEEN, "s1_s2"])
-    assert doubted(truth) == ""
-    assert doubted(truth, between="l5_s1") == "L5/S1 is a disc between free and fused"
-    assert doubted(truth, between="s1_s2") == "S1/S2 is a disc between free and fused"
-    assert doubted(truth, between="l4_l5") == ""  # a narrow disc higher up says nothing
-    for disc, above, text in (
-        ("t12_l1", 5, "the cord ends above T12/L1"),
-        ("t12_l1", -5, ""),
-        ("l2_l3", 5, ""),
-        ("l2_l3", -5, "the cord ends below L2/L3"),
-    ):
-        assert doubted(truth, conus=truth[disc][2] + above) == text
-    both = doubted(truth, between="s1_s2", conus=truth["l3_l4"][2])
-    assert both == "S1/S2 is a disc between free and fused; the cord ends below L2/L3"
-    assert doubted({name: truth[name] for name in LEVELS}, conus=truth["t11_t12"][2]) == ""  # nothing to compare with

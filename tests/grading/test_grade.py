@@ -86,12 +86,6 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     for found, rows, expected in (
         (points.iloc[:1], of_canal, [("nothing_detected", T1)]),
         (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
-        (points.iloc[:1].assign(numbering=""), of_canal, [("nothing_detected", T1)]),
-        (
-            points.assign(numbering=["the cord ends below L2/L3", np.nan]),
-            of_canal,
-            [("nothing_detected", T1), ("numbering_uncertain", "below L2/L3"), ("levels_uncertain", "0.79")],
-        ),
         (points.iloc[:1], of_canal.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
     ):
         monkeypatch.setattr(grade, "grade_study", lambda *asked, answer=(rows, found): answer)

@@ -17,6 +17,7 @@ from lsdc_utils.detector.canal import axial_slices
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import CONFIDENCES, Scheme, grade_study
 from lsdc_utils.detector.localiser import Localiser, load_localiser
+from lsdc_utils.detector.spine import SURE
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
@@ -33,7 +34,6 @@ COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives non
     "series": ["study_id", "series_type"],
     "slices": ["study_id"],
 }
-SURE = 0.8  # level confidence below which a study's levels are to be checked
 Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF
 
 

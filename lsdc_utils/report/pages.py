@@ -18,9 +18,9 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.spine import SURE
 from lsdc_utils.files import atomic
 from lsdc_utils.grading.basis import basis_words, grade_basis
-from lsdc_utils.grading.grade import SURE
 from lsdc_utils.grading.marks import SHORT_NAMES
 from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reader
 from lsdc_utils.report import run as tables

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,13 +14,18 @@ import yaml
 from safetensors.torch import load_file
 
 from lsdc_utils import checkpoint
+from lsdc_utils.data import competition
 from lsdc_utils.files import sha256
 from lsdc_utils.grading import grade
 from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.phantom import write_phantom
 from lsdc_utils.pipeline import arguments, commands, pack, temper
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.parameters import PROFILES, check_start, parse_override
 from lsdc_utils.vit.model import load_vit
+from lsdc_utils.vocabulary import COLUMNS, SPINAL_CANAL, T2
+
+COMMITTED = Path(__file__).resolve().parents[2] / "outputs/pretrained"
 
 REAL = pd.DataFrame({"source": ["t2"], "series": [25], "right_disc": ["0.967 (0.931 to 0.992)"]})
 
@@ -99,6 +105,23 @@ def test_no_structured_report_is_made_from_models_that_saw_no_patient(
     error = capsys.readouterr().err
     assert "phantom_only" in error and "no DICOM SR" in error and error.count("\n") == 1
     assert not (tmp_path / "sr").exists()
+
+
+def test_the_committed_models_grade_a_study(tmp_path: Path) -> None:
+    """The files in outputs/pretrained are whole, small, and name the levels of a study that no training drew."""
+    pack.check_ready(COMMITTED)
+    assert sum(file.stat().st_size for file in COMMITTED.rglob("*") if file.is_file()) <= pack.READY_SIZE
+    recipe = read_recipe(COMMITTED)
+    models = grade.load_models(COMMITTED / "weights", recipe["folds"], recipe["vit_views"])
+    comp = competition.read(write_phantom(tmp_path / "phantom", 0, 1, seed=31))
+    [study] = comp.series["study_id"].unique()
+    graded = grade.grade_studies(models, comp, "test", [study])
+    tables, sources = grade.blend_studies(recipe, graded, [study])
+    assert len(tables["ensemble"]) == len(COLUMNS) and (sources != "prior").mean() > 0.8
+    anatomy = pd.read_csv(tmp_path / "phantom/anatomy.csv")
+    truth = anatomy[(anatomy["condition"] == SPINAL_CANAL) & (anatomy["series_type"] == T2)].set_index("level")["Z"]
+    found = graded["points"].query("condition == 'scs'").set_index("level")["Z"]
+    assert len(truth) >= 4 and (np.abs(found.reindex(truth.index) - truth) < 10).all()
 
 
 # ---- trainings that start from other models -----------------------------------------------------------------------

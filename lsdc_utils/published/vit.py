@@ -44,6 +44,7 @@ class StudyVit(nn.Module):
         self.head = StudyHead(config)
 
     def forward(self, grids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, 25, 3) of grids of whole studies."""
         tokens = self.norm(self.patches(normalise(grids)).flatten(2).transpose(1, 2))
         return self.head(self.readout(self.blocks(tokens + self.position)))
 

@@ -102,6 +102,7 @@ class _Study:
     graded: Graded
 
     def blend(self, graded: Graded) -> Tables:
+        """Each blended table of the study, from its graded tables."""
         return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
 
     def crop_points(self) -> pd.DataFrame:

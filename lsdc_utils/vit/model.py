@@ -231,9 +231,11 @@ class SoftmaxHead(OrdinalHead):
     numbers = cuts = len(SEVERITIES)
 
     def grade(self, latents: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (..., 3) of latents and thresholds (..., 3)."""
         return F.log_softmax(latents + thresholds, dim=-1)
 
     def thresholds_of(self, share: np.ndarray) -> np.ndarray:
+        """The logits (..., 3) at which the probabilities are `share` (..., 3)."""
         return np.log(share)
 
 

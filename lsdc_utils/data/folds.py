@@ -21,7 +21,7 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     counts = counts.reindex(columns=pd.MultiIndex.from_product([words.GROUPS, (1, 2)]), fill_value=0).astype(float)
     if not 2 <= n_splits <= len(counts):
         raise CompetitionError(f"cannot cut {len(counts)} studies into {n_splits} folds")
-    counts["any_severe"] = (counts["scs", 2] > 0).astype(float)
+    counts["any_severe", ""] = (counts["scs", 2] > 0).astype(float)
     share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each study's share of the total of each trait
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(-share[order].sum(axis=1), kind="stable")]

@@ -57,7 +57,7 @@ def spine(n_missing=0, tilt=0.0, x=3.0):
     """Canal points of one study, leaning by `tilt` mm a mm in the coronal plane, the last `n_missing` levels absent."""
     z = SPINE_Z - 40
     table = {"study_id": 7, "level": LEVELS, "side": "", "X": x + tilt * z, "Y": SPINE_Y + 30, "Z": z}
-    return pd.DataFrame(table | {"confidence": 1.0}).iloc[: len(LEVELS) - n_missing]
+    return pd.DataFrame(table | {"confidence": 1.0, "condition": "scs"}).iloc[: len(LEVELS) - n_missing]
 
 
 def mirror_study(stack):

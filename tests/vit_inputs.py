@@ -9,11 +9,11 @@ from typing import Any
 import nbformat
 import numpy as np
 
-from lsdc_utils.vit.crops import FORAMEN, SLOTS
+from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, T1, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, parse_row_id
 
-SMALL = VitConfig(size=8, margin=1, slices=2, stem=8, patch=2, width=32, heads=2)
+SMALL = VitConfig(size=8, spacing=(2.0, 2.0, 2.0), margin=1, slices=2, channels=(8, 16), width=32, heads=2)
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "04_train_vit3d.ipynb"
 LOOP = ("batches", "loss", "optimizer", "loop", "epochs", "resume", "fit")  # cells from the batches to the weights
@@ -74,8 +74,7 @@ def draw_inputs(n: int, rng: np.random.Generator, config: VitConfig = SMALL) -> 
     """Squares of noise, their slices 4 mm apart about where each slot looks."""
     side, k = config.size + 2 * config.margin, config.slices
     images = rng.integers(20, 60, (n, 5, len(SLOTS) * k, side, side)).astype(np.uint8)
-    aims = [FORAMEN if kind == T1 else 0.0 for kind, _ in SLOTS]
-    places = np.repeat(aims, k) + np.tile(4.0 * np.arange(k) - 1.0, len(SLOTS))
+    places = np.tile(4.0 * np.arange(k) - 1.0, len(SLOTS))
     return records(images, np.broadcast_to(places, (n, 5, len(SLOTS) * k)))
 
 

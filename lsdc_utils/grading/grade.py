@@ -51,12 +51,11 @@ class Models:
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points = grade_study(self.localisers, self.yolos, study_id, stacks, self.scheme)
-        crop_points = points[points["condition"] != "nfn"]
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, rows, points), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
-            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], crop_points, self.views),
+            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], points, self.views),
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),

@@ -4,7 +4,7 @@ Nothing is resampled between slices. Slice thickness and instance numbers are ne
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -23,21 +23,23 @@ SPINE_SLOPE = np.tan(np.deg2rad([11.0, 8.0, 2.0, -9.0, -26.0]))  # mm to posteri
 LATERAL = np.array([1.0, -1.0])  # x direction that leads outwards, for each of vocabulary.SIDES
 # Which slices show a level: at the canal, at either foramen, at the disc; axial images are seen from each side.
 SLOTS = ((T2, ""), (T1, SIDES[0]), (T1, SIDES[1]), (AXIAL, SIDES[0]), (AXIAL, SIDES[1]))
-FORAMEN = 16.0  # mm outwards of the canal: where its outer wall narrows the nerve
-AIMS = [FORAMEN if kind == T1 else 0.0 for kind, _ in SLOTS]  # mm outwards: where each slot looks
 # For each slot the columns and rows of its squares and the way outwards (axial: up), in a level's frame.
 SLOT_AXES = np.array([np.eye(3)[[0, 1, 2] if kind == AXIAL else [1, 2, 0]] for kind, _ in SLOTS])
 SLOT_AXES[:, :, 0] *= np.array([[LATERAL[SIDES.index(side)] if side else 1.0] for _, side in SLOTS])
-SLICE_REACH = 14.0  # mm from there that a slice may lie: three steps
+SLICE_REACH = 14.0  # mm from where a slot looks that a slice may lie: three steps
 SAME_SLICE = 1.0  # mm between slices that show the same
-SAGITTAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
-AXIAL_MIDDLE = (8.0, -3.0)  # mm outwards and to posterior from a level's point to its recess, if no point tells more
+CANAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
+# mm outwards, to posterior and to the head from a level's point to its recess and foramen, if no point tells more:
+# means over training studies of the demo.
+RECESS = np.tile([8.0, -3.0, 0.0], (len(LEVELS), 1))
+FORAMEN = np.linspace((15.5, -3.4, 8.6), (20.5, -3.4, 11.4), len(LEVELS))
 BOWS = {1.5: 0.8, 6.0: 0.12, 15.0: 0.08}  # mm that spines bow sideways: share; one in ten old ones by 4 to 12
 WAVES = np.array([180.0, 250.0, 320.0, 400.0])  # mm, lengths of a bow
 LEAN, ANYWHERE = 0.06, 100.0  # spread of a spine's slope, and mm of its place
 POINT_ERROR, WILD_ERROR = 1.2, 8.0  # mm, spread of a point that is right, and what a wild one adds to it
 WILD_SHARE = 0.05  # of points that are as sure as the study's best
-RECESS_SPREADS = (4.0, 2.5, 1.5, 1.5)  # mm about `AXIAL_MIDDLE`: of a study, its turn (50 mm up), a level, outwards
+# mm about `RECESS` and `FORAMEN`: of a study, its turn (50 mm up), a level, the two sides against each other.
+SPREADS = {"ss": (4.0, 2.5, 1.5, 1.5), "nfn": (2.5, 1.5, 1.5, 1.5)}
 
 
 def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -70,24 +72,39 @@ def level_frames(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slot_centres(points: pd.DataFrame, centres: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """LPS mm (5, slots, 3) about which the squares of each slot lie: the level's centre; for axial ones the recess.
+    """LPS mm (5, slots, 3) about which the squares of each slot lie: on T2 the level's centre, on T1 its foramen, on
+    axial slices its recess.
 
-    points, centres, frames: of `level_frames`; points with a side are recesses. A recess without a point, or with a
-    wild one, lies where the study's others let it be expected, since series differ by some mm.
+    points, centres, frames: of `level_frames`; the points of condition nfn are foramina, of ss recesses.
     """
-    recesses = points[points["side"] != ""].groupby(["level", "side"])[[*"XYZ", "confidence"]].mean()
-    recesses = recesses.reindex(pd.MultiIndex.from_product([LEVELS, SIDES])).to_numpy(dtype=float)
-    usual = np.array([[out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0] for out in LATERAL])
-    off = np.einsum("lij,lsj->lsi", frames, recesses[:, :3].reshape(-1, 2, 3) - centres[:, None]) - usual
+    recesses = _side_points(points, "ss", RECESS, [0, 1], centres, frames)
+    foramina = _side_points(points, "nfn", FORAMEN, [1, 2], centres, frames)
+    of_kind = {T2: np.stack([centres] * 2, axis=1), T1: foramina, AXIAL: recesses}
+    return np.stack([of_kind[kind][:, SIDES.index(side or SIDES[0])] for kind, side in SLOTS], axis=1)
+
+
+def _side_points(
+    points: pd.DataFrame, condition: str, usual: np.ndarray, axes: list[int], centres: np.ndarray, frames: np.ndarray
+) -> np.ndarray:
+    """LPS mm (5, 2, 3) of a condition's places at each level and side: `usual` (5, 3) mm off the centre, moved along
+    two axes of the level's frame to the detected points.
+
+    One without a point, or with a wild one, lies where the study's others let it be expected, since series differ by
+    some mm.
+    """
+    found = points[points["condition"] == condition].groupby(["level", "side"])[[*"XYZ", "confidence"]].mean()
+    found = found.reindex(pd.MultiIndex.from_product([LEVELS, SIDES])).to_numpy(dtype=float)
+    usual = usual[:, None] * np.stack([[out, 1.0, 1.0] for out in LATERAL])
+    off = np.einsum("lij,lsj->lsi", frames, found[:, :3].reshape(-1, 2, 3) - centres[:, None]) - usual
     height, out = np.repeat((centres[:, 2] - centres[:, 2].mean()) / 50, 2), np.tile(LATERAL, len(LEVELS))
-    study, turn, level, half = np.square(RECESS_SPREADS)
+    study, turn, level, half = np.square(SPREADS[condition])
     spread = study + turn * np.outer(height, height) + half * np.outer(out, out)
     spread += level * np.kron(np.eye(len(LEVELS)), np.ones((2, 2)))
-    means, wild = _robust_means(off.reshape(-1, 3)[:, :2], recesses[:, 3], spread[None], np.ones(1))
-    expected = np.pad(means, ((0, 0), (0, 1))).reshape(off.shape)
-    off = expected + (1 - wild.reshape(-1, 2, 1)) * np.nan_to_num(off - expected)
-    found = centres[:, None] + np.einsum("lsi,lij->lsj", usual + off, frames)
-    return np.stack([found[:, SIDES.index(side)] if kind == AXIAL else centres for kind, side in SLOTS], axis=1)
+    means, wild = _robust_means(off.reshape(-1, 3)[:, axes], found[:, 3], spread[None], np.ones(1))
+    expected = np.zeros_like(off)
+    expected[..., axes] = means.reshape(*off.shape[:2], 2)
+    expected[..., axes] += (1 - wild.reshape(-1, 2, 1)) * np.nan_to_num(off - expected)[..., axes]
+    return centres[:, None] + np.einsum("lsi,lij->lsj", usual + expected, frames)
 
 
 def _robust_means(
@@ -122,7 +139,7 @@ class Cut:
     origin: np.ndarray  # (3,)
     columns: np.ndarray  # (3,) mm a pixel
     rows: np.ndarray  # (3,) mm a pixel
-    place: float  # of the slice, mm from the level's point: outwards (T2: to the left) or, if axial, to the head
+    place: float  # of the slice, mm from where its slot looks: outwards (T2: to the left) or, if axial, to the head
 
     def sample(self, size: int) -> np.ndarray:
         """Its grey values uint8 (size, size), bilinear in the slice; 0 outside."""
@@ -133,45 +150,45 @@ class Cut:
 
 
 def level_cuts(
-    stacks: list[Stack], points: pd.DataFrame, size: int, spacing: float, count: int
+    stacks: list[Stack], points: pd.DataFrame, size: int, spacings: Sequence[float], count: int
 ) -> Iterator[tuple[int, int, int, Cut]]:
     """For each of five levels and each of `SLOTS` the squares of the `count` slices nearest to where a slot looks, from
     whichever series of the type holds them, or fewer: the numbers of level, slot and square, and the square.
 
-    points: as in `level_frames`. Squares have `size` pixels of `spacing` mm a side. Columns lead to posterior and rows
-    to the head; in axial slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
+    points: study_id, level, side, X, Y, Z, confidence, condition (of GROUPS). Squares have `size` pixels a side, of as
+    many mm as `spacings` tells for each of SERIES_TYPES. Columns lead to posterior and rows to the head; in axial
+    slices columns lead outwards, so right halves are mirrored onto left ones, rows to posterior.
     """
-    slices = {kind: [] for kind in SERIES_TYPES}
-    for stack in (coarsen(stack, spacing) for stack in stacks):
+    slices, spacing_of = {kind: [] for kind in SERIES_TYPES}, dict(zip(SERIES_TYPES, spacings, strict=True))
+    for stack in (coarsen(stack, spacing_of[stack.series_type]) for stack in stacks):
         for image, affine, (rows, cols) in zip(stack.pixels, stack.affines, stack.shapes, strict=True):
             slices[stack.series_type].append((image[:rows, :cols], affine, geometry.normals(affine)))
     centres, frames = level_frames(points)
     anchors = slot_centres(points, centres, frames)
     for level, slot in np.ndindex(anchors.shape[:2]):
-        kind, axes, anchor, centre = SLOTS[slot][0], SLOT_AXES[slot], anchors[level, slot], centres[level]
-        across, down, _ = axes @ frames[level]
-        offset = (0.0, 0.0) if kind == AXIAL else SAGITTAL_MIDDLE
-        nearest = _nearest(slices[kind], centre, axes[2], AIMS[slot], count)
+        kind, axes, anchor = SLOTS[slot][0], SLOT_AXES[slot] @ frames[level], anchors[level, slot]
+        spacing, offset = spacing_of[kind], CANAL_MIDDLE if kind == T2 else (0.0, 0.0)
+        across, down, _ = axes
+        nearest = _nearest(slices[kind], anchor, SLOT_AXES[slot][2], count)
         for k, (place, image, affine, normal) in enumerate(nearest):
             columns = geometry.unit(across - normal * (normal @ across))
             rows = down - normal * (normal @ down)
             rows = geometry.unit(rows - columns * (columns @ rows))
-            middle = anchor + normal * (place - normal @ (anchor - centre))
-            middle = middle + columns * offset[0] + rows * offset[1]
+            middle = anchor + normal * place + columns * offset[0] + rows * offset[1]
             origin = middle - (columns + rows) * (size - 1) / 2 * spacing
             yield level, slot, k, Cut(image, affine, origin, columns * spacing, rows * spacing, place)
 
 
-def _nearest(slices: list[tuple], centre: np.ndarray, outwards: np.ndarray, aim: float, count: int) -> list[tuple]:
-    """Place (mm outwards of `centre`), image, affine and normal outwards of the slices nearest to the place `aim`, at
-    most `SLICE_REACH` from it; of a repeated slice only the first."""
+def _nearest(slices: list[tuple], anchor: np.ndarray, outwards: np.ndarray, count: int) -> list[tuple]:
+    """Place (mm outwards of `anchor`), image, affine and normal outwards of the slices nearest to it, at most
+    `SLICE_REACH` from it; of a repeated slice only the first."""
     placed = []
     for image, affine, normal in slices:
         normal = normal if normal @ outwards > 0 else -normal
-        placed.append((float(normal @ (affine[:3, 3] - centre)), image, affine, normal))
+        placed.append((float(normal @ (affine[:3, 3] - anchor)), image, affine, normal))
     chosen = []
-    for candidate in sorted(placed, key=lambda member: abs(member[0] - aim)):
-        if len(chosen) == count or abs(candidate[0] - aim) > SLICE_REACH:
+    for candidate in sorted(placed, key=lambda member: abs(member[0])):
+        if len(chosen) == count or abs(candidate[0]) > SLICE_REACH:
             break
         if all(abs(candidate[0] - other[0]) >= SAME_SLICE for other in chosen):
             chosen.append(candidate)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.files import atomic
 from lsdc_utils.vit import crops
-from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, SERIES_TYPES, SIDES
+from lsdc_utils.vit.model import KINDS, VitConfig
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, SERIES_TYPES, SIDES, T2
 
 AXES = ("outwards", "posterior", "head")  # of a level's frame
 VIEW_STEP = 1.5  # mm that a view at prediction is shifted
@@ -71,15 +71,15 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
 
 
 def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Points to cut crops about: study_id, level, side ('': canal, else recess), X, Y, Z (LPS mm), confidence.
+    """Points to cut crops about: study_id, level, side, X, Y, Z (LPS mm), confidence, condition (of GROUPS).
 
     A study in one of the tables `detected` takes its points from there. These are out of fold, so training meets the
     errors that prediction will meet. Every other study takes the label table's points.
     """
-    tables, columns = list(detected), ["study_id", "level", "side", "X", "Y", "Z", "confidence"]
-    side = {name: condition.side or "" for name, condition in CONDITIONS.items() if condition.group != "nfn"}
-    clicked = labels[labels["condition"].isin(side) & labels["X"].notna()]
-    clicked = clicked.assign(side=clicked["condition"].map(side), confidence=1.0)
+    tables, columns = list(detected), ["study_id", "level", "side", *"XYZ", "confidence", "condition"]
+    clicked = labels[labels["X"].notna()]
+    named = [CONDITIONS[name] for name in clicked["condition"]]
+    clicked = clicked.assign(side=[c.side or "" for c in named], condition=[c.group for c in named], confidence=1.0)
     for table in tables:
         clicked = clicked[~clicked["study_id"].isin(table["study_id"])]
     return pd.concat([table[columns] for table in (*tables, clicked)], ignore_index=True)
@@ -87,8 +87,7 @@ def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) ->
 
 def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
     """For each point of a label table how far it lies from where crops about `detected` points look: study_id, level,
-    series_type, side, and mm outwards (T2: to the left), to posterior and to the head along the canal. T2 looks at the
-    level's point, T1 `FORAMEN` mm outwards of it, axial at the recess."""
+    series_type, side, and mm outwards (T2: to the left), to posterior and to the head along the canal."""
     rows, clicked = [], labels[labels["X"].notna()]
     slots = {name: (GROUPS[c.group].series_type, c.side or "") for name, c in CONDITIONS.items()}
     for study, points in detected.groupby("study_id"):
@@ -99,9 +98,8 @@ def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
         middles = crops.slot_centres(points, centres, frames)
         for condition, level, *place in own[["condition", "level", "X", "Y", "Z"]].itertuples(index=False):
             k, slot = LEVELS.index(level), crops.SLOTS.index(slots[condition])
-            out, back, _ = frames[k] @ (place - middles[k, slot])
-            out = out * (-1 if slots[condition][1] == SIDES[1] else 1) - crops.AIMS[slot]
-            rows.append((study, level, *slots[condition], out, back, frames[k, 2] @ (place - centres[k])))
+            out, *rest = frames[k] @ (place - middles[k, slot])
+            rows.append((study, level, *slots[condition], out * (-1 if slots[condition][1] == SIDES[1] else 1), *rest))
     return pd.DataFrame(rows, columns=["study_id", "level", "series_type", "side", *AXES])
 
 
@@ -117,7 +115,7 @@ def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: 
     images = torch.from_numpy(inputs["images"]).to(DEVICE).float()
     stored = images.shape[-1]
     angle, size = turns[..., 0], turns[..., 1] * config.size / stored
-    cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * config.spacing)
+    cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * np.take(config.spacing, KINDS))
     theta = np.stack([cosine, -sine, across * to_share, sine, cosine, down * to_share], axis=-1)
     theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(DEVICE)
     grid = F.affine_grid(theta, (len(theta), 1, config.size, config.size), align_corners=False)
@@ -141,15 +139,15 @@ def shown_slices(
 ) -> Iterator[tuple[str, np.ndarray, float, tuple]]:
     """For each series type the square of a level's left half that is nearest to where its slot looks, as the network
     sees it: series type, image (blank if there is none), the slice's place in mm, and the image's extent for imshow, mm
-    from the level's point or the recess. Sagittal images have the head at the top, axial ones anterior."""
+    from the canal's point, the foramen or the recess. Sagittal images have the head at the top, axial ones anterior."""
     images, places = (part[study, level].cpu().numpy() for part in seen)
     for kind in SERIES_TYPES:
         slot = [of_slot for of_slot, _ in crops.SLOTS].index(kind)  # the left side's
-        off = np.abs(places.reshape(-1, config.slices)[slot] - crops.AIMS[slot])
+        off = np.abs(places.reshape(-1, config.slices)[slot])
         nearest = slot * config.slices + int(np.argsort(off)[0])  # a missing slice is sorted last
         image = images[nearest] * np.isfinite(places[nearest])
-        across, down = (0.0, 0.0) if kind == AXIAL else crops.SAGITTAL_MIDDLE
-        half = config.size * config.spacing / 2
+        across, down = crops.CANAL_MIDDLE if kind == T2 else (0.0, 0.0)
+        half = config.size * config.spacing[SERIES_TYPES.index(kind)] / 2
         extent = (across - half, across + half, down + half, down - half)
         if kind != AXIAL:  # its rows lead to the head
             image, extent = image[::-1], (*extent[:2], down - half, down + half)

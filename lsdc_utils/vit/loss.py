@@ -8,13 +8,15 @@ from lsdc_utils.vit.model import COLUMN_GROUP
 from lsdc_utils.vocabulary import GROUPS, MISSING, SEVERITY_WEIGHTS
 
 
-def row_weights(labels: np.ndarray) -> np.ndarray:
+def row_weights(labels: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """Weights float32 (n, 25) by which the mean over studies of (weight * loss).sum(1) is the score's mean over its
-    three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label."""
-    weights = np.where(labels == MISSING, 0.0, np.array(SEVERITY_WEIGHTS)[labels])
+    three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label. among: the labels
+    (m, 25) of all studies, if `labels` are a batch of them."""
+    among = labels if among is None else among
+    weights, total = (np.where(y == MISSING, 0.0, np.array(SEVERITY_WEIGHTS)[y]) for y in (labels, among))
     for group in GROUPS:
         columns = [name == group for name in COLUMN_GROUP]
-        weights[:, columns] *= len(labels) / max(weights[:, columns].sum(), 1e-9) / len(GROUPS)
+        weights[:, columns] *= len(among) / max(total[:, columns].sum(), 1e-9) / len(GROUPS)
     return weights.astype(np.float32)
 
 

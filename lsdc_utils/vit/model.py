@@ -1,14 +1,16 @@
-"""The second classifier: a factorised 3D vision transformer built from five parts, each replaceable.
+"""The second classifier: a factorised 3D vision transformer built from four parts, each replaceable.
 
-Squares of slices -> encoder -> reader -> slice blocks -> study blocks -> head -> probabilities. The right side is
-mirrored onto the left. To try another part, write its class into this file with the constructor and shapes of the one
-that it replaces, and name it in notebook 04; `load_vit` finds the class by the name that `save_vit` wrote.
+Squares of slices -> encoder -> reader -> slice blocks -> head -> probabilities. The right side is mirrored onto the
+left. A place is graded by the slices that show it; levels and conditions do not see each other. To try another part,
+write its class into this file with the constructor and shapes of the one that it replaces, and name it in notebook 04;
+`load_vit` finds the class by the name that `save_vit` wrote.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsdc_utils.files import atomic, git_commit, sha256, write_json
-from lsdc_utils.vit.crops import AIMS, LATERAL, SLOTS
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T2
+from lsdc_utils.vit.crops import LATERAL, SLOTS
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T1, T2
 
-HALF_OUTPUTS = ("scs", "nfn", "ss")  # what one half level is graded for
+SHOWN_ON = {"scs": (T2, AXIAL), "nfn": (T1,), "ss": (AXIAL,)}  # what one half level is graded for, by which series
+HALF_OUTPUTS = tuple(SHOWN_ON)
 COLUMN_GROUP = tuple(CONDITIONS[c].group for c in CONDITIONS for _ in LEVELS)  # of each of the 25 columns
 KINDS = [SERIES_TYPES.index(kind) for kind, _ in SLOTS]  # series of each slot
 SLOTS_OF_SIDE = [[k for k, (_, slot_side) in enumerate(SLOTS) if slot_side in ("", side)] for side in SIDES]
@@ -34,47 +37,46 @@ NODE_STEP = 4.0  # mm between places, from -12 to 12, between which the reader's
 class VitConfig:
     """What the network sees and how large it is."""
 
-    size: int = 16  # pixels a side of the square of a slice
-    spacing: float = 1.75  # mm a pixel
-    margin: int = 4  # pixels kept all round, to cut shifted and turned squares from
-    slices: int = 5  # of a series, a level and a side
-    encoder: str = "vit"  # of a slice: vit, a small one from scratch, or the name of a timm model
-    stem: int = 32  # channels of the stride-2 convolution before the patches (vit)
-    patch: int = 2  # a side, in pixels after the stem (vit)
+    size: int = 32  # pixels a side of the square of a slice
+    spacing: tuple[float, float, float] = (1.0, 1.2, 0.5)  # mm a pixel on each of SERIES_TYPES
+    margin: int = 8  # pixels kept all round, to cut shifted and turned squares from
+    slices: int = 3  # of a series, a level and a side
+    encoder: str = "conv"  # of a slice: conv, a small one from scratch, or the name of a timm model
+    channels: tuple[int, ...] = (24, 48, 96)  # of its convolutions; all but the last halve the sides (conv)
+    patch: int = 16  # a side, in voxels (published)
     width: int = 96  # of a token
-    depth: int = 1  # blocks over the patches of a slice (vit)
+    depth: int = 1  # blocks over the patches of a study (published)
     heads: int = 4
-    readout: int = 8  # numbers that each patch hands to the readout, which keeps their places apart
+    readout: int = 8  # numbers that each place of a feature map hands to the reader, which keeps places apart
+    dropout: float = 0.3  # share of an encoder's features left out in training
     mix: int = 1  # blocks over the slices of a half level
-    context: int = 1  # blocks over the ten half levels of a study
     head: str = "ordinal"  # or softmax
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ValueError(f"vit_head is {self.head!r}; choose one of {', '.join(HEADS)}")
-        if self.encoder == "vit" and self.size % (2 * self.patch):
-            raise ValueError(f"vit_size {self.size} is not a multiple of {2 * self.patch}, the pixels of a patch")
+        if len(self.spacing) != len(SERIES_TYPES) or min(self.spacing) <= 0:
+            raise ValueError(f"vit_spacing is {list(self.spacing)}; give mm a pixel for {', '.join(SERIES_TYPES)}")
+        if self.encoder == "conv" and self.size % (step := 2 ** (len(self.channels) - 1)):
+            raise ValueError(f"vit_size {self.size} is not a multiple of {step}, the pixels of a place")
 
 
-class SliceVit(nn.Module):
-    """Encoder: slices (N, 1, h, w) from `normalise` -> features (N, num_features). A small transformer from scratch."""
+class SliceConv(nn.Module):
+    """Encoder: slices (N, 1, h, w) from `normalise` -> features (N, num_features). Small convolutions from scratch."""
 
     def __init__(self, config: VitConfig):
         super().__init__()
-        self.patch = config.patch
-        tokens = (config.size // (2 * config.patch)) ** 2
-        self.num_features = tokens * config.readout
-        self.stem = nn.Sequential(nn.Conv2d(1, config.stem, 3, stride=2, padding=1), nn.GELU())
-        self.embed = nn.Sequential(nn.Linear(config.stem * config.patch**2, config.width), nn.LayerNorm(config.width))
-        self.position = nn.Parameter(torch.randn(1, tokens, config.width) * 0.02)
-        self.blocks = attention_blocks(config, config.depth)
-        # A square is aligned to the spine, so a patch's place says what it shows. Averaging would lose the place, and
-        # a few hundred studies are too few to learn it again through attention (measured: nothing was learnt).
-        self.readout = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.readout), nn.Flatten(1))
+        layers, last = [], len(config.channels) - 1
+        for k, (before, after) in enumerate(pairwise((1, *config.channels))):
+            kernel, stride = 3 if k else 5, 2 if k < last else 1
+            conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(after), nn.GELU()]
+        # A square is aligned to what it shows, so a place in it has a meaning, which averaging would lose.
+        self.layers = nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.readout, 1), nn.Flatten(1))
+        self.num_features = config.readout * (config.size // 2**last) ** 2
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        tokens = F.unfold(self.stem(images), self.patch, stride=self.patch).transpose(1, 2)
-        return self.readout(self.blocks(self.embed(tokens) + self.position))
+        return self.layers(images)
 
 
 class TimmEncoder(nn.Module):
@@ -95,7 +97,7 @@ class TimmEncoder(nn.Module):
 
 def slice_encoder(config: VitConfig, weights: str = "") -> nn.Module:
     """The encoder that a config names; weights: a file of pretrained weights for a timm model, or "" for random."""
-    return SliceVit(config) if config.encoder == "vit" else TimmEncoder(config, weights)
+    return SliceConv(config) if config.encoder == "conv" else TimmEncoder(config, weights)
 
 
 class PlaceReader(nn.Module):
@@ -122,7 +124,7 @@ class PlaceReader(nn.Module):
             for slot in slots:
                 kind = KINDS[slot]
                 outward = lateral if SLOTS[slot][0] == T2 else 1.0  # both sides share T2, whose places are to the left
-                place = (places[:, :, slot] * outward - AIMS[slot]).clamp(self.nodes[0], self.nodes[-1])
+                place = (places[:, :, slot] * outward).clamp(self.nodes[0], self.nodes[-1])
                 share = (1 - (place[..., None] - self.nodes).abs() / NODE_STEP).clamp(min=0)  # (..., nodes), sums to 1
                 read = features[:, :, slot] @ self.read[kind]
                 read = torch.einsum("...f,ftw->...tw", read, self.place[kind].transpose(0, 1)) + self.place_bias[kind]
@@ -132,35 +134,32 @@ class PlaceReader(nn.Module):
 
 
 class SliceBlocks(nn.Module):
-    """Tokens (N, slices, width) of half levels and whether they are there -> one vector (N, width) for each: their sum,
-    and what blocks add that attend over them."""
+    """Tokens (N, slices, width) of half levels and whether they are there -> vectors (N, 3, width), one for each of
+    `HALF_OUTPUTS`: the sum over the slices that show it, and what blocks add that attend over them.
+
+    Company is no evidence: only where the series that show a condition are missing, the others count.
+    """
 
     def __init__(self, config: VitConfig):
         super().__init__()
         self.count = config.slices
+        kinds = np.repeat([SLOTS[slot][0] for slot in SLOTS_OF_SIDE[0]], config.slices)
+        own = torch.from_numpy(np.stack([np.isin(kinds, shown) for shown in SHOWN_ON.values()]))
+        self.register_buffer("own", own, persistent=False)
+        self.ask = nn.Parameter(torch.zeros(len(HALF_OUTPUTS), 1, config.width))
         self.blocks = attention_blocks(config, config.mix)
 
     def forward(self, tokens: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        own = present[:, None] & self.own
+        present = torch.where(own.any(dim=-1, keepdim=True), own, present[:, None]).flatten(0, 1)
+        tokens = (tokens[:, None] + self.ask).flatten(0, 1)
         pooled = (tokens * present[..., None]).sum(dim=1, keepdim=True) / math.sqrt(self.count)
         tokens = torch.cat([pooled, tokens], dim=1)
         present = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
         mask = torch.zeros_like(present, dtype=tokens.dtype).masked_fill(~present, -1e4)[:, None, None]
         for block in self.blocks:
             tokens = block(tokens, attn_mask=mask)
-        return tokens[:, 0]
-
-
-class StudyBlocks(nn.Module):
-    """Vectors (B, 5, 2, width) of half levels -> the same, each with what the other nine add by attention."""
-
-    def __init__(self, config: VitConfig):
-        super().__init__()
-        self.level = nn.Parameter(torch.zeros(len(LEVELS), 1, config.width))
-        self.blocks = attention_blocks(config, config.context)
-
-    def forward(self, halves: torch.Tensor) -> torch.Tensor:
-        context = self.blocks((halves + self.level).flatten(1, 2))
-        return halves + context.reshape(halves.shape) if len(self.blocks) else halves
+        return tokens[:, 0].unflatten(0, (-1, len(HALF_OUTPUTS)))
 
 
 def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
@@ -170,7 +169,7 @@ def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
 
 
 class OrdinalHead(nn.Module):
-    """Vectors (B, 5, 2, width) of half levels -> natural log-probabilities (B, 25, 3) in COLUMNS order.
+    """Vectors (B, 5, 2, 3, width) of half levels -> natural log-probabilities (B, 25, 3) in COLUMNS order.
 
     A cumulative link: P(severity > k) = sigmoid(latent - threshold k), thresholds learnt for each group and level
     (McCullagh 1980, Regression Models for Ordinal Data). The canal's latent is the mean of its two halves.
@@ -191,7 +190,8 @@ class OrdinalHead(nn.Module):
 
     def latents(self, halves: torch.Tensor) -> torch.Tensor:
         """Latent severities (B, 25, numbers)."""
-        outputs = self.linear(halves).unflatten(-1, (len(HALF_OUTPUTS), -1))  # (B, levels, sides, outputs, numbers)
+        weight, bias = (p.unflatten(0, (len(HALF_OUTPUTS), -1)) for p in (self.linear.weight, self.linear.bias))
+        outputs = torch.einsum("...ow,onw->...on", halves, weight) + bias  # (B, levels, sides, outputs, numbers)
         of_side = {None: outputs.mean(2), SIDES[0]: outputs[:, :, 0], SIDES[1]: outputs[:, :, 1]}
         columns = [of_side[c.side][:, :, HALF_OUTPUTS.index(c.group)] for c in CONDITIONS.values()]
         return torch.cat(columns, dim=1)
@@ -239,6 +239,7 @@ class SoftmaxHead(OrdinalHead):
         return np.log(share)
 
 
+PARTS = ("encoder", "reader", "slice_blocks", "head")  # of a network, which a person may exchange
 HEADS = {"ordinal": OrdinalHead, "softmax": SoftmaxHead}
 
 
@@ -248,14 +249,14 @@ class Vit3d(nn.Module):
 
     def __init__(
         self, config: VitConfig, encoder: nn.Module | None = None, reader: nn.Module | None = None,
-        slice_blocks: nn.Module | None = None, study_blocks: nn.Module | None = None, head: nn.Module | None = None,
+        slice_blocks: nn.Module | None = None, head: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
         self.config = config
         self.encoder = encoder or slice_encoder(config)
         self.reader = reader or PlaceReader(config, self.encoder.num_features)
         self.slice_blocks = slice_blocks or SliceBlocks(config)
-        self.study_blocks = study_blocks or StudyBlocks(config)
+        self.dropout = nn.Dropout(config.dropout)
         self.head = head or HEADS[config.head](config)
 
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -266,10 +267,10 @@ class Vit3d(nn.Module):
         features = seen.new_zeros(*slots, self.encoder.num_features)
         if there.any():
             encoded = self.encoder(seen[there][:, None])
-            features = features.to(encoded.dtype).masked_scatter(there[..., None], encoded)
+            features = features.to(encoded.dtype).masked_scatter(there[..., None], self.dropout(encoded))
         tokens, present = self.reader(features, places)
         halves = self.slice_blocks(tokens.flatten(0, 2), present.flatten(0, 2))
-        return self.head(self.study_blocks(halves.reshape(len(images), len(LEVELS), len(SIDES), -1)))
+        return self.head(halves.unflatten(0, (len(images), len(LEVELS), len(SIDES))))
 
 
 def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
@@ -291,7 +292,7 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> N
     about = {
         "model": "vit3d",
         "network": type(model).__name__,
-        "parts": {name: type(part).__name__ for name, part in model.named_children()},
+        "parts": {name: type(part).__name__ for name, part in model.named_children() if name in PARTS},
         "fold": fold,
         "config": asdict(model.config),
         "training": training,

@@ -29,7 +29,7 @@ from lsdc_utils.data.stacks import FEW_STUDIES, Stack, convert_studies, read_stu
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
 
-KAGGLE = VitConfig(size=128, spacing=0.5, margin=8)
+KAGGLE = VitConfig(size=128, spacing=(0.3, 0.4, 0.25), slices=5, margin=16)
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def compare_with_baseline(root: Path, comp: competition.Competition, points: pd.
         "headers alone": (None, lambda: [dicom.read_series(folder, pixels=False) for folder in series]),
         "read_series": (1.3, lambda: [dicom.read_series(folder) for folder in series]),
         "conversion: read, window, write": (3.0, lambda: list(convert_studies(comp, "test", [1], root / "slices"))),
-        "125 level crops, demo": (1.5, lambda: study_input(stacks(), points, VitConfig())),
+        "75 level crops, demo": (1.5, lambda: study_input(stacks(), points, VitConfig())),
         "125 level crops, kaggle": (None, lambda: study_input(stacks(), points, KAGGLE)),
     }
     seconds = fastest({name: run for name, (_, run) in contenders.items()}, repeats)

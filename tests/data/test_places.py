@@ -225,11 +225,11 @@ def test_the_detectors_image_shows_the_ball_where_its_label_is(planted, key, tmp
 def test_squares_show_the_ball_in_its_place_and_on_its_side(planted):
     """The ball lies 16 mm to the left of the canal: in the squares of the left side, and there to half a pixel."""
     stacks = [planted.stack(kind) for kind in SERIES_TYPES]
-    config = VitConfig(margin=0)
-    size, spacing = 40, 1.0  # wide enough to hold all of the ball
-    images = study_input(stacks, planted.canal, config)["images"]
+    size, spacing = 40, (1.0, 1.0, 1.0)  # wide enough to hold all of the ball
+    config, canal = VitConfig(spacing=spacing, margin=0), planted.canal.assign(condition="scs")
+    images = study_input(stacks, canal, config)["images"]
     by_slot = images[LEVEL].reshape(len(SLOTS), config.slices, config.size, config.size)
-    cuts = list(level_cuts(stacks, planted.canal, size, spacing, config.slices))
+    cuts = list(level_cuts(stacks, canal, size, spacing, config.slices))
     for number, ((kind, side), seen) in enumerate(zip(SLOTS, by_slot, strict=True)):
         if side == "right":
             assert (seen < 60).all()

@@ -19,7 +19,7 @@ from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import COLUMNS, LEVELS, SERIES_TYPES, SPINAL_CANAL, T2
 
-CONFIG = VitConfig(size=16, spacing=1.75, margin=4, slices=5, width=32, heads=2)
+CONFIG = VitConfig(size=16, spacing=(1.75, 1.75, 1.75), margin=4, slices=5, width=32, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def study() -> tuple[list[Stack], pd.DataFrame]:
         numbers = np.arange(1, len(pixels) + 1, dtype=np.int32)
         stacks.append(Stack(1, number, kind, pixels, shapes, plan.affines, numbers, plan.blocks.astype(np.int32)))
     points = pd.DataFrame(body.points()[:5], columns=list("XYZ")).assign(level=LEVELS, study_id=1)
-    points = points.assign(side="", confidence=1.0)
+    points = points.assign(side="", confidence=1.0, condition="scs")
     return stacks, points
 
 

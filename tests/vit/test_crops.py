@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 from spines import SAGITTAL, make_affines, make_stack, mirror_study, noisy_study, ramp, spine
 
-from lsdc_utils.vit.crops import AXIAL_MIDDLE, SAGITTAL_MIDDLE, SLOTS, level_cuts, level_frames, slot_centres
+from lsdc_utils.vit.crops import CANAL_MIDDLE, FORAMEN, RECESS, SLOTS, level_cuts, level_frames, slot_centres
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
-from lsdc_utils.vocabulary import AXIAL, LEVELS, SIDES, T2
+from lsdc_utils.vocabulary import AXIAL, LEVELS, SIDES, T1, T2
 
 
 def level_slices(stacks, points, size, spacing, slices):
     """Images (5, slots * slices, size, size) and places (5, slots * slices) of a study."""
-    record = study_input(stacks, points, VitConfig(size=size, spacing=spacing, slices=slices, margin=0, patch=1))
+    config = VitConfig(size=size, spacing=(spacing,) * 3, slices=slices, margin=0, channels=(8,))
+    record = study_input(stacks, points, config)
     return record["images"], record["places"]
 
 
@@ -60,10 +61,10 @@ def test_a_bow_is_followed(wave, phase):
     assert np.abs(np.delete(level_frames(bowed)[0][:, 0] - bowed["X"], 2)).max() < 2.5
 
 
-def recesses(points, outwards=7.0, posterior=-2.0, moved=(0.0, 0.0, 0.0)):
-    """Points of both recesses of each level, beside its canal point."""
+def recesses(points, outwards=7.0, posterior=-2.0, moved=(0.0, 0.0, 0.0), condition="ss"):
+    """Points of both recesses (or foramina) of each level, beside its canal point."""
     sides = [
-        points.assign(side=side, X=points["X"] + sign * outwards, Y=points["Y"] + posterior)
+        points.assign(condition=condition, side=side, X=points["X"] + sign * outwards, Y=points["Y"] + posterior)
         for side, sign in zip(SIDES, (1, -1), strict=True)
     ]
     table = pd.concat(sides, ignore_index=True)
@@ -86,17 +87,33 @@ def test_axial_squares_lie_about_the_recesses_that_were_found_wherever_the_canal
     none = slot_centres(canal, centres, frames)
     for slot, (kind, side) in enumerate(SLOTS):
         off = np.einsum("nij,nj->ni", frames, none[:, slot] - centres)
-        out = 1 if side == "left" else -1
-        usual = (out * AXIAL_MIDDLE[0], AXIAL_MIDDLE[1], 0.0) if kind == AXIAL else (0.0, 0.0, 0.0)
-        np.testing.assert_allclose(off, np.tile(usual, (5, 1)), atol=1e-9)
+        usual = {AXIAL: RECESS, T1: FORAMEN, T2: np.zeros((5, 3))}[kind] * [1 if side != "right" else -1, 1, 1]
+        np.testing.assert_allclose(off, usual, atol=1e-9)
     axial = [stack for stack in noisy_study() if stack.series_type == AXIAL]
     slots = set()
-    for level, slot, _, cut in level_cuts(axial, pd.concat([canal, truth]), 6, 2.0, 5):
+    for level, slot, _, cut in level_cuts(axial, pd.concat([canal, truth]), 6, [2.0] * 3, 5):
         is_own = (truth["level"] == LEVELS[level]) & (truth["side"] == SLOTS[slot][1])
         off = cut.origin + 2.5 * (cut.columns + cut.rows) - truth[is_own][[*"XYZ"]].to_numpy(float)[0]
         assert np.hypot(*off[:2]) < 0.3  # its middle is the recess, in the plane of the slice
         slots.add((level, slot))
     assert slots == {(level, slot) for level in range(5) for slot in (3, 4)}
+
+
+def test_sagittal_t1_squares_lie_about_the_foramina_that_were_found():
+    canal = spine()
+    usual = recesses(canal, 0.0, 0.0, condition="nfn")
+    usual["X"] += np.concatenate([FORAMEN[:, 0], -FORAMEN[:, 0]])
+    usual[["Y", "Z"]] += np.tile(FORAMEN[:, 1:], (2, 1)) + [2.0, -3.0]  # of this patient: motion between the series
+    found = slot_centres(pd.concat([canal, usual.drop(index=[2, 6])]), *level_frames(canal))
+    for slot, (kind, side) in enumerate(SLOTS):
+        if kind == T1:
+            place = usual[usual["side"] == side][["Y", "Z"]].to_numpy()
+            assert np.abs(found[:, slot, 1:] - place).max() < 1.0
+    stack = next(stack for stack in noisy_study() if stack.series_type == T1)
+    for level, slot, _, cut in level_cuts([stack], pd.concat([canal, usual]), 6, [2.0] * 3, 3):
+        place = usual[(usual["level"] == LEVELS[level]) & (usual["side"] == SLOTS[slot][1])][[*"XYZ"]].to_numpy()[0]
+        off = cut.origin + 2.5 * (cut.columns + cut.rows) - place
+        assert np.hypot(*off[1:]) < 1.0 and abs(cut.place) < 8  # its middle is the foramen, on the nearest slices
 
 
 def test_a_recess_without_a_point_lies_where_the_others_let_it_be_expected():
@@ -149,14 +166,14 @@ def test_squares_are_where_they_say_and_series_that_lack_are_blank():
     stack = make_stack(ramp, make_affines(21, 2.0, 4.5, centre=(3, 30, -40), size=size, **SAGITTAL), size, T2)
     images, places = level_slices([stack], points, 6, 2.0, 5)
     centres, frames = level_frames(points)
-    cuts = list(level_cuts([stack], points, 6, 2.0, 5))
+    cuts = list(level_cuts([stack], points, 6, [2.0] * 3, 5))
     assert [place for *place, _ in cuts] == [[level, 0, k] for level in range(5) for k in range(5)]
     for level, _, k, cut in cuts:
         rows, cols = np.indices((6, 6))[..., None]
         at_pixel = cut.origin + cols * cut.columns + rows * cut.rows
         np.testing.assert_allclose(images[level, k], np.clip(ramp(at_pixel), 0, 255), atol=1.5)
         off = (at_pixel.mean(axis=(0, 1)) - centres[level]) @ frames[level].T
-        np.testing.assert_allclose(off[1:], SAGITTAL_MIDDLE, atol=1.0)
+        np.testing.assert_allclose(off[1:], CANAL_MIDDLE, atol=1.0)
         assert places[level, k] == pytest.approx(at_pixel[0, 0, 0] - centres[level, 0], abs=1e-4)
     assert (np.diff(np.abs(places[:, :5]), axis=1) >= -1e-4).all() and np.isnan(places[:, 5:]).all()
     assert (images[:, 5:] == 0).all()

@@ -23,13 +23,13 @@ from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, tr
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
 from lsdc_utils.downloads import WeightsNotFound
-from lsdc_utils.vit.augment import Augmentation, augment
+from lsdc_utils.vit.augment import Augmentation, augment, recombined
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, study_inputs
 from lsdc_utils.vit.loss import row_losses, row_weights
 from lsdc_utils.vit.model import Vit3d, load_vit
 from lsdc_utils.vit.predict import probabilities
-from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
 
 SCALER = 'torch.amp.GradScaler(device.type, enabled=device.type == "cuda")'
 IN_16_BITS = (SCALER, "torch.amp.GradScaler(device.type, init_scale=2.0**40)")  # so high that gradients overflow
@@ -95,7 +95,7 @@ def test_a_stopped_training_ends_like_an_undisturbed_one(tmp_path, monkeypatch, 
                 "slice_blocks=type('Own', (vit.SliceBlocks,), {})(config)",
             )
         },
-        {"config": dataclasses.replace(SMALL, spacing=1.5)},
+        {"config": dataclasses.replace(SMALL, spacing=(1.5, 2.0, 2.0))},
         {"studies": draw_studies(6, seed=3)},
     ],
     ids=["seed", "parameter", "loss", "step", "optimizer", "comment", "part", "config", "data"],
@@ -146,11 +146,11 @@ def test_a_timm_model_encodes_slices_and_starts_from_the_weights_in_a_file(tmp_p
 def test_augmented_squares_move_and_a_left_out_series_is_black():
     inputs, labels = draw_studies(2, seed=0)
     rngs = [np.random.default_rng(k) for k in range(2)]
-    seen, same, order = augment(inputs, labels, SMALL, Augmentation(drop_series=1.0), rngs)
-    assert seen[1].isnan().all() and (same == labels).all() and (order == np.arange(25)).all()
+    seen, same = augment(inputs, labels, SMALL, Augmentation(drop_series=1.0, recombine=0), rngs)
+    assert seen[1].isnan().all() and (same == labels).all()
     assert all(not image.any() for _, image, _, _ in shown_slices(seen, 0, 2, SMALL))
-    still = Augmentation(jitter=((0, 0, 0),) * len(SLOTS), rotation=0, scale=0, intensity=0, drop_series=0)
-    seen, _, _ = augment(inputs, labels, SMALL, still, rngs)
+    still = Augmentation(jitter=((0, 0, 0),) * len(SLOTS), rotation=0, scale=0, intensity=0, drop_series=0, recombine=0)
+    seen, _ = augment(inputs, labels, SMALL, still, rngs)
     for part, other in zip(seen, next(prediction_views(inputs, SMALL, 1))[0], strict=True):
         torch.testing.assert_close(part, other, atol=1e-3, rtol=1e-4)
     assert [kind for kind, *_ in shown_slices(seen, 0, 2, SMALL)] == list(SERIES_TYPES)
@@ -159,15 +159,34 @@ def test_augmented_squares_move_and_a_left_out_series_is_black():
 def test_each_slot_is_shifted_by_its_own_spread_and_shares_what_its_canal_point_is_off():
     """Places show the shift through the plane: T2 to the left, T1 outwards, axial to the head."""
     jitter = ((2.0, 1.0, 1.0), (3.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 1.0, 4.0), (1.0, 1.0, 4.0))
-    strength = Augmentation(jitter=jitter, rotation=0, scale=0, intensity=0, drop_series=0)
+    strength = Augmentation(jitter=jitter, rotation=0, scale=0, intensity=0, drop_series=0, recombine=0)
     inputs, labels = draw_studies(200, seed=0)
     rngs = [np.random.default_rng(k) for k in range(200)]
     _, places = augment(inputs, labels, SMALL, strength, rngs)[0]
     moved = (inputs["places"] - places.numpy())[:, :, :: SMALL.slices].reshape(-1, len(SLOTS))
     np.testing.assert_allclose(moved.std(axis=0), [2.0, 3.0, 3.0, 4.0, 4.0], rtol=0.1)
     share = np.corrcoef(moved.T)
-    np.testing.assert_allclose(share[0], [1, 2 / 3, -2 / 3, 0, 0], atol=0.1)
-    assert share[1, 2] == pytest.approx(-4 / 9, abs=0.1) and share[3, 4] == pytest.approx(1 / 16, abs=0.1)
+    np.testing.assert_allclose(share[0], [1, 0, 0, 0, 0], atol=0.1)
+    assert share[1, 2] == pytest.approx(0, abs=0.1) and share[3, 4] == pytest.approx(1 / 16, abs=0.1)
+
+
+def test_right_halves_are_exchanged_with_their_labels_and_the_canal_loses_a_label_that_differs():
+    inputs, labels = draw_studies(3, seed=0)
+    labels[:, :5] = [[0, 1, 2, 0, 0], [0, 1, 1, 0, 0], [0, 1, 2, 2, 0]]  # the canal's columns
+    exchanged = np.zeros((3, 5), bool)
+    exchanged[0, 1:3] = True  # of the first study, L2/L3 and L3/L4 from the second one
+    seen, mixed = recombined(inputs, labels, exchanged)
+    k = SMALL.slices
+    for slot, (_, side) in enumerate(SLOTS):
+        own = inputs["images"][0, :, slot * k : (slot + 1) * k].copy()
+        if side == "right":
+            own[1:3] = inputs["images"][1, 1:3, slot * k : (slot + 1) * k]
+        np.testing.assert_array_equal(seen["images"][0, :, slot * k : (slot + 1) * k], own)
+    expected = labels.copy()
+    right = [n for n, c in enumerate(COLUMNS) if c.startswith("right") and c.endswith(("l2_l3", "l3_l4"))]
+    expected[0, right], expected[0, 2] = labels[1, right], -1
+    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_array_equal(seen[1:], inputs[1:])
 
 
 def test_inputs_are_mapped_from_a_file_that_is_complete_or_absent(tmp_path):
@@ -214,8 +233,9 @@ def small_run(tmp_path: Path) -> Path:
     for fold, rows in pd.concat(points).groupby("fold"):
         table = rows.drop(columns="fold")
         table.to_parquet(run / f"predictions/points_scs_fold{fold}_oof.parquet")
-        recesses = table.assign(side="left", X=table["X"] + 7.0)
-        recesses.to_parquet(run / f"predictions/points_ss_fold{fold}_oof.parquet")
+        for key, off in (("ss", 7.0), ("nfn", 18.0)):
+            beside = table.assign(side="left", X=table["X"] + off)
+            beside.to_parquet(run / f"predictions/points_{key}_fold{fold}_oof.parquet")
     return run
 
 
@@ -243,7 +263,7 @@ def execute(
     execute behind it, after which fit is executed once more.
     """
     code = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"}
-    parameters = {"run_dir": str(run), "vit_size": 8, "vit_width": 32, "vit_epochs": 3, "vit_batch": 2, "vit_margin": 1}
+    parameters = {"run_dir": str(run), "vit_size": 8, "vit_width": 32, "vit_epochs": 3, "vit_batch": 2, "vit_margin": 2}
     code["parameters"] += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     sources = []
     for name, source in code.items():

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils.torch_utils import init_seeds
+from ultralytics.nn.tasks import yaml_model_load
+from ultralytics.utils import torch_utils
 
 from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
 from lsdc_utils.detector.classes import DetectorError
+
+torch_utils.unset_deterministic = lambda: None  # undoes what nothing here has set, and imports a compiler for seconds
 
 
 @dataclass(eq=False)
@@ -69,6 +72,11 @@ class DetectorTrainer(DetectionTrainer):
         self.history: list[dict[str, float]] = []
         self.add_callback("on_train_epoch_start", DetectorTrainer.begin_epoch)
         self.add_callback("on_fit_epoch_end", DetectorTrainer.end_epoch)
+
+    def get_model(self, cfg: Any = None, weights: torch.nn.Module | None = None, verbose: bool = True) -> Any:
+        """The network: from scratch by its yaml, of another width if the settings say so."""
+        width = weights is None and self.tricks["width"]
+        return super().get_model(lean(yaml_model_load(cfg), width) if width else cfg, weights, verbose)
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """ultralytics' loader, for training with our sampler; DetectorError if ultralytics dropped images."""
@@ -126,7 +134,7 @@ class DetectorTrainer(DetectionTrainer):
             what = f"a batch of {self.full_batch} images is too large for this GPU"
             raise DetectorError(f"{what}; try yolo_batch={self.batch_size}")
         seed = int(np.random.SeedSequence([self.args.seed, self.epoch]).generate_state(1)[0])
-        init_seeds(seed, self.args.deterministic)
+        torch_utils.init_seeds(seed, self.args.deterministic)
         self.train_loader.generator.manual_seed(seed)
         self.sampler.epoch = self.epoch
 
@@ -164,6 +172,17 @@ class DetectorTrainer(DetectionTrainer):
 
     def final_eval(self) -> None:
         """Nothing: the last epoch's weights are returned, and nothing is chosen on held-out images."""
+
+
+def lean(architecture: dict[str, Any], width: float) -> dict[str, Any]:
+    """ultralytics' yaml of a YOLOv10 with another `width`, a share of its channels, and a head for boxes of 10 pixels:
+    without the last of its levels, whose stride of 32 is never assigned to one, and with 4 distance bins of 16."""
+    head, scale = architecture["head"], architecture["scale"]
+    depth, _, most = architecture["scales"][scale]
+    sources = head[-1][0][:-1]
+    layers = head[: sources[-1] + 1 - len(architecture["backbone"])]
+    layers.append([sources, 1, "Detect", ["nc"]])  # the class of v10's, with numbers of bins
+    return architecture | {"scales": {scale: [depth, width, most]}, "head": layers, "end2end": True, "reg_max": 4}
 
 
 def start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:

@@ -25,7 +25,8 @@ FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
     "data": None, "project": None, "device": None, "imgsz": None, "rect": None, "val": None,
 }  # fmt: skip
-TRICKS = {"box_start": False, "quick_norms": False}  # settings of our own, see `trainer.start_boxes`, `quicken_norms`
+# Settings of our own: see `start_boxes`, `quicken_norms` and `lean` in `trainer`.
+TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}
 
 
 def quiet_ultralytics(folder: str | Path) -> None:
@@ -149,6 +150,7 @@ def _trainer(
         "data": str(work / "data.yaml"),
         "project": str(work),
         "device": "0" if on_gpu else "cpu",
+        "cache": None if on_gpu else "ram",  # each image is decoded once
         "imgsz": max(config.size),
         "rect": config.size[0] != config.size[1],
         "batch": batch,

@@ -25,8 +25,7 @@ FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
     "data": None, "project": None, "device": None, "imgsz": None, "rect": None, "val": None,
 }  # fmt: skip
-# Settings of our own: see `start_boxes`, `quicken_norms` and `lean` in `trainer`.
-TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}
+TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}  # of our own: `start_boxes`, `quicken_norms`, `lean`
 
 
 def quiet_ultralytics(folder: str | Path) -> None:
@@ -143,6 +142,7 @@ def _trainer(
     on_gpu = torch.cuda.is_available()
     overrides = {
         "workers": threads,
+        "cache": None if on_gpu else "ram",  # each image is decoded once
         "deterministic": on_gpu,  # as our operations on CPU are; asking costs an import of seconds
         "nbs": batch,
         **{key: value for key, value in settings.items() if key not in TRICKS},
@@ -150,7 +150,6 @@ def _trainer(
         "data": str(work / "data.yaml"),
         "project": str(work),
         "device": "0" if on_gpu else "cpu",
-        "cache": None if on_gpu else "ram",  # each image is decoded once
         "imgsz": max(config.size),
         "rect": config.size[0] != config.size[1],
         "batch": batch,

@@ -110,7 +110,7 @@ def augmented_batch(
     """
     check_settings(settings)
     with tempfile.TemporaryDirectory() as work:
-        few = settings | {"batch": count, "workers": 0}
+        few = settings | {"batch": count, "workers": 0, "cache": False}
         trainer = _trainer(Path(folder).resolve(), shown, config, few, Checkpoint(Path(work).resolve(), ""), 1, ())
         trainer.setup_model()  # whose stride the data set asks for
         batch = next(iter(trainer.get_dataloader(trainer.data["train"], trainer.args.batch)))

@@ -43,7 +43,7 @@ def detector_step(parameters: dict[str, Any], key: str, count: int) -> tuple[tor
     from lsdc_utils.detector.trainer import lean
 
     size = tuple(parameters["yolo_size"][key])
-    classes = len(class_table(DetectorConfig(key, (0, 1, 0, 1), size, True, 14.0)))
+    classes = len(class_table(DetectorConfig(key, None, size, True, 14.0)))
     kind = yaml_model_load(Path(parameters["yolo_model"]).with_suffix(".yaml").name)
     kind = lean(kind, parameters["yolo_width"]) if parameters["yolo_width"] else kind
     model = DetectionModel(kind, nc=classes, verbose=False).to(DEVICE, memory_format=torch.channels_last).train()
@@ -97,7 +97,7 @@ def training_share(parameters: dict[str, Any], epochs: int = 4, images: int = 24
     its steps alone."""
     clock, seconds = time.perf_counter if DEVICE.type == "cuda" else time.process_time, []
     size, batch, rng = tuple(parameters["yolo_size"]["scs"]), parameters["yolo_batch"], np.random.default_rng(0)
-    config, count = DetectorConfig("scs", (0, 1), size, True, 14.0), len(LEVELS)
+    config, count = DetectorConfig("scs", None, size, True, 14.0), len(LEVELS)
     slices, levels = np.repeat(np.arange(images), count), np.tile(np.arange(count), images)
     boxes = pd.DataFrame({"study_id": 1, "series_id": 1, "slice": slices, "class_id": levels % 3, "x": 0.5})
     boxes = boxes.assign(y=0.15 + 0.17 * levels, width=0.12, height=0.07)

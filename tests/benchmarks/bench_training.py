@@ -45,7 +45,7 @@ def detector_step(parameters: dict[str, Any], key: str, count: int) -> tuple[tor
     size = tuple(parameters["yolo_size"][key])
     classes = len(class_table(DetectorConfig(key, None, size, True, 14.0)))
     kind = yaml_model_load(Path(parameters["yolo_model"]).with_suffix(".yaml").name)
-    kind = lean(kind, parameters["yolo_width"]) if parameters["yolo_width"] else kind
+    kind = lean(kind, parameters["yolo_width"][key]) if parameters["yolo_width"][key] else kind
     model = DetectionModel(kind, nc=classes, verbose=False).to(DEVICE, memory_format=torch.channels_last).train()
     model.args = get_cfg(overrides=parameters["yolo_gains"])
     images = torch.rand(count, 3, *size, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ def training_share(parameters: dict[str, Any], epochs: int = 4, images: int = 24
     boxes = boxes.assign(y=0.15 + 0.17 * levels, width=0.12, height=0.07)
     shown = pd.DataFrame({"study_id": 1, "series_id": 1, "slice": range(images), "weight": 1.0})
     shown["file"] = [f"images/{number:03d}.png" for number in range(images)]
-    settings = {"model": parameters["yolo_model"], "width": parameters["yolo_width"], "seed": 0, "batch": batch}
+    settings = {"model": parameters["yolo_model"], "width": parameters["yolo_width"]["scs"], "seed": 0, "batch": batch}
     settings |= {"optimizer": "AdamW", "mosaic": 0.0, "close_mosaic": 0, **parameters["yolo_gains"]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,8 +139,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
     print(f"Training steps of profile {profile} on {device}:")
     print(pd.DataFrame(rows(parameters)).dropna(axis=1).to_string(index=False, float_format="%.2f"))
-    for width in {0, parameters["yolo_width"]}:
-        speed, share = training_share(parameters | {"yolo_width": width})
+    for width in {0.0, parameters["yolo_width"]["scs"]}:
+        speed, share = training_share(parameters | {"yolo_width": {"scs": width}})
         verdict = f"aim 0.80: {'met' if share >= 0.8 else 'MISSED'}" if not width else f"lean, of width {width:g}"
         print(f"training of {parameters['yolo_model']} ({verdict}): {speed:.1f} images/s, {share:.2f} of its steps")
 

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils.torch_utils import init_seeds
+from ultralytics.nn.tasks import yaml_model_load
+from ultralytics.utils import torch_utils
 
 from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
 from lsdc_utils.detector.classes import DetectorError
+
+torch_utils.unset_deterministic = lambda: None  # undoes what nothing here has set, and imports a compiler for seconds
 
 
 @dataclass(eq=False)
@@ -44,13 +47,6 @@ class Finished(Exception):
     """The checkpoint holds the last epoch: there is nothing left to train."""
 
 
-class Loader(torch.utils.data.DataLoader):
-    """A loader with new workers each epoch, so that what they draw depends on the epoch's seed alone."""
-
-    def reset(self) -> None:
-        """ultralytics calls this when it switches mosaics off; new workers need no reset."""
-
-
 class DetectorTrainer(DetectionTrainer):
     """Trains on images drawn by weight, keeps a checkpoint of its last epochs, and returns the last epoch's weights.
 
@@ -67,8 +63,15 @@ class DetectorTrainer(DetectionTrainer):
         self.image_weights, self.tricks, self.box, self.threads = weights, tricks, box, threads
         self.checkpoint, self.full_batch = checkpoint, self.args.batch
         self.history: list[dict[str, float]] = []
+        # Nothing: `end_epoch` keeps the state, and nothing is chosen on held-out images.
+        self.save_model = self.final_eval = lambda: False
         self.add_callback("on_train_epoch_start", DetectorTrainer.begin_epoch)
         self.add_callback("on_fit_epoch_end", DetectorTrainer.end_epoch)
+
+    def get_model(self, cfg: Any = None, weights: torch.nn.Module | None = None, verbose: bool = True) -> Any:
+        """The network: from scratch by its yaml, of another width if the settings say so."""
+        width = weights is None and self.tricks["width"]
+        return super().get_model(lean(yaml_model_load(cfg), width) if width else cfg, weights, verbose)
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """ultralytics' loader, for training with our sampler; DetectorError if ultralytics dropped images."""
@@ -80,10 +83,13 @@ class DetectorTrainer(DetectionTrainer):
         # ultralytics has the images in an order of its own.
         shown = np.array([self.image_weights[Path(file).name] for file in dataset.im_files])
         self.sampler = WeightedSampler(shown, self.args.seed)
-        return Loader(
+        # New workers each epoch, so that what they draw depends on its seed alone.
+        loader = torch.utils.data.DataLoader(
             dataset, batch_size, sampler=self.sampler, collate_fn=dataset.collate_fn, num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda", worker_init_fn=seed_worker, generator=torch.Generator(),
         )  # fmt: skip
+        loader.reset = lambda: None  # which ultralytics calls when it switches mosaics off
+        return loader
 
     def resume_training(self, ckpt: Any) -> None:
         """What has to be set once ultralytics has set itself up; then resume after the last epoch that was saved."""
@@ -126,7 +132,7 @@ class DetectorTrainer(DetectionTrainer):
             what = f"a batch of {self.full_batch} images is too large for this GPU"
             raise DetectorError(f"{what}; try yolo_batch={self.batch_size}")
         seed = int(np.random.SeedSequence([self.args.seed, self.epoch]).generate_state(1)[0])
-        init_seeds(seed, self.args.deterministic)
+        torch_utils.init_seeds(seed, self.args.deterministic)
         self.train_loader.generator.manual_seed(seed)
         self.sampler.epoch = self.epoch
 
@@ -158,12 +164,15 @@ class DetectorTrainer(DetectionTrainer):
         """ultralytics' validation if it was asked for; it would also validate after the last epoch."""
         return super().validate() if self.args.val else ({}, 0.0)
 
-    def save_model(self) -> bool:
-        """Nothing: `end_epoch` keeps the state."""
-        return False
 
-    def final_eval(self) -> None:
-        """Nothing: the last epoch's weights are returned, and nothing is chosen on held-out images."""
+def lean(architecture: dict[str, Any], width: float) -> dict[str, Any]:
+    """ultralytics' yaml of a YOLOv10 with another `width`, a share of its channels, and a head for boxes of 10 pixels:
+    without the last of its levels, whose stride of 32 is never assigned to one, and with 4 distance bins of 16."""
+    head, scale = architecture["head"], architecture["scale"]
+    (depth, _, most), sources = architecture["scales"][scale], head[-1][0][:-1]
+    layers = head[: sources[-1] + 1 - len(architecture["backbone"])]
+    layers.append([sources, 1, "Detect", ["nc"]])  # the class of v10's, with numbers of bins
+    return architecture | {"scales": {scale: [depth, width, most]}, "head": layers, "end2end": True, "reg_max": 4}
 
 
 def start_boxes(models: Iterable[torch.nn.Module], box: np.ndarray) -> None:

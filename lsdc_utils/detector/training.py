@@ -25,7 +25,7 @@ FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
     "data": None, "project": None, "device": None, "imgsz": None, "rect": None, "val": None,
 }  # fmt: skip
-TRICKS = {"box_start": False, "quick_norms": False}  # settings of our own, see `trainer.start_boxes`, `quicken_norms`
+TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}  # of our own: `start_boxes`, `quicken_norms`, `lean`
 
 
 def quiet_ultralytics(folder: str | Path) -> None:
@@ -110,7 +110,7 @@ def augmented_batch(
     """
     check_settings(settings)
     with tempfile.TemporaryDirectory() as work:
-        few = settings | {"batch": count, "workers": 0}
+        few = settings | {"batch": count, "workers": 0, "cache": False}
         trainer = _trainer(Path(folder).resolve(), shown, config, few, Checkpoint(Path(work).resolve(), ""), 1, ())
         trainer.setup_model()  # whose stride the data set asks for
         batch = next(iter(trainer.get_dataloader(trainer.data["train"], trainer.args.batch)))
@@ -142,6 +142,7 @@ def _trainer(
     on_gpu = torch.cuda.is_available()
     overrides = {
         "workers": threads,
+        "cache": None if on_gpu else "ram",  # each image is decoded once
         "deterministic": on_gpu,  # as our operations on CPU are; asking costs an import of seconds
         "nbs": batch,
         **{key: value for key, value in settings.items() if key not in TRICKS},

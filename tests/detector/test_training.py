@@ -214,13 +214,31 @@ def test_a_batch_is_shown_as_augmented(tmp_path):
     assert not all(any(np.array_equal(image, file) for file in files) for image in moved)
 
 
-def test_untrained_networks_begin_with_boxes_of_the_known_size():
-    from ultralytics.nn.tasks import DetectionModel
+def test_a_lean_network_has_a_head_for_small_boxes_and_others_start_from_it(tmp_path):
+    files, path = write_toy(tmp_path / "data"), tmp_path / "yolo_scs_fold0.pt"
+    trained, _ = train_toy(tmp_path / "data", files, tmp_path / "work", width=0.125)
+    head = trained.model.model[-1]
+    assert head.stride.tolist() == [8, 16] and head.reg_max == 4
+    assert sum(value.numel() for value in trained.model.parameters()) < 0.7e6  # of yolov10n's 2.7e6
+    save_detector(trained, path)
+    canal, (stack, _) = canal_points(9), toy_study("scs", 9)
+    seen = detect(load_detector(path), [stack], canal)
+    assert seen.scores.shape[1] == 3 and np.isfinite(seen.points).all() and len(seen.points)
+    start = {"model": str(path), "box_start": False, "quick_norms": False, "lr0": 1e-12}
+    again, _ = train_toy(tmp_path / "data", files, tmp_path / "again", **start)
+    for (name, value), other in zip(trained.model.named_parameters(), again.model.parameters(), strict=True):
+        np.testing.assert_allclose(other.detach(), value.detach(), atol=2e-3, rtol=1e-2, err_msg=name)
 
-    from lsdc_utils.detector.trainer import quicken_norms, start_boxes
+
+@pytest.mark.parametrize("width", [None, 0.125])
+def test_untrained_networks_begin_with_boxes_of_the_known_size(width):
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+    from lsdc_utils.detector.trainer import lean, quicken_norms, start_boxes
 
     torch.manual_seed(0)
-    model = DetectionModel("yolov10n.yaml", nc=3, verbose=False).eval()
+    architecture = yaml_model_load("yolov10n.yaml")
+    model = DetectionModel(lean(architecture, width) if width else architecture, nc=3, verbose=False).eval()
     expected = np.array([7.0, 5.0])
     start_boxes([model], expected)
     quicken_norms(model)

@@ -269,4 +269,4 @@ def load_localiser(path: str | Path) -> Localiser:
     network = Localiser(LocaliserConfig(tuple(about["config"]["widths"])))
     network.load_state_dict(load_file(path))
     network.calibration, network.trained = tuple(about["calibration"]), tuple(about["trained"])
-    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -48,13 +48,10 @@ def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, 
     for number, case in enumerate(cases):
         chunks[case.body, case.row].append((number, case))
     torch.set_num_threads(threads)
-    work, parts, done = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), [], 0
-    begin = partial(torch.set_num_threads, threads)
-    answered = parallel.each(work, list(chunks.values()), workers, few=2, begin=begin)
-    for part, chunk in zip(answered, chunks.values(), strict=True):
+    work, begin, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), torch.set_num_threads, []
+    for part in parallel.each(work, list(chunks.values()), workers, few=2, begin=partial(begin, threads)):
         parts.append(part)
-        done += len(chunk)
-        print(f"drew and graded {done}/{len(cases)} studies", flush=True)
+        print(f"drew and graded part {len(parts)}/{len(chunks)} of {len(cases)} studies", flush=True)
     tables = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     return Answers(*(table.sort_values("case", kind="stable", ignore_index=True) for table in tables))
 
@@ -66,8 +63,8 @@ def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Seque
     with threadpool_limits(1, "blas"), tempfile.TemporaryDirectory() as temporary:
         drawing = Drawing(Path(temporary) / "series")
         for number, case in cases:
-            design = Design.of(0, 1, seed, narrowing=[case.narrowing], bodies=[case.body], **case.choices)
-            [plan] = plan_studies(design)
+            choices = {"narrowing": [case.narrowing], "bodies": [case.body], **case.choices}
+            [plan] = plan_studies(Design.of(0, 1, seed, **choices))
             stacks = drawing.stacks(plan)
             study = _Study(plan, models, recipe, stacks, models.grade(plan.study_id, stacks))
             tables = [(case.factor, case.setting, study.blend(study.graded))]

@@ -1,6 +1,6 @@
 """Three series of one body: where slices are planned, and what a scanner makes of the tissues that lie there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from lsdc_utils import geometry
 from lsdc_utils.phantom.body import AXIS, FIRST, Array, Body
 from lsdc_utils.phantom.contrast import Visit, draw_greys
 from lsdc_utils.phantom.layers import Layer, Points, paint, paint_around, texture
+from lsdc_utils.phantom.points import ALL
 from lsdc_utils.vocabulary import PLANES, T1, T2
 
 Blocks = tuple[float, list[tuple[Array, Array, Array]]]  # step; middle, axes and offsets of slices of each block
@@ -194,9 +195,10 @@ def _axial_axes(tilt: float) -> Array:
     return np.array([[1.0, 0, 0], back, [0, -np.sin(tilt), -np.cos(tilt)]])
 
 
-def render(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
-    """Image the body: uint16 (n, rows, cols), 12 bits, with the coil's uneven field, saturation band, wrap, noise."""
-    image = _wrapped(body, acquisition, rng)
+def render(body: Body, acquisition: Acquisition, rng: np.random.Generator, see: Callable | None = None) -> Array:
+    """Image the body: uint16 (n, rows, cols), 12 bits, with the coil's uneven field, saturation band, wrap, noise.
+    see: called as `expose` is, by default that function."""
+    image = _wrapped(body, acquisition, rng, see or expose)
     rows, cols = image.shape[1:]
     row, col = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)[None]
     step, start = acquisition.affines[0, 1, :2], acquisition.affines[0, 1, 3]
@@ -232,21 +234,22 @@ def _acquire(rng: np.random.Generator, value: Array, sigma: float) -> Array:
     return value
 
 
-def _wrapped(body: Body, acquisition: Acquisition, rng: np.random.Generator) -> Array:
+def _wrapped(body: Body, acquisition: Acquisition, rng: np.random.Generator, see: Callable) -> Array:
     """The signal; in a quarter of axial series what lies beside the field shows weakly on its other side."""
     chance, share, strength = rng.uniform([0, 0.03, 0.15], [1, 0.08, 0.6])
     if chance > 0.25 or PLANES[acquisition.series_type] != "axial":
-        return expose(body, acquisition)
+        return see(body, acquisition)
     n, affines = round(share * acquisition.cols), acquisition.affines.copy()
     affines[:, :3, 3] -= n * affines[:, :3, 0]
-    image = expose(body, replace(acquisition, affines=affines, cols=acquisition.cols + 2 * n))
+    image = see(body, replace(acquisition, affines=affines, cols=acquisition.cols + 2 * n))
     image[:, :, -2 * n : -n] += np.float32(strength) * image[:, :, :n]
     image[:, :, n : 2 * n] += np.float32(strength) * image[:, :, -n:]
     return image[:, :, n:-n]
 
 
-def expose(body: Body, acquisition: Acquisition) -> Array:
-    """Signal (n, rows, cols) before coil and noise, 1 at most; in the spine a mean over the slice's thickness."""
+def expose(body: Body, acquisition: Acquisition, kept: list | None = None) -> Array:
+    """Signal (n, rows, cols) before coil and noise, 1 at most; in the spine a mean over the slice's thickness. kept: a
+    list for what `expose_again` needs of each slice: number, box of the spine, u, v, s (3, n, rows, cols), greys."""
     signal, soft = acquisition.greys, acquisition.spacing
     n = SUBSAMPLES[PLANES[acquisition.series_type]]
     parts = ((np.arange(n) + 0.5) / n - 0.5) * acquisition.thickness
@@ -266,10 +269,28 @@ def expose(body: Body, acquisition: Acquisition) -> Array:
         spine = (np.abs(u) < np.where(s < body.discs[FIRST + 4].item(), 54, 41)) & (v > -42) & (v < 50)
         if spine.any():
             box = tuple(slice(np.argmax(a), a.size - np.argmax(a[::-1])) for a in (spine.any(1), spine.any(0)))
-            u, v, s = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)
-            value = np.tile(images[i][box].ravel(), n)
-            _compose(value, paint(Points.of(body, *(a.ravel() for a in (u, v, s)), soft)), signal)
-            images[i][box] = value.reshape(u.shape).mean(0)
+            places = np.stack([lattice.at(depth + part, box)[:3] for part in parts], 1)  # (3, n, rows, cols)
+            ground = np.tile(images[i][box].ravel(), n)
+            value = ground.copy()
+            _compose(value, paint(Points.of(body, *places.reshape(3, -1), soft)), signal)
+            images[i][box] = value.reshape(places.shape[1:]).mean(0)
+            if kept is not None:
+                kept.append((i, box, places, ground, value))
+    return images
+
+
+def expose_again(body: Body, acquisition: Acquisition, images: Array, kept: list, tables: dict[str, Array]) -> Array:
+    """As `expose` gives it for a body that differs only in its tables from one with `tables`, for which it gave images
+    and `kept`: drawn where the tables differ."""
+    changed = np.any([(body.tables[name] != old).reshape(-1, AXIS.size).any(0) for name, old in tables.items()], axis=0)
+    images = images.copy()
+    for i, box, places, ground, value in kept if changed.any() else ():
+        points = Points.of(body, *places.reshape(3, -1), acquisition.spacing)
+        if (here := changed[points.place]).any():
+            value, part = value.copy(), ground[here]
+            _compose(part, paint(replace(points.pick(here), index=ALL)), acquisition.greys)
+            value[here] = part
+            images[i][box] = value.reshape(places.shape[1:]).mean(0)
     return images
 
 

@@ -1,7 +1,7 @@
 """One study of the phantom: its series and their flaws, true places, clicked points, and DICOM files."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,8 @@ class Series:
 
 def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
     """The rows of a study in each of `write.TABLES`; images go to `root`. Each part has a random stream of its own."""
-    body_rng, dirt_rng, series_rng, click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in range(5))
-    rates = [getattr(plan.dirt, kind) for kind in KINDS]
-    draws = dirt_rng.random((1 + SERIES_PER_STUDY, len(KINDS))) < rates  # a row for the study, then one per series
-    flaws = [dict(zip(KINDS, row, strict=True)) for row in draws]
-    traits_rng = np.random.default_rng([*plan.seed, 7])
-    traits = draw_bow(traits_rng, plan.scoliosis) if plan.scoliosis else {}
-    if plan.protocol.population == "steep":  # the sacrum tilts by 20 to 28 degrees more than usual
-        traits = traits | {"pelvis": -traits_rng.uniform(20, 28)}
-    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, traits)
-    series = _plan_study(plan, body, flaws, dirt_rng, series_rng)
+    body, series, flaws, dirt_rng = _begin(plan)
+    click_rng, image_rng = (np.random.default_rng([*plan.seed, k]) for k in (3, 4))
     seen = np.any([part.columns for part in series], axis=0)
     kept = dirt_rng.random(len(COLUMNS)) >= plan.dirt.label_missing
     keys = {"study_id": plan.study_id, "split": plan.split}
@@ -121,8 +113,29 @@ def make_study(root: Path | None, plan: StudyPlan) -> dict[str, list[Row]]:
         if root is not None:
             uids = (1 if flaws[0]["colliding_uids"] else number, number if flaws[0]["frames_differ"] else 1)
             folder = root / f"{plan.split}_images" / str(plan.study_id) / str(part.series_id)
-            _write_series(folder, plan.study_id, part, uids, render(body, part.acquisition, image_rng))
+            write_series(folder, plan.study_id, part, uids, render(body, part.acquisition, image_rng))
     return rows
+
+
+def image_study(plan: StudyPlan, see: Callable | None = None) -> Iterator[tuple[Series, np.ndarray]]:
+    """The series of a study with their pixels (n, rows, cols), drawn one by one; see: as `render` takes it."""
+    (body, series, *_), rng = _begin(plan), np.random.default_rng([*plan.seed, 4])
+    for part in series:
+        yield part, render(body, part.acquisition, rng, see)
+
+
+def _begin(plan: StudyPlan) -> tuple[Body, list[Series], list[dict], np.random.Generator]:
+    """Body and series of a study, flaws of the study (first) and of each series, and the stream of further flaws."""
+    body_rng, dirt_rng, series_rng = (np.random.default_rng([*plan.seed, k]) for k in range(3))
+    rates = [getattr(plan.dirt, kind) for kind in KINDS]
+    draws = dirt_rng.random((1 + SERIES_PER_STUDY, len(KINDS))) < rates  # a row for the study, then one per series
+    flaws = [dict(zip(KINDS, row, strict=True)) for row in draws]
+    traits_rng = np.random.default_rng([*plan.seed, 7])
+    traits = draw_bow(traits_rng, plan.scoliosis) if plan.scoliosis else {}
+    if plan.protocol.population == "steep":  # the sacrum tilts by 20 to 28 degrees more than usual
+        traits = traits | {"pelvis": -traits_rng.uniform(20, 28)}
+    body = Body.draw(body_rng, plan.narrowing, plan.slip, plan.transitional, traits)
+    return body, _plan_study(plan, body, flaws, dirt_rng, series_rng), flaws, dirt_rng
 
 
 def _plan_study(
@@ -256,7 +269,7 @@ def _points(
             }
 
 
-def _write_series(folder: Path, study_id: int, series: Series, uids: tuple[int, int], pixels: np.ndarray) -> None:
+def write_series(folder: Path, study_id: int, series: Series, uids: tuple[int, int], pixels: np.ndarray) -> None:
     """Write the slices (n, rows, cols) of a series; `uids`: its part of SOPInstanceUID and of FrameOfReferenceUID."""
     folder.mkdir(parents=True)
     acquisition = series.acquisition

@@ -112,7 +112,7 @@ def write_phantom(root: str | Path, n_train: int, n_test: int, seed: int, *, wor
     building = root.parent / f"{prefix}{os.getpid()}"
     record = asdict(design) | {"fingerprint": fingerprint(n_train, n_test, seed, **choices)}
     try:
-        plans = _plan_studies(design)
+        plans = plan_studies(design)
         building.mkdir()
         for split in ("train", "test") if design.images else ():
             (building / f"{split}_images").mkdir()
@@ -142,7 +142,7 @@ def fingerprint(n_train: int, n_test: int, seed: int, **choices: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _plan_studies(design: Design) -> list[StudyPlan]:
+def plan_studies(design: Design) -> list[StudyPlan]:
     """Plans of the training studies, then of the test studies; ids carry no information, sorted within a split."""
     counts, seed = (design.n_train, design.n_test), design.seed
     total = sum(counts)

@@ -1,9 +1,8 @@
-"""The frozen models' answers to all cases: each study is written as DICOM, read, graded as usual, and removed."""
+"""The frozen models' answers to all cases: each study is drawn, graded as usual, and dropped."""
 
-import contextlib
 import functools
-import io
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,21 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from lsdc_utils import geometry, parallel
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.grading.grade import Graded, Models, blend_studies, join_graded, load_models
-from lsdc_utils.phantom import write_phantom
+from lsdc_utils.phantom.study import StudyPlan, make_study
+from lsdc_utils.phantom.write import SERIES, Design, plan_studies
 from lsdc_utils.stress import occlusion, symmetry
 from lsdc_utils.stress.cases import Case
+from lsdc_utils.stress.drawing import Drawing
 from lsdc_utils.vit.predict import predict_studies
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SERIES_TYPES, SEVERITIES, mirrored, parse_row_id, row_id
 
 MODELS = ("yolo", "vit3d", "ensemble")
 CENTRE_MM = (2.0, 4.0, 8.0)  # errors added to the points that the transformer is given
-CHUNK = 5  # cases that a process takes at a time
 LOOKS = ["case", "condition", "level", "model", "weights", "share", "hit", "chance"]
 MOVES = ["case", "version", "moved"]
 
@@ -43,35 +44,34 @@ class Answers(NamedTuple):
 def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, workers: int, threads: int) -> Answers:
     """Grade all cases in `workers` processes of `threads` torch threads. run: its folder; recipe: the blend."""
     workers = min(workers, 2) if torch.cuda.is_available() else workers  # each holds all models
-    numbered = list(enumerate(cases))
-    chunks = [numbered[start : start + CHUNK] for start in range(0, len(cases), CHUNK)]
+    chunks: dict[tuple, list[tuple[int, Case]]] = defaultdict(list)  # cases that a process draws one after another
+    for number, case in enumerate(cases):
+        chunks[case.body, case.row].append((number, case))
     torch.set_num_threads(threads)
-    work, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), []
-    for part in parallel.each(work, chunks, workers, few=2, begin=partial(torch.set_num_threads, threads)):
+    work, begin, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), torch.set_num_threads, []
+    for part in parallel.each(work, list(chunks.values()), workers, few=2, begin=partial(begin, threads)):
         parts.append(part)
-        if len(parts) % 5 == 0 or len(parts) == len(chunks):
-            print(f"drew and graded case {chunks[len(parts) - 1][-1][0] + 1}/{len(cases)}", flush=True)
-    return Answers(*(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True)))
+        print(f"drew and graded part {len(parts)}/{len(chunks)} of {len(cases)} studies", flush=True)
+    tables = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    return Answers(*(table.sort_values("case", kind="stable", ignore_index=True) for table in tables))
 
 
 def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Sequence[tuple[int, Case]]) -> Answers:
     times = tuple(file.stat().st_mtime_ns for file in sorted(weights.iterdir()))
     models = _models(weights, tuple(recipe["folds"]), recipe["vit_views"], times)
     rows, looks, moves = [], [], []
-    for number, case in cases:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "phantom"
-            with contextlib.redirect_stdout(io.StringIO()):  # progress of a phantom of one study
-                write_phantom(folder, 0, 1, seed, narrowing=[case.narrowing], bodies=[case.body], **case.choices)
-            comp = competition.read(folder)
-            study_id = int(comp.series["study_id"].iloc[0])
-            stacks, _ = read_study(comp, "test", study_id)
-            study = _Study(folder, models, recipe, study_id, stacks, models.grade(study_id, stacks))
+    with threadpool_limits(1, "blas"), tempfile.TemporaryDirectory() as temporary:
+        drawing = Drawing(Path(temporary) / "series")
+        for number, case in cases:
+            choices = {"narrowing": [case.narrowing], "bodies": [case.body], **case.choices}
+            [plan] = plan_studies(Design.of(0, 1, seed, **choices))
+            stacks = drawing.stacks(plan)
+            study = _Study(plan, models, recipe, stacks, models.grade(plan.study_id, stacks))
             tables = [(case.factor, case.setting, study.blend(study.graded))]
             tables += study.reduced(case.body) if case.reduce else ()
             rows += [_rows(table).assign(case=number, factor=f, setting=s, body=case.body) for f, s, table in tables]
             looks += [look | {"case": number} for look in study.looks(case)] if case.occlude else ()
-            changes = study.moves(Path(temporary) / "versions") if case.transform else ()
+            changes = study.moves(Path(temporary) / str(number)) if case.transform else ()
             moves += [{"case": number, "version": version, "moved": moved} for version, moved in changes]
     others = pd.DataFrame(looks, columns=LOOKS), pd.DataFrame(moves, columns=MOVES)
     return Answers(pd.concat(rows, ignore_index=True), *others)
@@ -92,18 +92,17 @@ def _rows(tables: Tables) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Study:
-    """The one study of a phantom in `folder`, as the models of a run grade it."""
+    """A phantom study as the models of a run grade it."""
 
-    folder: Path
+    plan: StudyPlan
     models: Models
     recipe: dict[str, Any]
-    study_id: int
     stacks: list[Stack]
     graded: Graded
 
     def blend(self, graded: Graded) -> Tables:
         """Each blended table of the study, from its graded tables."""
-        return blend_studies(self.recipe, join_graded([graded]), [self.study_id])[0]
+        return blend_studies(self.recipe, join_graded([graded]), [self.plan.study_id])[0]
 
     def crop_points(self) -> pd.DataFrame:
         """Canal points and recesses, as the transformer is given them."""
@@ -114,20 +113,20 @@ class _Study:
         """The study graded without each type of series, and with crop centres beside the detected points."""
         for kind in SERIES_TYPES:
             stacks = [stack for stack in self.stacks if stack.series_type != kind]
-            yield "missing series", f"no {kind}", self.blend(self.models.grade(self.study_id, stacks))
+            yield "missing series", f"no {kind}", self.blend(self.models.grade(self.plan.study_id, stacks))
         points = self.crop_points()
         directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(points), 3)))
         for error in CENTRE_MM:
             beside = points.copy()
             beside[[*"XYZ"]] += error * directions
-            rows = predict_studies(self.models.vits, [(self.study_id, self.stacks)], beside, self.models.views)
+            rows = predict_studies(self.models.vits, [(self.plan.study_id, self.stacks)], beside, self.models.views)
             yield "error of the centres", f"{error:g} mm", self.blend(self.graded | {"vit3d": rows})
 
     def looks(self, case: Case) -> Iterator[dict[str, Any]]:
         """Where the first fold's transformer and detector look for the case's row, trained and shuffled."""
         condition, level = case.row
         group = GROUPS[CONDITIONS[condition].group]
-        anatomy = pd.read_csv(self.folder / "anatomy.csv")
+        anatomy = pd.DataFrame(make_study(None, self.plan)["anatomy"])
         here = anatomy.query("condition == @condition and level == @level and series_type == @group.series_type")
         if here.empty:
             return
@@ -143,12 +142,15 @@ class _Study:
                 named = {"condition": condition, "level": level, "model": model, "weights": weights}
                 yield named | occlusion.attention(changes)
 
-    def moves(self, versions: Path) -> list[tuple[str, float]]:
-        """The largest change of a natural probability in the ensemble's rows, for each version of the study."""
-        symmetry.write_versions(self.folder, [self.study_id], versions)
-        comp, natural = competition.read(versions), {}
+    def moves(self, folder: Path) -> list[tuple[str, float]]:
+        """The largest change of a natural probability in the ensemble's rows, for each version of the study; `folder`:
+        for the files of the study and of its versions."""
+        series = pd.DataFrame(make_study(folder, self.plan)["test_series_descriptions"])
+        series[[*SERIES]].to_csv(folder / symmetry.SERIES_TABLE, index=False)
+        symmetry.write_versions(folder, [self.plan.study_id], folder / "versions")
+        comp, natural = competition.read(folder / "versions"), {}
         for version in symmetry.VERSIONS:
-            study_id = symmetry.id_of(self.study_id, version)
+            study_id = symmetry.id_of(self.plan.study_id, version)
             graded = self.models.grade(study_id, read_study(comp, "test", study_id)[0])
             table = blend_studies(self.recipe, join_graded([graded]), [study_id])[0]["ensemble"].set_index("row_id")
             keys = [parse_row_id(row)[1:] for row in table.index]

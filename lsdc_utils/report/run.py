@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -91,9 +92,11 @@ def write_provenance(run: Path) -> dict[str, Any]:
         data["studies"] = training_studies(run)
     for file in sorted((run / "weights").glob("*.json")):
         weights[file.stem] = {key: read_file(file)[key] for key in ("sha256", "git_commit")}
-    from torch import cuda  # here, since importing torch takes seconds
+    cpu, gpus = Path("/proc/cpuinfo"), []
+    if shutil.which("nvidia-smi"):
+        from torch import cuda  # takes seconds, which a machine without a GPU need not spend
 
-    cpu = Path("/proc/cpuinfo")
+        gpus = [cuda.get_device_name(k) for k in range(cuda.device_count())]
     processor = re.search(r"^model name\s*: (.*)$", cpu.read_text() if cpu.is_file() else "", re.MULTILINE)
     content = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -105,7 +108,7 @@ def write_provenance(run: Path) -> dict[str, Any]:
             "processor": processor[1] if processor else platform.machine(),
             "cores": usable_cores(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": [cuda.get_device_name(k) for k in range(cuda.device_count())],
+            "gpus": gpus,
             "system": platform.system(),
             "python": platform.python_version(),
         },

@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from sklearn.calibration import calibration_curve
 
 from lsdc_utils import geometry
 from lsdc_utils.vocabulary import MISSING, SEVERITY_NAMES
@@ -138,6 +137,8 @@ def show_reliability(ax: Axes, natural: np.ndarray, severity: np.ndarray, title:
 
     Eight bins hold about the same number of rows. On the dashed line, probabilities are calibrated.
     """
+    from sklearn.calibration import calibration_curve  # here, since importing it takes a second
+
     ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--")
     for k, name in enumerate(SEVERITY_NAMES):
         shares, means = calibration_curve(severity == k, natural[:, k], n_bins=8, strategy="quantile")

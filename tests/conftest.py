@@ -66,7 +66,7 @@ def copy_project(target: Path) -> Path:
 
 # ---- a tiny project: the real command line and graph, notebooks that write their files and little else ---------------
 
-PIPELINE_NEEDS = ("__init__.py", "files.py", "parallel.py", "vocabulary.py")  # of lsdc_utils, besides pipeline/
+PIPELINE_NEEDS = ("__init__.py", "costs.py", "files.py", "parallel.py", "vocabulary.py")  # besides pipeline/
 TINY_PROFILE = """\
 data_dir: ""
 phantom: true

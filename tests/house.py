@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from lsdc_utils.pipeline import graph  # noqa: E402
 
 FLOORS = (  # a module or folder imports from its own floor and from those before it
-    ("vocabulary", "geometry", "files", "parallel", "dicom"),
+    ("vocabulary", "geometry", "files", "costs", "parallel", "dicom"),
     ("phantom", "data", "metric", "figures", "checkpoint", "downloads"),
     ("detector", "vit"),
     ("published", "grading"),

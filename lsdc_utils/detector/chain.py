@@ -32,6 +32,7 @@ CLEAR = 0.1  # support from which a candidate between two chosen ones costs weig
 LEAST_SUPPORT = 0.01  # of detections together, below which they are clutter
 SAME_DISC = 8.0  # mm: spread of the kernel by which a candidate explains detections
 MOST, FEW = 2000, 40  # detections that count, the strongest ones, which bounds memory; candidates
+SURE = 0.8  # level confidence below which a study's levels are to be checked
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which `calibrate` chooses
 CEILINGS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)  # likewise
 

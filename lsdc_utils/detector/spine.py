@@ -11,7 +11,6 @@ from lsdc_utils.detector.chain import LUMBAR, SAME_PLACE, STATES, TEMPERATURES, 
 from lsdc_utils.detector.localiser import CALIBRATION, MAPS, Localiser, detect_discs, disc_places
 from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
-SURE = 0.8  # level confidence below which a study's levels are to be checked
 WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
 EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma

@@ -14,10 +14,10 @@ from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.detector.canal import axial_slices
+from lsdc_utils.detector.chain import SURE
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import CONFIDENCES, Scheme, grade_study
 from lsdc_utils.detector.localiser import Localiser, load_localiser
-from lsdc_utils.detector.spine import SURE
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables

@@ -20,7 +20,7 @@ from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
 from lsdc_utils.pipeline.parameters import check_start, load_parameters
-from lsdc_utils.pipeline.progress import score_table, shown
+from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
@@ -53,7 +53,7 @@ def run_of(asked: Namespace) -> Run:
 
 def run(asked: Namespace) -> int:
     """Run what is not up to date and print scores and the report's path, or list what would run."""
-    planned = run_of(asked)
+    planned, began = run_of(asked), time.time()
     if asked.dry_run:
         return dry_run(planned)
     with locked(planned.folder):
@@ -63,6 +63,8 @@ def run(asked: Namespace) -> int:
         print(score_table(json.loads(scores.read_text())))
     if status == 0 and report.is_file():
         print(f"\nreport: {report}")
+    if status == 0:
+        print(f"the run took {clock(time.time() - began)}")
     return status
 
 

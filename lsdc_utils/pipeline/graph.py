@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from lsdc_utils.costs import measured
 from lsdc_utils.files import sha256
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import GROUPS
@@ -246,4 +247,5 @@ def execute(run_dir: Path, step: Step) -> None:
 
 if __name__ == "__main__":
     base = Path(sys.argv[1]).resolve()
-    execute(base, select_steps(all_steps(read_parameters(base)), sys.argv[2])[0])
+    with measured(base / "logs" / f"{sys.argv[2]}.json"):
+        execute(base, select_steps(all_steps(read_parameters(base)), sys.argv[2])[0])

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsdc_utils.costs import shares
 from lsdc_utils.pipeline.graph import Step, has_error
 
 PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
@@ -21,9 +23,12 @@ TITLES = {"test": "test studies", "oof": "training studies, out of fold"}  # blo
 class Progress:
     """State of a run, read from Snakemake's messages line by line."""
 
+    past: dict[str, float] = field(default_factory=dict)  # step -> its share_s in an earlier run (see costs)
     total: int = 0
-    finished: int = 0
+    planned: dict[str, int] = field(default_factory=dict)  # rule -> its jobs
+    rules: dict[str, str] = field(default_factory=dict)  # step -> its rule, of steps that have started
     running: dict[str, float] = field(default_factory=dict)  # step -> its start, seconds since the epoch
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)  # finished step -> its start and end
     reasons: dict[str, str] = field(default_factory=dict)  # step -> why it runs
     failed: list[str] = field(default_factory=list)
     jobs: dict[str, str] = field(default_factory=dict)  # Snakemake's job id -> step
@@ -31,14 +36,15 @@ class Progress:
 
     def read(self, line: str) -> str | None:
         """Read one line; return what a person should see of it, if anything."""
-        if match := re.match(r"total +(\d+)$", line):
-            self.total = int(match[1])
-        elif match := re.match(r"(?:local)?(rule) \w+:$|(Error) in rule \w+", line):
-            self.block = {"kind": match[1] or match[2]}
+        if match := re.match(r"(\w+) +(\d+)$", line):
+            self.total = int(match[2])  # which is the last line of this table
+            self.planned |= {match[1]: self.total} if match[1] != "total" else {}
+        elif match := re.match(r"(?:local)?(rule) (\w+):$|(Error) in rule \w+", line):
+            self.block = {"kind": match[1] or match[3], "rule": match[2]}
         elif match := re.match(r"Finished jobid: (\d+)", line):
             step = self.jobs[match[1]]
-            self.finished += 1
-            return f"[{self.finished}/{self.total}] {step} done in {clock(time.time() - self.running.pop(step))}"
+            began, ended = self.spans[step] = self.running.pop(step), time.time()
+            return f"[{len(self.spans)}/{self.total}] {step} done in {clock(ended - began)}{self.left()}"
         elif match := re.match(r"    (log|jobid|reason|message): (.*)$", line):
             self.block[match[1]] = match[2]
             last = {"rule": "reason", "Error": "log"}  # the field that is printed after all that is needed
@@ -52,9 +58,34 @@ class Progress:
                 return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
             self.jobs[self.block["jobid"]] = step
             self.reasons[step] = self.block["reason"]
-            self.running[step] = time.time()
-            return f"[{self.finished + len(self.running)}/{self.total}] {step}"
+            self.running[step], self.rules[step] = time.time(), self.block["rule"]
+            return f"[{len(self.spans) + len(self.running)}/{self.total}] {step}"
         return None
+
+    def left(self) -> str:
+        """Time that the run is expected to take still, as text; empty in its first minute and where nothing tells.
+
+        A step is expected to take its share of the past run, times the median ratio of this run to that; else
+        as long as the finished ones of its rule; else, once half of all steps are done, as long as these.
+        """
+        now = time.time()
+        spans = self.spans | {step: (began, now) for step, began in self.running.items()}
+        if not self.spans or now - min(began for began, _ in spans.values()) < 60:
+            return ""
+        taken, left = shares(spans), 0.0
+        done = {step: taken[step] for step in self.spans}
+        known = [step for step in taken if step in self.past and (step in done or taken[step] > self.past[step])]
+        ratio = statistics.median([1.0, *(taken[step] / self.past[step] for step in known)])
+        expected = {step: ratio * share for step, share in self.past.items()} | done
+        for rule, jobs in self.planned.items():
+            own = [share for step, share in expected.items() if rule == self.rules.get(step) or rule in step]
+            own = own or [*done.values()] * (2 * len(done) >= self.total)
+            if not own:
+                return ""
+            started = [step for step in taken if self.rules[step] == rule]
+            usual = statistics.fmean(own)
+            left += usual * jobs - sum(usual if step in done else min(taken[step], usual) for step in started)
+        return f" | about {max(round(left / 60), 1)} min left"
 
 
 def clock(seconds: float) -> str:
@@ -82,10 +113,10 @@ def last_lines(log: Path, n: int = 1) -> list[str]:
     return [parts[-1].rstrip() for parts in lines if parts][-n:]
 
 
-def follow(logs: Path, process: subprocess.Popen, output: Path) -> Progress:
+def follow(logs: Path, process: subprocess.Popen, output: Path, past: dict[str, float]) -> Progress:
     """Print each step's start and end until Snakemake ends, and a line on the running steps with their logs' last line:
-    redrawn every second on a terminal, else printed every 30 seconds."""
-    progress, began, printed, rest = Progress(), time.time(), time.time(), ""
+    redrawn every second on a terminal, else printed every 30 seconds. past: as in Progress."""
+    progress, began, printed, rest = Progress(past), time.time(), time.time(), ""
     terminal, running = sys.stdout.isatty(), True
     with output.open(errors="replace") as messages:
         while running:
@@ -94,7 +125,8 @@ def follow(logs: Path, process: subprocess.Popen, output: Path) -> Progress:
             for message in filter(None, map(progress.read, lines)):
                 print(f"{chr(13) + chr(27) + '[K' if terminal else ''}{clock(time.time() - began):>8}  {message}")
             steps = [f"{step}: {' '.join(last_lines(logs / f'{step}.log'))}" for step in progress.running]
-            status = f"{clock(time.time() - began)}  {' | '.join(steps)}"
+            done = f"[{len(progress.spans)}/{progress.total}] done{progress.left()}"
+            status = f"{clock(time.time() - began)}  {' | '.join([done, *steps])}"
             if terminal:
                 print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="")
             elif time.time() - printed > 30 and steps:

@@ -1,6 +1,7 @@
 """A run: its folder and lock, its processes, and the one call of Snakemake."""
 
 import contextlib
+import csv
 import fcntl
 import itertools
 import json
@@ -20,10 +21,11 @@ from typing import Any
 import psutil
 import yaml
 
+from lsdc_utils.costs import step_table, write_step_table
 from lsdc_utils.files import atomic
-from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
-from lsdc_utils.pipeline.parameters import PROFILES
+from lsdc_utils.pipeline.parameters import PROFILES, load_parameters
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
 RUN_MARK = "LSDC_RUN"  # environment variable of every process of a run: its folder
@@ -162,6 +164,17 @@ def dry_run(run: Run) -> int:
     return 0
 
 
+def past_shares(run: Run) -> dict[str, float]:
+    """Step -> share_s of its last run here, else in the sample if this is a demo too, of any seeds."""
+    own = step_table(run.folder)["share_s"].dropna().to_dict()
+    demo, seeds, sample = load_parameters("demo"), ("seed", "phantom_seed"), OUTPUTS / "sample" / "steps.csv"
+    if not sample.is_file() or any(run.parameters.get(key) != demo[key] for key in demo if key not in seeds):
+        return own
+    with sample.open() as file:
+        lines = {line["step"]: float(line["share_s"]) for line in csv.DictReader(file) if line["share_s"]}
+    return lines | own
+
+
 def work(run: Run) -> int:
     """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status."""
     gpus = [] if run.slurm else visible_gpus()
@@ -171,11 +184,12 @@ def work(run: Run) -> int:
         temporary.write_text(yaml.safe_dump(run.parameters, sort_keys=False))
     place = "jobs on SLURM" if run.slurm else f"{run.cores} cores, {len(gpus)} GPUs"
     print(f"{shown(run.folder)}: {place}; logs: {shown(output.parent)}/<step>.log")
+    past = past_shares(run)
     try:
         with output.open("w") as log:
             command = snakemake_command(run, config, len(gpus))
             process = subprocess.Popen(command, env=child_environment(run, gpus), stdout=log, stderr=log, cwd=ROOT)
-        progress = follow(output.parent, process, output)
+        progress = follow(output.parent, process, output, past)
     except KeyboardInterrupt:
         print(f"\nstopped; finished steps are kept. Resume with:\n  {run.resume}", file=sys.stderr)
         return 130
@@ -187,7 +201,8 @@ def work(run: Run) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if process.returncode == 0:
-        print(f"{progress.finished} steps run" if progress.finished else "nothing to do: every step is up to date")
+        write_step_table(run.folder)
+        print(f"{len(progress.spans)} steps run" if progress.spans else "nothing to do: every step is up to date")
         return 0
     lines = [failure(output.parent, step) for step in run.steps if step.name in progress.failed]
     lines = lines or [f"\nSnakemake stopped; last lines of {shown(output)}:", *last_lines(output, 15)]

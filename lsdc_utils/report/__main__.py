@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_sample(run: tables.Run, root: Path) -> None:
-    """Copy a run's report to outputs/sample/ of `root`, and pictures of three pages to its docs/; needs a browser."""
+    """Copy a run's report and step table to outputs/sample/ of `root`, and pictures of it to docs/; needs a browser."""
     from playwright.sync_api import sync_playwright  # a package of the tests
 
     sample = root / "outputs/sample"
     shutil.rmtree(sample, ignore_errors=True)
     shutil.copytree(run.folder / "report", sample)
+    shutil.copy(run.folder / "logs/steps.csv", sample)
     study = max(sample.glob("study_*.html"), key=lambda file: file.stat().st_size)  # one with all slices
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")

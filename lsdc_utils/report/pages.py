@@ -18,7 +18,7 @@ import pandas as pd
 
 from lsdc_utils import figures
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.spine import SURE
+from lsdc_utils.detector.chain import SURE
 from lsdc_utils.files import atomic
 from lsdc_utils.grading.basis import basis_words, grade_basis
 from lsdc_utils.grading.marks import SHORT_NAMES

@@ -55,7 +55,7 @@ def avif(image: Image.Image, quality: int = 45, largest: int = 4096) -> str:
     image = image.convert("RGB")
     image.thumbnail((largest, largest))
     content = io.BytesIO()
-    image.save(content, "AVIF", quality=quality)
+    image.save(content, "AVIF", quality=quality, speed=8)  # 4 times as fast as 6, the default; 14 % larger
     return f"data:image/avif;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

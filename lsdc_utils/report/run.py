@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 import psutil
-import torch
 import yaml
 
+from lsdc_utils.costs import step_table
 from lsdc_utils.files import git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.grading.evaluation import judge
@@ -52,10 +53,7 @@ class Run:
         self.doses, self.settings = (read_file(folder / f"stress/{name}.csv") for name in ("doses", "settings"))
         tables = {name: read_file(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
         self.experiments = {name: table for name, table in tables.items() if len(table)}
-        # Snakemake's benchmark of each step: seconds, memory (MiB) and load (cores in use), NaN where not measured.
-        costs = {file.stem: pd.read_csv(file, sep="\t").iloc[-1] for file in sorted((folder / "logs").glob("*.tsv"))}
-        steps = pd.DataFrame(costs, index=["s", "max_rss", "mean_load"]).T.apply(pd.to_numeric, errors="coerce")
-        self.steps = steps.set_axis(["seconds", "memory", "load"], axis=1).assign(load=steps["mean_load"] / 100)
+        self.steps = step_table(folder)
 
     def asks_for(self, step: str) -> bool:
         """Whether the run's parameters ask for this step: an earlier start may have trained more folds."""
@@ -94,7 +92,11 @@ def write_provenance(run: Path) -> dict[str, Any]:
         data["studies"] = training_studies(run)
     for file in sorted((run / "weights").glob("*.json")):
         weights[file.stem] = {key: read_file(file)[key] for key in ("sha256", "git_commit")}
-    cpu = Path("/proc/cpuinfo")
+    cpu, gpus = Path("/proc/cpuinfo"), []
+    if shutil.which("nvidia-smi"):
+        from torch import cuda  # takes seconds, which a machine without a GPU need not spend
+
+        gpus = [cuda.get_device_name(k) for k in range(cuda.device_count())]
     processor = re.search(r"^model name\s*: (.*)$", cpu.read_text() if cpu.is_file() else "", re.MULTILINE)
     content = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -106,7 +108,7 @@ def write_provenance(run: Path) -> dict[str, Any]:
             "processor": processor[1] if processor else platform.machine(),
             "cores": usable_cores(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+            "gpus": gpus,
             "system": platform.system(),
             "python": platform.python_version(),
         },

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import time
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from lsdc_utils.pipeline.progress import PARTS, Progress, last_lines, score_table
+
+MESSAGES = Path(__file__).resolve().parents[1] / "data" / "snakemake_demo.log"  # of a demo from 03 on, one core
+EARLIER = {  # seconds of an earlier demo on the same machine, by other code
+    "00_get_data": 296, "01_eda": 36, "02_convert_labels": 104, "phantom": 10,
+    "03_train_localiser_fold0": 411, "03_train_localiser_fold1": 397,
+    "03_train_yolo_nfn_fold0": 99, "03_train_yolo_nfn_fold1": 104, "03_train_yolo_scs_fold0": 87,
+    "03_train_yolo_scs_fold1": 85, "03_train_yolo_ss_fold0": 84, "03_train_yolo_ss_fold1": 76,
+    "04_train_vit3d_fold0": 92, "04_train_vit3d_fold1": 92,
+    "05_ensemble_inference": 111, "06_evaluation": 9, "07_stress_tests": 277, "08_report": 80,
+}  # fmt: skip
 
 
 def test_the_last_line_is_what_a_progress_bar_shows_now(tmp_path: Path) -> None:
@@ -33,6 +49,48 @@ def test_the_message_of_a_cluster_on_a_failed_job_is_shown() -> None:
     progress, words = Progress(), SNAKEMAKE_SAYS.replace("None", "SLURM-job '5' ran out of time")
     said = [progress.read(line) for line in words.splitlines()]
     assert said[-1] == "04_train_vit3d_fold0 failed: SLURM-job '5' ran out of time"
+
+
+@pytest.mark.parametrize(("past", "first", "error"), [(EARLIER, 10, 4.0), ({}, 21, 4.0)])
+def test_the_expected_end_of_a_recorded_run(past: dict, first: int, error: float, monkeypatch) -> None:
+    """Minutes left, asked every 30 seconds: from an earlier run's table, and from what is done alone."""
+    progress, now, said, start = Progress(past), [0.0], {}, None
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for line in MESSAGES.read_text().splitlines():
+        if not (stamp := re.match(r"\[(\w{3} \w{3} +\d+ [\d:]+ \d{4})\]", line)):
+            progress.read(line)
+            continue
+        moment = datetime.strptime(stamp[1], "%a %b %d %H:%M:%S %Y").timestamp()
+        start = moment if start is None else start
+        for now[0] in np.arange(now[0] or start, moment, 30):  # noqa: B020
+            said[(now[0] - start) / 60] = progress.left()
+        now[0] = moment
+    total = (now[0] - start) / 60
+    assert len(progress.spans) == 14
+    assert total == pytest.approx(41.8, abs=0.1)
+    minutes = {at: int(re.fullmatch(r" \| about (\d+) min left", text)[1]) for at, text in said.items() if text}
+    assert min(minutes) == pytest.approx(first, abs=1)  # when the first step, or half of them, was done
+    errors = [left - (total - at) for at, left in minutes.items()]
+    print(f"mean error {np.mean(np.abs(errors)):.1f} min of {total:.1f}, largest {np.max(np.abs(errors)):.1f}")
+    assert np.mean(np.abs(errors)) < error
+
+
+def test_the_end_is_told_after_a_minute_and_with_a_finished_step(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    progress = Progress({"a": 30.0, "b": 600.0}, total=2, planned={"a": 1, "b": 1}, rules={"a": "a"})
+    progress.running["a"] = 0.0
+    now[0] = 120.0
+    assert progress.left() == ""  # nothing is finished
+    progress.spans["a"] = (progress.running.pop("a"), 30.0)
+    now[0] = 40.0
+    assert progress.left() == ""  # the first minute
+    progress.rules["b"], progress.running["b"] = "b", 30.0
+    now[0] = 150.0
+    assert progress.left() == " | about 8 min left"  # 600 s as before, of which 120 are over
+    now[0] = 1000.0
+    assert progress.left() == " | about 1 min left"
+    assert Progress({}, 3, progress.planned, progress.rules, spans=progress.spans).left() == ""  # b is unknown
 
 
 SNAKEMAKE_SAYS = """\

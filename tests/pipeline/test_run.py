@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -43,7 +44,7 @@ def test_a_run_prints_each_step_and_ends_with_scores_and_report(finished_tiny_pr
     assert "[1/18] 00_get_data" in said
     assert "[18/18] 08_report done in" in said
     assert re.search(r"ensemble +0\.400 +0\.600 +0\.700 +- +0\.500", said)
-    assert said.rstrip().endswith("outputs/demo/report/index.html")
+    assert re.search(r"report: .*outputs/demo/report/index.html\nthe run took \d+:\d\d\n$", said)
 
 
 def test_steps_run_after_what_they_read(finished_tiny_project: Path) -> None:
@@ -67,6 +68,11 @@ def test_each_step_leaves_notebook_log_and_benchmark(finished_tiny_project: Path
     for name in names:
         assert (folder / "logs" / f"{name}.log").is_file()
         assert "max_rss" in (folder / "logs" / f"{name}.tsv").read_text()
+    table = pd.read_csv(folder / "logs" / "steps.csv", index_col="step")
+    assert sorted(table.index) == sorted([*names, "total"])
+    assert (table["cpu_s"] > 0.2).all()
+    assert table.loc["total", "cpu_s"] == pytest.approx(table["cpu_s"].drop("total").sum(), abs=0.1)
+    assert table["share_s"].drop("total").sum() < table["seconds"].drop("total").sum()  # some ran in parallel
     assert "epoch 3/3" in (folder / "logs" / "03_train_yolo_scs_fold1.log").read_text()
 
 

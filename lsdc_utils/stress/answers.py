@@ -104,17 +104,12 @@ class _Study:
         """Each blended table of the study, from its graded tables."""
         return blend_studies(self.recipe, join_graded([graded]), [self.plan.study_id])[0]
 
-    def crop_points(self) -> pd.DataFrame:
-        """Canal points and recesses, as the transformer is given them."""
-        points = self.graded["points"]
-        return points[points["condition"] != "nfn"].drop(columns="condition")
-
     def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
         """The study graded without each type of series, and with crop centres beside the detected points."""
         for kind in SERIES_TYPES:
             stacks = [stack for stack in self.stacks if stack.series_type != kind]
             yield "missing series", f"no {kind}", self.blend(self.models.grade(self.plan.study_id, stacks))
-        points = self.crop_points()
+        points = self.graded["points"]
         directions = geometry.unit(np.random.default_rng(seed).standard_normal((len(points), 3)))
         for error in CENTRE_MM:
             beside = points.copy()
@@ -130,7 +125,7 @@ class _Study:
         here = anatomy.query("condition == @condition and level == @level and series_type == @group.series_type")
         if here.empty:
             return
-        place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.crop_points()
+        place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.graded["points"]
         detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":

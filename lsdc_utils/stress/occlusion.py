@@ -66,6 +66,7 @@ def look_vit(
         return NOTHING
     centres, places = lattice(place, np.eye(3), REACH["vit3d"]), _pixel_places(stacks, points, model.config)
     inputs = np.repeat(record[None], 1 + len(centres), axis=0)
+    inputs["places"][:, [level != row[1] for level in LEVELS]] = np.nan  # levels are graded apart from each other
     for images, centre in zip(inputs["images"][1:], centres, strict=True):
         images[:] = hidden(images, places, centre)
     natural = probabilities([model], inputs, batch=16)

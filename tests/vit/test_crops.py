@@ -103,7 +103,7 @@ def test_sagittal_t1_squares_lie_about_the_foramina_that_were_found():
     canal = spine()
     usual = recesses(canal, 0.0, 0.0, condition="nfn")
     usual["X"] += np.concatenate([FORAMEN[:, 0], -FORAMEN[:, 0]])
-    usual[["Y", "Z"]] += np.tile(FORAMEN[:, 1:], (2, 1)) + [2.0, -3.0]  # of this patient: motion between the series
+    usual[["Y", "Z"]] += np.tile(FORAMEN[:, 1:], (2, 1)) + np.array([2.0, -3.0])  # moved between the series
     found = slot_centres(pd.concat([canal, usual.drop(index=[2, 6])]), *level_frames(canal))
     for slot, (kind, side) in enumerate(SLOTS):
         if kind == T1:

@@ -90,7 +90,7 @@ def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
 def test_exchanged_sides_exchange_left_and_right_columns(head):
     """A mirrored study gives the same squares with the sides exchanged: mirror symmetry by construction."""
     torch.manual_seed(0)
-    model = Vit3d(dataclasses.replace(SMALL, head=head))
+    model = Vit3d(dataclasses.replace(SMALL, head=head)).eval()
     torch.nn.init.normal_(model.head.linear.weight)
     inputs = draw_inputs(2, np.random.default_rng(0))
     inputs["places"][0, 3, 2:5] = np.nan
@@ -101,7 +101,7 @@ def test_exchanged_sides_exchange_left_and_right_columns(head):
 
 def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
     torch.manual_seed(0)
-    model = Vit3d(SMALL)
+    model = Vit3d(SMALL).eval()
     torch.nn.init.normal_(model.head.linear.weight)
     inputs = draw_inputs(2, np.random.default_rng(0))
     inputs["places"][:, :, 3] = np.nan

@@ -52,16 +52,10 @@ def step_table(run: Path) -> Any:
     costs = {file.stem: pd.read_csv(file, sep="\t").iloc[-1].to_dict() for file in sorted(run.glob("logs/*.tsv"))}
     for record in run.glob("logs/*.json"):
         costs.get(record.stem, {}).update(json.loads(record.read_text()))
-    columns = {
-        "s": "seconds",
-        "cpu_s": "cpu_s",
-        "max_rss": "memory",
-        "mean_load": "load",
-        "began": "began",
-        "ended": "",
-    }
-    table = pd.DataFrame(costs, index=[*columns]).T.apply(pd.to_numeric, errors="coerce").rename(columns=columns)
-    spans = table[["began", ""]].dropna()
+    names = {"s": "seconds", "max_rss": "memory", "mean_load": "load"}
+    table = pd.DataFrame(costs, index=["s", "cpu_s", "max_rss", "mean_load", "began", "ended"]).T.rename(columns=names)
+    table = table.apply(pd.to_numeric, errors="coerce")
+    spans = table[["began", "ended"]].dropna()
     share = shares(dict(zip(spans.index, spans.to_numpy().tolist(), strict=True)))
     return table.drop(columns=spans.columns).assign(load=table["load"] / 100, share_s=pd.Series(share, dtype=float))
 

@@ -40,7 +40,7 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 13_090
+    package: int = 13_290  # with 200 for processor seconds, the expected end and shared drawings
     training: int = 7_220  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50

@@ -20,7 +20,7 @@ class Augmentation:
     jitter: tuple[tuple[float, float, float], ...] = ((2.0, 1.6, 1.5), *[(2.0, 1.6, 1.9)] * 2, *[(1.5, 1.6, 3.0)] * 2)
     rotation: float = 0.08  # radians, sd of the turn of a slot's slices in their plane
     scale: float = 0.06  # sd of the logarithm of their size
-    intensity: float = 0.15  # sd of contrast and of brightness, a series
+    intensity: float = 0.2  # sd of contrast and of brightness, a series
     drop_series: float = 0.1  # share of series blanked
     recombine: float = 0.4  # share of levels whose right half is another study's
 

@@ -38,17 +38,17 @@ class VitConfig:
     """What the network sees and how large it is."""
 
     size: int = 32  # pixels a side of the square of a slice
-    spacing: tuple[float, float, float] = (1.0, 1.2, 0.5)  # mm a pixel on each of SERIES_TYPES
+    spacing: tuple[float, float, float] = (0.8, 1.0, 0.5)  # mm a pixel on each of SERIES_TYPES
     margin: int = 8  # pixels kept all round, to cut shifted and turned squares from
     slices: int = 3  # of a series, a level and a side
     encoder: str = "conv"  # of a slice: conv, a small one from scratch, or the name of a timm model
-    channels: tuple[int, ...] = (24, 48, 96)  # of its convolutions; all but the last halve the sides (conv)
+    channels: tuple[int, ...] = (24, 48, 96, 128)  # of its stages; all but the last halve the sides (conv)
     patch: int = 16  # a side, in voxels (published)
     width: int = 96  # of a token
     depth: int = 1  # blocks over the patches of a study (published)
     heads: int = 4
     readout: int = 8  # numbers that each place of a feature map hands to the reader, which keeps places apart
-    dropout: float = 0.3  # share of an encoder's features left out in training
+    dropout: float = 0.5  # share of an encoder's features left out in training
     mix: int = 1  # blocks over the slices of a half level
     head: str = "ordinal"  # or softmax
 
@@ -68,12 +68,17 @@ class SliceConv(nn.Module):
         super().__init__()
         layers, last = [], len(config.channels) - 1
         for k, (before, after) in enumerate(pairwise((1, *config.channels))):
-            kernel, stride = 3 if k else 5, 2 if k < last else 1
-            conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(after), nn.GELU()]
+            layers += self.layer(before, after, 3 if k else 5, 2 if k < last else 1)
+            layers += self.layer(after, after) if 0 < k < last else ()
         # A square is aligned to what it shows, so a place in it has a meaning, which averaging would lose.
         self.layers = nn.Sequential(*layers, nn.Conv2d(config.channels[-1], config.readout, 1), nn.Flatten(1))
         self.num_features = config.readout * (config.size // 2**last) ** 2
+
+    @staticmethod
+    def layer(before: int, after: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+        """A convolution, its norm and the non-linearity behind it."""
+        conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+        return [conv, nn.BatchNorm2d(after), nn.GELU()]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images)

@@ -26,10 +26,8 @@ class WeightsNotFound(ValueError):
 
 
 def find_data(data_dir: str = "", download: bool = False) -> tuple[Path, str]:
-    """The data's folder and kind: `data_dir` (folder or phantom), else Kaggle's mount or the download (kaggle).
-
-    Nothing is downloaded unless `download` is true and credentials are set. DataNotFound says what is missing.
-    """
+    """The data's folder and kind: `data_dir` (folder or phantom), else Kaggle's mount or, if `download` is true and
+    credentials are set, the download (kaggle). DataNotFound says what is missing."""
     if data_dir:
         folder = Path(os.path.expanduser(data_dir)).resolve()
         if not folder.is_dir():

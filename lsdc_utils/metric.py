@@ -81,10 +81,8 @@ def study_losses(solution: pd.DataFrame, submission: pd.DataFrame) -> StudyLosse
 
 
 class Scorer:
-    """The score of a fixed set of labelled rows, prepared for scoring many predictions of them.
-
-    `solution` (n rows): row_id, severity in {0, 1, 2}; predictions (n, 3) come in its order and are not checked again.
-    """
+    """The score of a fixed set of labelled rows, prepared for scoring many predictions of them. `solution` (n rows):
+    row_id, severity in {0, 1, 2}; predictions (n, 3) come in its order and are not checked again."""
 
     def __init__(self, solution: pd.DataFrame):
         keys = row_keys(solution["row_id"])

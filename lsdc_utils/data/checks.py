@@ -15,7 +15,7 @@ import pandas as pd
 from lsdc_utils import dicom
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import competition
-from lsdc_utils.data.competition import FINDINGS, KEY, POINTS, Competition, Findings, label_names
+from lsdc_utils.data.competition import FINDINGS, KEY, NONE, POINTS, Competition, Findings, label_names
 from lsdc_utils.data.parts import select
 from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
@@ -30,7 +30,6 @@ POINT_UNUSED = "point not used, grade kept"
 
 FEW_SERIES = 100  # below this, starting processes takes longer than reading
 SERIES = ["split", "study_id", "series_id"]  # identify a series
-NONE = -1  # series or instance number of a label without a point
 COLUMNS = (  # of the series table, from headers
     *("plane", "n_slices", "rows", "cols", "spacing_x", "spacing_y", "slice_step", "n_blocks"),
     *("first_instance", "last_instance", "instance_order", "n_skipped"),

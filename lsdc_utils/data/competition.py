@@ -35,7 +35,7 @@ LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: 
 ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
 
 Table = pd.DataFrame
-NONE = -1  # series of a listed study that has none
+NONE = -1  # series or instance number where there is none
 
 
 class CompetitionError(ValueError):
@@ -227,10 +227,8 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     discovered = unsorted.find(root, places, workers) if places or len(unlisted) == 2 else unsorted.Discovered()
     if len(unlisted) == 2 and not discovered.series:
         reasons = "; ".join(value for *_, value, _ in discovered.findings[:3]) or "the folder holds no files"
-        raise CompetitionError(
-            f"{root}: there is no train_series_descriptions.csv or test_series_descriptions.csv, and no sagittal T1, "
-            f"sagittal T2 or axial T2 series among the files: {reasons}"
-        )
+        lacking = f"no {' or '.join(file.name for file in files.values())}, and no sagittal T1, sagittal T2 or axial T2"
+        raise CompetitionError(f"{root}: there is {lacking} series among the files: {reasons}")
     table = pd.DataFrame(discovered.findings, columns=FINDINGS)
     covered = table.rule.isin(("series_skipped", "study_without_series")) & table.study_id.isin(listed.study_id)
     findings.tables += [table[~covered]] if len(table) else []
@@ -335,8 +333,7 @@ def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings
     """Labels, points and series without what `file` names; CompetitionError if a line names something unknown."""
     known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
     for row in read_required_table(file, EXCLUDE, ["study_id"]).fillna("").itertuples():
-        line = row.Index
-        place, label = {"study_id": row.study_id}, {}
+        line, place, label = row.Index, {"study_id": row.study_id}, {}
         if row.series_id:
             place["series_id"] = whole_number(row.series_id) or -1
         if not _matches(known, place).any():
@@ -389,12 +386,8 @@ def read_listed(root: str | Path, table: str | Path) -> Competition:
     for *key, file, frames in there[["study_id", "series_id", "file", "frames"]].itertuples(index=False, name=None):
         path = Path(os.fsdecode(file))
         files.setdefault(tuple(key), []).append(Frames(path, tuple(map(int, frames))) if len(frames) else path)
-    return Competition(
-        root=Path(root),
-        labels=pd.DataFrame(columns=[*KEY, "severity"]),
-        coordinates=pd.DataFrame(columns=POINTS),
-        series=series.assign(split="test").reset_index(drop=True),
-        sample_rows=[row for study in listed["study_id"].unique() for row in words.study_row_ids(study)],
-        findings=pd.DataFrame(columns=FINDINGS),
-        files={key: tuple(parts) for key, parts in files.items()},
-    )
+    files = {key: tuple(parts) for key, parts in files.items()}
+    series = series.assign(split="test").reset_index(drop=True)
+    sample_rows = [row for study in listed["study_id"].unique() for row in words.study_row_ids(study)]
+    labels, coordinates, findings = (pd.DataFrame(columns=names) for names in ([*KEY, "severity"], POINTS, FINDINGS))
+    return Competition(Path(root), labels, coordinates, series, sample_rows, findings, files)

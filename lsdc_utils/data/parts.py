@@ -208,10 +208,8 @@ def middle_height(images: Iterable[Tags]) -> float | None:
 
 
 def far_from_others(heights: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """Series that lie `FAR` from where most series of their study lie, of equally many the lowest; and their distance.
-
-    heights: series -> z in mm of its middle. Distances in mm are positive above.
-    """
+    """Series that lie `FAR` from where most series of their study lie, of equally many the lowest, and how far: mm,
+    positive above. heights: series -> z in mm of its middle."""
     near = {key: [other for other in heights.values() if abs(other - z) <= FAR] for key, z in heights.items()}
     place = np.median(near[min(near, key=lambda key: (-len(near[key]), heights[key]))]) if near else 0.0
     return {key: z - place for key, z in heights.items() if abs(z - place) > FAR}

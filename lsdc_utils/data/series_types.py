@@ -24,10 +24,8 @@ def plane_of(tags: Tags) -> str:
 
 
 def skip_reason(tags: Tags, described: bool = True) -> str:
-    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so.
-
-    described: False does not look at description and body part, which are the same for all images of a series.
-    """
+    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so. `described`: also by
+    description and body part, which are the same for all images of a series."""
     if tags.modality not in ("", "MR"):
         return "modality other than MR"
     if not tags.rows and not tags.has_pixels:
@@ -70,10 +68,8 @@ def contrast_of(tags: Tags) -> tuple[str | None, str]:
     if gradient_echo:
         return None, "gradient echo that names neither T1 nor T2"
     proton = re.search(r"\b(pd|pdw|proton)\b", _described(tags))
-    short_echo = 0 < echo < 60 and repetition >= 1500
-    if proton or (short_echo and "IR" not in tags.sequence and not inversion):
-        return None, "proton density"
-    return None, UNKNOWN_CONTRAST
+    short_echo = 0 < echo < 60 and repetition >= 1500 and "IR" not in tags.sequence and not inversion
+    return None, "proton density" if proton or short_echo else UNKNOWN_CONTRAST
 
 
 def named_contrast(tags: Tags) -> str | None:

@@ -39,9 +39,7 @@ def read_stack(
     source: dicom.Source, study_id: int, series_id: int, series_type: str, labelled: bool = False
 ) -> tuple[Stack, list]:
     """A series flattened and windowed, see `windows`, notes (rule, file, reason, action); DicomError if it is unusable.
-
-    labelled: whether a table of points names its images by number, see `dicom.read_series`.
-    """
+    labelled: whether a table of points names its images by number, see `dicom.read_series`."""
     source, left_out = select(source, series_type)
     series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):

@@ -268,8 +268,7 @@ def _collect(root: Path, series: list[_Series], others: dict, counts: Counter, r
             action = TO_USE_IT.format(split=part.split) if part.reason == UNKNOWN_CONTRAST else "skipped"
             result.findings.append((*ids, "series_skipped", value, action))
             continue
-        row = {"study_id": ids[0], "series_id": ids[1], "series_type": part.series_type, "split": part.split}
-        result.series.append(row)
+        result.series.append(dict(study_id=ids[0], series_id=ids[1], series_type=part.series_type, split=part.split))
         own = root / f"{part.split}_images" / str(ids[0]) / str(ids[1])
         if {getattr(file, "parent", None) for file in files} != {own} or counts[own] != len(files):
             result.files[ids] = files

@@ -23,9 +23,7 @@ BRIGHTEST, MARGIN = 99.5, 1.3  # percentile of the strip's tissue on the grid, C
 
 def to_grey(images: list[np.ndarray], affines: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Write images, each (rows, cols), to the upper left of target (n, rows, cols) uint8; affines (n, 4, 4) as Stack's.
-
-    Returns each image's scale against its neighbours' (n,); 0 if it is blank, and its target is not written.
-    """
+    Returns each image's scale against its neighbours' (n,); 0 if it is blank, and its target is not written."""
     signal = _signal(images)
     windows, scales = _windows(images, signal)
     kept = np.flatnonzero(scales)
@@ -37,10 +35,8 @@ def to_grey(images: list[np.ndarray], affines: np.ndarray, target: np.ndarray) -
 
 
 def _signal(images: list[np.ndarray]) -> list[np.ndarray | None]:
-    """Where an image shows signal, (rows, cols) uint8; None: everywhere.
-
-    Not signal: padding (-inf), values that stand out of the histogram (borders, text), and two pixels around them.
-    """
+    """Where an image shows signal, (rows, cols) uint8; None: everywhere. Not signal: padding (-inf), values that stand
+    out of the histogram (borders, text), and two pixels around them."""
     values, counts = np.unique(np.concatenate([_sample(image).ravel() for image in images]), return_counts=True)
     near = np.pad(counts, 2)
     near = np.max([near[:-4], near[1:-3], near[3:-1], near[4:]], axis=0)  # of the two next values each way
@@ -83,15 +79,13 @@ def _windows(images: list[np.ndarray], signal: list[np.ndarray | None]) -> tuple
 
 
 def _sample(image: np.ndarray) -> np.ndarray:
-    """Every `SPARSE`-th pixel each way; the same ones, mirrored, of a mirrored image."""
-    return image[_sparse(image.shape[0]), _sparse(image.shape[1])]
-
-
-def _sparse(count: int) -> slice:
-    """Every `SPARSE`-th of `count` pixels, with as many before the first as behind the last."""
-    rest = (count - 1) % SPARSE
-    first = rest // 2 if rest % 2 == 0 else (rest + SPARSE) // 2
-    return slice(first, count - first, SPARSE) if 2 * first < count else slice(None)
+    """Every `SPARSE`-th pixel each way, as many before the first as behind the last: a mirrored image has the same."""
+    every = []
+    for count in image.shape:
+        rest = (count - 1) % SPARSE
+        first = rest // 2 if rest % 2 == 0 else (rest + SPARSE) // 2
+        every.append(slice(first, count - first, SPARSE) if 2 * first < count else slice(None))
+    return image[tuple(every)]
 
 
 def _gains(

@@ -15,11 +15,9 @@ FEW_PAIRS = 5  # studies; below this a median of labels is worth less than that 
 
 
 def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
-    """The level that each slice of an axial series shows: (n,) numbers in LEVELS, or -1.
-
-    It is the level whose canal point (canal: level, X, Y, Z of one study) lies nearest to the slice's plane, if that is
-    within `AXIAL_REACH`. This is the one place where axial slices get their level.
-    """
+    """The level that each slice of an axial series shows, (n,) numbers in LEVELS: that whose canal point (canal: level,
+    X, Y, Z of one study) lies nearest to its plane; -1 if none lies within `AXIAL_REACH`. This is the one place
+    where axial slices get their level."""
     if canal.empty:
         return np.full(len(stack.pixels), -1)
     distances = np.abs(geometry.plane_distances(stack.affines, canal[["X", "Y", "Z"]].to_numpy(dtype=float)))
@@ -47,10 +45,8 @@ def canal_from_foramina(labels: pd.DataFrame) -> tuple[tuple[float, float], ...]
 
 
 def readers_canal(labels: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> pd.DataFrame:
-    """The readers' canal points (study_id, level, X, Y, Z); where none was clicked, from a level's two foramen points.
-
-    labels: the label table, of any studies. offsets: see `canal_from_foramina`.
-    """
+    """The readers' canal points (study_id, level, X, Y, Z) in a label table of any studies; where none was clicked,
+    from a level's two foramen points by the offsets of `canal_from_foramina`."""
     canal, middle = _points(labels)
     middle[["Y", "Z"]] += np.array(offsets)[[LEVELS.index(level) for level in middle.index.get_level_values("level")]]
     return canal.combine_first(middle).reset_index()
@@ -62,18 +58,10 @@ def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:
     canal: detected points of the study (level, X, Y, Z). Columns: study_id, series_id, instance_number, level; X, Y, Z,
     a point of the plane, and normal_x, normal_y, normal_z, its unit normal.
     """
-    tables = [
-        pd.DataFrame(
-            {
-                "study_id": stack.study_id,
-                "series_id": stack.series_id,
-                "instance_number": stack.instance_numbers,
-                "level": np.array([*LEVELS, ""])[axial_levels(stack, canal)],  # -1 is the last
-                **dict(zip("XYZ", stack.affines[:, :3, 3].T, strict=True)),
-                **dict(zip(("normal_x", "normal_y", "normal_z"), geometry.normals(stack.affines).T, strict=True)),
-            }
-        )
-        for stack in stacks
-        if stack.series_type == AXIAL
-    ]
+    tables, columns = [], (*"XYZ", "normal_x", "normal_y", "normal_z")
+    for stack in (stack for stack in stacks if stack.series_type == AXIAL):
+        ids = {"study_id": stack.study_id, "series_id": stack.series_id, "instance_number": stack.instance_numbers}
+        levels = np.array([*LEVELS, ""])[axial_levels(stack, canal)]  # -1 is the last
+        planes = np.hstack([stack.affines[:, :3, 3], geometry.normals(stack.affines)])
+        tables.append(pd.DataFrame({**ids, "level": levels, **dict(zip(columns, planes.T, strict=True))}))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["study_id"])

@@ -72,10 +72,8 @@ def _clicks(stack: Stack, labels: pd.DataFrame) -> list[tuple[Any, int, np.ndarr
 
 
 def _box(xy: Sequence[float], window: Sequence[int], affine: np.ndarray, config: DetectorConfig) -> tuple | None:
-    """Box round pixel `xy` as x, y, width, height in fractions of a window, clipped to it, and whether it was clipped.
-
-    None if the point itself is outside: ultralytics drops a whole image for one box that leaves it.
-    """
+    """Box round pixel `xy` as x, y, width, height in fractions of a window, clipped to it, and whether it was clipped;
+    None if the point itself is outside: ultralytics drops a whole image for one box that leaves it."""
     left, top, width, height = window
     centre = np.array([(xy[0] + 0.5 - left) / width, (xy[1] + 0.5 - top) / height])  # pixel 0 ends at 0.5
     half = 0.5 * config.box_mm / geometry.spacing(affine) / np.array([width, height])

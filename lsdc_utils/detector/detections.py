@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,10 +31,8 @@ class Detections:
 
 
 def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | None = None) -> Detections:
-    """Detections of one study: patient points and the full class-score vectors of the one-to-one head.
-
-    Detects only near the study's canal points, `canal`; returns nothing without them. Views: those of the config.
-    """
+    """Detections of one study by the one-to-one head, in the views of the config. They lie near the study's canal
+    points, `canal`; without these there are none."""
     config, parts, first = detector.config, [], 0
     stacks = stacks if canal is not None and len(canal) else ()
     for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
@@ -59,11 +57,6 @@ def join_detections(parts: Sequence[tuple[np.ndarray, ...]], classes: int) -> De
     scores = np.concatenate([scores.reshape(-1, classes) for _, scores, *_ in parts])
     of_slices = [[np.repeat(part[k], part[0].shape[1]) for part in parts] for k in (2, 3)]
     return Detections(places, scores, *map(np.concatenate, of_slices))
-
-
-def pool_detections(parts: Sequence[Detections]) -> Detections:
-    """Those of several detectors as one table, in their order."""
-    return Detections(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Detections)))
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """From the places of a study's levels to severity rows and points, by each detector and by all. Coordinates: LPS mm."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -11,14 +11,13 @@ from scipy.special import log_softmax, softmax
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.chain import NOTHING
 from lsdc_utils.detector.classes import Detector, DetectorConfig, class_table
-from lsdc_utils.detector.detections import Detections, detect, pool_detections
+from lsdc_utils.detector.detections import Detections, detect
 from lsdc_utils.detector.localiser import Localiser
 from lsdc_utils.detector.places import find_places
-from lsdc_utils.detector.spine import canal_points, find_discs
+from lsdc_utils.detector.spine import CANAL_COLUMNS, CONFIDENCES, canal_points, find_discs
 from lsdc_utils.metric import WEIGHTS
 from lsdc_utils.vocabulary import GROUPS, SEVERITIES, row_id
 
-CONFIDENCES = ("confidence", "level_confidence")  # columns of points: highest score; whether the levels are named right
 FLOOR = 1e-7  # score of a class that no detection has, as published
 POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of evidence, among which `fit_power` chooses
 
@@ -51,7 +50,8 @@ def level_evidence(
     result = [[] for _ in seen]
     if canal is None or canal.empty:
         return result
-    joined, config, sure = pool_detections(seen), configs[0], float(canal["level_confidence"].min())
+    joined = Detections(*(np.concatenate([getattr(one, field.name) for one in seen]) for field in fields(Detections)))
+    config, sure = configs[0], float(canal["level_confidence"].min())
     places = find_places(joined, config, canal.set_index("level"))
     detector = np.repeat(np.arange(len(seen)), [len(one.scores) for one in seen])
     for k, ((side, level), point) in enumerate(zip(places.names, places.points, strict=True)):
@@ -65,12 +65,11 @@ def level_evidence(
 
 def evidence_tables(levels: Sequence[LevelEvidence], power: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows (row_id, three natural probabilities) and points: study_id, level, side, X, Y, Z (LPS mm), `CONFIDENCES`."""
-    kinds = {"study_id": "int64", "level": "str", "side": "str"} | dict.fromkeys([*"XYZ", *CONFIDENCES], float)
     lines = [(e.study_id, e.level, e.side, *e.point, float(e.scores.max()), e.level_confidence) for e in levels]
-    points = pd.DataFrame(lines, columns=list(kinds))
+    points = pd.DataFrame(lines, columns=list(CANAL_COLUMNS)).astype(CANAL_COLUMNS)  # of empty tables too
     rows = pd.DataFrame(read_severities(levels, power), columns=SEVERITIES, dtype=float)
     rows.insert(0, "row_id", pd.Series([e.row_id for e in levels], dtype="str"))
-    return rows, points.astype(kinds)  # of empty tables too
+    return rows, points
 
 
 def read_severities(levels: Sequence[LevelEvidence], power: float) -> np.ndarray:

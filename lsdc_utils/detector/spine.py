@@ -15,7 +15,8 @@ WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
 EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
 FAINT = 0.01  # scores below this are clutter
-CANAL_COLUMNS = ("study_id", "level", "side", *"XYZ", "confidence", "level_confidence")
+CONFIDENCES = ("confidence", "level_confidence")  # columns of points: highest score; whether the levels are named right
+CANAL_COLUMNS = {"study_id": "int64", "level": "str", "side": "str"} | dict.fromkeys([*"XYZ", *CONFIDENCES], float)
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,15 @@ def canal_points(
     found = np.flatnonzero(np.isfinite(middles[:, 0]))
     names = [LEVELS[k] for k in found]
     disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
-    if joined.on_t2.any():
-        canal = canal * joined.on_t2
+    canal = canal * joined.on_t2 if joined.on_t2.any() else canal
     near = _near(joined, middles[found]) * disc
     x = near @ joined.points[:, 0] / np.maximum(near.sum(axis=1), 1e-9)
     expected = disc_places(np.column_stack([x, middles[found]]), names, 1.0)
     weight = _near(joined, expected[:, 1:], CANAL_SPREAD) * canal**2
     points = (weight @ joined.points + EXPECTED * expected) / (weight.sum(axis=1, keepdims=True) + EXPECTED)
-    lines = [
-        (study_id, level, "", *point, own.max(), np.mean(chances))
-        for level, point, own in zip(names, points, near, strict=True)
-    ]
-    table = pd.DataFrame(lines, columns=list(CANAL_COLUMNS))
-    kinds = {"study_id": "int64", "level": "str", "side": "str"}
-    return table.astype(kinds | dict.fromkeys([*"XYZ", *CANAL_COLUMNS[-2:]], float))
+    places = zip(names, points, near, strict=True)
+    lines = [(study_id, level, "", *point, own.max(), np.mean(chances)) for level, point, own in places]
+    return pd.DataFrame(lines, columns=list(CANAL_COLUMNS)).astype(CANAL_COLUMNS)
 
 
 def _chance(found: Chain, middles: np.ndarray, temperature: float) -> float:

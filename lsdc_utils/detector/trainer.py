@@ -23,10 +23,8 @@ torch_utils.unset_deterministic = lambda: None  # undoes what nothing here has s
 
 @dataclass(eq=False)
 class WeightedSampler(torch.utils.data.Sampler):
-    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance.
-
-    The order depends on seed and `epoch` alone; the trainer sets `epoch`.
-    """
+    """Each epoch every image about `weight` times, in a new order: the weight, rounded up or down by chance. The order
+    depends on seed and `epoch` alone; the trainer sets `epoch`."""
 
     weights: np.ndarray  # (n,) float
     seed: int
@@ -124,10 +122,8 @@ class DetectorTrainer(DetectionTrainer):
             raise Finished
 
     def begin_epoch(self) -> None:
-        """Seed an epoch by its number, so that it is the same after a stop.
-
-        DetectorError if ultralytics has halved the batch because it did not fit into the GPU's memory.
-        """
+        """Seed an epoch by its number, so that it is the same after a stop; DetectorError if ultralytics has halved the
+        batch because it did not fit into the GPU's memory."""
         if self.batch_size < self.full_batch:
             what = f"a batch of {self.full_batch} images is too large for this GPU"
             raise DetectorError(f"{what}; try yolo_batch={self.batch_size}")

@@ -29,10 +29,8 @@ TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}  # of our own:
 
 
 def quiet_ultralytics(folder: str | Path) -> None:
-    """Keep ultralytics off the network and out of the home directory; its settings and font go to `folder`.
-
-    It reads these variables when it is first imported, so nothing in this package imports it before this has run.
-    """
+    """Keep ultralytics off the network and out of the home directory; its settings and font go to `folder`. It reads
+    these variables when it is first imported, so nothing in this package imports it before this has run."""
     if "ultralytics" in sys.modules:
         return
     os.environ.update(
@@ -104,10 +102,8 @@ def train_detector(
 def augmented_batch(
     folder: str | Path, shown: pd.DataFrame, config: DetectorConfig, settings: dict[str, Any], count: int = 8
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """A batch as the training's own loader gives it: images (n, rows, cols, 3) uint8 and their boxes.
-
-    boxes: image (0 to n - 1), class_id, x, y, width, height (centre and size as fractions of the image).
-    """
+    """A batch as the training's own loader gives it: images (n, rows, cols, 3) uint8 and a table of boxes: image (0 to
+    n - 1), class_id, x, y, width, height (centre and size as fractions of the image)."""
     check_settings(settings)
     with tempfile.TemporaryDirectory() as work:
         few = settings | {"batch": count, "workers": 0, "cache": False}

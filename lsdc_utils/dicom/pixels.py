@@ -145,19 +145,23 @@ def check_lengths(header: Header, layout: Layout) -> None:
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Stored values (rows, columns) of each frame, of `layout.dtype`, and where they are padding (None: nowhere).
-
-    DicomError where the pixels are broken.
-    """
+    """Stored values (rows, columns) of each frame, of `layout.dtype`, and where they are padding (None: nowhere);
+    DicomError where the pixels are broken."""
     frames = _stored_frames(header, layout)
-    decoder = _worker(os.getpid()).decode if layout.syntax in JPEG_FAMILY else decode
+    decoder, high = decode, layout.high
+    if layout.syntax in JPEG_FAMILY:  # whose decoders move the values down
+        decoder, high = _worker(os.getpid()).decode, layout.stored - 1
+    unused = layout.allocated - layout.stored
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
             raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
         raw = decoder(data, layout)
-        values = _mask(raw if layout.padding is None else raw.copy(), layout)
+        values = raw if layout.padding is None else raw.copy()
+        if unused:  # bits, cleared wherever they are; an arithmetic shift keeps the sign of signed numbers
+            values <<= layout.allocated - 1 - high
+            values >>= unused
         yield values, _padded(values, raw, layout)
 
 
@@ -183,16 +187,6 @@ def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:
         yield b"".join(fragments)
 
 
-def _mask(values: np.ndarray, layout: Layout) -> np.ndarray:
-    """Values with their unused bits cleared, wherever these are."""
-    high = layout.stored - 1 if layout.syntax in JPEG_FAMILY else layout.high  # these decoders move the values down
-    unused = layout.allocated - layout.stored
-    if unused:
-        values <<= layout.allocated - 1 - high
-        values >>= unused  # an arithmetic shift for signed numbers, so that their sign is kept
-    return values
-
-
 def decode(data: bytes, layout: Layout) -> np.ndarray:
     """The values of one frame, (rows, columns) of `layout.dtype`; DicomError where it is broken."""
     shape, plugin = (layout.rows, layout.columns), ""
@@ -207,7 +201,7 @@ def decode(data: bytes, layout: Layout) -> np.ndarray:
             raise DicomError(f"has an image of {claimed[0]} x {claimed[1]} pixels where its header says otherwise")
         data = encapsulate([data], has_bot=False)
         plugin = "pyjpegls" if layout.syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"  # four times as fast
-    how = dict(raw=True, correct_unused_bits=False, decoding_plugin=plugin)  # `_mask` corrects them, wherever they are
+    how = dict(raw=True, correct_unused_bits=False, decoding_plugin=plugin)  # `read_frames` corrects them
     size = dict(rows=layout.rows, columns=layout.columns, number_of_frames=1, samples_per_pixel=1)
     bits = dict(bits_allocated=layout.allocated, bits_stored=layout.stored, pixel_representation=int(layout.signed))
     vr = "OW" if layout.words else "OB"

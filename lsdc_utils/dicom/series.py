@@ -319,10 +319,8 @@ def _blocks(slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
 
 
 def _by_gap(members: np.ndarray, slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
-    """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual.
-
-    Of images at one place (echoes, or a second scan) the k-th by number goes to the k-th stack: neighbours lie apart.
-    """
+    """Parallel slices in the order of their positions along `direction`, cut where a step is far above the usual. Of
+    images at one place (echoes, or a second scan) the k-th by number goes to the k-th stack: neighbours lie apart."""
     normal = slices[members[0]].affine[:3, 2]
     normal = normal if normal @ direction >= 0 else -normal
     positions = np.array([normal @ slices[i].affine[:3, 3] for i in members])

@@ -21,10 +21,8 @@ SUSPECT = 0.05  # a label this improbable to models that did not see it is worth
 
 
 def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
-    """Labelled rows: columns of `metric.row_keys`, severity, natural probabilities, weight and loss.
-
-    `weight` is the row's in the official score and `loss` what it adds there: weight times -log of the weighted row.
-    """
+    """Labelled rows: columns of `metric.row_keys`, severity, natural probabilities, weight (in the official score) and
+    loss, what the row adds to that: weight times -log of the weighted row."""
     rows = metric.row_keys(solution["row_id"]).merge(solution[["row_id", "severity"]], on="row_id")
     rows = rows.merge(table[["row_id", *PROBABILITIES]], on="row_id")
     of_label = _of_label(rows, metric.weight_rows(rows[PROBABILITIES].to_numpy()))
@@ -113,10 +111,8 @@ def calibration(judged: Judged) -> pd.DataFrame:
 
 
 def suspects(rows: pd.DataFrame) -> pd.DataFrame:
-    """Labels less probable than `SUSPECT` to models that did not see them, the least probable first.
-
-    Columns: row_id, study_id, condition, level, severity, probability (of that label), grade and its probability.
-    """
+    """Labels less probable than `SUSPECT` to models that did not see them, the least probable first: row_id, study_id,
+    condition, level, severity, probability (of that label), grade and its probability."""
     natural = rows[PROBABILITIES].to_numpy()
     table = rows[["row_id", "study_id", "condition", "level", "severity"]].assign(probability=_of_label(rows, natural))
     table = table.assign(grade=natural.argmax(axis=1), grade_probability=natural.max(axis=1))

@@ -64,10 +64,8 @@ class Models:
 
 
 def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame) -> Iterator[tuple]:
-    """Findings about the grading of a study: series on which nothing was detected, and levels that may be named wrong.
-
-    types: those of its readable series; rows: of all detectors; points: the study's.
-    """
+    """Findings about a study's grading: types of readable series on which nothing was detected, by the rows of all
+    detectors, and levels that may be named wrong, by the study's points."""
     for group in GROUPS.values():
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"

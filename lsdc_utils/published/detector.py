@@ -42,9 +42,8 @@ def prepare(data: Path, folder: Path, config: DetectorConfig, labels: pd.DataFra
     table = class_table(config).reset_index().set_index(["condition", "level", "severity"])["index"]
     boxes = pd.read_csv(data / "boxes.csv")
     boxes = boxes[~boxes["copied"] & boxes["study_id"].map(complete)]
-    places = [parse_row_id(row)[1:] for row in boxes["row_id"]]
-    numbers = [table[(*place, severity)] for place, severity in zip(places, boxes["severity"], strict=True)]
-    boxes = boxes.assign(class_id=numbers)
+    keys = [(*parse_row_id(row)[1:], severity) for row, severity in boxes[["row_id", "severity"]].to_numpy()]
+    boxes = boxes.assign(class_id=[table[key] for key in keys])
     slices = ["study_id", "series_id", "slice"]
     counts = boxes.groupby(slices).agg(boxes=("severity", "size"), worst=("severity", "max")).reset_index()
     images = pd.read_csv(data / "images.csv").drop(columns=["boxes", "worst"]).merge(counts, on=slices)
@@ -91,6 +90,4 @@ SCHEME = Scheme(class_table, detect, level_evidence)
 def load_detectors(weights: str | Path, folds: Iterable[int]) -> dict[str, list[Detector]]:
     """The published detectors of these folds in a folder of weights, by condition group, for `levels.grade_study`."""
     weights, folds = Path(weights), list(folds)
-    return {
-        key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt", class_table) for fold in folds] for key in GROUPS
-    }
+    return {key: [load_detector(weights / f"yolo_{key}_fold{k}.pt", class_table) for k in folds] for key in GROUPS}

@@ -74,6 +74,7 @@ class DetectorTrainer(DetectionTrainer):
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """ultralytics' loader, for training with our sampler; DetectorError if ultralytics dropped images."""
         if mode != "train":
+            self.args.cache = None  # held-out images are looked at once, or never
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
         dataset = self.build_dataset(dataset_path, mode, batch_size)
         if len(dataset) != len(self.image_weights):  # it drops what it calls corrupt with a warning only

@@ -66,7 +66,8 @@ def test_every_step_ran_and_the_end_is_scores_and_report(smoke_project: Path, pa
     output = (smoke_project / "first_run.txt").read_text()
     assert output.count(" done in ") == len(graph.all_steps(parameters))
     assert "Weighted log loss" in output
-    assert output.rstrip().endswith("outputs/demo/report/index.html")
+    report, took = output.rstrip().splitlines()[-2:]
+    assert report.endswith("outputs/demo/report/index.html") and re.fullmatch(r"the run took \d+:\d\d", took)
 
 
 def test_executed_notebooks_have_no_error_and_show_figures(run: Path, parameters: dict) -> None:

@@ -1,6 +1,7 @@
 """Phantom studies as stacks, of bodies that have much in common: what is the same in two of them is drawn once."""
 
 import pickle
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Drawing:
     """Draws studies as they would be read from files. A study whose acquisitions are those of the first is drawn only
     where its body differs. The first series of a geometry goes through DICOM files; later ones bring other pixels."""
 
-    folder: Path  # for the files
+    folder: Path  # for the files of a series, until they are read
     exposed: dict[bytes, tuple] = field(default_factory=dict)  # of the first study: images, kept, tables
     read: dict[bytes, Stack] = field(default_factory=dict)  # by geometry
 
@@ -45,7 +46,7 @@ class Drawing:
             order, grey = [series.numbers.tolist().index(n) for n in like.instance_numbers], np.empty_like(like.pixels)
             if (to_grey([*pixels[order]], like.affines, grey) == 1).all():  # else an image is odd or blank
                 return replace(like, pixels=grey)
-        folder = self.folder / str(len(self.read)) / str(series.series_id)
-        write_series(folder, study_id, series, (1, 1), pixels)
-        self.read[key], _ = read_stack(folder, study_id, series.series_id, series.acquisition.series_type)
+        write_series(self.folder, study_id, series, (1, 1), pixels)
+        self.read[key], _ = read_stack(self.folder, study_id, series.series_id, series.acquisition.series_type)
+        shutil.rmtree(self.folder)
         return self.read[key]

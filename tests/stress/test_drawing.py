@@ -10,6 +10,7 @@ import pytest
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.phantom import scanner, write_phantom
+from lsdc_utils.phantom.study import image_study
 from lsdc_utils.phantom.write import Design, plan_studies
 from lsdc_utils.stress import drawing
 from lsdc_utils.stress.cases import CONTROLLED
@@ -47,6 +48,19 @@ def test_drawn_studies_are_those_of_the_files_and_what_they_share_is_drawn_once(
             for name in ("shapes", "affines", "instance_numbers", "blocks"):
                 assert np.array_equal(getattr(one, name), getattr(other, name))
     assert len(exposures) == 6 and len(drawn.read) == 6  # of the usual study, and of the one with other slices
+
+
+def test_a_series_with_a_blank_image_goes_through_files_each_time(tmp_path):
+    drawn, [plan] = drawing.Drawing(tmp_path / "series"), plan_studies(Design.of(0, 1, 3, **studies()[0]))
+    part, pixels = next(image_study(plan))
+    whole = drawn._stack(plan.study_id, part, pixels)
+    spoiled = pixels.copy()
+    spoiled[2] = 7
+    for _ in range(2):
+        stack = drawn._stack(plan.study_id, part, spoiled)
+        assert len(stack.pixels) == len(whole.pixels) - 1
+        assert part.numbers[2] not in stack.instance_numbers
+    assert not (tmp_path / "series").exists()
 
 
 @pytest.fixture

@@ -99,6 +99,30 @@ def test_exchanged_sides_exchange_left_and_right_columns(head):
     torch.testing.assert_close(turned, found[:, list(MIRROR)], atol=1e-5, rtol=1e-4)
 
 
+def test_a_place_is_graded_by_the_slices_that_show_it_and_by_others_only_without_them():
+    torch.manual_seed(0)
+    model, k = Vit3d(SMALL).eval(), SMALL.slices
+    torch.nn.init.normal_(model.head.linear.weight)
+    inputs, level = draw_inputs(1, np.random.default_rng(0)), 2
+    rows = [n for n, name in enumerate(COLUMNS) if name == "left_neural_foraminal_narrowing_l3_l4"]
+
+    def moved(lacking: bool, slots: list[int], levels: list[int]) -> float:
+        """How far the foramen's row moves where these slots of these levels show something else."""
+        before = inputs.copy()
+        if lacking:
+            before["places"][:, level, k : 2 * k] = np.nan  # left T1
+        after = before.copy()
+        for slot in slots:
+            after["images"][:, levels, slot * k : (slot + 1) * k, :4] = 250
+        return (model(*seen(after))[:, rows] - model(*seen(before))[:, rows]).abs().max().item()
+
+    others = [other for other in range(5) if other != level]
+    assert moved(False, [1], [level]) > 1e-3
+    assert moved(False, [0, 2, 3, 4], [level]) < 1e-6 and moved(False, [0, 1, 2, 3, 4], others) < 1e-6
+    assert moved(True, [0], [level]) > 1e-3 and moved(True, [3], [level]) > 1e-3
+    assert moved(True, [2, 4], [level]) < 1e-6  # the other side's
+
+
 def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():
     torch.manual_seed(0)
     model = Vit3d(SMALL).eval()

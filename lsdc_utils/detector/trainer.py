@@ -3,6 +3,7 @@
 Importing this module imports ultralytics, so `training.quiet_ultralytics` must have run before.
 """
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import torch_utils
+from ultralytics.utils.instance import Instances
 
 from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
 from lsdc_utils.detector.classes import DetectorError
@@ -79,6 +81,8 @@ class DetectorTrainer(DetectionTrainer):
         dataset = self.build_dataset(dataset_path, mode, batch_size)
         if len(dataset) != len(self.image_weights):  # it drops what it calls corrupt with a warning only
             raise DetectorError(f"ultralytics took {len(dataset)} of {len(self.image_weights)} training images")
+        if self.tricks["exchange"]:
+            exchange_halves(dataset, self.tricks["exchange"])
         # ultralytics has the images in an order of its own.
         shown = np.array([self.image_weights[Path(file).name] for file in dataset.im_files])
         self.sampler = WeightedSampler(shown, self.args.seed)
@@ -160,6 +164,29 @@ class DetectorTrainer(DetectionTrainer):
     def validate(self) -> tuple[dict[str, float], float]:
         """ultralytics' validation if it was asked for; it would also validate after the last epoch."""
         return super().validate() if self.args.val else ({}, 0.0)
+
+
+def exchange_halves(dataset: Any, share: float) -> None:
+    """Let a share of the images have the right half of another image with its boxes, so that in training one half tells
+    nothing of the other."""
+    own = dataset.get_image_and_label
+
+    def joined(index: int) -> dict[str, Any]:
+        """An image and its boxes as ultralytics wants them."""
+        first = own(index)
+        if random.random() >= share:  # of the worker's generator, which ultralytics seeds
+            return first
+        second = own(random.randrange(len(dataset)))
+        middle, kept = first["img"].shape[1] // 2, []
+        for part, on_right in ((first, False), (second, True)):
+            part["instances"].convert_bbox("xywh")
+            kept.append((part, (part["instances"].bboxes[:, 0] >= 0.5) == on_right))
+        image = np.concatenate([first["img"][:, :middle], second["img"][:, middle:]], axis=1)
+        boxes = Instances.concatenate([part["instances"][keep] for part, keep in kept])
+        classes = np.concatenate([part["cls"][keep] for part, keep in kept])
+        return first | {"img": image, "instances": boxes, "cls": classes}
+
+    dataset.get_image_and_label = joined
 
 
 def lean(architecture: dict[str, Any], width: float) -> dict[str, Any]:

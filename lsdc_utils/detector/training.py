@@ -25,7 +25,8 @@ FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
     "data": None, "project": None, "device": None, "imgsz": None, "rect": None, "val": None,
 }  # fmt: skip
-TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0}  # of our own: `start_boxes`, `quicken_norms`, `lean`
+# Of our own: `start_boxes`, `quicken_norms`, `lean`, `exchange_halves`.
+TRICKS = {"box_start": False, "quick_norms": False, "width": 0.0, "exchange": 0.0}
 
 
 def quiet_ultralytics(folder: str | Path) -> None:

@@ -78,6 +78,25 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
+def own_evidence(judged: Judged) -> pd.DataFrame:
+    """Does a model read a row's own place, or the company it keeps? A line for each group: the pairs of rows with
+    different labels that share their company (both sides of a level; two levels of a canal), and the share of them
+    in which each model gives more evidence to the worse one: log odds of moderate or worse, over the prior's; ties
+    are half right. 0.5: the model tells the study or level, not the place.
+    """
+    odds = {name: np.log(rows[PROBABILITIES[1:]].sum(axis=1) / rows["normal_mild"]) for name, rows in judged.items()}
+    rows, lines = judged["prior"].assign(place=np.arange(len(judged["prior"]))), {}
+    for key, group in GROUPS.items():
+        of_group, same = rows[rows["group"] == key], ["study_id", "level"] if key != "scs" else ["study_id"]
+        pairs = of_group.merge(of_group, on=same).query("severity_x > severity_y")
+        worse, better = pairs["place_x"].to_numpy(), pairs["place_y"].to_numpy()
+        lines[group.score] = {"pairs": len(pairs)}
+        for name in (name for name in judged if name != "prior" and len(pairs)):
+            over = (odds[name] - odds["prior"]).to_numpy()
+            lines[group.score][name] = (np.sign(over[worse] - over[better]).mean() + 1) / 2
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
 def agreement(judged: Judged) -> pd.DataFrame:
     """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group.
 

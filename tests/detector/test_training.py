@@ -214,6 +214,41 @@ def test_a_batch_is_shown_as_augmented(tmp_path):
     assert not all(any(np.array_equal(image, file) for file in files) for image in moved)
 
 
+def test_exchanged_halves_carry_their_pixels_and_boxes(tmp_path):
+    from lsdc_utils.detector.trainer import exchange_halves
+
+    files = write_toy(tmp_path / "data")
+    plain = {"hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "scale": 0.0, "translate": 0.0, "epochs": 1}
+    images, _ = augmented_batch(tmp_path / "data", files, config("scs"), SETTINGS | plain | {"exchange": 1.0}, count=8)
+    whole = [cv2.imread(str(file))[..., ::-1] for file in (tmp_path / "data/images").glob("*.png")]
+    for image in images:
+        assert any(np.array_equal(image[:, :16], one[:, :16]) for one in whole)
+        assert any(np.array_equal(image[:, 16:], one[:, 16:]) for one in whole)
+    assert not all(any(np.array_equal(image, one) for one in whole) for image in images)
+
+    x = np.array([[0.2, 0.8], [0.3, 0.7]])  # of the boxes of two images; class 10 k + number
+    boxes = [np.column_stack([x[k], [0.5] * 2, [0.1] * 2, [0.1] * 2]).astype(np.float32) for k in range(2)]
+
+    class Two:
+        def __len__(self):
+            return 2
+
+        def get_image_and_label(self, k):
+            from ultralytics.utils.instance import Instances
+
+            own = Instances(boxes[k].copy(), np.zeros((0, 1000, 2), np.float32), bbox_format="xywh", normalized=True)
+            return {"img": np.full((4, 6, 3), k), "instances": own, "cls": np.array([[10 * k], [10 * k + 1]])}
+
+    exchange_halves(two := Two(), 1.0)
+    drawn = [two.get_image_and_label(0) for _ in range(30)]
+    mixed = next(one for one in drawn if one["img"][0, -1, 0] == 1)
+    assert mixed["img"][:, :, 0].tolist() == [[0, 0, 0, 1, 1, 1]] * 4
+    np.testing.assert_allclose(mixed["instances"].bboxes[:, 0], [0.2, 0.7])
+    assert mixed["cls"].ravel().tolist() == [0, 11]
+    exchange_halves(never := Two(), 0.0)
+    assert (never.get_image_and_label(1)["img"] == 1).all()
+
+
 def test_a_lean_network_has_a_head_for_small_boxes_and_others_start_from_it(tmp_path):
     files, path = write_toy(tmp_path / "data"), tmp_path / "yolo_scs_fold0.pt"
     trained, _ = train_toy(tmp_path / "data", files, tmp_path / "work", width=0.125)

@@ -70,6 +70,24 @@ def test_discrimination_of_a_perfect_and_of_an_ignorant_model(world):
     assert evaluation.discrimination(evaluation.judge(sure, mild))["AUC"].isna().all()
 
 
+def test_own_evidence_tells_a_reader_of_places_from_a_reader_of_company(world, judged):
+    solution, tables = world
+    company = tables["oracle"].copy()  # a study's mean says how ill it is, and nothing of a place
+    study = company["row_id"].str.partition("_")[0]
+    company[list(SEVERITIES)] = company.groupby(study)[list(SEVERITIES)].transform("mean")
+    both = judged | {"company": evaluation.judge(company, solution)}
+    truth = judged["prior"]
+    perfect = np.eye(3)[truth["severity"]] * 0.97 + 0.01
+    both["perfect"] = truth.assign(**dict(zip(SEVERITIES, perfect.T, strict=True)))
+    found = evaluation.own_evidence(both)
+    assert (found["company"] == 0.5).all() and (found["perfect"] > 0.8).all()  # moderate or worse are ties
+    assert (found["oracle"] > 0.7).all() and "prior" not in found
+    foramina = truth[truth["group"] == "nfn"].pivot(index=["study_id", "level"], columns="side", values="severity")
+    assert found.loc["foraminal", "pairs"] == (foramina["left"] != foramina["right"]).sum()
+    nothing = {model: rows.head(0) for model, rows in judged.items()}
+    assert (evaluation.own_evidence(nothing)["pairs"] == 0).all()
+
+
 def test_two_readers_kappa_is_what_two_drawn_readers_reach(world, judged):
     solution, tables = world
     natural = tables["oracle"][list(SEVERITIES)].to_numpy()

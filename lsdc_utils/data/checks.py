@@ -77,6 +77,7 @@ def check(comp: Competition, workers: int = 1) -> Checked:
         for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
             study, value = number_of(folder.name), readable(f"{split}_images/{folder.name}")
             if folder not in used and study not in studies:
+                study = study if str(study) == folder.name else None
                 faults.append((study, None, "study_not_in_tables", value, "study left out"))
                 continue
             for inner in sorted(folder.glob("[!.]*/")):

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from lsdc_utils import dicom, vocabulary
-from lsdc_utils.data.competition import Competition, whole_number
+from lsdc_utils.data.competition import Competition, read_required_table
 from lsdc_utils.dicom.headers import first_number, frame_datasets, opened, text
 from lsdc_utils.parallel import each
 
@@ -45,10 +45,9 @@ def describe(comp: Competition, studies: Collection[int], workers: int = 1) -> p
     lines = list(each(_facts, sources_of(comp, studies), workers, FEW_STUDIES, chunk=4))
     table = pd.DataFrame(lines, columns=["patient", *TRAITS], index=pd.Index(studies, name="study_id"), dtype=object)
     if (file := comp.root / "patients.csv").is_file():
-        given = pd.read_csv(file, sep=None, engine="python", dtype=str).rename(
-            columns=lambda name: name.strip().lower()
-        )
-        given = given.assign(study_id=given["study_id"].map(whole_number)).drop_duplicates("study_id")
+        header = pd.read_csv(file, sep=None, engine="python", nrows=0).columns.str.strip().str.lower()
+        columns = ["study_id", *header.intersection(["patient_id", *TRAITS])]
+        given = read_required_table(file, columns, ["study_id"]).drop_duplicates("study_id")
         table.update(given.set_index("study_id").rename(columns={"patient_id": "patient"}))
     named = table["patient"].replace("", np.nan)
     anonymous = len(table) > 1 and named.nunique() == 1 and named.notna().all()

@@ -4,11 +4,14 @@ All functions but `difference` take judged rows (`judge`), in the same order for
 """
 
 import itertools
+import json
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score, precision_recall_curve
+from sklearn.metrics import cohen_kappa_score, precision_recall_curve, roc_curve
 
 from lsdc_utils import metric
 from lsdc_utils.metric import PROBABILITIES
@@ -17,6 +20,7 @@ from lsdc_utils.vocabulary import GROUPS
 Judged = dict[str, pd.DataFrame]  # by model
 POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
 EVENTS = {"severe": 2, "moderate or severe": 1}  # the mildest severity that counts as the event
+FEWEST, FEW = 10, 30  # patients: below them no interval, and one to distrust
 SUSPECT = 0.05  # a label this improbable to models that did not see it is worth a second look
 
 
@@ -41,15 +45,15 @@ def difference(
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 
-def by_trait(judged: Judged, trait: pd.Series) -> pd.DataFrame:
+def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.DataFrame:
     """The weighted log loss of rows that share a value of `trait` (n,): a line a value; missing values are left out.
 
-    Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the ensemble's skill where
-    there is an oracle, else of its loss; skill.
+    Columns: studies (different values in the column `unit`), rows, the loss of each model; low, high: 95 % interval
+    over these of the ensemble's skill where there is an oracle, else of its loss; skill.
     """
     lines = {}
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
-        codes, studies = pd.factorize(judged["ensemble"]["study_id"].iloc[places])
+        codes, studies = pd.factorize(judged["ensemble"][unit].iloc[places])
         counts = np.vstack([np.ones(len(studies)), metric.bootstrap(len(studies))])  # first the studies as they are
         sums = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) for name, rows in judged.items()}
         weight = counts @ np.bincount(codes, judged["ensemble"]["weight"].iloc[places])
@@ -76,6 +80,95 @@ def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
             line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
             line[f"specificity at {point}"] = (chance[~truth] < point).mean()
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def cut_offs(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The natural probability of each group's events with the largest sum of sensitivity and specificity (Youden,
+    Cancer 1950) on judged rows: group -> event -> probability; none where no row, or every row, is the event."""
+    points = {}
+    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
+        of_group = rows[rows["group"] == group.key]
+        truth = of_group["severity"] >= mildest
+        if truth.nunique() == 2:
+            missed, found, point = roc_curve(truth, of_group[PROBABILITIES[mildest:]].sum(axis=1))
+            best = 1 + int(np.argmax((found - missed)[1:]))  # the first point is infinite
+            points.setdefault(group.score, {})[event] = float(point[best])
+    return points
+
+
+def reference(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What other data are compared with: `prior`, the run's natural label frequencies by condition and level, and
+    `points`, its `cut_offs`, of out-of-fold rows. Of packed models what `pack` kept; without it points are empty."""
+    kept, oof = run / "reference.json", run / "predictions/ensemble_oof.parquet"
+    if kept.is_file() or not oof.is_file():
+        return json.loads(kept.read_text()) if kept.is_file() else {"prior": recipe["prior"], "points": {}}
+    labels = pd.read_parquet(run / "tables/labels.parquet")
+    points = cut_offs(judge(pd.read_parquet(oof), metric.solution_of(labels)))
+    return {"prior": metric.prior(labels).to_dict("records"), "points": points}
+
+
+def performance(rows: pd.DataFrame, points: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """A line for each group, event and cut-off: patients, rows, events, AUC, sensitivity and specificity there.
+
+    rows: judged, with a column patient. points: `cut_offs` of other data; `POINTS` where it has none. The three numbers
+    have their 95 % intervals (`_with_interval`) as columns <number>_low and <number>_high.
+    """
+    lines = []
+    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
+        of_group = rows[rows["group"] == group.key]
+        truth, chance = (of_group["severity"] >= mildest).to_numpy(), of_group[PROBABILITIES[mildest:]].sum(axis=1)
+        counts = _drawn(of_group)
+        head = {"group": group.score, "event": event, "patients": of_group["patient"].nunique(), "rows": len(truth)}
+        head |= {"events": int(truth.sum())} | _with_interval("AUC", _auc(counts, truth, chance.to_numpy()))
+        own = points.get(group.score, {}).get(event)
+        for cut in () if of_group.empty else POINTS if own is None else (own,):
+            called = (chance >= cut).to_numpy()
+            for name, hit, of in (("sensitivity", called, truth), ("specificity", ~called, ~truth)):
+                with np.errstate(invalid="ignore"):
+                    head |= {"cut_off": cut} | _with_interval(name, counts @ (hit & of) / (counts @ of))
+            lines.append(dict(head))
+    return pd.DataFrame(lines)
+
+
+def linear_kappa(rows: pd.DataFrame) -> pd.DataFrame:
+    """Linear kappa (Cohen 1968) of labels with the most probable grade, and its interval, of each group of `rows`, as
+    of `performance`."""
+    lines, apart = {}, np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
+    for group in GROUPS.values():
+        of_group = rows[rows["group"] == group.key]
+        cells = 3 * of_group["severity"].to_numpy(int) + of_group[PROBABILITIES].to_numpy().argmax(axis=1)
+        joint = (_drawn(of_group) @ np.eye(9)[cells]).reshape(-1, 3, 3)
+        by_chance = np.einsum("di,dj,ij->d", joint.sum(axis=2), joint.sum(axis=1), apart)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = 1 - (joint * apart).sum(axis=(1, 2)) * joint.sum(axis=(1, 2)) / by_chance
+        lines[group.score] = _with_interval("kappa", values) | {"rows": len(cells)}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def _drawn(rows: pd.DataFrame) -> np.ndarray:
+    """How often each row (n,) is in the data as they are and in bootstrap samples of patients: (1 + draws, n)."""
+    codes, patients = pd.factorize(rows["patient"])
+    drawn = metric.bootstrap(len(patients)) if len(patients) >= FEWEST else np.empty((0, len(patients)))
+    return np.vstack([np.ones(len(patients)), drawn])[:, codes]
+
+
+def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """The first value, and the 95 % interval of the others; NaN under `FEWEST` patients, where there are none."""
+    [(low, high)] = metric.interval(values[1:, None]) if len(values) > 1 else [(np.nan, np.nan)]
+    return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
+
+
+def _auc(counts: np.ndarray, truth: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """The AUC (draws,) of rows (n,) that each draw holds `counts` (draws, n) times; ties count half."""
+    if not len(chance):
+        return np.full(len(counts), np.nan)
+    values, place = np.unique(chance, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(values)))
+    events, others = (np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (truth, ~truth))
+    below = np.cumsum(others, axis=1) - others / 2
+    with np.errstate(invalid="ignore"):
+        return (events * below).sum(axis=1) / (events.sum(axis=1) * others.sum(axis=1))
 
 
 def agreement(judged: Judged) -> pd.DataFrame:

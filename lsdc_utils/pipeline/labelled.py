@@ -92,12 +92,3 @@ def label_table(found: Labelled, graded: Graded, cores: int) -> pd.DataFrame:
     labels = found.labels.drop(columns="row_id")
     whole = replace(found.comp, series=series, files=files, labels=labels, coordinates=found.points)
     return checks.label_table(whole, cores) if len(found.points) else found.labels.assign(X=None, Y=None, Z=None)
-
-
-def level_prior(trained: Path, recipe: dict[str, Any], row_ids: pd.Series) -> pd.DataFrame:
-    """The label-frequency baseline of a run for these rows: of its training labels, else that of its blend.json, which
-    counts both sides together."""
-    rows, labels = metric.row_keys(row_ids), trained / "tables/labels.parquet"
-    if labels.is_file():
-        return metric.prior_rows(pd.read_parquet(labels), rows)
-    return rows.merge(pd.DataFrame(recipe["prior"]), on=["condition", "level"])[["row_id", *metric.PROBABILITIES]]

@@ -5,13 +5,13 @@ All functions but `difference` take judged rows (`judge`), in the same order for
 
 import itertools
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score, precision_recall_curve, roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lsdc_utils import metric
 from lsdc_utils.metric import PROBABILITIES
@@ -20,7 +20,7 @@ from lsdc_utils.vocabulary import GROUPS
 Judged = dict[str, pd.DataFrame]  # by model
 POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
 EVENTS = {"severe": 2, "moderate or severe": 1}  # the mildest severity that counts as the event
-FEWEST, FEW = 10, 30  # patients: below them no interval, and one to distrust
+FEWEST, FEW = 10, 30  # patients: under the first there are no intervals, under the second they are rough
 SUSPECT = 0.05  # a label this improbable to models that did not see it is worth a second look
 
 
@@ -48,8 +48,8 @@ def difference(
 def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.DataFrame:
     """The weighted log loss of rows that share a value of `trait` (n,): a line a value; missing values are left out.
 
-    Columns: studies (different values in the column `unit`), rows, the loss of each model; low, high: 95 % interval
-    over these of the ensemble's skill where there is an oracle, else of its loss; skill.
+    Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the ensemble's skill where
+    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies.
     """
     lines = {}
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
@@ -68,107 +68,61 @@ def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.Dat
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`."""
+def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | None = None) -> pd.DataFrame:
+    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`, or
+    at the event's cut-off where `cut_offs` (those of `find_cut_offs`) has one."""
     lines = {}
-    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
-        of_group = rows[rows["group"] == group.key]
-        truth = of_group["severity"] >= mildest
-        chance = of_group[PROBABILITIES[mildest:]].sum(axis=1)
-        line = lines[group.score, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
-        for point in POINTS if truth.nunique() == 2 else ():
-            line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
-            line[f"specificity at {point}"] = (chance[~truth] < point).mean()
+    for group, event, truth, chance in _events(rows):
+        line = lines[group, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
+        own = (cut_offs or {}).get(group, {}).get(event)
+        line |= {} if own is None else {"cut-off": own}
+        points = [(f" at {point}", point) for point in POINTS] if own is None else [("", own)]
+        for name, point in points if truth.nunique() == 2 else ():
+            line[f"sensitivity{name}"] = (chance[truth] >= point).mean()
+            line[f"specificity{name}"] = (chance[~truth] < point).mean()
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def cut_offs(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """The natural probability of each group's events with the largest sum of sensitivity and specificity (Youden,
-    Cancer 1950) on judged rows: group -> event -> probability; none where no row, or every row, is the event."""
-    points = {}
-    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
-        of_group = rows[rows["group"] == group.key]
-        truth = of_group["severity"] >= mildest
+def find_cut_offs(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Of each group and event the natural probability with the largest sum of sensitivity and specificity (Youden,
+    Cancer 1950); events that no row, or every row, is are left out."""
+    found = {}
+    for group, event, truth, chance in _events(rows):
         if truth.nunique() == 2:
-            missed, found, point = roc_curve(truth, of_group[PROBABILITIES[mildest:]].sum(axis=1))
-            best = 1 + int(np.argmax((found - missed)[1:]))  # the first point is infinite
-            points.setdefault(group.score, {})[event] = float(point[best])
-    return points
+            others, events, points = roc_curve(truth, chance)
+            found.setdefault(group, {})[event] = float(points[1:][np.argmax((events - others)[1:])])  # first: infinite
+    return found
+
+
+def _events(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:
+    """Group, event, and of the group's rows whether they are the event and its natural probability."""
+    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
+        own = rows[rows["group"] == group.key]
+        yield group.score, event, own["severity"] >= mildest, own[PROBABILITIES[mildest:]].sum(axis=1)
 
 
 def reference(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What other data are compared with: `prior`, the run's natural label frequencies by condition and level, and
-    `points`, its `cut_offs`, of out-of-fold rows. Of packed models what `pack` kept; without it points are empty."""
+    """What other data are compared with: the run's `prior`, natural label frequencies by condition and level, and
+    `cut_offs` of its out-of-fold rows. Of packed models what `pack` kept of these, else the recipe's prior alone."""
     kept, oof = run / "reference.json", run / "predictions/ensemble_oof.parquet"
     if kept.is_file() or not oof.is_file():
-        return json.loads(kept.read_text()) if kept.is_file() else {"prior": recipe["prior"], "points": {}}
+        return json.loads(kept.read_text()) if kept.is_file() else {"prior": recipe["prior"], "cut_offs": {}}
     labels = pd.read_parquet(run / "tables/labels.parquet")
-    points = cut_offs(judge(pd.read_parquet(oof), metric.solution_of(labels)))
-    return {"prior": metric.prior(labels).to_dict("records"), "points": points}
+    rows = judge(pd.read_parquet(oof), metric.solution_of(labels))
+    return {"prior": metric.prior(labels).to_dict("records"), "cut_offs": find_cut_offs(rows)}
 
 
-def performance(rows: pd.DataFrame, points: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """A line for each group, event and cut-off: patients, rows, events, AUC, sensitivity and specificity there.
-
-    rows: judged, with a column patient. points: `cut_offs` of other data; `POINTS` where it has none. The three numbers
-    have their 95 % intervals (`_with_interval`) as columns <number>_low and <number>_high.
-    """
-    lines = []
-    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
-        of_group = rows[rows["group"] == group.key]
-        truth, chance = (of_group["severity"] >= mildest).to_numpy(), of_group[PROBABILITIES[mildest:]].sum(axis=1)
-        counts = _drawn(of_group)
-        head = {"group": group.score, "event": event, "patients": of_group["patient"].nunique(), "rows": len(truth)}
-        head |= {"events": int(truth.sum())} | _with_interval("AUC", _auc(counts, truth, chance.to_numpy()))
-        own = points.get(group.score, {}).get(event)
-        for cut in () if of_group.empty else POINTS if own is None else (own,):
-            called = (chance >= cut).to_numpy()
-            for name, hit, of in (("sensitivity", called, truth), ("specificity", ~called, ~truth)):
-                with np.errstate(invalid="ignore"):
-                    head |= {"cut_off": cut} | _with_interval(name, counts @ (hit & of) / (counts @ of))
-            lines.append(dict(head))
-    return pd.DataFrame(lines)
-
-
-def linear_kappa(rows: pd.DataFrame) -> pd.DataFrame:
-    """Linear kappa (Cohen 1968) of labels with the most probable grade, and its interval, of each group of `rows`, as
-    of `performance`."""
-    lines, apart = {}, np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
-    for group in GROUPS.values():
-        of_group = rows[rows["group"] == group.key]
-        cells = 3 * of_group["severity"].to_numpy(int) + of_group[PROBABILITIES].to_numpy().argmax(axis=1)
-        joint = (_drawn(of_group) @ np.eye(9)[cells]).reshape(-1, 3, 3)
-        by_chance = np.einsum("di,dj,ij->d", joint.sum(axis=2), joint.sum(axis=1), apart)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = 1 - (joint * apart).sum(axis=(1, 2)) * joint.sum(axis=(1, 2)) / by_chance
-        lines[group.score] = _with_interval("kappa", values) | {"rows": len(cells)}
-    return pd.DataFrame.from_dict(lines, orient="index")
-
-
-def _drawn(rows: pd.DataFrame) -> np.ndarray:
-    """How often each row (n,) is in the data as they are and in bootstrap samples of patients: (1 + draws, n)."""
-    codes, patients = pd.factorize(rows["patient"])
-    drawn = metric.bootstrap(len(patients)) if len(patients) >= FEWEST else np.empty((0, len(patients)))
-    return np.vstack([np.ones(len(patients)), drawn])[:, codes]
-
-
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """The first value, and the 95 % interval of the others; NaN under `FEWEST` patients, where there are none."""
-    [(low, high)] = metric.interval(values[1:, None]) if len(values) > 1 else [(np.nan, np.nan)]
-    return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
-
-
-def _auc(counts: np.ndarray, truth: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """The AUC (draws,) of rows (n,) that each draw holds `counts` (draws, n) times; ties count half."""
-    if not len(chance):
-        return np.full(len(counts), np.nan)
-    values, place = np.unique(chance, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(values)))
-    events, others = (np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (truth, ~truth))
-    below = np.cumsum(others, axis=1) - others / 2
-    with np.errstate(invalid="ignore"):
-        return (events * below).sum(axis=1) / (events.sum(axis=1) * others.sum(axis=1))
+def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame], draws: int = 300) -> list[Any]:
+    """The low and the high end, two tables like `measure(rows)`, of 95 % intervals from bootstrap samples of patients
+    (a column of judged `rows`); NaN under `FEWEST` patients. `measure` sees groups, severities and probabilities."""
+    rows = rows[["group", "severity", *PROBABILITIES, "patient"]].astype({"group": "category"})  # which is fast
+    table, places = measure(rows), list(rows.groupby("patient").indices.values())
+    draw, drawn = np.random.default_rng(0), []
+    for _ in range(draws if len(places) >= FEWEST else 0):
+        sample = np.concatenate([places[k] for k in draw.integers(len(places), size=len(places))])
+        drawn.append(measure(rows.iloc[sample]).reindex_like(table).to_numpy(float).ravel())
+    ends = np.array(metric.interval(np.array(drawn).reshape(-1, table.size))).T.reshape(2, *table.shape)
+    return [pd.DataFrame(end, table.index, table.columns) for end in ends]
 
 
 def agreement(judged: Judged) -> pd.DataFrame:
@@ -178,18 +132,24 @@ def agreement(judged: Judged) -> pd.DataFrame:
     (a, b) with the probability q_a q_b.
     """
     lines = {}
-    for group, weights in itertools.product(GROUPS.values(), ("linear", "quadratic")):
+    for group, (weights, power) in itertools.product(GROUPS.values(), {"linear": 1, "quadratic": 2}.items()):
         line = lines[group.score, weights] = {}
         for model in (name for name in ("yolo", "vit3d", "ensemble", "oracle") if name in judged):
             rows = judged[model][judged[model]["group"] == group.key]
             natural = rows[PROBABILITIES].to_numpy()
             if len(rows):
-                grade = natural.argmax(axis=1)
-                line[model] = cohen_kappa_score(rows["severity"], grade, labels=[0, 1, 2], weights=weights)
+                cells = 3 * rows["severity"].to_numpy(int) + natural.argmax(axis=1)
+                line[model] = _kappa(np.bincount(cells, minlength=9).reshape(3, 3), power)
             if len(rows) and model == "oracle":
-                first, second, joint = *np.divmod(np.arange(9), 3), (natural.T @ natural).ravel()
-                line["two readers"] = cohen_kappa_score(first, second, weights=weights, sample_weight=joint)
+                line["two readers"] = _kappa(natural.T @ natural, power)
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def _kappa(joint: np.ndarray, power: int) -> float:
+    """Kappa, weighted by a power of the grades' distance, of how often two grades meet (3, 3); NaN where undefined."""
+    apart = np.abs(np.subtract.outer(range(3), range(3))) ** power
+    by_chance = (apart * np.outer(joint.sum(axis=1), joint.sum(axis=0))).sum()
+    return float(1 - (apart * joint).sum() * joint.sum() / by_chance) if by_chance else np.nan
 
 
 def calibration(judged: Judged) -> pd.DataFrame:

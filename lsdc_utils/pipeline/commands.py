@@ -142,15 +142,15 @@ def predict(asked: Namespace) -> int:
 def evaluate(asked: Namespace) -> int:
     """Grade the labelled studies of a folder and score the grades."""
     (trained, out, name), cores = grading(asked, "evaluation"), asked.cores or usable_cores()
-    from lsdc_utils.pipeline import evaluate, labelled
+    from lsdc_utils.pipeline import labelled
 
     resume = ["./run_all.sh", "evaluate", asked.folder, "--run", asked.run, "--out", out, "--cores", cores]
     resume += [*(["--labels", asked.labels] if asked.labels else []), *["--allow-trained"] * asked.allow_trained]
     with locked(out):
         trained = models_in(trained, out / "work" / "models")
         found = labelled.find(asked.folder.resolve(), asked.labels, cores)
-        overlap = evaluate.check_overlap(found, trained, asked.allow_trained, cores)
-        numbers = evaluate.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
+        overlap = labelled.check_overlap(found, trained, asked.allow_trained, cores)
+        numbers = labelled.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
     print(score_table(numbers).replace("test studies", "labelled studies"))
     print("", *numbers["notes"], "", f"numbers: {out}/evaluation.json", f"report: {out}/report/index.html", sep="\n")
     return 0

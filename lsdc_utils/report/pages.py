@@ -32,6 +32,7 @@ from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY
 
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that are also written as vector PDF
 MOST_WHOLE = 20  # studies of a prediction that are shown with all slices, about 0.5 MB each
+WORST = 12  # studies of an evaluation that have a page
 INDEX, OVERVIEW = ("index.html", "Summary"), ("studies.html", "Studies")
 LIMITS, CLAIM = ("limits.html", "Limitations"), ("claim.html", "CLAIM checklist")
 NAMES = {  # words of the task, for the templates of studies
@@ -135,8 +136,10 @@ def write_study_pages(
 
     name: of the models; rows: as `read_graded` gives them; read: the stacks of a study; findings: rule and value by
     study. The least sure studies, at most `MOST_WHOLE`, are shown with all slices. Older pages are deleted. With an
-    executed notebook, the index is that, and the studies are those with the largest losses.
+    executed notebook, the index is that, and pages are those of the studies with the largest losses.
     """
+    if notebook:
+        rows = rows[rows["study_id"].isin(studies.study_losses(rows).nlargest(WORST).index)]
     first = OVERVIEW if notebook else ("index.html", "Studies")
     pages = [("index.html", "Evaluation"), first] if notebook else [first]
     frame = {"run": SimpleNamespace(name=name), "pages": pages, "kind": "prediction", "basis": basis_words(basis)}

@@ -385,7 +385,7 @@ def read_solution(file: Path) -> Table:
     """
     raw = read_required_table(file, ["row_id", "severity"]).dropna()
     meaning = {name: k for k, name in enumerate(words.SEVERITY_NAMES)} | {str(k): k for k in range(3)}
-    severity, columns = _named(raw.severity, meaning), "|".join(words.COLUMNS)
+    severity, columns = _named(raw.severity.str.removesuffix(".0"), meaning), "|".join(words.COLUMNS)
     wrong = ~raw.row_id.str.fullmatch(f"[1-9][0-9]*_({columns})") | raw.row_id.duplicated() | severity.isna()
     for line, row in raw.row_id[wrong].items():
         asked = f"one line for each <study_id>_<condition>_<level>, with one of {', '.join(meaning)}"

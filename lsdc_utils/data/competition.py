@@ -297,6 +297,27 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
     return points[POINTS].reset_index(drop=True)
 
 
+def read_solution(file: Path) -> Table:
+    """The labels of a table of row_id and severity (0, 1, 2, or in words): `KEY`, severity; empty ones are left out.
+
+    CompetitionError names a line that is not a row's id and a grade, or repeats a row.
+    """
+    raw = read_required_table(file, ["row_id", "severity"]).dropna()
+    meaning = {name: k for k, name in enumerate(words.SEVERITY_NAMES)} | {str(k): k for k in range(3)}
+    severity, columns = _named(raw.severity.str.removesuffix(".0"), meaning), "|".join(words.COLUMNS)
+    wrong = ~raw.row_id.str.fullmatch(f"[1-9][0-9]*_({columns})") | raw.row_id.duplicated() | severity.isna()
+    for line, row in raw.row_id[wrong].items():
+        asked = f"one line for each <study_id>_<condition>_<level>, with one of {', '.join(meaning)}"
+        raise CompetitionError(f"{file}: line {line} ({row}, {raw.severity[line]}): expected {asked}")
+    keys = pd.DataFrame([words.parse_row_id(row) for row in raw.row_id], columns=KEY)
+    return keys.assign(severity=severity.to_numpy()).astype({"study_id": "int64", "severity": "int64"})
+
+
+def read_points(file: Path) -> Table:
+    """The usable points of a table with the columns `POINTS`, in the vocabulary's words."""
+    return _tidy_points(read_required_table(file, POINTS, ["study_id", "series_id"]))[0]
+
+
 def read_listed(root: str | Path, table: str | Path) -> Competition:
     """The studies of one shard as a Competition without labels, all as test studies."""
     listed = pd.read_parquet(table)

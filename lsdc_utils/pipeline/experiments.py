@@ -15,10 +15,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lsdc_utils import metric
+from lsdc_utils.data.competition import data_dir
 from lsdc_utils.files import atomic, git_commit
 from lsdc_utils.grading.evaluation import difference
-from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, solution_of
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
@@ -107,8 +106,7 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
     interval (bootstrap over studies). ValueError if an ablation graded other studies."""
     rows, solutions, natural = [], {}, {}
     for folder, without in {base: "", **removed}.items():
-        labels = pd.read_parquet(folder / "tables/labels.parquet")
-        solutions[folder] = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
+        solutions[folder] = _solution(folder, "oof")
         if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
             raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
         natural[folder.name] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
@@ -121,23 +119,28 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
 
 
 def refined_table(base: Path, refined: Path) -> pd.DataFrame:
-    """A row for each block with labels and each of vit3d and ensemble: block, model, total score of both runs, what
+    """A row for each block with labels and each of vit3d and ensemble: block, model, the total score of both runs, what
     refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
     rows, names = [], {"unrefined": base, "refined": refined}
     for block, model in itertools.product(("oof", "test"), ("vit3d", "ensemble")):
-        labels = read_graded(base, block)[["row_id", "severity"]]
-        if (labels["severity"] >= 0).any():
+        scores = {name: json.loads((folder / "scores.json").read_text())[block] for name, folder in names.items()}
+        if scores["unrefined"]:
             files = {name: folder / f"predictions/{model}_{block}.parquet" for name, folder in names.items()}
             tables = {name: pd.read_parquet(file) for name, file in files.items()}
-            solution = solution_of(labels)
-            totals = {
-                name: metric.score(solution, metric.weight_table(table))["total"] for name, table in tables.items()
-            }
-            added = dict(
-                zip(("added", "low", "high"), difference(solution, tables, *reversed(names))["total"], strict=True)
+            added = difference(_solution(base, block), tables, "refined", "unrefined")["total"]
+            totals = {name: scores[name]["scores"][model]["total"] for name in names}
+            rows.append(
+                {"block": block, "model": model, **totals} | dict(zip(("added", "low", "high"), added, strict=True))
             )
-            rows.append({"block": block, "model": model} | totals | added)
     return pd.DataFrame(rows)
+
+
+def _solution(run: Path, block: str) -> pd.DataFrame:
+    """The labels of a run's out-of-fold or, on a phantom, test rows: row_id, severity."""
+    if block == "test":
+        return pd.read_csv(data_dir(run) / "solution.csv")
+    labels = pd.read_parquet(run / "tables/labels.parquet")
+    return solution_of(labels[labels["fold"].isin(read_parameters(run)["folds"])])
 
 
 def curve_table(runs: dict[int, Path]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from safetensors.torch import load_file, save_file
 from spines import noisy_study, spine
-from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, train
+from vit_inputs import LOOP, NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, train
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
@@ -29,7 +29,7 @@ from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, s
 from lsdc_utils.vit.loss import row_losses, row_weights, target_grades, target_matrix
 from lsdc_utils.vit.model import Vit3d, load_vit
 from lsdc_utils.vit.predict import probabilities
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SPINAL_CANAL
 
 SCALER = 'torch.amp.GradScaler(device.type, enabled=device.type == "cuda")'
 IN_16_BITS = (SCALER, "torch.amp.GradScaler(device.type, init_scale=2.0**40)")  # so high that gradients overflow
@@ -253,6 +253,28 @@ def test_a_first_run_of_one_fold_measures_its_shifts_on_the_held_out_studies(sma
     assert jitter[0][1] == pytest.approx(0 if 1 in folds else 2.2, abs=0.3)
     assert tuple(map(tuple, jitter[1:])) == Augmentation.jitter[1:]
     assert names["points"]["confidence"].unique().tolist() == ([0.5] if 1 in folds else [1.0])  # detected, or clicked
+
+
+def test_labels_are_softened_by_transformers_that_saw_neither_study_nor_fold(small_run):
+    size = {"vit_size": 8, "vit_width": 32, "vit_margin": 2, "vit_epochs": 1, "vit_views": 1, "folds": [0, 1]}
+    cells = ("config", "model", "data", "errors", "crops", "targets", *LOOP)
+    answered, of_fold = {}, {2: 0, 4: 0, 6: 0, 8: 0, 1: 1, 3: 1, 5: 1, 7: 1}
+    for inner in (0, 1):
+        names = run_cells(small_run, *cells, "curves", "oof", fold=0, inner=inner, vit_soften=0.5, **size)
+        trained, answered[inner] = set(names["train_ids"]), set(names["held_ids"])
+        assert len(trained) == len(answered[inner]) == 2 and not trained & answered[inner]
+        assert all(of_fold[study] == 1 for study in trained | answered[inner])
+        np.testing.assert_array_equal(names["targets"], target_matrix(names["truth"]))  # by labels alone
+        assert (names["points"]["confidence"] == 0.5).all() and (names["held_points"]["confidence"] == 0.5).all()
+    assert answered[0] | answered[1] == {1, 3, 5, 7}
+    files = [small_run / f"predictions/vit3d_fold0_inner{inner}_oof.parquet" for inner in (0, 1)]
+    rows = pd.concat(map(pd.read_parquet, files)).set_index("row_id")
+    names = run_cells(small_run, *cells[:6], fold=0, vit_soften=0.5, **size)
+    assert names["train_ids"] == [1, 3, 5, 7] and names["held_ids"] == [2, 4, 6, 8]
+    natural = rows.loc["3_left_subarticular_stenosis_l2_l3", list(SEVERITIES)].to_numpy(float)
+    place = 1, COLUMNS.index("left_subarticular_stenosis_l2_l3")
+    expected = 0.5 * np.eye(3)[names["truth"][place]] + 0.5 * natural
+    np.testing.assert_allclose(names["targets"][place], expected, rtol=1e-6)
 
 
 def execute(

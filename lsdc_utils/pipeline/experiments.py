@@ -127,11 +127,9 @@ def refined_table(base: Path, refined: Path) -> pd.DataFrame:
         if scores["unrefined"]:
             files = {name: folder / f"predictions/{model}_{block}.parquet" for name, folder in names.items()}
             tables = {name: pd.read_parquet(file) for name, file in files.items()}
-            added = difference(_solution(base, block), tables, "refined", "unrefined")["total"]
+            added, low, high = difference(_solution(base, block), tables, "refined", "unrefined")["total"]
             totals = {name: scores[name]["scores"][model]["total"] for name in names}
-            rows.append(
-                {"block": block, "model": model, **totals} | dict(zip(("added", "low", "high"), added, strict=True))
-            )
+            rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 

@@ -40,9 +40,9 @@ class Augmentation:
         return rng.normal(0, sd, shape).clip(-limit, limit)
 
     def alone(self) -> dict[str, "Augmentation"]:
-        """Each kind that is set, by its name, without the others."""
+        """Each kind that is set, by its name, without the others; not `recombine`, which leaves left halves alone."""
         none = {name: 0.0 for name in asdict(self)} | {"jitter": ((0.0,) * 3,) * len(SLOTS), "cut_off": self.cut_off}
-        kinds = {name: value for name, value in asdict(self).items() if value != none[name]}
+        kinds = {name: value for name, value in asdict(self).items() if value != none[name] and name != "recombine"}
         return {name: Augmentation(**none | {name: value}) for name, value in kinds.items()}
 
 

@@ -124,10 +124,8 @@ def cut_views(
     theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(DEVICE)
     grid = F.affine_grid(theta, (len(theta), 1, config.size, config.size), align_corners=False)
     if warps is not None:
-        bent = (
-            torch.from_numpy(np.repeat(warps.reshape(-1, *warps.shape[3:]), config.slices, axis=0)).float().to(DEVICE)
-        )
-        bent = F.interpolate(bent, size=(config.size, config.size), mode="bicubic", align_corners=True)
+        points = torch.from_numpy(warps.reshape(-1, *warps.shape[3:]).repeat(config.slices, axis=0)).float().to(DEVICE)
+        bent = F.interpolate(points, size=(config.size, config.size), mode="bicubic", align_corners=True)
         grid = grid + bent.permute(0, 2, 3, 1) * 2 / stored
     squares = F.grid_sample(images.reshape(-1, 1, stored, stored), grid, align_corners=False)
     places = (inputs["places"].reshape(shape) - through[..., None]).reshape(inputs["places"].shape)

@@ -184,7 +184,7 @@ def test_the_same_bytes_twice_and_what_is_off_is_not_drawn():
 
 def test_each_kind_that_is_set_is_shown_alone():
     kinds = Augmentation(intensity=0.0, holes=0.1, cut_off=2.5).alone()
-    assert list(kinds) == ["jitter", "rotation", "scale", "drop_series", "recombine", "holes"]
+    assert list(kinds) == ["jitter", "rotation", "scale", "drop_series", "holes"]
     assert kinds["holes"] == replace(STILL, holes=0.1, cut_off=2.5, jitter=((0.0,) * 3,) * len(SLOTS))
 
 

@@ -83,6 +83,9 @@ published_method: false
 vit_batch: 2
 vit_size: 8
 vit_lr: 0.001
+vit_soften: 0.0
+vit_inner_folds: 2
+blend_of: ""
 stress_bodies: 1
 tta: true
 """
@@ -124,9 +127,9 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ],
     ),
     "04_train_vit3d": (
-        "fold: int = 0\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001\n"
-        "vit_batch: int = 2\nvit_size: int = 8",
-        "name = f'fold{fold}'\nfor k in folds:\n"
+        "fold: int = 0\ninner: int = -1\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001\n"
+        "vit_batch: int = 2\nvit_size: int = 8\nvit_soften: float = 0.0\nvit_inner_folds: int = 2",
+        "name = f'fold{fold}' + f'_inner{inner}' * (inner >= 0)\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",
         [
             *(f"weights/vit3d_{{name}}.{e}" for e in ("safetensors", "json")),
@@ -134,7 +137,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ],
     ),
     "05_ensemble_inference": (
-        "tta: bool = True",
+        'tta: bool = True\nblend_of: str = ""',
         "import json\nparts = dict(spinal=.4, foraminal=.6, subarticular=.7, any_severe=None, total=.5)\n"
         "(run / 'scores.json').write_text(json.dumps({'oof': {'n_studies': 3, 'scores': {'ensemble': parts},\n"
         "    'skill': None, 'interval': {'ensemble': {'total': [.4, .6]}}}, 'test': None}))",

@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 import numpy as np
 
+from lsdc_utils.vit.augment import Augmentation
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.model import VitConfig
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, parse_row_id
@@ -26,17 +27,21 @@ def train(
     config: VitConfig = SMALL,
     held_out: Studies | None = None,
     change: tuple[str, str] = ("", ""),
+    strength: Augmentation | None = None,
+    targets: np.ndarray | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Run the cells of notebook 04 that train a network on studies; the names that they leave, such as model, curves.
 
-    change: a text in these cells and what it becomes. parameters: of the notebook.
+    change: a text in these cells and what it becomes. strength: of the augmentation. targets: (n, 25, 3), if not the
+    labels. parameters: of the notebook.
     """
     cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
     names = run_cells(folder, "config", **{"vit_batch": 4, **parameters})
     names["config"] = config
     (inputs, truth), (held_inputs, held_truth) = studies, held_out or studies
-    names |= {"strength": names["Augmentation"](), "inputs": inputs, "truth": truth}
+    names |= {"strength": strength or names["Augmentation"](), "inputs": inputs, "truth": truth}
+    names["targets"] = names["target_matrix"](truth) if targets is None else targets
     names |= {"held_inputs": held_inputs, "held_truth": held_truth}
     assert any(change[0] in cells[cell] for cell in ("model", *LOOP))
     for cell in ("model", *LOOP):

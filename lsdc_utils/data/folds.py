@@ -36,6 +36,16 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame({"study_id": counts.index.to_numpy(dtype="int64"), "fold": fold})
 
 
+def hold_out(labels: pd.DataFrame, fold: int, inner: int, n_inner: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The label table (with fold) of the studies to train on, and of those held out: a fold, or, if `inner` is not
+    negative, one of `n_inner` parts of the other folds' studies; the fold is in neither table then."""
+    held = labels["fold"] == fold
+    if inner >= 0:
+        labels = labels[~held]
+        held = labels["study_id"].map(make_folds(labels, n_inner, seed).set_index("study_id")["fold"]) == inner
+    return labels[~held], labels[held]
+
+
 def read_folds(file: str | Path) -> pd.DataFrame:
     """study_id and fold from a csv with these columns, one or more lines per study; CompetitionError if they differ."""
     folds = read_required_table(Path(file), ["study_id", "fold"], ["study_id", "fold"]).drop_duplicates()

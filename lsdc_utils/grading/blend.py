@@ -102,16 +102,18 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
 
 
 def cross_fitted(
-    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS
-) -> pd.DataFrame:
+    tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame,
+    only: Collection[str] = GROUPS, fitted_on: Tables | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """The rows of `prior`, each blended by numbers (`fit_blend`) that were fitted on other studies of `labels` (row_id,
-    study_id, severity)."""
+    study_id, severity), on the rows of `fitted_on` if these are not `tables`."""
     study_of = metric.row_keys(prior["row_id"])["study_id"].to_numpy()
     studies, blended = np.random.default_rng(0).permutation(np.unique(study_of)), []
     for held_out in np.array_split(studies, min(PARTS, len(studies))):
         in_part = np.isin(study_of, held_out)
         others = labels[~labels["study_id"].astype(str).isin(held_out)]
-        blended.append(apply_blend(fit_blend(tables, prior[~in_part], others, only), tables, prior[in_part]))
+        fitted = fit_blend(fitted_on or tables, prior[~in_part], others, only)
+        blended.append(apply_blend(fitted, tables, prior[in_part]))
     return prior[["row_id"]].merge(pd.concat(blended), on="row_id")
 
 

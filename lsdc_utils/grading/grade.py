@@ -126,12 +126,14 @@ def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict
 
 
 def blend_rows(
-    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str], labels: Any = None
-) -> tuple[Tables, pd.Series]:
+    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str],
+    labels: Any = None, fitted_on: Tables | None = None,
+) -> tuple[Tables, pd.Series]:  # fmt: skip
     """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows.
 
     given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity), or None; with
-    them each study is blended by numbers fitted on other studies, without them by those of the recipe.
+    them each study is blended by numbers fitted on other studies (on `fitted_on` if not on `given`), without them by
+    those of the recipe.
     """
     tables = {}
     for name, models in BLENDS.items():
@@ -140,7 +142,8 @@ def blend_rows(
             tables[name] = blend.apply_blend(fitted, inputs, prior)
         else:
             freely = [key for key, mixture in fitted.items() if mixture["kept"] == "fitted"]
-            tables[name] = blend.cross_fitted(inputs, prior, labels, freely)
+            fit_inputs = {model: (fitted_on or given)[model] for model in models}
+            tables[name] = blend.cross_fitted(inputs, prior, labels, freely, fit_inputs)
     return blend.finish(tables, given, prior, unseen)
 
 

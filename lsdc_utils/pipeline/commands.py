@@ -215,6 +215,13 @@ def curve(asked: Namespace) -> int:
     return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
 
 
+def refine(asked: Namespace) -> int:
+    """Train the transformers of the run again on softened labels, as a run of their own."""
+    from lsdc_utils.pipeline import experiments
+
+    return experiments.run_refined(asked.run, asked.cores or usable_cores())
+
+
 def bench(asked: Namespace) -> int:
     """Run a benchmark of tests/benchmarks."""
     benchmarks = sorted(path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())

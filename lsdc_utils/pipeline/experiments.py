@@ -1,9 +1,11 @@
-"""Experiments around a finished run: ablations and the learning curve; each is a run `outputs/<run>-<name>/`.
+"""Experiments around a finished run: ablations, learning curve, refinement; each is a run `outputs/<run>-<name>/`.
 
 An ablation of `notebooks/ablations.yml` starts as a copy of the run, so that only the steps that its change affects run
-again. All sizes of the learning curve share the same test studies. The run's report shows both tables of experiments/.
+again; so does a refined run. All sizes of the learning curve share the same test studies. The run's report shows the
+tables of both in experiments/.
 """
 
+import itertools
 import json
 import shlex
 import shutil
@@ -13,16 +15,18 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lsdc_utils.data.competition import data_dir
 from lsdc_utils.files import atomic, git_commit
 from lsdc_utils.grading.evaluation import difference
 from lsdc_utils.metric import PARTS, solution_of
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
-from lsdc_utils.pipeline.parameters import changed
+from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import Run, locked, work
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
+REFINED_SHARE = 0.5  # of the answers in a refined run's targets
 
 
 def copy_run(base: Path, folder: Path) -> None:
@@ -64,6 +68,21 @@ def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     return _report_table(base, "curve", curve_table(runs), cores)
 
 
+def run_refined(base: Path, cores: int) -> int:
+    """Train the transformers of the run `base` on half label, half answer, as a run to its report, and print how scores
+    differ; the exit status. The blend is fitted on the rows of `base`."""
+    parameters, folder = load_parameters("demo") | read_parameters(base), base.with_name(f"{base.name}-refined")
+    if parameters["vit_soften"]:
+        raise UsageError(f"--run {base.name}: its labels are softened already")
+    change = changed(parameters, {"vit_soften": REFINED_SHARE, "blend_of": base.name})
+    copy_run(base, folder)
+    with locked(folder):
+        if status := work(Run(folder, change, shlex.join(["./run_all.sh", "refine", "--run", base.name]), cores)):
+            return status
+    print(f"\n{refined_table(base, folder).to_string(index=False, float_format='{:.4f}'.format)}")
+    return 0
+
+
 def _run_to_scores(folder: Path, parameters: dict[str, Any], command: list[str], cores: int) -> int:
     with locked(folder):
         return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, "05_ensemble_inference"))
@@ -87,8 +106,7 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
     interval (bootstrap over studies). ValueError if an ablation graded other studies."""
     rows, solutions, natural = [], {}, {}
     for folder, without in {base: "", **removed}.items():
-        labels = pd.read_parquet(folder / "tables/labels.parquet")
-        solutions[folder] = solution_of(labels[labels["fold"].isin(read_parameters(folder)["folds"])])
+        solutions[folder] = _solution(folder, "oof")
         if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
             raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
         natural[folder.name] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
@@ -98,6 +116,29 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
             row["worse_by"], row["low"], row["high"] = worse["total"]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def refined_table(base: Path, refined: Path) -> pd.DataFrame:
+    """A row for each block with labels and each of vit3d and ensemble: block, model, the total score of both runs, what
+    refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
+    rows, names = [], {"unrefined": base, "refined": refined}
+    for block, model in itertools.product(("oof", "test"), ("vit3d", "ensemble")):
+        scores = {name: json.loads((folder / "scores.json").read_text())[block] for name, folder in names.items()}
+        if scores["unrefined"]:
+            files = {name: folder / f"predictions/{model}_{block}.parquet" for name, folder in names.items()}
+            tables = {name: pd.read_parquet(file) for name, file in files.items()}
+            added, low, high = difference(_solution(base, block), tables, "refined", "unrefined")["total"]
+            totals = {name: scores[name]["scores"][model]["total"] for name in names}
+            rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def _solution(run: Path, block: str) -> pd.DataFrame:
+    """The labels of a run's out-of-fold or, on a phantom, test rows: row_id, severity."""
+    if block == "test":
+        return pd.read_csv(data_dir(run) / "solution.csv")
+    labels = pd.read_parquet(run / "tables/labels.parquet")
+    return solution_of(labels[labels["fold"].isin(read_parameters(run)["folds"])])
 
 
 def curve_table(runs: dict[int, Path]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import modulefinder
 import os
@@ -39,7 +40,7 @@ NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_t
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
-STEP_PARAMETERS = ("run_dir", "condition", "fold")  # set by the run and the step, never by a profile
+STEP_PARAMETERS = ("run_dir", "condition", "fold", "inner")  # set by the run and the step, never by a profile
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         del steps["03_train_localiser"]
     if not parameters["stress_bodies"]:
         del steps["07_stress_tests"]
+    if parameters["vit_soften"]:
+        name, inner = "04_train_vit3d", itertools.product(folds, range(parameters["vit_inner_folds"]))
+        parts = [Step(f"{name}_fold{fold}_inner{k}", name, {"fold": fold, "inner": k}) for fold, k in inner]
+        steps[name] = parts + steps[name]
     return [step for group in steps.values() for step in group]
 
 
@@ -113,7 +118,12 @@ def declared(notebook: str) -> dict[str, Any]:
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
-    values = {"run_dir": f"../outputs/{run_name}", **parameters, **step.given}  # a prediction names its run
+    values = {
+        "run_dir": f"../outputs/{run_name}",
+        "inner": -1,
+        **parameters,
+        **step.given,
+    }  # a prediction names its run
     return {name: values[name] for name in declared(step.notebook)}
 
 

@@ -37,7 +37,7 @@ def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict
 
 
 def blend_rows(
-    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str] = (), labels: Any = None
+    recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str] = (), *_: Any, **__: Any
 ) -> tuple[Tables, pd.Series]:
     """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows."""
     tables = {name: published_mean({model: given[model] for model in models}, prior) for name, models in BLENDS.items()}

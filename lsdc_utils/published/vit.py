@@ -78,7 +78,7 @@ def complete(labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def augment(
-    inputs: np.ndarray, labels: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
+    inputs: np.ndarray, targets: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
 ) -> tuple[Seen, np.ndarray]:
     """A training batch as `vit.augment.augment` makes it, of grids: half of the studies mirrored, their columns
     exchanged; contrast and brightness; series left out."""
@@ -87,7 +87,7 @@ def augment(
     order = np.where(turned[:, None], MIRROR, np.arange(len(COLUMNS)))
     grids = np.where(turned[:, None, None, None, None], inputs[:, :, ::-1], inputs)
     images = vary(torch.from_numpy(grids).to(DEVICE).float(), gain * kept, gamma)
-    return (images,), np.take_along_axis(labels, order, axis=1)
+    return (images,), np.take_along_axis(targets, order[..., None], axis=1)
 
 
 def mirror_views(inputs: np.ndarray, config: VitConfig, count: int) -> Iterator[tuple[Seen, list[int]]]:

@@ -1,20 +1,24 @@
-"""Augmentation: shifted and turned squares, other contrast, series left out, right halves of levels exchanged."""
+"""Augmentation: moved, turned, bent and blurred squares, other contrast, holes, series left out, mixed studies."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torchvision.transforms.functional import gaussian_blur
 
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import Seen, cut_views
+from lsdc_utils.vit.loss import target_grades
 from lsdc_utils.vit.model import KINDS, VitConfig
-from lsdc_utils.vocabulary import CONDITIONS, LEVELS, MISSING, SERIES_TYPES, SIDES, T1, T2
+from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SERIES_TYPES, SIDES, T1, T2
+
+WARP_GRID = 4  # a side: points whose shifts a warp interpolates
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly training varies what it shows."""
+    """How strongly training varies what it shows; what is 0 is not drawn."""
 
     # mm, sd of the shift of each of `SLOTS` to the side, to posterior and to the head; the demo's
     jitter: tuple[tuple[float, float, float], ...] = ((2.0, 1.6, 1.5), *[(2.0, 1.6, 1.9)] * 2, *[(1.5, 1.6, 3.0)] * 2)
@@ -23,13 +27,40 @@ class Augmentation:
     intensity: float = 0.2  # sd of contrast and of brightness, a series
     drop_series: float = 0.1  # share of series blanked
     recombine: float = 0.4  # share of levels whose right half is another study's
+    cut_off: float = 0.0  # sd beyond which turns, sizes and warps are cut off; 0: none, and no check of the margin
+    warp: float = 0.0  # pixels, sd of the shifts of a grid of points that bends a slot's slices
+    blur: float = 0.0  # pixels, largest sd of a Gaussian, a series
+    noise: float = 0.0  # share of 255, largest sd of white noise, a series
+    holes: float = 0.0  # share of slots with a rectangle of an eighth to a half of the side, painted with the mean
+    mixup: float = 0.0  # both parameters of the beta distribution of shares by which two studies are mixed
+
+    def bounded(self, rng: np.random.Generator, sd: float, shape: tuple[int, ...]) -> np.ndarray:
+        """Normal numbers of deviation `sd`, cut off at `cut_off`."""
+        limit = sd * self.cut_off or math.inf
+        return rng.normal(0, sd, shape).clip(-limit, limit)
+
+    def alone(self) -> dict[str, "Augmentation"]:
+        """Each kind that is set, by its name, without the others; not `recombine`, which leaves left halves alone."""
+        none = {name: 0.0 for name in asdict(self)} | {"jitter": ((0.0,) * 3,) * len(SLOTS), "cut_off": self.cut_off}
+        kinds = {name: value for name, value in asdict(self).items() if value != none[name] and name != "recombine"}
+        return {name: Augmentation(**none | {name: value}) for name, value in kinds.items()}
+
+
+def check_margin(config: VitConfig, strength: Augmentation) -> None:
+    """ValueError if squares turned, enlarged and bent up to `cut_off` reach beyond the margin, which is black."""
+    angle, size = min(strength.rotation * strength.cut_off, math.pi / 4), math.exp(strength.scale * strength.cut_off)
+    reach = config.size / 2 * ((math.cos(angle) + math.sin(angle)) * size - 1) + strength.warp * strength.cut_off
+    if strength.cut_off and config.margin < reach:
+        turned = f"turns of {math.degrees(angle):.0f} degrees and sizes of {size - 1:.0%} reach beyond the squares"
+        raise ValueError(f"vit_margin is {config.margin} pixels and {turned}: set {math.ceil(reach)}, or less turn")
 
 
 def augment(
-    inputs: np.ndarray, labels: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
+    inputs: np.ndarray, targets: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
 ) -> tuple[Seen, np.ndarray]:
-    """A training batch of records and labels (B, 25): what the network sees, and its labels. rngs: one a study, so that
-    a batch can be drawn again."""
+    """A training batch of records and targets (B, 25, 3): what the network sees, and its targets. rngs: one a study, so
+    that a batch can be drawn again."""
+    check_margin(config, strength)
     series, shifts, turns = [], [], []
     slots, jitter = (len(LEVELS), len(SLOTS)), np.array(strength.jitter)
     # Axial slots lie as high as the level's canal point, so they share what it is off.
@@ -38,22 +69,30 @@ def augment(
         series.append(draw_series(strength, rng))
         common, own = rng.normal(0, 1, (len(LEVELS), 1, 3)), rng.normal(0, 1, (*slots, 3))
         shifts.append(common.clip(-2.5, 2.5) * shared + own.clip(-2.5, 2.5) * np.sqrt(jitter**2 - shared**2))
-        angles = rng.normal(0, strength.rotation, slots)
-        turns.append(np.stack([angles, np.exp(rng.normal(0, strength.scale, slots))], axis=-1))
+        angles = strength.bounded(rng, strength.rotation, slots)
+        turns.append(np.stack([angles, np.exp(strength.bounded(rng, strength.scale, slots))], axis=-1))
     exchanged = np.array([rng.random(len(LEVELS)) < strength.recombine for rng in rngs])
-    inputs, labels = recombined(inputs, labels, exchanged)
+    bends = (*slots, 2, WARP_GRID, WARP_GRID)
+    warps = np.stack([strength.bounded(rng, strength.warp, bends) for rng in rngs]) if strength.warp else None
+    inputs, targets = recombined(inputs, targets, exchanged)
     gain, gamma, kept = (np.stack(drawn)[:, KINDS].repeat(config.slices, axis=1) for drawn in zip(*series, strict=True))
-    images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns))
+    images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns), warps)
     images = vary(images.transpose(1, 2), gain, gamma).transpose(1, 2)
+    for image, rng in zip(images, rngs, strict=True):
+        disturb(image, strength, config.slices, rng)
     blank = torch.from_numpy(~kept).to(places.device)[:, None].expand_as(places)
-    return (images, places.masked_fill(blank, math.nan)), labels
+    seen = images, places.masked_fill(blank, math.nan)
+    if strength.mixup:
+        shares = np.array([rng.beta(strength.mixup, strength.mixup) for rng in rngs])
+        seen, targets = mixed(seen, targets, np.maximum(shares, 1 - shares), config.head == "ordinal")
+    return seen, targets
 
 
-def recombined(inputs: np.ndarray, labels: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Records and labels of a batch; where `exchanged` (B, 5), a level's right half comes from the next study of the
+def recombined(inputs: np.ndarray, targets: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Records and targets of a batch; where `exchanged` (B, 5), a level's right half comes from the next study of the
     batch, so that one side tells nothing of the other.
 
-    T2, which shows both halves, stays, and the canal has a label only where both studies have the same.
+    T2, which shows both halves, stays, and the canal has a label only where both studies have the same grade.
     """
     inputs, k = inputs.copy(), inputs["places"].shape[2] // len(SLOTS)
     right = np.repeat([side == SIDES[1] for _, side in SLOTS], k)
@@ -61,11 +100,49 @@ def recombined(inputs: np.ndarray, labels: np.ndarray, exchanged: np.ndarray) ->
         own, other = inputs[name], np.roll(inputs[name], -1, axis=0)
         takes = (exchanged[..., None] & right).reshape(*exchanged.shape, -1, *[1] * (own.ndim - 3))
         inputs[name] = np.where(takes, other, own)
-    other, takes = np.roll(labels, -1, axis=0), np.tile(exchanged, len(CONDITIONS))
+    other, takes = np.roll(targets, -1, axis=0), np.tile(exchanged, len(CONDITIONS))
     side_of = np.repeat([c.side or "" for c in CONDITIONS.values()], len(LEVELS))
-    mixed = np.where(takes & (side_of == SIDES[1]), other, labels)
-    mixed[takes & (side_of == "") & (labels != other)] = MISSING
-    return inputs, mixed
+    result = np.where((takes & (side_of == SIDES[1]))[..., None], other, targets)
+    result[takes & (side_of == "") & (target_grades(targets) != target_grades(other))] = 0
+    return inputs, result
+
+
+def mixed(seen: Seen, targets: np.ndarray, shares: np.ndarray, ordered: bool) -> tuple[Seen, np.ndarray]:
+    """What is seen of a batch, and its targets, mixed with the next study: `shares` (B,), .5 to 1, of a study's own
+    (mixup; Zhang et al., ICLR 2018). A slice that either study lacks stays as it is.
+
+    A missing label leaves out its part. ordered: rows whose grades lie more than one apart get no label, since their
+    mixture is not a grade between.
+    """
+    (images, places), own = seen, torch.from_numpy(shares).to(seen[0])[:, None, None]
+    moved = own * places + (1 - own) * places.roll(-1, 0)
+    both, own = ~moved.isnan(), own[..., None, None]
+    images = torch.where(both[..., None, None], own * images + (1 - own) * images.roll(-1, 0), images)
+    other, own = np.roll(targets, -1, axis=0), shares[:, None, None].astype(np.float32)
+    result, grades, others = own * targets + (1 - own) * other, target_grades(targets), target_grades(other)
+    far = (np.minimum(grades, others) == 0) & (np.maximum(grades, others) == 2) & (shares < 1)[:, None]
+    result[far & ordered] = 0
+    return (images, torch.where(both, moved, places)), result
+
+
+def disturb(image: torch.Tensor, strength: Augmentation, slices: int, rng: np.random.Generator) -> None:
+    """Blur a study's squares (5, slots * slices, h, w), add noise and paint holes, in place. Slices of a slot share a
+    hole's place."""
+    size, kinds = image.shape[-1], np.repeat(KINDS, slices)
+    if strength.blur:
+        radius = min(math.ceil(3 * strength.blur), size - 1)
+        for kind, sd in enumerate(rng.uniform(1e-3, strength.blur, len(SERIES_TYPES))):
+            image[:, kinds == kind] = gaussian_blur(image[:, kinds == kind], 2 * radius + 1, float(sd))
+    if strength.noise:
+        drawn = torch.Generator(image.device).manual_seed(int(rng.integers(2**62)))
+        sd = torch.from_numpy(255 * rng.uniform(0, strength.noise, len(SERIES_TYPES))[kinds, None, None]).to(image)
+        image += sd * torch.randn(image.shape, generator=drawn, device=image.device)
+    for level, slot in np.argwhere(rng.random((len(LEVELS), len(SLOTS))) < strength.holes) if strength.holes else ():
+        sides = rng.integers(max(size // 8, 1), size // 2 + 1, 2)
+        starts = rng.integers(size - sides + 1)
+        rows, cols = map(slice, starts, starts + sides)
+        squares = image[level, slot * slices : (slot + 1) * slices]
+        squares[:, rows, cols] = squares.mean(dim=(1, 2), keepdim=True)
 
 
 def draw_series(strength: Augmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -103,11 +103,15 @@ def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["study_id", "level", "series_type", "side", *AXES])
 
 
-def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: np.ndarray | None = None) -> Seen:
+def cut_views(
+    inputs: np.ndarray, config: VitConfig, shifts: np.ndarray,
+    turns: np.ndarray | None = None, warps: np.ndarray | None = None,
+) -> Seen:  # fmt: skip
     """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of slots moved by `shifts`.
 
     shifts: (B, 5, slots, 3) mm to the left, to posterior and to the head: in the plane the square moves, across it the
     places of the slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
+    warps: (B, 5, slots, 2, g, g) pixels, across and down, by which a grid of points bends squares, smooth between.
     """
     shape = (*inputs["places"].shape[:2], len(crops.SLOTS), config.slices)
     turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns
@@ -119,6 +123,10 @@ def cut_views(inputs: np.ndarray, config: VitConfig, shifts: np.ndarray, turns: 
     theta = np.stack([cosine, -sine, across * to_share, sine, cosine, down * to_share], axis=-1)
     theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(DEVICE)
     grid = F.affine_grid(theta, (len(theta), 1, config.size, config.size), align_corners=False)
+    if warps is not None:
+        points = torch.from_numpy(warps.reshape(-1, *warps.shape[3:]).repeat(config.slices, axis=0)).float().to(DEVICE)
+        bent = F.interpolate(points, size=(config.size, config.size), mode="bicubic", align_corners=True)
+        grid = grid + bent.permute(0, 2, 3, 1) * 2 / stored
     squares = F.grid_sample(images.reshape(-1, 1, stored, stored), grid, align_corners=False)
     places = (inputs["places"].reshape(shape) - through[..., None]).reshape(inputs["places"].shape)
     squares = squares.reshape(*images.shape[:3], config.size, config.size)

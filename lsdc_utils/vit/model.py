@@ -49,6 +49,7 @@ class VitConfig:
     heads: int = 4
     readout: int = 8  # numbers that each place of a feature map hands to the reader, which keeps places apart
     dropout: float = 0.5  # share of an encoder's features left out in training
+    drop_path: float = 0.0  # share of samples that skip a block in training; in a timm encoder it rises to this
     mix: int = 1  # blocks over the slices of a half level
     head: str = "ordinal"  # or softmax
 
@@ -90,6 +91,7 @@ class TimmEncoder(nn.Module):
     def __init__(self, config: VitConfig, weights: str = ""):
         super().__init__()
         size = {"img_size": config.size} if timm.get_pretrained_cfg(config.encoder).fixed_input_size else {}
+        size |= {"drop_path_rate": config.drop_path} if config.drop_path else {}  # which not every model takes
         file = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else None
         self.model = timm.create_model(
             config.encoder, pretrained=bool(weights), pretrained_cfg_overlay=file, in_chans=1, num_classes=0, **size
@@ -169,8 +171,8 @@ class SliceBlocks(nn.Module):
 
 def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
     """Transformer blocks of timm. Layer scale: a block begins as a small correction to what the head already sees."""
-    blocks = (Block(config.width, config.heads, mlp_ratio=4, qkv_bias=True, init_values=0.1) for _ in range(depth))
-    return nn.Sequential(*blocks)
+    options = {"mlp_ratio": 4, "qkv_bias": True, "init_values": 0.1, "drop_path": config.drop_path}
+    return nn.Sequential(*(Block(config.width, config.heads, **options) for _ in range(depth)))
 
 
 class OrdinalHead(nn.Module):

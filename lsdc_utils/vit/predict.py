@@ -50,6 +50,13 @@ def prediction_rows(study_ids: Iterable[int], natural: np.ndarray) -> pd.DataFra
     return rows
 
 
+def answer_matrix(rows: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
+    """Natural probabilities (n, 25, 3) in COLUMNS order from a prediction table, NaN where it has no row."""
+    wanted = [row for study in study_ids for row in study_row_ids(study)]
+    natural = rows.set_index("row_id")[list(SEVERITIES)].reindex(wanted)
+    return natural.to_numpy(dtype=float).reshape(-1, len(COLUMNS), len(SEVERITIES))
+
+
 def predict_studies(
     models: list[nn.Module], studies: Studies, points: pd.DataFrame,
     n_views: int = 1, see: Callable = study_input, views: Callable = prediction_views,

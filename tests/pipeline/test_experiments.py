@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lsdc_utils import metric
-from lsdc_utils.pipeline import commands
-from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table
+from lsdc_utils.pipeline import commands, experiments
+from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table, refined_table
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.vocabulary import CONDITIONS, LEVELS, row_id
 
@@ -80,6 +80,46 @@ def test_the_curve_lists_runs_by_size_and_block(tmp_path: Path) -> None:
     assert table["total"].is_monotonic_decreasing and (table["low"] < table["high"]).all()
 
 
+def test_what_refinement_adds_has_a_paired_interval_in_each_block_with_labels(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, sharpness) for name, sharpness in (("demo", 1.0), ("demo-refined", 2.0))]
+    labels = pd.read_parquet(runs[0] / "tables/labels.parquet")
+    (tmp_path / "data").mkdir()
+    metric.solution_of(labels).to_csv(tmp_path / "data/solution.csv", index=False)
+    for run in runs:
+        rows = pd.read_parquet(run / "predictions/ensemble_oof.parquet")
+        (run / "data.json").write_text(json.dumps({"data_dir": "../data"}))
+        block = metric.score_block(metric.solution_of(labels), {"vit3d": rows, "ensemble": rows})
+        (run / "scores.json").write_text(json.dumps({"oof": block, "test": block}))
+        for name in ("vit3d_oof", "vit3d_test", "ensemble_test"):
+            rows.to_parquet(run / f"predictions/{name}.parquet")
+    table = refined_table(*runs)
+    assert table[["block", "model"]].to_numpy().tolist() == [
+        ["oof", "vit3d"], ["oof", "ensemble"], ["test", "vit3d"], ["test", "ensemble"]
+    ]  # fmt: skip
+    np.testing.assert_allclose(table["added"], table["refined"] - table["unrefined"], atol=1e-9)
+    assert (
+        (table["low"] < table["added"]).all() and (table["added"] < table["high"]).all() and (table["high"] < 0).all()
+    )
+    for run in runs:
+        scores = json.loads((run / "scores.json").read_text())
+        (run / "scores.json").write_text(json.dumps(scores | {"test": None}))
+    assert refined_table(*runs)["block"].tolist() == ["oof", "oof"]
+
+
+def test_a_run_is_refined_once_as_a_copy_that_softens_labels(tmp_path: Path, monkeypatch, capsys) -> None:
+    base, started = write_run(tmp_path / "demo", 1.0), []
+    monkeypatch.setattr(experiments, "work", lambda run: started.append(run) or 7)
+    assert experiments.run_refined(base, 2) == 7
+    (run,) = started
+    assert run.folder == tmp_path / "demo-refined" and run.until is None
+    assert run.resume == "./run_all.sh refine --run demo" and (run.folder / "submission.csv").is_file()
+    changes = {key: value for key, value in run.parameters.items() if value != load_parameters("demo")[key]}
+    assert changes == {"vit_soften": 0.5, "blend_of": "demo"}
+    (base / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
+    with pytest.raises(experiments.UsageError, match="--run demo: its labels are softened already"):
+        experiments.run_refined(base, 2)
+
+
 def test_every_ablation_changes_parameters_that_there_are() -> None:
     parameters = load_parameters("demo")
     ablations = yaml.safe_load(ABLATIONS.read_text())
@@ -89,7 +129,7 @@ def test_every_ablation_changes_parameters_that_there_are() -> None:
         assert ablation["without"] and name.replace("_", "").isalnum()
 
 
-@pytest.mark.parametrize("command", ["ablate", "curve"])
+@pytest.mark.parametrize("command", ["ablate", "curve", "refine"])
 def test_experiments_need_a_finished_run(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         commands.main([command, "--run", "never"])

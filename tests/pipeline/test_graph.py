@@ -81,3 +81,12 @@ def test_localisers_are_trained_before_detectors_and_not_by_the_published_method
     assert names[first - 1] == "02_convert_labels" and names[first + len(localisers)].startswith("03_train_yolo")
     published = [step.name for step in graph.all_steps(parameters | {"published_method": True})]
     assert published == [name for name in names if name not in localisers]
+
+
+def test_softened_labels_add_a_training_for_each_part_of_each_fold_before_the_folds() -> None:
+    parameters = load_parameters("demo") | {"vit_soften": 0.5}
+    steps = graph.select_steps(graph.all_steps(parameters), "04")
+    inner = [f"04_train_vit3d_fold{fold}_inner{part}" for fold in (0, 1) for part in (0, 1)]
+    assert [step.name for step in steps] == [*inner, "04_train_vit3d_fold0", "04_train_vit3d_fold1"]
+    given = [graph.step_parameters(step, parameters, "demo") for step in steps]
+    assert [(own["fold"], own["inner"]) for own in given] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, -1), (1, -1)]

@@ -136,6 +136,23 @@ def test_a_changed_parameter_runs_the_steps_that_declare_it(tiny_project: Path) 
     ]
 
 
+def test_softened_labels_wait_for_the_answers_and_a_blend_for_the_run_it_is_of(tiny_project: Path) -> None:
+    outputs, asked = tiny_project / "outputs", ("--run", "copy", "vit_soften=0.5", "blend_of=demo")
+    shutil.copytree(outputs / "demo", outputs / "copy")
+    inner = [f"04_train_vit3d_fold{fold}_inner{part}" for fold in (0, 1) for part in (0, 1)]
+    trained = ["04_train_vit3d_fold0", "04_train_vit3d_fold1"]
+    assert would_run(tiny_project, *asked) == [*inner, *trained, *GRADING]
+    done = run_all(tiny_project, *asked, "--until", "05")
+    order = re.findall(r"\] (\w+) done", done.stdout)
+    assert done.returncode == 0 and set(order[:-1]) == {*inner, *trained} and order[-1] == GRADING[0]
+    for fold in (0, 1):
+        answers = [order.index(f"04_train_vit3d_fold{fold}_inner{part}") for part in (0, 1)]
+        assert max(answers) < order.index(f"04_train_vit3d_fold{fold}")
+    assert would_run(tiny_project, *asked, "--until", "05") == []
+    (outputs / "demo/predictions/vit3d_fold0_oof.parquet").write_text("other")
+    assert would_run(tiny_project, *asked, "--until", "05") == GRADING[:1]
+
+
 def test_files_written_again_with_the_same_bytes_run_nothing(tiny_project: Path) -> None:
     labels = tiny_project / "outputs/demo/tables/labels.parquet"
     labels.write_text("whole")

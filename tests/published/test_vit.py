@@ -31,7 +31,8 @@ def test_mirrored_grids_carry_exchanged_labels():
     grids, _ = draw_grids(16)
     labels = np.tile(np.arange(25), (16, 1))
     still = Augmentation(intensity=0.0, drop_series=0.0)
-    (values,), truth = published_vit.augment(grids, labels, GRID, still, rngs)
+    (values,), targets = published_vit.augment(grids, labels[..., None].repeat(3, axis=-1), GRID, still, rngs)
+    truth = targets[..., 0]
     turned = truth[:, 5] != 5
     assert 0 < turned.sum() < 16 and (truth == np.where(turned[:, None], MIRROR, np.arange(25))).all()
     assert [COLUMNS[k] for k in truth[turned][0][[0, 5, 24]]] == [

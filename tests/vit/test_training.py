@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from safetensors.torch import load_file, save_file
 from spines import noisy_study, spine
-from vit_inputs import NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, train
+from vit_inputs import LOOP, NOTEBOOK, SMALL, draw_inputs, draw_studies, run_cells, train
 
 from lsdc_utils.checkpoint import Checkpoint
 from lsdc_utils.data.stacks import save_stack
@@ -26,14 +26,14 @@ from lsdc_utils.downloads import WeightsNotFound
 from lsdc_utils.vit.augment import Augmentation, augment, recombined
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, study_inputs
-from lsdc_utils.vit.loss import row_losses, row_weights
+from lsdc_utils.vit.loss import row_losses, row_weights, target_grades, target_matrix
 from lsdc_utils.vit.model import Vit3d, load_vit
 from lsdc_utils.vit.predict import probabilities
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SPINAL_CANAL
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SPINAL_CANAL
 
 SCALER = 'torch.amp.GradScaler(device.type, enabled=device.type == "cuda")'
 IN_16_BITS = (SCALER, "torch.amp.GradScaler(device.type, init_scale=2.0**40)")  # so high that gradients overflow
-LOSS = "    return (losses * torch.from_numpy(weight).to(device)).sum()"
+LOSS = "    return row_losses(log_natural.float(), weight).sum()"
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -48,8 +48,8 @@ def test_training_learns_and_is_reproducible(tmp_path):
     trained = train(tmp_path / "one", studies, held_out=held_out, **options)
     counts = np.stack([(studies[1] == k).sum(0) for k in range(3)], axis=1) + 0.5
     prior = torch.from_numpy(counts / counts.sum(1, keepdims=True)).log().expand(24, 25, 3)
-    losses = row_losses(prior, torch.from_numpy(held_out[1])).numpy()
-    assert trained["curves"]["held_out_loss"].iloc[-1] < 0.6 * (losses * row_weights(held_out[1])).sum(1).mean()
+    losses = row_losses(prior, torch.from_numpy(row_weights(target_matrix(held_out[1]))))
+    assert trained["curves"]["held_out_loss"].iloc[-1] < 0.6 * losses.sum(1).mean()
     assert np.abs(trained["model"].head.cut_offs() - trained["prior_cut_offs"]).max() > 0.05
     assert_same(trained["model"], train(tmp_path / "other", studies, held_out=held_out, **options)["model"])
 
@@ -146,11 +146,12 @@ def test_a_timm_model_encodes_slices_and_starts_from_the_weights_in_a_file(tmp_p
 def test_augmented_squares_move_and_a_left_out_series_is_black():
     inputs, labels = draw_studies(2, seed=0)
     rngs = [np.random.default_rng(k) for k in range(2)]
-    seen, same = augment(inputs, labels, SMALL, Augmentation(drop_series=1.0, recombine=0), rngs)
-    assert seen[1].isnan().all() and (same == labels).all()
+    targets = target_matrix(labels)
+    seen, same = augment(inputs, targets, SMALL, Augmentation(drop_series=1.0, recombine=0), rngs)
+    assert seen[1].isnan().all() and (same == targets).all()
     assert all(not image.any() for _, image, _, _ in shown_slices(seen, 0, 2, SMALL))
     still = Augmentation(jitter=((0, 0, 0),) * len(SLOTS), rotation=0, scale=0, intensity=0, drop_series=0, recombine=0)
-    seen, _ = augment(inputs, labels, SMALL, still, rngs)
+    seen, _ = augment(inputs, targets, SMALL, still, rngs)
     for part, other in zip(seen, next(prediction_views(inputs, SMALL, 1))[0], strict=True):
         torch.testing.assert_close(part, other, atol=1e-3, rtol=1e-4)
     assert [kind for kind, *_ in shown_slices(seen, 0, 2, SMALL)] == list(SERIES_TYPES)
@@ -162,7 +163,7 @@ def test_each_slot_is_shifted_by_its_own_spread_and_shares_what_its_canal_point_
     strength = Augmentation(jitter=jitter, rotation=0, scale=0, intensity=0, drop_series=0, recombine=0)
     inputs, labels = draw_studies(200, seed=0)
     rngs = [np.random.default_rng(k) for k in range(200)]
-    _, places = augment(inputs, labels, SMALL, strength, rngs)[0]
+    _, places = augment(inputs, target_matrix(labels), SMALL, strength, rngs)[0]
     moved = (inputs["places"] - places.numpy())[:, :, :: SMALL.slices].reshape(-1, len(SLOTS))
     np.testing.assert_allclose(moved.std(axis=0), [2.0, 3.0, 3.0, 4.0, 4.0], rtol=0.1)
     share = np.corrcoef(moved.T)
@@ -175,7 +176,7 @@ def test_right_halves_are_exchanged_with_their_labels_and_the_canal_loses_a_labe
     labels[:, :5] = [[0, 1, 2, 0, 0], [0, 1, 1, 0, 0], [0, 1, 2, 2, 0]]  # the canal's columns
     exchanged = np.zeros((3, 5), bool)
     exchanged[0, 1:3] = True  # of the first study, L2/L3 and L3/L4 from the second one
-    seen, mixed = recombined(inputs, labels, exchanged)
+    seen, targets = recombined(inputs, target_matrix(labels), exchanged)
     k = SMALL.slices
     for slot, (_, side) in enumerate(SLOTS):
         own = inputs["images"][0, :, slot * k : (slot + 1) * k].copy()
@@ -185,7 +186,7 @@ def test_right_halves_are_exchanged_with_their_labels_and_the_canal_loses_a_labe
     expected = labels.copy()
     right = [n for n, c in enumerate(COLUMNS) if c.startswith("right") and c.endswith(("l2_l3", "l3_l4"))]
     expected[0, right], expected[0, 2] = labels[1, right], -1
-    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_array_equal(target_grades(targets), expected)
     np.testing.assert_array_equal(seen[1:], inputs[1:])
 
 
@@ -252,6 +253,28 @@ def test_a_first_run_of_one_fold_measures_its_shifts_on_the_held_out_studies(sma
     assert jitter[0][1] == pytest.approx(0 if 1 in folds else 2.2, abs=0.3)
     assert tuple(map(tuple, jitter[1:])) == Augmentation.jitter[1:]
     assert names["points"]["confidence"].unique().tolist() == ([0.5] if 1 in folds else [1.0])  # detected, or clicked
+
+
+def test_labels_are_softened_by_transformers_that_saw_neither_study_nor_fold(small_run):
+    size = {"vit_size": 8, "vit_width": 32, "vit_margin": 2, "vit_epochs": 1, "vit_views": 1, "folds": [0, 1]}
+    cells = ("config", "model", "data", "errors", "crops", "targets", *LOOP)
+    answered, of_fold = {}, {2: 0, 4: 0, 6: 0, 8: 0, 1: 1, 3: 1, 5: 1, 7: 1}
+    for inner in (0, 1):
+        names = run_cells(small_run, *cells, "curves", "oof", fold=0, inner=inner, vit_soften=0.5, **size)
+        trained, answered[inner] = set(names["train_ids"]), set(names["held_ids"])
+        assert len(trained) == len(answered[inner]) == 2 and not trained & answered[inner]
+        assert all(of_fold[study] == 1 for study in trained | answered[inner])
+        np.testing.assert_array_equal(names["targets"], target_matrix(names["truth"]))  # by labels alone
+        assert (names["points"]["confidence"] == 0.5).all() and (names["held_points"]["confidence"] == 0.5).all()
+    assert answered[0] | answered[1] == {1, 3, 5, 7}
+    files = [small_run / f"predictions/vit3d_fold0_inner{inner}_oof.parquet" for inner in (0, 1)]
+    rows = pd.concat(map(pd.read_parquet, files)).set_index("row_id")
+    names = run_cells(small_run, *cells[:6], fold=0, vit_soften=0.5, **size)
+    assert names["train_ids"] == [1, 3, 5, 7] and names["held_ids"] == [2, 4, 6, 8]
+    natural = rows.loc["3_left_subarticular_stenosis_l2_l3", list(SEVERITIES)].to_numpy(float)
+    place = 1, COLUMNS.index("left_subarticular_stenosis_l2_l3")
+    expected = 0.5 * np.eye(3)[names["truth"][place]] + 0.5 * natural
+    np.testing.assert_allclose(names["targets"][place], expected, rtol=1e-6)
 
 
 def execute(

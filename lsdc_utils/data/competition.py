@@ -184,6 +184,16 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
+def read_labels(root: str | Path) -> Table:
+    """The labels of a data folder alone, see `Competition`."""
+    return read_grades(Path(root) / "train.csv", Findings())
+
+
+def graded_groups(labels: Table) -> set[str]:
+    """The keys of the condition groups for which a label table holds a grade."""
+    return set(labels.condition[labels.severity != words.MISSING].map(words.GROUP_OF))
+
+
 def _read_coordinates(root: Path, findings: Findings) -> Table:
     """The points of train_label_coordinates.csv in the vocabulary's words, without unreadable and repeated ones."""
     raw = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"], findings.names)

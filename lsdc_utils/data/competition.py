@@ -378,6 +378,28 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
     return points[POINTS].reset_index(drop=True)
 
 
+def read_solution(file: Path) -> Table:
+    """The labels of a table of row_id, severity: severity in {0, 1, 2}; rows with an empty cell are left out.
+
+    CompetitionError names a line that is not a row's id and a grade, or repeats a row.
+    """
+    raw = read_required_table(file, ["row_id", "severity"]).dropna()
+    meaning = {name: k for k, name in enumerate(words.SEVERITY_NAMES)} | {str(k): k for k in range(3)}
+    rows = raw.assign(severity=_named(raw.severity, meaning))
+    named = rows.row_id.str.fullmatch(f"[1-9][0-9]*_({'|'.join(words.COLUMNS)})")
+    faults = {"is not <study_id>_<condition>_<level>": ~named, "is there twice": rows.row_id.duplicated()}
+    faults[f"has no severity of {', '.join(words.SEVERITY_NAMES)} or 0, 1, 2"] = rows.severity.isna()
+    for fault, wrong in faults.items():
+        if wrong.any():
+            raise CompetitionError(f"{file}: line {raw.index[np.argmax(wrong)]} ({raw.row_id[wrong].iloc[0]}): {fault}")
+    return rows.astype({"severity": "int64"}).reset_index(drop=True)
+
+
+def read_points(file: Path) -> Table:
+    """The usable points of a table with the columns `POINTS`, in the vocabulary's words."""
+    return _tidy_points(read_required_table(file, POINTS, ["study_id", "series_id"]))[0]
+
+
 def read_listed(root: str | Path, table: str | Path) -> Competition:
     """The studies of one shard as a Competition without labels, all as test studies."""
     listed = pd.read_parquet(table)

@@ -379,20 +379,19 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
 
 
 def read_solution(file: Path) -> Table:
-    """The labels of a table of row_id, severity: severity in {0, 1, 2}; rows with an empty cell are left out.
+    """The labels of a table of row_id and severity (0, 1, 2, or in words): `KEY`, severity; empty ones are left out.
 
     CompetitionError names a line that is not a row's id and a grade, or repeats a row.
     """
     raw = read_required_table(file, ["row_id", "severity"]).dropna()
     meaning = {name: k for k, name in enumerate(words.SEVERITY_NAMES)} | {str(k): k for k in range(3)}
-    rows = raw.assign(severity=_named(raw.severity, meaning))
-    named = rows.row_id.str.fullmatch(f"[1-9][0-9]*_({'|'.join(words.COLUMNS)})")
-    faults = {"is not <study_id>_<condition>_<level>": ~named, "is there twice": rows.row_id.duplicated()}
-    faults[f"has no severity of {', '.join(words.SEVERITY_NAMES)} or 0, 1, 2"] = rows.severity.isna()
-    for fault, wrong in faults.items():
-        if wrong.any():
-            raise CompetitionError(f"{file}: line {raw.index[np.argmax(wrong)]} ({raw.row_id[wrong].iloc[0]}): {fault}")
-    return rows.astype({"severity": "int64"}).reset_index(drop=True)
+    severity, columns = _named(raw.severity, meaning), "|".join(words.COLUMNS)
+    wrong = ~raw.row_id.str.fullmatch(f"[1-9][0-9]*_({columns})") | raw.row_id.duplicated() | severity.isna()
+    for line, row in raw.row_id[wrong].items():
+        asked = f"one line for each <study_id>_<condition>_<level>, with one of {', '.join(meaning)}"
+        raise CompetitionError(f"{file}: line {line} ({row}, {raw.severity[line]}): expected {asked}")
+    keys = pd.DataFrame([words.parse_row_id(row) for row in raw.row_id], columns=KEY)
+    return keys.assign(severity=severity.to_numpy()).astype({"study_id": "int64", "severity": "int64"})
 
 
 def read_points(file: Path) -> Table:

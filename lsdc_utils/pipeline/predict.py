@@ -152,20 +152,24 @@ def without_names(texts: pd.Series, root: Path) -> pd.Series:
     return texts.replace(pattern, "[name]", regex=True) if there else texts
 
 
-def write_pages(out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str) -> Path:
-    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`."""
+def write_pages(
+    out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str, rows: pd.DataFrame | None = None,
+    folder: Path | None = None, notebook: Path | None = None,
+) -> Path:  # fmt: skip
+    """Write the pages of the graded studies to `folder` (default: `out`/pages); returns their index. parameters: those
+    of `prepare`; rows: as `read_graded` gives them (default: all); notebook: see `write_study_pages`."""
     from lsdc_utils.report.pages import write_study_pages
 
-    comps, rows = {}, []
+    comps = {}
     for shard in shards:
         comp = competition.read_listed(parameters["data_dir"], out / "tables" / f"{shard.name}.parquet")
-        rows.append(read_graded(shard, "test"))
-        comps |= dict.fromkeys(rows[-1]["study_id"].unique(), comp)
+        comps |= dict.fromkeys((int(parse_row_id(row)[0]) for row in comp.sample_rows), comp)
+    rows = pd.concat([read_graded(shard, "test") for shard in shards]) if rows is None else rows
     findings = {}
     for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
     weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comps[study], "test", study)[0]
-    return write_study_pages(out / "pages", name, pd.concat(rows), read, weights, basis, findings)
+    return write_study_pages(folder or out / "pages", name, rows, read, weights, basis, findings, notebook)
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:

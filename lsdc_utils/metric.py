@@ -74,12 +74,6 @@ class StudyLosses:
         parts = np.divide(counts @ self.losses, weights, out=np.full(weights.shape, np.nan), where=weights > 0)
         return np.column_stack([parts, parts.mean(axis=1)])
 
-    def joined(self, units: Any) -> "StudyLosses":
-        """The same of units that hold several studies, such as patients; units: a unit by each study's id."""
-        codes, names = pd.factorize(np.array([units[study] for study in self.studies]))
-        onto = np.eye(len(names))[codes].T
-        return StudyLosses(names, onto @ self.losses, onto @ self.weights)
-
 
 def study_losses(solution: pd.DataFrame, submission: pd.DataFrame) -> StudyLosses:
     """The losses behind `score`, with its arguments and its errors."""
@@ -197,25 +191,20 @@ def interval(samples: np.ndarray) -> list[list[float]]:
     return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 
 
-def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame], patients: Any = None) -> dict[str, Any]:
+def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
 
     `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
-    have no value (a group without a labelled row) are None, since JSON has no NaN. `patients`: the patient by each
-    study's id; with it, n_patients is there, and intervals are over patients.
+    have no value (a group without a labelled row) are None, since JSON has no NaN.
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
-    studies = next(iter(losses.values())).studies
-    if patients is not None:
-        losses = {model: of_study.joined(patients) for model, of_study in losses.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
     samples, skills = resampled_scores(losses), None
     if "oracle" in scores:
         skills = {model: skill(parts, scores["prior"], scores["oracle"]) for model, parts in scores.items()}
     intervals = {model: dict(zip(PARTS, interval(drawn), strict=True)) for model, drawn in samples.items()}
-    counted = {"n_studies": len(studies)}
-    counted |= {} if patients is None else {"n_patients": len(next(iter(losses.values())).studies)}
-    return without_nan(counted | {"scores": scores, "skill": skills, "interval": intervals})
+    n_studies = len(next(iter(losses.values())).studies)
+    return without_nan({"n_studies": n_studies, "scores": scores, "skill": skills, "interval": intervals})
 
 
 def without_nan(value: Any) -> Any:

@@ -40,7 +40,7 @@ def describe(comp: Competition, studies: Sequence[int], workers: int = 1) -> pd.
         columns = ["study_id", *header.intersection(table.columns)]
         table.update(read_required_table(file, columns, ["study_id"]).drop_duplicates("study_id").set_index("study_id"))
     if table["patient"].nunique() == 1:  # a word that stands for everyone
-        table["patient"] = np.nan
+        table["patient"] = None
     own = pd.Series([f"study {study}" for study in studies], table.index)
     table["patient"] = pd.factorize(table["patient"].fillna(own))[0]
     return table.fillna("").reset_index()

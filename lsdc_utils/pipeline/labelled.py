@@ -18,7 +18,7 @@ from lsdc_utils.data import checks, cohort, competition
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
-from lsdc_utils.grading.run_tables import read_graded, read_recipe
+from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline import predict
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import Step, execute
@@ -143,8 +143,7 @@ def evaluate(
     about = {"models": models, "grade_basis": basis, "trained_on": len(overlap[0]), "cut_offs": known["cut_offs"]}
     write_json(out / "about.json", about | {"studies_without_images": found.lost})
     execute(out, Step("evaluate", "evaluate", {"evaluation_dir": "."}, cwd=out), {})
-    written = (graded.work, graded.shards, graded.parameters, models, basis)
-    predict.write_pages(*written, read_graded(out, "test"), out / "report", out / "notebooks/evaluate.ipynb")
+    predict.write_pages(graded.work, graded.shards, graded.parameters, models, basis, out)
     for file in ("grades.csv", "findings.csv"):
         os.replace(graded.work / file, out / file)
     for folder in (graded.work, out / "logs"):

@@ -101,6 +101,7 @@ def _list_studies(root: Path, out: Path, workers: int, chosen: tuple[competition
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
         findings.to_parquet(file, index=False)
+    comp.write_ids(out)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
     others = 0 if chosen else comp.series["study_id"].nunique() - series["study_id"].nunique()
     if others:
@@ -153,23 +154,25 @@ def without_names(texts: pd.Series, root: Path) -> pd.Series:
 
 
 def write_pages(
-    out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str, rows: pd.DataFrame | None = None,
-    folder: Path | None = None, notebook: Path | None = None,
-) -> Path:  # fmt: skip
-    """Write the pages of the graded studies to `folder` (default: `out`/pages); returns their index. parameters: those
-    of `prepare`; rows: as `read_graded` gives them (default: all); notebook: see `write_study_pages`."""
+    out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str, evaluated: Path | None = None
+) -> Path:
+    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`;
+    evaluated: the folder of results of an evaluation, whose report is written instead."""
     from lsdc_utils.report.pages import write_study_pages
 
     comps = {}
     for shard in shards:
         comp = competition.read_listed(parameters["data_dir"], out / "tables" / f"{shard.name}.parquet")
         comps |= dict.fromkeys((int(parse_row_id(row)[0]) for row in comp.sample_rows), comp)
-    rows = pd.concat([read_graded(shard, "test") for shard in shards]) if rows is None else rows
+    rows = pd.concat([read_graded(place, "test") for place in ([evaluated] if evaluated else shards)])
+    notebook = evaluated / "notebooks/evaluate.ipynb" if evaluated else None
     findings = {}
     for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
     weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comps[study], "test", study)[0]
-    return write_study_pages(folder or out / "pages", name, rows, read, weights, basis, findings, notebook)
+    return write_study_pages(
+        evaluated / "report" if evaluated else out / "pages", name, rows, read, weights, basis, findings, notebook
+    )
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:

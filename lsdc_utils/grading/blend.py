@@ -41,7 +41,7 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     groups, natural = metric.row_keys(prior["row_id"])["group"], np.empty((len(prior), 3))
     for key, mixture in blend.items():
         of_group, weights = (groups == key).to_numpy(), mixture["weights"]
-        ratios = _log_ratios({model: tables[model] for model in weights}, prior[of_group])
+        ratios = log_ratios({model: tables[model] for model in weights}, prior[of_group])
         natural[of_group] = _mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
     return as_table(prior["row_id"], natural)
 
@@ -60,7 +60,7 @@ def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: C
 
 def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
     """Minimise these rows' parts of the score over the simple blends, then, if `freely`, over all numbers."""
-    scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
+    scorer, ratios, n_models = metric.Scorer(rows), log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
         """The parts of the score that these rows touch, of the blend with these numbers."""
@@ -87,18 +87,24 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
-    rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
-    losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
+    gains = group_gains(solution, *(cross_fitted(tables, prior, labels, only) for only in ((), GROUPS)))
+    blend = fit_blend(tables, prior, labels, [key for key, gain in gains.items() if gain and gain[1] > 0])
+    return {key: {**mixture, "gain": gains[key]} for key, mixture in blend.items()}
+
+
+def group_gains(solution: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[float]]:
+    """By group, how much the parts of the score that its rows touch fall from one table of natural rows to another: mean,
+    low, high (95 %, bootstrap over studies); empty where there is nothing to score."""
+    losses = {k: metric.study_losses(solution, metric.weight_table(table)) for k, table in enumerate((before, after))}
     drawn, gains = metric.resampled_scores(losses), {}
-    scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
+    scores = {k: np.array(list(of_study.score().values())) for k, of_study in losses.items()}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]
         parts = [metric.PARTS.index(part) for part in touched]
-        mean = (scores["simple"] - scores["fitted"])[parts].sum()
-        [interval] = metric.interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
+        mean = (scores[0] - scores[1])[parts].sum()
+        [interval] = metric.interval((drawn[0] - drawn[1])[:, parts].sum(axis=1, keepdims=True))
         gains[key] = [float(mean), *interval] if np.isfinite([mean, *interval]).all() else []
-    blend = fit_blend(tables, prior, labels, [key for key, gain in gains.items() if gain and gain[1] > 0])
-    return {key: {**mixture, "gain": gains[key]} for key, mixture in blend.items()}
+    return gains
 
 
 def cross_fitted(
@@ -150,7 +156,7 @@ def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> 
     return softmax(logits, axis=1)
 
 
-def _log_ratios(tables: Tables, prior: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def log_ratios(tables: Tables, prior: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """log(p / prior) of each model (models, n, 3), 0 where it gives no row, and the log prior (n, 3)."""
     log_prior = np.log(np.maximum(prior[PROBABILITIES].to_numpy(float), SMALLEST))
     logs = np.log(np.maximum([aligned(table, prior) for table in tables.values()], SMALLEST))  # NaN stays NaN

@@ -22,6 +22,7 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
 from lsdc_utils.pipeline.parameters import check_start, load_parameters
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
+from lsdc_utils.vocabulary import GROUPS
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -56,6 +57,11 @@ def run(asked: Namespace) -> int:
     planned, began = run_of(asked), time.time()
     if asked.dry_run:
         return dry_run(planned)
+    return finish(planned, began)
+
+
+def finish(planned: Run, began: float) -> int:
+    """Do what is not up to date and print scores and the report's path; began: when the command did."""
     with locked(planned.folder):
         status = work(planned)
     scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
@@ -153,6 +159,32 @@ def evaluate(asked: Namespace) -> int:
         numbers = labelled.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
     print(score_table(numbers).replace("test studies", "labelled studies"))
     print("", *numbers["notes"], "", f"numbers: {out}/evaluation.json", f"report: {out}/report/index.html", sep="\n")
+    return 0
+
+
+def adapt(asked: Namespace) -> int:
+    """Fit a finished run to the population of a labelled folder."""
+    from lsdc_utils.pipeline import adapt, labelled
+
+    out, cores, folder, began = OUTPUTS / asked.out, asked.cores or usable_cores(), asked.folder.resolve(), time.time()
+    if out.resolve() == asked.run.resolve() or (not asked.train and (out / "weights").is_dir()):
+        raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
+    resume = ["./run_all.sh", "adapt", folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
+    resume += [*(["--labels", asked.labels] if asked.labels else []), *["--train"] * asked.train]
+    resume, found = shlex.join(map(str, resume)), labelled.find(folder, asked.labels, cores)
+    if asked.train:
+        parameters = adapt.training_parameters(asked.run, folder, adapt.check(found, asked.run, cores))
+        check_start(parameters)
+        return finish(Run(out, parameters, resume, cores), began)
+    with locked(out):
+        recipe = adapt.adapt_run(found, asked.run, out, cores, resume)
+    print(f"{score_table(recipe['scores'])}\n")
+    about = recipe["adapted"]
+    for key, group in about["groups"].items():
+        kept = "" if group["changed"] else "own numbers kept: not surely wrong here, "
+        print(f"{GROUPS[key].score:13} {kept}p {group['p']:.3f}")
+    totals = f"{about['before']:.3f} by the run's own numbers, {about['after']:.3f} adapted" if about["before"] else ""
+    print(f"\n{about['studies']} studies{totals and ': '}{totals}; run: {shown(out)}")
     return 0
 
 

@@ -36,7 +36,10 @@ def narrowing_of(name: str, seed: int) -> np.ndarray:
     drawn = labels.draw_grades(BLOCK, [seed, 0]).narrowing
     if name == "first":
         return drawn
-    many, shifted = ndtri(labels.draw_grades(4000, [1, 0]).narrowing.clip(1e-6, 1 - 1e-6)), ndtri(drawn.clip(1e-6, 1 - 1e-6))
+    many, shifted = (
+        ndtri(labels.draw_grades(4000, [1, 0]).narrowing.clip(1e-6, 1 - 1e-6)),
+        ndtri(drawn.clip(1e-6, 1 - 1e-6)),
+    )
     for group in metric.GROUPS:
         columns = labels.COLUMN_GROUPS == group
 
@@ -54,7 +57,9 @@ def graded_block(models: grade.Models, name: str, seed: int, folder: Path) -> tu
     choices = SCANNER if name == "second" else {}
     comp = competition.read(write_phantom(folder / "phantom", BLOCK, 0, seed, narrowing=narrowing, **choices))
     studies = sorted(comp.labels["study_id"].unique())
-    read = comp.labels.assign(row_id=[row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].to_numpy()])
+    read = comp.labels.assign(
+        row_id=[row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].to_numpy()]
+    )
     own = labels.grade(narrowing - lenient, [seed, 0]).labels  # the same as with cut-offs that much higher
     rows = grade.rows_of(studies)["row_id"]
     told = pd.Series(own.ravel(), index=rows)
@@ -62,7 +67,9 @@ def graded_block(models: grade.Models, name: str, seed: int, folder: Path) -> tu
     return grade.grade_studies(models, comp, "train", studies), read
 
 
-def population(models: grade.Models | None, cache: Path, name: str, first: int, blocks: int) -> tuple[dict, pd.DataFrame]:
+def population(
+    models: grade.Models | None, cache: Path, name: str, first: int, blocks: int
+) -> tuple[dict, pd.DataFrame]:
     """Graded tables and labels of `blocks` blocks, from the cache as far as they are there."""
     parts = []
     for seed in range(first, first + blocks):

@@ -42,7 +42,7 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     for key, mixture in blend.items():
         of_group, weights = (groups == key).to_numpy(), mixture["weights"]
         ratios = log_ratios({model: tables[model] for model in weights}, prior[of_group])
-        natural[of_group] = _mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
+        natural[of_group] = mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
     return as_table(prior["row_id"], natural)
 
 
@@ -64,7 +64,7 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
 
     def loss(parameters: np.ndarray) -> float:
         """The parts of the score that these rows touch, of the blend with these numbers."""
-        scores = scorer.losses(metric.weight_rows(_mix(parameters, *ratios))).score()
+        scores = scorer.losses(metric.weight_rows(mix(parameters, *ratios))).score()
         return float(np.nansum([value for part, value in scores.items() if part != "total"]))
 
     def objective(parameters: np.ndarray) -> float:
@@ -87,24 +87,18 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
     """
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
-    gains = group_gains(solution, *(cross_fitted(tables, prior, labels, only) for only in ((), GROUPS)))
-    blend = fit_blend(tables, prior, labels, [key for key, gain in gains.items() if gain and gain[1] > 0])
-    return {key: {**mixture, "gain": gains[key]} for key, mixture in blend.items()}
-
-
-def group_gains(solution: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[float]]:
-    """By group, how much the parts of the score that its rows touch fall from one table of natural rows to another: mean,
-    low, high (95 %, bootstrap over studies); empty where there is nothing to score."""
-    losses = {k: metric.study_losses(solution, metric.weight_table(table)) for k, table in enumerate((before, after))}
+    rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
+    losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
     drawn, gains = metric.resampled_scores(losses), {}
-    scores = {k: np.array(list(of_study.score().values())) for k, of_study in losses.items()}
+    scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]
         parts = [metric.PARTS.index(part) for part in touched]
-        mean = (scores[0] - scores[1])[parts].sum()
-        [interval] = metric.interval((drawn[0] - drawn[1])[:, parts].sum(axis=1, keepdims=True))
+        mean = (scores["simple"] - scores["fitted"])[parts].sum()
+        [interval] = metric.interval((drawn["simple"] - drawn["fitted"])[:, parts].sum(axis=1, keepdims=True))
         gains[key] = [float(mean), *interval] if np.isfinite([mean, *interval]).all() else []
-    return gains
+    blend = fit_blend(tables, prior, labels, [key for key, gain in gains.items() if gain and gain[1] > 0])
+    return {key: {**mixture, "gain": gains[key]} for key, mixture in blend.items()}
 
 
 def cross_fitted(
@@ -149,7 +143,7 @@ def row_sources(tables: Tables, row_ids: pd.Series) -> pd.Series:
     return pd.Series(names, index=row_ids.to_numpy(), name="source", dtype=str)
 
 
-def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
+def mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
     """Natural probabilities (n, 3) from weights and bias, log(p_m / prior) `stacked` (models, n, 3) and log prior."""
     logits = log_prior + np.tensordot(parameters[: len(stacked)], stacked, axes=1)
     logits[:, 1:] += parameters[len(stacked) :]

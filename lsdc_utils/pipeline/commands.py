@@ -166,25 +166,25 @@ def adapt(asked: Namespace) -> int:
     """Fit a finished run to the population of a labelled folder."""
     from lsdc_utils.pipeline import adapt, labelled
 
-    out, cores, folder, began = OUTPUTS / asked.out, asked.cores or usable_cores(), asked.folder.resolve(), time.time()
-    if out.resolve() == asked.run.resolve() or (not asked.train and (out / "weights").is_dir()):
+    out, cores, began = OUTPUTS / asked.out, asked.cores or usable_cores(), time.time()
+    if asked.run.name == asked.out or (not asked.train and (out / "weights").is_dir()):
         raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
-    resume = ["./run_all.sh", "adapt", folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
-    resume += [*(["--labels", asked.labels] if asked.labels else []), *["--train"] * asked.train]
-    resume, found = shlex.join(map(str, resume)), labelled.find(folder, asked.labels, cores)
+    resume = ["./run_all.sh", "adapt", asked.folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
+    resume = shlex.join(map(str, resume + (["--labels", asked.labels] if asked.labels else ["--train"] * asked.train)))
+    found = labelled.find(asked.folder.resolve(), asked.labels, cores)
+    adapt.check(found, asked.run, cores)
     if asked.train:
-        parameters = adapt.training_parameters(asked.run, folder, adapt.check(found, asked.run, cores))
+        parameters = adapt.training_parameters(found, asked.run)
         check_start(parameters)
         return finish(Run(out, parameters, resume, cores), began)
     with locked(out):
-        recipe = adapt.adapt_run(found, asked.run, out, cores, resume)
-    print(f"{score_table(recipe['scores'])}\n")
-    about = recipe["adapted"]
-    for key, group in about["groups"].items():
-        kept = "" if group["changed"] else "own numbers kept: not surely wrong here, "
-        print(f"{GROUPS[key].score:13} {kept}p {group['p']:.3f}")
-    totals = f"{about['before']:.3f} by the run's own numbers, {about['after']:.3f} adapted" if about["before"] else ""
-    print(f"\n{about['studies']} studies{totals and ': '}{totals}; run: {shown(out)}")
+        about = adapt.adapt_run(found, asked.run, out, cores, resume)
+    print(score_table(json.loads((out / "scores.json").read_text())))
+    kept = [GROUPS[key].score for key, p in about["p"].items() if p >= 0.05]
+    print(
+        f"\nthe run's own blend scores {about['before']['total']}; kept as it is for: {', '.join(kept) or 'no group'}"
+    )
+    print(f"run: {shown(out)}")
     return 0
 
 

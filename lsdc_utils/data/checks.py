@@ -21,7 +21,7 @@ from lsdc_utils.data.parts import select
 from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
 from lsdc_utils.data.stacks import spacing_fault
-from lsdc_utils.data.unsorted import number_of
+from lsdc_utils.data.tables import number_of
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each, usable_cores
 
@@ -72,15 +72,18 @@ def check(comp: Competition, workers: int = 1) -> Checked:
     known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
     listed = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
     studies = {*known.study_id.dropna(), *comp.labels.study_id}
+    read_of = {getattr(file, "file", file).parent for source in comp.files.values() for file in source}
+    used = {folder for inner in read_of for folder in (inner, *inner.parents)}
     for split in competition.SPLITS:
         for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
             study, value = number_of(folder.name), readable(f"{split}_images/{folder.name}")
-            if study not in studies:
+            if folder not in used and study not in studies:
+                study = study if str(study) == folder.name else None
                 faults.append((study, None, "study_not_in_tables", value, "study left out"))
                 continue
             for inner in sorted(folder.glob("[!.]*/")):
                 series_id, of_series = number_of(inner.name), readable(f"{value}/{inner.name}")
-                if (study, series_id) not in listed:
+                if inner not in used and (study, series_id) not in listed:
                     faults.append((study, series_id, "series_not_in_tables", of_series, "series left out"))
     findings.tables.append(pd.DataFrame(faults, columns=FINDINGS, dtype=object))  # which keeps every digit of an id
     headers = pd.DataFrame([row for row, *_ in read], columns=[*SERIES, *COLUMNS, "middle"])
@@ -278,6 +281,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     if out is not None:
         with atomic(out) as file:
             findings.to_csv(file, index=False)
+        comp.write_ids(Path(out).parent)
     for split, part in series.groupby("split"):
         print(f"{split}: {part.study_id.nunique()} studies, {len(part)} series, {part.n_slices.sum()} images")
     if len(labels):

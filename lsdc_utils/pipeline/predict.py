@@ -96,6 +96,7 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
         findings.to_parquet(file, index=False)
+    comp.write_ids(out)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
     if others := comp.series["study_id"].nunique() - series["study_id"].nunique():
         print(f"{others} training studies of the tables are skipped; to grade them, give their folder of images")

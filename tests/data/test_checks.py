@@ -367,7 +367,7 @@ def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> Non
 
 def test_every_rule_that_the_code_names_has_a_meaning() -> None:
     named = set()
-    for module in ("unsorted", "competition", "point_rules", "checks", "stacks"):
+    for module in ("unsorted", "competition", "grades", "point_rules", "checks", "stacks"):
         tree = ast.parse((Path(checks.__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add" and len(node.args) == 4:

@@ -99,8 +99,9 @@ def read(
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
     root = Path(root)
-    findings = Findings()
-    labels = read_labels(root, labels_csv, findings)
+    findings, file = Findings(), Path(labels_csv or root / "train.csv")
+    no_labels = pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
+    labels = read_grades(file, findings) if labels_csv or file.is_file() else no_labels
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)
     coordinates = _read_coordinates(root, findings)
@@ -183,12 +184,9 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
-def read_labels(root: str | Path, labels_csv: str | Path = "", findings: Findings | None = None) -> Table:
-    """The labels of a data folder alone, see `Competition`; of labels_csv, if given, instead of train.csv."""
-    file, none = Path(labels_csv or Path(root) / "train.csv"), pd.DataFrame(columns=[*KEY, "severity"])
-    if not labels_csv and not file.is_file():
-        return none.astype({"study_id": "int64", "severity": "int64"})
-    return read_grades(file, Findings() if findings is None else findings)
+def read_labels(root: str | Path) -> Table:
+    """The labels of train.csv alone, see `Competition`."""
+    return read_grades(Path(root) / "train.csv", Findings())
 
 
 def graded_groups(labels: Table) -> set[str]:

@@ -15,6 +15,8 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
+from lsdc_utils.data.grades import read_grades
+from lsdc_utils.data.tables import Findings
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
@@ -61,7 +63,7 @@ def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
         comp = replace(comp, findings=comp.findings.assign(value=value))
     labels, points = comp.labels, comp.coordinates
     if (file := root / "solution.csv").is_file() and not labels_csv:
-        labels = pd.concat([labels, competition.read_labels(root, file)])
+        labels = pd.concat([labels, read_grades(file, Findings())])
     if (file := root / "solution_coordinates.csv").is_file():
         points = pd.concat([points, competition.read_points(file)]).drop_duplicates(competition.KEY)
     labels = labels[labels["severity"] >= 0].drop_duplicates(competition.KEY).reset_index(drop=True)

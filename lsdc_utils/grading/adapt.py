@@ -15,7 +15,7 @@ from lsdc_utils import metric
 from lsdc_utils.grading import blend, grade
 from lsdc_utils.grading.blend import Blend, Tables
 from lsdc_utils.metric import PROBABILITIES
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS
 
 FEW = 35  # studies; with fewer, one temperature for all groups and no bias
 STRENGTHS = (3.0, 10.0, 30.0, np.inf)  # of the ridge, in studies; infinite: the run's own numbers
@@ -105,7 +105,7 @@ def _fit_unit(recipe: dict[str, Any], name: str, given: Tables, rows: pd.DataFra
 def shrunk_prior(prior: list[dict[str, Any]], rows: pd.DataFrame) -> list[dict[str, Any]]:
     """A recipe's prior p after the labels of `rows`, both sides together: (n + PSEUDO p) / (N + PSEUDO) by level."""
     table, counts = pd.DataFrame(prior), rows.groupby(["group", "level", "severity"]).size().unstack(fill_value=0)
-    keys = pd.MultiIndex.from_arrays([table["condition"].map(lambda name: CONDITIONS[name].group), table["level"]])
+    keys = pd.MultiIndex.from_arrays([table["condition"].map(GROUP_OF), table["level"]])
     numbers = PSEUDO * table[PROBABILITIES].to_numpy() + counts.reindex(keys, columns=range(3), fill_value=0).to_numpy()
     table[PROBABILITIES] = numbers / numbers.sum(axis=1, keepdims=True)
     return table.to_dict("records")

@@ -116,7 +116,7 @@ def read(
         findings.add(counts[counts[kind] == 0], "series_type_missing", kind, "graded from the other series")
         several = counts[counts[kind] > 1]
         findings.add(several, "series_type_repeated", several[kind].map(f"{{}} x {kind}".format), "all are used")
-    training = series.study_id[series.split == "train"]
+    training = series.study_id if labels_csv else series.study_id[series.split == "train"]
     without_series = labels.loc[~labels.study_id.isin(training), ["study_id"]].drop_duplicates()
     findings.add(without_series, "study_without_series", "in train.csv only", "labels kept")
     without_labels = pd.DataFrame({"study_id": training[~training.isin(labels.study_id)].unique()})
@@ -185,7 +185,7 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
 
 
 def read_labels(root: str | Path) -> Table:
-    """The labels of a data folder alone, see `Competition`."""
+    """The labels of train.csv alone, see `Competition`."""
     return read_grades(Path(root) / "train.csv", Findings())
 
 
@@ -305,22 +305,6 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
     value = missing.map("{} of 25".format)
     findings.add(missing.reset_index(), "grade_without_point", value, "grades kept, not used to train detectors")
     return points[POINTS].reset_index(drop=True)
-
-
-def read_solution(file: Path) -> Table:
-    """The labels of a table of row_id and severity (0, 1, 2, or in words): `KEY`, severity; empty ones are left out.
-
-    CompetitionError names a line that is not a row's id and a grade, or repeats a row.
-    """
-    raw = read_required_table(file, ["row_id", "severity"]).dropna()
-    meaning = {name: k for k, name in enumerate(words.SEVERITY_NAMES)} | {str(k): k for k in range(3)}
-    severity, columns = _named(raw.severity.str.removesuffix(".0"), meaning), "|".join(words.COLUMNS)
-    wrong = ~raw.row_id.str.fullmatch(f"[1-9][0-9]*_({columns})") | raw.row_id.duplicated() | severity.isna()
-    for line, row in raw.row_id[wrong].items():
-        asked = f"one line for each <study_id>_<condition>_<level>, with one of {', '.join(meaning)}"
-        raise CompetitionError(f"{file}: line {line} ({row}, {raw.severity[line]}): expected {asked}")
-    keys = pd.DataFrame([words.parse_row_id(row) for row in raw.row_id], columns=KEY)
-    return keys.assign(severity=severity.to_numpy()).astype({"study_id": "int64", "severity": "int64"})
 
 
 def read_points(file: Path) -> Table:

@@ -41,8 +41,8 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
     groups, natural = metric.row_keys(prior["row_id"])["group"], np.empty((len(prior), 3))
     for key, mixture in blend.items():
         of_group, weights = (groups == key).to_numpy(), mixture["weights"]
-        ratios = _log_ratios({model: tables[model] for model in weights}, prior[of_group])
-        natural[of_group] = _mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
+        ratios = log_ratios({model: tables[model] for model in weights}, prior[of_group])
+        natural[of_group] = mix(np.array([*weights.values(), *mixture["bias"]]), *ratios)
     return as_table(prior["row_id"], natural)
 
 
@@ -60,11 +60,11 @@ def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: C
 
 def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
     """Minimise these rows' parts of the score over the simple blends, then, if `freely`, over all numbers."""
-    scorer, ratios, n_models = metric.Scorer(rows), _log_ratios(tables, rows), len(tables)
+    scorer, ratios, n_models = metric.Scorer(rows), log_ratios(tables, rows), len(tables)
 
     def loss(parameters: np.ndarray) -> float:
         """The parts of the score that these rows touch, of the blend with these numbers."""
-        scores = scorer.losses(metric.weight_rows(_mix(parameters, *ratios))).score()
+        scores = scorer.losses(metric.weight_rows(mix(parameters, *ratios))).score()
         return float(np.nansum([scores[part] for part in metric.PARTS[:-1]]))
 
     def objective(parameters: np.ndarray) -> float:
@@ -145,14 +145,14 @@ def row_sources(tables: Tables, row_ids: pd.Series) -> pd.Series:
     return pd.Series(names, index=row_ids.to_numpy(), name="source", dtype=str)
 
 
-def _mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
+def mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
     """Natural probabilities (n, 3) from weights and bias, log(p_m / prior) `stacked` (models, n, 3) and log prior."""
     logits = log_prior + np.tensordot(parameters[: len(stacked)], stacked, axes=1)
     logits[:, 1:] += parameters[len(stacked) :]
     return softmax(logits, axis=1)
 
 
-def _log_ratios(tables: Tables, prior: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def log_ratios(tables: Tables, prior: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """log(p / prior) of each model (models, n, 3), 0 where it gives no row, and the log prior (n, 3)."""
     log_prior = np.log(np.maximum(prior[PROBABILITIES].to_numpy(float), SMALLEST))
     logs = np.log(np.maximum([aligned(table, prior) for table in tables.values()], SMALLEST))  # NaN stays NaN

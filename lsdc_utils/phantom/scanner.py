@@ -17,7 +17,7 @@ from lsdc_utils.vocabulary import PLANES, T1, T2
 Blocks = tuple[float, list[tuple[Array, Array, Array]]]  # step; middle, axes and offsets of slices of each block
 ABOVE, BELOW = 16.0, 20.0  # mm that a sagittal image shows above L1/L2 and below L5/S1
 SUBSAMPLES = {"sagittal": 3, "axial": 2}  # through a slice, in the spine
-POPULATIONS = ("", "narrow", "grey", "steep")  # the usual one, and those that training never draws
+POPULATIONS = ("", "narrow", "close", "grey", "steep")  # the usual one, and those that training never draws
 SCALES = {"": (128, 256), "realistic": (320, 1024)}  # least and most pixels along the longer side
 
 
@@ -33,7 +33,7 @@ class Protocol:
     gain: float = 1.0  # of the receiver: stored values per unit of signal
     stir: float = 0.4  # share of the sagittal T2/STIR series with STIR or fat suppression (.3 to .5 is assumed)
     scale: str = ""  # "realistic": pixels of 0.4 to 0.7 mm
-    population: str = ""  # "narrow": sagittal fields of 140 to 175 mm; "grey": sagittal greys at will; "steep": sacra
+    population: str = ""  # sagittal fields, "narrow": 140 to 175 mm, "close": 180 to 240; "grey": greys; "steep": sacra
 
     def __post_init__(self) -> None:
         for name, known in (("scale", SCALES), ("population", POPULATIONS)):
@@ -106,6 +106,7 @@ def _frame_of(
     pixel, share, flat, narrow, axial, stretch = draws.tolist()
     sagittal = max(visit.view * np.exp(stretch), np.ptp(body.points()[:5, 2]) + ABOVE + BELOW)
     sagittal = narrow if protocol.population == "narrow" else 40 + narrow if visit.cut else sagittal
+    sagittal = np.interp(narrow, [140, 175], [180, 240]) if protocol.population == "close" else sagittal
     view = axial if is_axial else sagittal
     longer = 8 * round(np.clip(view / pixel, low, high) / 8)
     shorter = longer if square else 8 * round(longer * share / 8)

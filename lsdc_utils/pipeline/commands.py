@@ -22,6 +22,7 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
 from lsdc_utils.pipeline.parameters import check_start, load_parameters, resolve_conditions
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
+from lsdc_utils.vocabulary import GROUPS
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -57,6 +58,11 @@ def run(asked: Namespace) -> int:
     planned, began = run_of(asked), time.time()
     if asked.dry_run:
         return dry_run(planned)
+    return finish(planned, began)
+
+
+def finish(planned: Run, began: float) -> int:
+    """Do what is not up to date and print scores and the report's path; began: when the command did."""
     with locked(planned.folder):
         status = work(planned)
     scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
@@ -154,6 +160,32 @@ def evaluate(asked: Namespace) -> int:
         numbers = labelled.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
     print(score_table(numbers).replace("test studies", "labelled studies"))
     print("", *numbers["notes"], "", f"numbers: {out}/evaluation.json", f"report: {out}/report/index.html", sep="\n")
+    return 0
+
+
+def adapt(asked: Namespace) -> int:
+    """Fit a finished run to the population of a labelled folder."""
+    from lsdc_utils.pipeline import adapt, labelled
+
+    out, cores, began = OUTPUTS / asked.out, asked.cores or usable_cores(), time.time()
+    if asked.run.name == asked.out or (not asked.train and (out / "weights").is_dir()):
+        raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
+    resume = ["./run_all.sh", "adapt", asked.folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
+    resume = shlex.join(map(str, resume + (["--labels", asked.labels] if asked.labels else ["--train"] * asked.train)))
+    found = labelled.find(asked.folder.resolve(), asked.labels, cores)
+    adapt.check(found, asked.run, cores)
+    if asked.train:
+        parameters = adapt.training_parameters(found, asked.run)
+        check_start(parameters)
+        return finish(Run(out, parameters, resume, cores), began)
+    with locked(out):
+        about = adapt.adapt_run(found, asked.run, out, cores, resume)
+    print(score_table(json.loads((out / "scores.json").read_text())))
+    kept = [GROUPS[key].score for key, p in about["p"].items() if p >= 0.05]
+    print(
+        f"\nthe run's own blend scores {about['before']['total']}; kept as it is for: {', '.join(kept) or 'no group'}"
+    )
+    print(f"run: {shown(out)}")
     return 0
 
 

@@ -15,6 +15,8 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
+from lsdc_utils.data.grades import read_grades
+from lsdc_utils.data.tables import Findings
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
@@ -51,17 +53,20 @@ class Graded:
 def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
     """The studies of folder `root` that have images and a label.
 
-    Labels are those of `labels_csv` (row_id, severity), else those of train.csv and, of test studies, of a solution.csv
-    beside the tables. UsageError where no study has one, CompetitionError where a table cannot be read.
+    Labels are those of `labels_csv` (row_id and severity, or any form of `grades.read_grades`), else those of train.csv
+    and, of test studies, of a solution.csv beside the tables. UsageError where no study has one, CompetitionError where
+    a table cannot be read.
     """
-    comp = competition.read(root, workers=cores)
-    labels, points = comp.labels[comp.labels["severity"] >= 0], comp.coordinates
-    if labels_csv or (root / "solution.csv").is_file():
-        solution = competition.read_solution(labels_csv or root / "solution.csv")
-        labels = solution if labels_csv else pd.concat([labels, solution]).drop_duplicates(competition.KEY)
+    comp = competition.read(root, workers=cores, labels_csv=labels_csv or "")
+    if labels_csv:  # findings shall not name the file
+        value = comp.findings["value"].str.replace(Path(labels_csv).name, "the table of labels", regex=False)
+        comp = replace(comp, findings=comp.findings.assign(value=value))
+    labels, points = comp.labels, comp.coordinates
+    if (file := root / "solution.csv").is_file() and not labels_csv:
+        labels = pd.concat([labels, read_grades(file, Findings())])
     if (file := root / "solution_coordinates.csv").is_file():
         points = pd.concat([points, competition.read_points(file)]).drop_duplicates(competition.KEY)
-    labels = labels[[*competition.KEY, "severity"]].reset_index(drop=True)
+    labels = labels[labels["severity"] >= 0].drop_duplicates(competition.KEY).reset_index(drop=True)
     labels.insert(0, "row_id", labels["study_id"].astype(str) + "_" + competition.label_names(labels))
     there = labels["study_id"].isin(comp.series["study_id"])
     if not there.any():
@@ -141,7 +146,7 @@ def evaluate(
     with atomic(out / "solution.csv") as file:
         found.labels[["row_id", "severity"]].to_csv(file, index=False)
     about = {"models": models, "grade_basis": basis, "trained_on": len(overlap[0]), "cut_offs": known["cut_offs"]}
-    write_json(out / "about.json", about | {"studies_without_images": found.lost})
+    write_json(out / "about.json", about | {"overlap": overlap[1], "studies_without_images": found.lost})
     execute(out, Step("evaluate", "evaluate", {"evaluation_dir": "."}, cwd=out), {})
     predict.write_pages(graded.work, graded.shards, graded.parameters, models, basis, out)
     for file in ("grades.csv", "findings.csv"):

@@ -131,9 +131,8 @@ def test_how_well_suspicion_finds_planted_labels(world):
 def test_cut_offs_are_those_of_other_rows_and_the_fixed_ones_without(judged):
     rows = judged["ensemble"]
     found = evaluation.find_cut_offs(rows)
-    assert {group: set(events) for group, events in found.items()} == dict.fromkeys(
-        ("foraminal", "spinal", "subarticular"), {"severe", "moderate or severe"}
-    )
+    assert set(found) == {"foraminal", "spinal", "subarticular"}
+    assert all(set(events) == {"severe", "moderate or severe"} for events in found.values())
     own = rows[rows["group"] == "scs"]
     sums = [
         (own["severe"][own.severity == 2] >= cut).mean() + (own["severe"][own.severity < 2] < cut).mean()

@@ -306,7 +306,7 @@ def test_the_canal_is_expected_behind_the_foramina_of_a_study_without_canal_poin
     )
     canal = crop_centres(labels).query("condition == 'scs'").set_index("level")
     assert canal["side"].eq("").all() and canal["X"].eq(1.0).all() and len(canal) == len(LEVELS)
-    way = canal.loc[list(LEVELS), ["Y", "Z"]] - [[5.0, z] for z in (60.0, 30.0, 0.0, -30.0, -60.0)]
+    way = canal.loc[list(LEVELS), ["Y", "Z"]].to_numpy() - [[5.0, z] for z in (60.0, 30.0, 0.0, -30.0, -60.0)]
     np.testing.assert_allclose(way, CANAL_FROM_FORAMINA)
 
 

@@ -1,0 +1,77 @@
+"""A run fitted to the population of a labelled folder: its blend alone, or by further training."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lsdc_utils import metric
+from lsdc_utils.data import cohort
+from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.grading import adapt, grade
+from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.pipeline import labelled
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import read_parameters
+from lsdc_utils.pipeline.parameters import load_parameters
+
+FEWEST, THAWED = 20, 100  # labelled studies: to adapt; to train the transformer's encoder too
+SHORTER = 3  # further training takes this share of a training's steps
+OTHERS = ("exclude_csv", "points_csv", "folds_csv", "weights_dir", "out_dir", "studies_table", "fit_blend", "workers")
+
+
+def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
+    """UsageError where studies are too few, or the models in folder `trained` know some of them or have no blend."""
+    if (count := found.labels["study_id"].nunique()) < FEWEST:
+        raise UsageError(f"adapt needs {FEWEST} or more labelled studies with images; {found.comp.root} has {count}")
+    if read_recipe(trained)["kind"] != "fitted":
+        raise UsageError(f"the run in {trained} is by the published method, which has no blend to adapt")
+    labelled.check_overlap(found, trained, False, cores)
+
+
+def training_parameters(found: labelled.Labelled, trained: Path) -> dict[str, Any]:
+    """Parameters of a run that trains the models of the run in folder `trained` further, on the folder of `found`."""
+    folder, parameters = found.comp.root, load_parameters("demo")
+    if lacking := [n for n in ("train.csv", "train_label_coordinates.csv") if not (folder / n).is_file()]:
+        raise UsageError(f"--train needs the competition's layout with points: {folder} lacks {lacking[0]}")
+    parameters |= {k: v for k, v in read_parameters(trained).items() if k in parameters and k not in OTHERS}
+    parameters |= {key: max(1, parameters[key] // SHORTER) for key in ("vit_epochs", "localiser_batches")}
+    parameters["yolo_epochs"] = {key: max(1, epochs // SHORTER) for key, epochs in parameters["yolo_epochs"].items()}
+    parameters |= {"vit_encoder_rate": 0.0} if found.labels["study_id"].nunique() < THAWED else {}
+    return parameters | {"data_dir": str(folder), "start_from": str(trained.resolve()), "example_study": 0}
+
+
+def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:
+    """Write a run to `out`: the models of the run in folder `trained`, with a blend for the studies of `found`, whose
+    cross-fitted rows are the out-of-fold rows. Returns `adapted` of its recipe, with the official score and its parts
+    `before` and `after`. Nothing in `out` names the studies' folder. Errors as of `labelled.grade`."""
+    recipe, labels = read_recipe(trained), found.labels
+    tables = labelled.grade(found, trained, out / "work", cores, resume).tables
+    given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.BLENDS["ensemble"]}
+    order = np.random.default_rng(0).permutation(labels["study_id"].unique())
+    labels = labels.assign(fold=labels["study_id"].map({study: k % adapt.PARTS for k, study in enumerate(order)}))
+    new, graded = (
+        adapt.fit_recipe(recipe, given, labels),
+        adapt.cross_fitted(recipe, given, labels, found.comp.series),
+    )
+    solution, own = metric.solution_of(labels), pd.read_parquet(tables / "ensemble_test.parquet")
+    for name, table in (("before", own), ("after", graded["ensemble"])):
+        new["adapted"][name] = metric.without_nan(metric.score(solution, metric.weight_table(table)))
+    for name, table in graded.items():
+        labelled.save(table, out / f"predictions/{name}_oof.parquet")
+    labelled.save(labels, out / "tables/labels.parquet")
+    shutil.copytree(trained / "weights", out / "weights", dirs_exist_ok=True)
+    for file in (trained / name for name in ("parameters.yml", "data.json") if (trained / name).is_file()):
+        shutil.copyfile(file, out / file.name)
+    known = cohort.fingerprints(found.comp, sorted(order.tolist()), cores)
+    write_json(out / cohort.TRAINED_ON, cohort.trained_on(trained) + known)
+    about = {"adapted": new["adapted"] | {"run": trained.name, "commit": git_commit()}}
+    write_json(out / "provenance.json", json.loads((trained / "provenance.json").read_text()) | about)
+    write_json(out / "blend.json", new)
+    scores = metric.score_block(solution, {"prior": metric.prior_out_of_fold(labels), **graded})
+    shutil.rmtree(out / "work")
+    write_json(out / "scores.json", {"oof": scores, "test": None})  # last: with it the run is finished
+    return new["adapted"]

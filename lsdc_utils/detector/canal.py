@@ -8,7 +8,7 @@ import pandas as pd
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
-from lsdc_utils.vocabulary import AXIAL, CONDITIONS, LEVELS, SIDES
+from lsdc_utils.vocabulary import AXIAL, GROUP_OF, LEVELS, SIDES
 
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
 FEW_PAIRS = 5  # studies; below this a median of labels is worth less than that of other data
@@ -28,7 +28,7 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
 def _points(labels: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """X, Y, Z by study and level: the clicked canal points, and the middles of levels with both foramen points."""
     placed = labels.dropna(subset=[*"XYZ"])
-    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
+    group = placed["condition"].map(GROUP_OF)
     canal, foramina = (placed[group == key].set_index(["study_id", "level"])[[*"XYZ"]] for key in ("scs", "nfn"))
     foramina = foramina.groupby(["study_id", "level"])
     return canal.astype(float), foramina.mean()[foramina.size() == len(SIDES)].astype(float)

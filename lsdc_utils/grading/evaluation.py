@@ -37,7 +37,7 @@ def difference(
     losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
     samples = metric.resampled_scores(losses)
-    intervals = zip(metric.PARTS, metric.interval(samples[model] - samples[other]), strict=True)
+    intervals = zip(losses[model].parts, metric.interval(samples[model] - samples[other]), strict=True)
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 

@@ -19,13 +19,13 @@ from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
-from lsdc_utils.pipeline.parameters import check_start, load_parameters
+from lsdc_utils.pipeline.parameters import check_start, load_parameters, resolve_conditions
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
+EXPLAINED = ("UsageError", "RunError", "ExportError", "CompetitionError")  # by their message; loaded when used
 # The filter of `lab`, run by git with the top of the tree as its folder: in the environment that is there then.
 FILTER = """for python in "$0" .venv/bin/python python python3; do
 "$python" -c "import nbstripout" 2>/dev/null && exec "$python" -m nbstripout "$@"; done
@@ -42,6 +42,7 @@ def run_of(asked: Namespace) -> Run:
     if asked.data:
         parameters["data_dir"] = str(asked.data.resolve())
         resume += ["--data", parameters["data_dir"]]
+    resolve_conditions(parameters)
     check_start(parameters)
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
@@ -72,7 +73,7 @@ def validate(asked: Namespace) -> int:
     """Check a data folder; 0 if it can be used, else 1."""
     from lsdc_utils.data import checks
 
-    return checks.main(asked.folder.resolve(), asked.out)
+    return checks.main(asked.folder.resolve(), asked.out, source=OUTPUTS / READY)
 
 
 def predict(asked: Namespace) -> int:

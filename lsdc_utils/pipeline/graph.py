@@ -54,7 +54,8 @@ class Step:
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
 
-    Only the `folds` are trained. Stress tests need `stress_bodies`; the phantom's chapter needs a phantom.
+    Only the `folds` are trained, and detectors of the `conditions`. Stress tests need `stress_bodies`; the phantom's
+    chapter needs a phantom.
     """
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
@@ -65,7 +66,7 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     yolo, folds = "03_train_yolo", parameters["folds"]
     for name in ("03_train_localiser", "04_train_vit3d"):
         steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
-    trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in folds]
+    trainings = [{"condition": condition, "fold": fold} for condition in parameters["conditions"] for fold in folds]
     steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
     if parameters["data_dir"] or not parameters["phantom"]:
         del steps["phantom"]

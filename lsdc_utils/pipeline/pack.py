@@ -69,7 +69,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
     from lsdc_utils.report.run import Run
 
-    weights = weight_files(recipe["folds"], recipe["kind"] == "published")
+    weights = weight_files(recipe["folds"], recipe["kind"] == "published", recipe["conditions"])
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
@@ -109,7 +109,7 @@ def check_ready(folder: Path) -> None:
 
     recipe = read_recipe(folder)
     try:
-        load_models(folder / "weights", recipe["folds"], recipe["vit_views"])
+        load_models(folder / "weights", recipe["folds"], recipe["vit_views"], recipe["conditions"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(f"this version of the code cannot load the models in {folder}: {error!r}") from error
 

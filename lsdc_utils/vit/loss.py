@@ -10,13 +10,14 @@ from lsdc_utils.vocabulary import GROUPS, MISSING, SEVERITY_WEIGHTS
 
 def row_weights(labels: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """Weights float32 (n, 25) by which the mean over studies of (weight * loss).sum(1) is the score's mean over its
-    three groups of rows: 1, 2, 4 by the label, normalised in each group; 0 for a missing label. among: the labels
-    (m, 25) of all studies, if `labels` are a batch of them."""
+    groups of rows that have labels: 1, 2, 4 by the label, normalised in each group; 0 for a missing label. among: the
+    labels (m, 25) of all studies, if `labels` are a batch of them."""
     among = labels if among is None else among
     weights, total = (np.where(y == MISSING, 0.0, np.array(SEVERITY_WEIGHTS)[y]) for y in (labels, among))
-    for group in GROUPS:
-        columns = [name == group for name in COLUMN_GROUP]
-        weights[:, columns] *= len(among) / max(total[:, columns].sum(), 1e-9) / len(GROUPS)
+    columns = [np.array(COLUMN_GROUP) == group for group in GROUPS]
+    sums = [total[:, own].sum() for own in columns]
+    for own, sum_of_group in zip(columns, sums, strict=True):
+        weights[:, own] *= len(among) / max(sum_of_group, 1e-9) / max(np.count_nonzero(sums), 1)
     return weights.astype(np.float32)
 
 

@@ -69,6 +69,7 @@ def copy_project(target: Path) -> Path:
 PIPELINE_NEEDS = ("__init__.py", "costs.py", "files.py", "parallel.py", "vocabulary.py")  # besides pipeline/
 TINY_PROFILE = """\
 data_dir: ""
+conditions: [all]
 phantom: true
 n_train: 3
 workers: 1
@@ -88,7 +89,7 @@ tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "00_get_data": (
-        'data_dir: str = ""\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
+        'data_dir: str = ""\nconditions: list = ["all"]\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
         "import json\n(run / '../data').mkdir(exist_ok=True)\n"
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],

@@ -15,7 +15,7 @@ FEW = 4  # slices that are left of a series
 
 
 def write_one_group(folder: Path, n_train: int, n_test: int, seed: int = 7) -> Path:
-    """A phantom's sagittal T1 with labels of the foramina alone, `FEW` slices a series, without marks of other discs."""
+    """A phantom's sagittal T1 with labels of the foramina alone, `FEW` slices a series, no marks of other discs."""
     write_phantom(folder, n_train, n_test, seed)
     for split in ("train", "test"):
         table = pd.read_csv(folder / f"{split}_series_descriptions.csv")

@@ -37,7 +37,7 @@ def train(
     names["config"] = config
     (inputs, truth), (held_inputs, held_truth) = studies, held_out or studies
     names |= {"strength": names["Augmentation"](), "inputs": inputs, "truth": truth}
-    names |= {"held_inputs": held_inputs, "held_truth": held_truth}
+    names |= {"held_inputs": held_inputs, "held_truth": held_truth, "train_ids": range(len(inputs))}
     assert any(change[0] in cells[cell] for cell in ("model", *LOOP))
     for cell in ("model", *LOOP):
         _run(cells[cell].replace(*change) if change[0] else cells[cell], names)

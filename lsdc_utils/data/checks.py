@@ -108,11 +108,11 @@ def taken_models(labels: pd.DataFrame, conditions: Collection[str], points_from:
     group = placed.condition.map(words.GROUP_OF)
     if points_from or not group.isin(conditions).any():
         return ["localiser", "yolo"]
-    where = "fold" if "fold" in labels else "study_id"
-    sides = placed.groupby([where, "study_id", "level", group]).size().unstack(fill_value=0)
+    sides = placed.groupby(["study_id", "level", group]).size().unstack(fill_value=0)
     levels = (sides.reindex(columns=["scs", "nfn"], fill_value=0) >= [1, len(words.SIDES)]).any(axis=1)
-    enough = levels.groupby([where, "study_id"]).sum() > 1
-    return [] if enough.groupby(where).any().sum() > 1 else ["localiser"]
+    counts = levels.groupby("study_id").sum()
+    known = labels[labels.study_id.isin(counts.index[counts > 1])]
+    return [] if known["fold" if "fold" in labels else "study_id"].nunique() > 1 else ["localiser"]
 
 
 def wanted(labels: pd.DataFrame, conditions: Collection[str], points_from: str) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ import yaml
 
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
-from lsdc_utils.detector.canal import readers_canal
+from lsdc_utils.detector.canal import readers_canal, recess_canal
 from lsdc_utils.detector.classes import DetectorConfig, DetectorError, class_table
 from lsdc_utils.detector.images import network_inputs, wanted, windows
 from lsdc_utils.files import write_json
@@ -102,6 +102,7 @@ class Dataset:
         if stack.series_type != GROUPS[condition].series_type or here.empty:
             return None
         canal = readers_canal(labels, self.config.canal_from_foramina)
+        canal = recess_canal(labels) if canal.empty else canal
         if canal.empty:  # nothing tells where to look
             return condition, [], pd.DataFrame(), stack.series_id, stack.instance_numbers
         table = label_boxes(stack, here, self.config, self.copy_mm, canal)

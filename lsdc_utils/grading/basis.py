@@ -32,6 +32,5 @@ def grade_basis(run_dir: str | Path) -> str:
 
 def basis_words(basis: str) -> str:
     """The sentence about a `grade_basis` that stands on pages and in the terminal."""
-    which = "the models" if basis == PHANTOM_ONLY else "these"
-    meaning = f" ({which} were trained on synthetic images alone, never on a patient's)"
-    return f"Grade basis: {basis}{meaning if PHANTOM_ONLY in basis else ''}."
+    meaning = " (the models were trained on synthetic images alone, never on a patient's)"
+    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}."

@@ -64,16 +64,14 @@ def read_models(
     return {"yolo": yolo, "vit3d": metric.rows_of_groups(read_folds(run_dir, "vit3d", folds), conditions)}
 
 
-def read_points(
-    run_dir: str | Path, folds: Collection[int], conditions: Collection[str], least: float = -np.inf
-) -> pd.DataFrame:
+def read_points(run_dir: str | Path, folds: Iterable[int], conditions: Iterable[str], least: float = 0) -> pd.DataFrame:
     """The out-of-fold points with their condition, a key of GROUPS; the canal's are the localiser's where its detector
     was not trained. Studies whose level confidence is under `least` are left out."""
     keys = [key for key in GROUPS if key in conditions or key == "scs"]
     names = {key: f"points_{key if key in conditions else 'canal'}" for key in keys}
     tables = [read_folds(run_dir, name, folds).assign(condition=key) for key, name in names.items()]
     points = pd.concat(tables, ignore_index=True)
-    return points[~points["study_id"].isin(points["study_id"][points["level_confidence"] < least])]
+    return points[~points["study_id"].isin(points["study_id"][points["level_confidence"] < least])] if least else points
 
 
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:

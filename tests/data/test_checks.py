@@ -509,3 +509,37 @@ def test_each_fold_needs_each_condition_and_there_are_two(tmp_path: Path, tables
     lost = (labels.study_id % 2 == 1) & labels.condition.str.endswith("foraminal_narrowing")
     cut = labels.assign(fold=labels.study_id % 2, X=labels.X.mask(lost))
     assert checks.untrainable(cut).endswith("for foraminal stenosis in fold 1")
+
+
+def test_some_conditions_need_nothing_of_the_others(tmp_path: Path, tables: Tables) -> None:
+    labels = checks.label_table(competition.read(tmp_path))
+    alone = labels.assign(severity=labels.severity.where(labels.condition.str.contains("foraminal"), words.MISSING))
+    assert checks.wanted(alone, ["all"], "") == (["nfn"], [])
+    assert checks.untrainable(alone, ["nfn"]) == "" != checks.untrainable(alone)
+    with pytest.raises(ValueError, match="no study has a grade for spinal stenosis"):
+        checks.wanted(alone, ["nfn", "scs"], "")
+    assert "no sagittal series" in checks.untrainable(alone, ["nfn"], types=[words.AXIAL])
+    one_study = alone[alone.study_id == alone.study_id.iloc[0]]
+    assert "only one study has a usable point" in checks.untrainable(one_study, ["nfn"])
+
+
+def test_models_are_taken_where_labels_have_no_points(tmp_path: Path, tables: Tables) -> None:
+    labels = checks.label_table(competition.read(tmp_path)).assign(fold=lambda rows: rows.study_id % 2)
+    bare, group = labels.assign(X=np.nan), labels.condition.map(words.GROUP_OF)
+    both, ready = ["localiser", "yolo"], tmp_path / "pretrained"
+    assert checks.taken_models(labels, ["nfn"]) == [] and checks.taken_models(labels, ["nfn"], "other") == both
+    assert checks.taken_models(bare, ["nfn"]) == both
+    axial = labels.assign(X=labels.X.where(group == "ss"))
+    assert checks.taken_models(axial, ["ss"]) == ["localiser"] and checks.taken_models(axial, ["nfn"]) == both
+    left = labels.assign(X=labels.X.where(labels.condition.str.startswith("left")))
+    assert checks.taken_models(left, ["nfn"]) == ["localiser"]  # a foramen of one side does not tell the canal
+    canal = (group == "ss") | (group == "scs") & (labels.fold == 0)
+    one_fold = labels.assign(X=labels.X.where(canal))  # the other one has no point of the canal
+    assert checks.taken_models(one_fold, ["ss"]) == ["localiser"]
+    for table, why in ((bare, "no label has a point"), (axial, "no points on sagittal images tell the levels")):
+        assert why in (fault := checks.untrainable(table, ["ss"], source=ready)) and "points_from" in fault
+    ready.mkdir()
+    (ready / "blend.json").touch()
+    assert checks.untrainable(bare, ["ss"], source=ready) == "" == checks.untrainable(axial, ["ss"], source=ready)
+    ungraded = bare.assign(severity=bare.severity.where(bare.fold == 0, words.MISSING))
+    assert "no training study has a grade in fold 1" in checks.untrainable(ungraded, ["ss"], source=ready)

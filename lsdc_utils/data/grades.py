@@ -144,7 +144,7 @@ def _merged(parts: Iterable[dict[str, str] | None]) -> dict[str, str]:
 
 def _severities(file: Path, rows: Table) -> tuple[pd.Series, str]:
     """The grades of `rows` as 0, 1, 2, without those not known; and the scale, '' of words."""
-    cells = rows["grade"].dropna()
+    cells = rows["grade"].dropna().astype(str)
     codes, digits = cells.map(plain).map(GRADES), cells.str.extract(r"^\+?([0-9])(?:\.0+)?$")[0]
     scale = "" if digits.isna().all() else "0, 1, 2" if (digits == "0").any() else "1, 2, 3"
     wrong, why = codes.isna(), "which is not a known word"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from lsdc_utils.vocabulary import CONDITIONS, GROUP_OF, GROUPS, MISSING, SEVERITIES, SEVERITY_WEIGHTS, parse_row_id
 
@@ -260,6 +261,6 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
 def auc(positive: np.ndarray, chance: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties
     counting half. NaN where all rows are alike."""
-    from sklearn.metrics import roc_auc_score  # here, since importing it takes a second
-
-    return float(roc_auc_score(positive, chance)) if len(np.unique(positive)) == 2 else np.nan
+    positive, ranks = np.asarray(positive, bool), rankdata(chance)
+    n, others = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * others)) if n and others else np.nan

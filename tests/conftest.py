@@ -98,7 +98,12 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "02_convert_labels": (
         "n_splits: int = 2",
         "from lsdc_utils import used",
-        ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
+        [
+            "tables/labels.parquet",
+            "trained_on.json",
+            "slices/1.npz",
+            *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss")),
+        ],
     ),
     "03_train_localiser": (
         "fold: int = 0\nthreads: int = 1\nlocaliser_batches: int = 2",

@@ -116,7 +116,7 @@ def read(
         findings.add(counts[counts[kind] == 0], "series_type_missing", kind, "graded from the other series")
         several = counts[counts[kind] > 1]
         findings.add(several, "series_type_repeated", several[kind].map(f"{{}} x {kind}".format), "all are used")
-    training = series.study_id[series.split == "train"]
+    training = series.study_id if labels_csv else series.study_id[series.split == "train"]
     without_series = labels.loc[~labels.study_id.isin(training), ["study_id"]].drop_duplicates()
     findings.add(without_series, "study_without_series", "in train.csv only", "labels kept")
     without_labels = pd.DataFrame({"study_id": training[~training.isin(labels.study_id)].unique()})
@@ -305,6 +305,11 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
     value = missing.map("{} of 25".format)
     findings.add(missing.reset_index(), "grade_without_point", value, "grades kept, not used to train detectors")
     return points[POINTS].reset_index(drop=True)
+
+
+def read_points(file: Path) -> Table:
+    """The usable points of a table with the columns `POINTS`, in the vocabulary's words."""
+    return _tidy_points(read_required_table(file, POINTS, ["study_id", "series_id"]))[0]
 
 
 def read_listed(root: str | Path, table: str | Path) -> Competition:

@@ -31,6 +31,7 @@ def grade_basis(run_dir: str | Path) -> str:
 
 
 def basis_words(basis: str) -> str:
-    """The sentence about a `grade_basis` that stands on pages and in the terminal."""
+    """The sentence about a `grade_basis` that stands on pages and in the terminal, and one on what follows a ' | '."""
+    basis, _, mark = basis.partition(" | ")
     meaning = " (the models were trained on synthetic images alone, never on a patient's)"
-    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}."
+    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}.{mark and f' {mark[0].upper()}{mark[1:]}.'}"

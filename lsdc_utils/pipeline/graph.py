@@ -49,6 +49,7 @@ class Step:
     name: str  # e.g. 03_train_yolo_scs_fold0: names log, benchmark and executed notebook
     notebook: str  # e.g. 03_train_yolo
     given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
+    cwd: Path = NOTEBOOKS  # of its kernel
 
 
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
@@ -207,15 +208,17 @@ def without_figure(notebook: Any) -> list[int]:
     return lost
 
 
-def execute(run_dir: Path, step: Step) -> None:
+def execute(run_dir: Path, step: Step, parameters: dict[str, Any] | None = None) -> None:
     """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
+    parameters: default: those of the run.
 
     RuntimeError if a cell did not run or a figure is not there; errors of papermill and the kernel are passed on.
     """
     import papermill  # takes a second, which the Snakefile and the command line do not need
     from traitlets.config import Config
 
-    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
+    parameters = read_parameters(run_dir) if parameters is None else parameters
+    parameters = step_parameters(step, parameters, run_dir.name)
     os.environ.setdefault("PYTHONPATH", str(ROOT))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
         os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
@@ -227,7 +230,7 @@ def execute(run_dir: Path, step: Step) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
     with executed.with_suffix(".log").open("w", errors="surrogateescape") as log, own_gpu():
-        settings = {"kernel_name": "python3", "cwd": NOTEBOOKS, "stdout_file": log, "stderr_file": log}
+        settings = {"kernel_name": "python3", "cwd": step.cwd, "stdout_file": log, "stderr_file": log}
         shutil.copyfile(NOTEBOOKS / f"{step.notebook}.ipynb", executed)
         path = str(executed.relative_to(run_dir))  # papermill fills in braces, and writes its name into the notebook
         try:

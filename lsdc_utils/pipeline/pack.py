@@ -15,7 +15,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lsdc_utils.data.cohort import TRAINED_ON, trained_on
 from lsdc_utils.files import atomic, sha256
+from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
@@ -82,6 +84,9 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
     contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
+    contents["reference.json"] = _json(reference(run, recipe))
+    if known := trained_on(run):
+        contents[TRAINED_ON] = _json(known)
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}
     contents["MODEL_CARD.md"] = model_card(Run(run), measured, digests).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}

@@ -20,15 +20,18 @@ import pandas as pd
 
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import unsorted
-from lsdc_utils.data.grades import KEY, condition_named, level_named, read_grades, row_keys
 from lsdc_utils.data.tables import (
     FINDINGS,
+    KEY,
     CompetitionError,
     Findings,
     Table,
+    named_label,
     number_of,
     plain,
+    read_grades,
     read_required_table,
+    row_keys,
     whole_number,
 )
 from lsdc_utils.dicom import Frames
@@ -69,13 +72,12 @@ class Competition:
         return self.files.get((study_id, series_id)) or series_folder(self.root, split, *names)
 
     def write_ids(self, folder: Path) -> None:
-        """Write study_ids.csv (study_id, id) to `folder` where ids of studies are text; otherwise remove it."""
-        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & self.names.keys())
-        table = pd.DataFrame({"study_id": studies, "id": [self.names[study] for study in studies]})
+        """Write study_ids.csv (study_id, id) to `folder`: the studies whose ids are text."""
+        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & {*self.names})
         (folder / "study_ids.csv").unlink(missing_ok=True)
         if studies:
             with atomic(folder / "study_ids.csv") as file:
-                table.to_csv(file, index=False)
+                pd.DataFrame({"study_id": studies, "id": map(self.names.get, studies)}).to_csv(file, index=False)
 
 
 def label_names(rows: Table) -> pd.Series:
@@ -84,11 +86,7 @@ def label_names(rows: Table) -> pd.Series:
 
 
 def read(
-    root: str | Path,
-    exclude_csv: str | Path = "",
-    points_csv: str | Path = "",
-    workers: int = 1,
-    labels_csv: str | Path = "",
+    root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1, labels_csv: Any = ""
 ) -> Competition:
     """Read, check and repair the tables of a data folder; answers beside the test tables are never opened.
 
@@ -99,9 +97,8 @@ def read(
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
     root = Path(root)
-    findings, file = Findings(), Path(labels_csv or root / "train.csv")
-    no_labels = pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
-    labels = read_grades(file, findings) if labels_csv or file.is_file() else no_labels
+    findings = Findings()
+    labels = read_grades(Path(labels_csv), findings) if labels_csv else read_labels(root, findings)
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)
     coordinates = _read_coordinates(root, findings)
@@ -184,9 +181,12 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
-def read_labels(root: str | Path) -> Table:
-    """The labels of train.csv alone, see `Competition`."""
-    return read_grades(Path(root) / "train.csv", Findings())
+def read_labels(root: str | Path, findings: Findings | None = None) -> Table:
+    """The labels of a data folder alone, see `Competition`; none without train.csv."""
+    file = Path(root) / "train.csv"
+    if file.is_file():
+        return read_grades(file, findings or Findings())
+    return pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
 
 
 def graded_groups(labels: Table) -> set[str]:
@@ -208,8 +208,8 @@ def _read_coordinates(root: Path, findings: Findings) -> Table:
 def _tidy_points(raw: Table) -> tuple[Table, pd.Series]:
     """Points in the vocabulary's words and types, and which lines of `raw` could be read."""
     points = raw.copy()
-    points["condition"] = points.condition.fillna("").map(condition_named)
-    points["level"] = points.level.fillna("").map(level_named)
+    labels = (points.condition.fillna("") + " " + points.level.fillna("")).map(named_label).astype(object)
+    points["condition"], points["level"] = labels.str[0], labels.str[1]
     points["instance_number"] = points.instance_number.map(whole_number, na_action="ignore").astype(float)
     for name in ("x", "y"):
         cells = points[name].astype(object)
@@ -264,15 +264,15 @@ def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings
         if not _matches(known, place).any():
             named = f"study_id {findings.names[row.study_id]}" + f" and series_id {row.series_id}" * bool(row.series_id)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold")
-        for key, meaning, expected in (
-            ("condition", condition_named, [c.title for c in words.CONDITIONS.values()]),
-            ("level", level_named, words.LEVEL_NAMES),
+        for key, expected in (
+            ("condition", [c.title for c in words.CONDITIONS.values()]),
+            ("level", words.LEVEL_NAMES),
         ):
             if text := getattr(row, key):
-                if (label_part := meaning(text)) is None:
-                    known_words = ", ".join(expected)
-                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {known_words}")
-                label[key] = label_part
+                label[key], other = named_label(text)[:: -1 if key == "level" else 1]
+                if label[key] is None or other:
+                    asked = f"known are {', '.join(expected)}"
+                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; {asked}")
         points = points[~_matches(points, place | label)]
         action = f"points not used: {' '.join(label.values())}"
         if not label:

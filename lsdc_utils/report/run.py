@@ -61,7 +61,7 @@ class Run:
 
     def asks_for(self, step: str) -> bool:
         """Whether the run's parameters ask for this step: an earlier start may have trained more folds."""
-        fold = re.search(r"_fold(\d+)$", step)
+        fold = re.search(r"_fold(\d+)(_inner\d+)?$", step)
         return fold is None or int(fold[1]) in self.parameters.get("folds", [int(fold[1])])
 
 

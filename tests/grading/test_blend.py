@@ -56,6 +56,18 @@ def test_a_sharpened_model_is_cooled_and_noise_is_silenced(world):
     assert total(labels, honest) < total(labels, sharp) - 0.05
 
 
+def test_numbers_fitted_on_other_rows_blend_the_given_ones(world):
+    labels, truth, sharp, noise = world
+    prior = metric.prior_out_of_fold(labels)
+    own = blend.cross_fitted({"vit3d": sharp}, prior, labels)
+    same = blend.cross_fitted({"vit3d": sharp}, prior, labels, fitted_on={"vit3d": sharp})
+    pd.testing.assert_frame_equal(own, same)
+    silenced = blend.cross_fitted({"vit3d": sharp}, prior, labels, fitted_on={"vit3d": noise})
+    assert total(labels, silenced) > total(labels, own) + 0.05  # by the weight that noise gets: nearly the prior
+    trusted = blend.cross_fitted({"vit3d": noise}, prior, labels, fitted_on={"vit3d": truth})
+    assert total(labels, trusted) > total(labels, prior) + 0.1
+
+
 def test_ignorance_falls_to_the_prior(world):
     labels, _, _, noise = world
     prior = metric.prior_out_of_fold(labels)

@@ -8,19 +8,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
 
-from report_run import HOSTILE, write_run
+from report_run import HOSTILE, make_notebook, write_run
 
 from lsdc_utils import figures
 from lsdc_utils.files import git_commit
 from lsdc_utils.report import __main__ as commands
 from lsdc_utils.report import card, pages, pictures
 from lsdc_utils.report import run as tables
+from lsdc_utils.report.chapters import read_chapters
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,16 @@ def test_pages_that_are_not_made_any_more_go(index, run_dir):
         file.write_text("old")
     pages.write_report(tables.Run(run_dir), [])
     assert not any(file.exists() for file in old)
+
+
+def test_chapters_of_inner_trainings_say_so_and_go_with_their_fold(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "parameters.yml").write_text("folds: [1]")
+    (tmp_path / "scores.json").write_text("{}")
+    for step in ("04_train_vit3d_fold0_inner0", "04_train_vit3d_fold1", "04_train_vit3d_fold1_inner0"):
+        nbformat.write(make_notebook(step), tmp_path / f"notebooks/{step}.ipynb")
+    titles = [chapter["page"][1] for chapter in read_chapters(tables.Run(tmp_path))]
+    assert [title.partition(" & more ")[2] for title in titles] == ["(fold 1)", "(fold 1, inner 0)"]
 
 
 def test_real_data_show_the_out_of_fold_score_alone(tmp_path):

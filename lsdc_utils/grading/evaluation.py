@@ -96,9 +96,10 @@ def own_evidence(judged: Judged) -> pd.DataFrame:
         pairs = of_group.merge(of_group, on=same).query("severity_x > severity_y")
         worse, better = pairs["place_x"].to_numpy(), pairs["place_y"].to_numpy()
         lines[group.score] = {"pairs": len(pairs)}
-        for name in (name for name in judged if name != "prior" and len(pairs)):
+        for name in (name for name in judged if name != "prior"):
             over = (odds[name] - odds["prior"]).to_numpy()
-            lines[group.score][name] = (np.sign(over[worse] - over[better]).mean() + 1) / 2
+            right = (np.sign(over[worse] - over[better]) + 1) / 2
+            lines[group.score][name] = right.mean() if len(pairs) else np.nan
     return pd.DataFrame.from_dict(lines, orient="index")
 
 

@@ -43,4 +43,7 @@ def test_models_that_were_taken_keep_their_basis(tmp_path: Path) -> None:
         write(tmp_path, f"weights/{name}_fold0.json", {"basis": PHANTOM_ONLY, "taken_from": "pretrained"})
     basis = grade_basis(tmp_path)
     assert basis == "trained on 2 studies of a data folder; localiser and detectors: phantom_only"
-    assert "ocaliser and detectors: phantom_only." in basis_words(basis)
+    assert basis_words(basis) == (
+        "Grade basis: trained on 2 studies of a data folder. Localiser and detectors: phantom_only (the models were "
+        "trained on synthetic images alone, never on a patient's)."
+    )

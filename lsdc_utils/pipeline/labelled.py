@@ -147,6 +147,7 @@ def evaluate(
     predict.write_pages(graded.work, graded.shards, graded.parameters, models, basis, out)
     for file in ("grades.csv", "findings.csv"):
         os.replace(graded.work / file, out / file)
+    found.comp.write_ids(out)
     for folder in (graded.work, out / "logs"):
         shutil.rmtree(folder)
     return json.loads((out / "evaluation.json").read_text())

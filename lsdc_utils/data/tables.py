@@ -239,7 +239,7 @@ def _grade_rows(file: Path, names: dict[int, str]) -> tuple[Table, str]:
 
 def _severities(file: Path, rows: Table) -> tuple[pd.Series, str]:
     """The grades of `rows` as 0, 1, 2, without those not known; and the scale, '' of words."""
-    cells = rows.grade.dropna()
+    cells = rows.grade.dropna().astype(str)
     codes, digits = cells.map(plain).map(GRADE_WORDS), cells.str.extract(r"^\+?([0-9])(?:\.0+)?$")[0]
     scale, mostly = "0, 1, 2" if (digits == "0").any() else "1, 2, 3", digits.notna().mean()
     if not mostly > 0:

@@ -12,7 +12,6 @@ import yaml
 from conftest import ROOT
 
 TOOLS = {  # asked for by name and imported nowhere
-    "torchvision": "ultralytics and timm want the one that goes with torch",
     "pylibjpeg": "decodes for pydicom",
     "pylibjpeg-libjpeg": "decodes for pydicom",
     "pylibjpeg-openjpeg": "decodes for pydicom",

@@ -143,7 +143,7 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     repeated = listed.duplicated(["split", *ids])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
     listed = listed[~repeated]
-    kinds = listed.series_type.astype(str).map(tables.plain).map({tables.plain(name): name for name in words.PLANES})
+    kinds = listed.series_type.fillna("").map(tables.plain).map({tables.plain(name): name for name in words.PLANES})
     listed = listed.assign(series_type=kinds.astype(object).fillna(listed.series_type)).astype({"split": object})
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     unlisted = [split for split in SPLITS if not files[split].is_file()]

@@ -15,8 +15,7 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
-from lsdc_utils.data.grades import read_grades
-from lsdc_utils.data.tables import Findings
+from lsdc_utils.data.tables import Findings, read_grades
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference

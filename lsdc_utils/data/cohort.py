@@ -68,7 +68,7 @@ def fingerprints(comp: Competition, studies: Sequence[int], workers: int = 1) ->
 
 
 def trained_on(folder: Path) -> list[dict[str, Any]]:
-    """What a run, or packed models, in `folder` recorded of their training images, and the runs whose models it took."""
+    """What a run, or packed models, in `folder` recorded of its training images, and runs whose models it took."""
     kept, file = folder / TRAINED_ON, folder / "parameters.yml"
     parameters = yaml.safe_load(file.read_text()) if file.is_file() else {}
     taken = {Path(parameters.get(key) or "") for key in ("start_from", "points_from")}  # names alone in an archive

@@ -20,20 +20,15 @@ from lsdc_utils import vocabulary as words
 KEY = ["study_id", "condition", "level"]  # identify a label, and its point
 FINDINGS = ["study_id", "series_id", "rule", "value", "action"]
 ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
-LABEL_WORDS = {  # word for a part of a label -> the part and its value; longer words first
-    **{
-        word: ("level", level)
-        for level in words.LEVELS
-        for word in (level, level[:3] + level[4:], level[:2] + level[3:])
-    },
-    **{
-        word: ("group", key)
-        for key, group in words.GROUPS.items()
-        for word in (group.base, f"{group.score}_stenosis", group.score, key)
-    },
-    **{word: ("side", side) for side in words.SIDES for word in (side, side[0])},
+# Words for a part of a label -> the part and its value; longer words first.
+LABEL_WORDS = {
+    w: ("level", level) for level in words.LEVELS for w in (level, level[:3] + level[4:], level[:2] + level[3:])
 }
-GRADE_WORDS = {"normal_mild": 0, "normal": 0, "mild": 0, "moderate": 1, "severe": 2}
+LABEL_WORDS |= {
+    w: ("group", key) for key, g in words.GROUPS.items() for w in (g.base, f"{g.score}_stenosis", g.score, key)
+}
+LABEL_WORDS |= {w: ("side", side) for side in words.SIDES for w in (side, side[0])}
+GRADE_WORDS = {name: k for k, name in enumerate(words.SEVERITIES)} | {"normal": 0, "mild": 0}
 FEW = 0.1  # largest share of the grades that may be unknown words, which are read as missing: slips, not another scale
 ROW_ID = re.compile(rf"(.+)_({'|'.join(words.COLUMNS)})", re.IGNORECASE)
 Table = pd.DataFrame
@@ -192,7 +187,7 @@ def read_grades(file: Path, findings: Findings) -> Table:
     rows, form = _grade_rows(file, findings.names)
     rows["severity"], scale = _severities(file, rows)
     if form or scale:
-        value = f"{file.name}: {form or '25 columns of grades'}; {f'numbers {scale}' if scale else 'words'}"
+        value = f"{form or '25 columns of grades'}; {f'numbers {scale}' if scale else 'words'}"
         findings.add(pd.DataFrame({"study_id": [pd.NA]}), "labels_read_as", value, "used")
     unknown = rows[rows.grade.notna() & rows.severity.isna()]
     findings.add(unknown, "grade_unknown", unknown.grade, "read as missing")
@@ -204,7 +199,7 @@ def read_grades(file: Path, findings: Findings) -> Table:
         label = " ".join((findings.names[study], *label))
         raise CompetitionError(f"{file}: {both} have different grades of {label}; keep the right one")
     repeated = rows.loc[rows.duplicated(KEY), ["study_id"]].drop_duplicates()
-    findings.add(repeated, "study_repeated", f"in {file.name}", "equal grades used once")
+    findings.add(repeated, "study_repeated", "in the table of grades", "equal grades used once")
     keys = pd.MultiIndex.from_product([rows.study_id.unique(), words.CONDITIONS, words.LEVELS], names=KEY)
     severity = graded.drop_duplicates(KEY).set_index(KEY).severity.reindex(keys).fillna(words.MISSING)
     labels = severity.astype("int64").reset_index().astype({"study_id": "int64"})

@@ -50,7 +50,7 @@ def form(findings: Findings) -> str:
 def test_each_form_is_read_with_the_same_values(tmp_path: Path, text: str) -> None:
     graded, findings = read(tmp_path, text)
     assert graded == LABELS
-    assert form(findings).startswith("grades.csv: ")
+    assert form(findings).split("; ")[-1] in ("words", "numbers 0, 1, 2", "numbers 1, 2, 3")
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_each_form_is_read_with_the_same_values(tmp_path: Path, text: str) -> No
     ],
 )
 def test_how_a_table_was_read_is_said(tmp_path: Path, text: str, expected: str) -> None:
-    assert form(read(tmp_path, text)[1]).startswith(f"grades.csv: {expected}")
+    assert form(read(tmp_path, text)[1]).startswith(expected)
 
 
 def test_numbers_of_25_columns_are_said_and_words_are_not(tmp_path: Path) -> None:
     header = f"study_id,{','.join(words.COLUMNS)}\n"
     assert read(tmp_path, f"{header}7{',Moderate' * 25}\n")[1].table().empty
     graded, findings = read(tmp_path, f"{header}7{',0' * 24},1\n")
-    assert set(graded.values()) == {0, 1} and form(findings) == "grades.csv: 25 columns of grades; numbers 0, 1, 2"
+    assert set(graded.values()) == {0, 1} and form(findings) == "25 columns of grades; numbers 0, 1, 2"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
     a table cannot be read.
     """
     comp = competition.read(root, workers=cores, labels_csv=labels_csv or "")
+    comp = replace(comp, findings=comp.findings[comp.findings["rule"] != "grade_without_point"])  # matters to training
     labels, points = comp.labels, comp.coordinates
     if (file := root / "solution.csv").is_file() and not labels_csv:
         labels = pd.concat([labels, read_grades(file, Findings())])

@@ -55,6 +55,9 @@ def test_the_same_run_gives_the_same_bytes_and_names_no_study_or_place(
     for study in labels["study_id"].unique():
         assert not [name for name, content in text.items() if str(study) in content]
     assert not [name for name, content in text.items() if str(smoke_project) in content]
+    assert len(json.loads(text["reference.json"])["prior"]) == 25
+    [trained_on] = json.loads(text["trained_on.json"])
+    assert len(trained_on["hashes"]) >= labels["study_id"].nunique()
     assert len(manifest["columns"]) == 25 and manifest["severities"] == ["normal_mild", "moderate", "severe"]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lsdc_utils.files import atomic, sha256
+from lsdc_utils.files import atomic, sha256, write_json
 
 FREE, SHARE = 10.0, 0.01  # seconds that writing may take, so that short trainings keep every epoch, and of longer ones
 
@@ -38,8 +39,25 @@ def start_weights(folder: str | Path, name: str) -> Path:
     for file in (file for file in files if file.suffix in (".pt", ".safetensors")):
         if sha256(file) == json.loads(file.with_suffix(".json").read_text())["sha256"]:
             return file
-        raise ValueError(f"start_from: {file} was changed: its sha256 is not the one in {file.stem}.json")
-    raise ValueError(f"start_from: {folder} has no weights of {name}")
+        raise ValueError(f"{file} was changed: its sha256 is not the one in {file.stem}.json")
+    raise ValueError(f"{folder} has no weights of {name}")
+
+
+def points_source(run_dir: str | Path, points_from: str) -> Path:
+    """The folder of the models that a run takes its points from: the ready-made ones beside it, unless it names one."""
+    return Path(points_from or Path(run_dir).parent / "pretrained")
+
+
+def take_weights(file: Path, target: Path, fold: int, basis: str) -> dict[str, Any]:
+    """Copy a model of another run as that of a fold; returns what the .json beside it says: also from which run
+    (`taken_from`) and on what that was trained (`basis`, see `grading.basis`), instead of its studies."""
+    about = json.loads(file.with_suffix(".json").read_text())
+    about |= {"fold": fold, "taken_from": file.parents[1].name, "basis": basis}
+    about.pop("studies", None)
+    with atomic(target) as temporary:
+        shutil.copyfile(file, temporary)
+    write_json(target.with_suffix(".json"), about)
+    return about
 
 
 @dataclass

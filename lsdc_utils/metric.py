@@ -6,17 +6,19 @@ weighs w_k = 1, 2, 4 by its label, so the best row to submit is proportional to 
 natural probabilities p_k; only `weight_rows` makes weighted rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, MISSING, SEVERITIES, SEVERITY_WEIGHTS, parse_row_id
+from lsdc_utils.vocabulary import CONDITIONS, GROUP_OF, GROUPS, MISSING, SEVERITIES, SEVERITY_WEIGHTS, parse_row_id
 
 PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
 GROUP_PARTS = PARTS[:3]  # one a condition group
+MEAN = "mean_of_groups"  # of the parts that have rows, where some have none and the total so has no value
 WEIGHTS = np.array(SEVERITY_WEIGHTS)
 PROBABILITIES = list(SEVERITIES)
 SUM_TOLERANCE = 1e-4  # a row read back from a file of six decimals still sums to 1
@@ -52,7 +54,13 @@ def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     weighted numbers; matched by row_id in any order, rows that the solution lacks are ignored. A part without rows is
     NaN, and so is total then. ValueError where a row is missing, doubled, negative, not finite or does not sum to 1.
     """
-    return study_losses(solution, submission).score()
+    scores = study_losses(solution, submission).score()
+    return {part: scores[part] for part in PARTS}
+
+
+def overall(scores: dict[str, Any]) -> str:
+    """The name of the one number among parts of the score: total, or `MEAN` where that stands in for it."""
+    return MEAN if MEAN in scores else PARTS[-1]
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,21 @@ class StudyLosses:
     losses: np.ndarray  # (n, 4) sums over a study's rows in the order of `PARTS` without total
     weights: np.ndarray  # (n, 4)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """`PARTS`, and `MEAN` where only some of them have rows."""
+        return (*PARTS, MEAN) if 0 < (self.weights.sum(axis=0) > 0).sum() < len(PARTS) - 1 else PARTS
+
     def score(self) -> dict[str, float]:
-        """The parts of the score and their mean."""
-        return dict(zip(PARTS, self.resampled(np.ones((1, len(self.studies))))[0].tolist(), strict=True))
+        """The `parts` of the score and their mean."""
+        return dict(zip(self.parts, self.resampled(np.ones((1, len(self.studies))))[0].tolist(), strict=True))
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
-        """Scores (draws, 5) in the order of `PARTS`, for how often each study was drawn, counts (draws, n)."""
-        weights = counts @ self.weights
+        """Scores (draws, 5 or 6) in the order of `parts`, for how often each study was drawn, counts (draws, n)."""
+        weights, there = counts @ self.weights, self.weights.sum(axis=0) > 0
         parts = np.divide(counts @ self.losses, weights, out=np.full(weights.shape, np.nan), where=weights > 0)
-        return np.column_stack([parts, parts.mean(axis=1)])
+        means = [parts.mean(axis=1), *([parts[:, there].mean(axis=1)] if MEAN in self.parts else ())]
+        return np.column_stack([parts, *means])
 
 
 def study_losses(solution: pd.DataFrame, submission: pd.DataFrame) -> StudyLosses:
@@ -163,6 +177,16 @@ def prior_out_of_fold(labels: pd.DataFrame, pool_sides: bool = False) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
+def only_groups(labels: pd.DataFrame, groups: Collection[str]) -> pd.DataFrame:
+    """A label table in which other condition groups have no label; their rows stay."""
+    return labels.assign(severity=labels["severity"].where(labels["condition"].map(GROUP_OF).isin(groups), MISSING))
+
+
+def rows_of_groups(rows: pd.DataFrame, groups: Collection[str]) -> pd.DataFrame:
+    """The rows of a prediction table that are of these condition groups."""
+    return rows[rows["row_id"].str.contains("|".join(GROUPS[key].base for key in groups))]
+
+
 def solution_of(labels: pd.DataFrame) -> pd.DataFrame:
     """The rows of a label table that have a label, as the score takes them: row_id, severity."""
     return labels.loc[labels["severity"] != MISSING, ["row_id", "severity"]].reset_index(drop=True)
@@ -170,11 +194,11 @@ def solution_of(labels: pd.DataFrame) -> pd.DataFrame:
 
 def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, float]) -> dict[str, float]:
     """(L_prior - L_model) / (L_prior - L_oracle) of each part: 0 is the prior, 1 the limit of the labels."""
-    return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in PARTS}
+    return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in model}
 
 
 def resampled_scores(losses: dict[str, StudyLosses]) -> dict[str, np.ndarray]:
-    """Scores (draws, 5) of each model in the order of `PARTS`, on the same bootstrap draws of studies for all."""
+    """Scores (draws, 5 or 6) of each model in the order of its `parts`, on the same bootstrap draws for all."""
     counts = bootstrap(len(next(iter(losses.values())).studies))
     return {model: of_study.resampled(counts) for model, of_study in losses.items()}
 
@@ -194,16 +218,21 @@ def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict
     """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
 
     `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
-    have no value (a group without a labelled row) are None, since JSON has no NaN.
+    have no value (a group without a labelled row) are None, since JSON has no NaN; then `MEAN` stands beside them, and
+    `groups` names the groups that have rows.
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
     samples, skills = resampled_scores(losses), None
     if "oracle" in scores:
         skills = {model: skill(parts, scores["prior"], scores["oracle"]) for model, parts in scores.items()}
-    intervals = {model: dict(zip(PARTS, interval(drawn), strict=True)) for model, drawn in samples.items()}
-    n_studies = len(next(iter(losses.values())).studies)
-    return without_nan({"n_studies": n_studies, "scores": scores, "skill": skills, "interval": intervals})
+    first = next(iter(losses.values()))
+    intervals = {model: dict(zip(first.parts, interval(drawn), strict=True)) for model, drawn in samples.items()}
+    block = {"n_studies": len(first.studies), "scores": scores, "skill": skills, "interval": intervals}
+    if MEAN in first.parts:
+        known = dict(zip(PARTS, first.weights.sum(axis=0) > 0, strict=False))
+        block["groups"] = [key for key, group in GROUPS.items() if known[group.score]]
+    return without_nan(block)
 
 
 def without_nan(value: Any) -> Any:
@@ -232,6 +261,6 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
 def auc(positive: np.ndarray, chance: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties
     counting half. NaN where all rows are alike."""
-    from sklearn.metrics import roc_auc_score  # here, since importing it takes a second
-
-    return float(roc_auc_score(positive, chance)) if len(np.unique(positive)) == 2 else np.nan
+    positive, ranks = np.asarray(positive, bool), rankdata(chance)
+    n, others = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * others)) if n and others else np.nan

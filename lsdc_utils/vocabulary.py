@@ -4,6 +4,7 @@ Orders matter here. `COLUMNS` is the order of the competition's `train.csv`; `SE
 classes 0, 1, 2 and of the three probability columns of every prediction table.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 SEVERITIES = ("normal_mild", "moderate", "severe")  # class 0, 1, 2
@@ -60,7 +61,18 @@ CONDITIONS = {
     for side in sides
     for name in ["_".join(filter(None, (side, GROUPS[key].base)))]
 }
+GROUP_OF = {name: condition.group for name, condition in CONDITIONS.items()}  # condition -> key of GROUPS
 COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)  # the 25 of train.csv
+
+
+def groups_of(asked: Collection[str], graded: Collection[str] = GROUPS) -> list[str]:
+    """The keys of GROUPS that `asked` names (all: those that are `graded`); ValueError for a wrong or ungraded one."""
+    if not asked or set(asked) - {"all", *GROUPS}:
+        raise ValueError(f"conditions={','.join(asked)}: expected all, or some of {', '.join(GROUPS)}")
+    keys = [key for key in GROUPS if key in (graded if "all" in asked else asked)]
+    if lacking := [GROUPS[key].score for key in keys if key not in graded]:
+        raise ValueError(f"conditions={','.join(asked)}: no study has a grade for {', '.join(lacking)} stenosis")
+    return keys
 
 
 def row_id(study_id: int | str, condition: str, level: str) -> str:

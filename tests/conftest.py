@@ -69,6 +69,7 @@ def copy_project(target: Path) -> Path:
 PIPELINE_NEEDS = ("__init__.py", "costs.py", "files.py", "parallel.py", "vocabulary.py")  # besides pipeline/
 TINY_PROFILE = """\
 data_dir: ""
+conditions: [all]
 phantom: true
 n_train: 3
 workers: 1
@@ -91,7 +92,7 @@ tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "00_get_data": (
-        'data_dir: str = ""\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
+        'data_dir: str = ""\nconditions: list = ["all"]\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
         "import json\n(run / '../data').mkdir(exist_ok=True)\n"
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],
@@ -100,7 +101,12 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "02_convert_labels": (
         "n_splits: int = 2",
         "from lsdc_utils import used",
-        ["tables/labels.parquet", "slices/1.npz", *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss"))],
+        [
+            "tables/labels.parquet",
+            "trained_on.json",
+            "slices/1.npz",
+            *(f"yolo/{c}/data.yaml" for c in ("nfn", "scs", "ss")),
+        ],
     ),
     "03_train_localiser": (
         "fold: int = 0\nthreads: int = 1\nlocaliser_batches: int = 2",

@@ -202,7 +202,7 @@ def _spoil_tables(kind: str, tables: Tables, study: int, rng: np.random.Generato
             tables.series.loc[tables.series["series_id"] == series, "series_description"] = T1
         case "grade_unknown":
             column = COLUMNS[rng.integers(len(COLUMNS))]
-            tables.labels.loc[tables.labels["study_id"] == study, column] = "Mild"
+            tables.labels.loc[tables.labels["study_id"] == study, column] = "Grave"
             tables.points = tables.points.drop(index=tables.point(study, column)).reset_index(drop=True)
     tables.plant(study, series, kind)
 

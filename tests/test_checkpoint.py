@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +126,16 @@ def test_an_optimiser_resumes_in_the_layout_of_its_parameters():
     restored = other.state[weight]["exp_avg"]
     assert restored.equal(optimizer.state[weight]["exp_avg"])
     assert restored.stride() == weight.stride()
+
+
+def test_weights_of_another_run_are_copied_with_where_they_come_from(tmp_path: Path) -> None:
+    file, target = tmp_path / "models/weights/yolo_nfn_fold3.pt", tmp_path / "run/weights/yolo_nfn_fold0.pt"
+    for folder in (file.parent, target.parent):
+        folder.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    file.with_suffix(".json").write_text(json.dumps({"fold": 3, "sha256": "x", "studies": [1, 2], "config": {}}))
+    about = checkpoint.take_weights(file, target, 0, "phantom_only")
+    assert target.read_bytes() == b"weights" and json.loads(target.with_suffix(".json").read_text()) == about
+    assert about == {"fold": 0, "sha256": "x", "config": {}, "taken_from": "models", "basis": "phantom_only"}
+    assert checkpoint.points_source(tmp_path / "outputs/x", "") == tmp_path / "outputs/pretrained"
+    assert checkpoint.points_source(tmp_path / "outputs/x", "/models") == Path("/models")

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from lsdc_utils import metric
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, MISSING, SEVERITIES, parse_row_id
 
 CASES = json.loads((Path(__file__).parent / "data" / "metric_cases.json").read_text())["cases"]
 
@@ -188,6 +188,35 @@ def test_score_block_has_numbers_that_json_can_hold():
     partial = metric.score_block(spinal, {"prior": flat, "ensemble": submission})
     assert partial["skill"] is None and partial["scores"]["ensemble"]["total"] is None
     json.dumps(partial, allow_nan=False)
+
+
+def test_the_mean_of_groups_stands_beside_a_total_without_value():
+    solution, submission = tables(next(case["rows"] for case in CASES if case["name"] == "good_model"))
+    flat = submission.assign(normal_mild=1 / 3, moderate=1 / 3, severe=1 / 3)
+    models = {"prior": flat, "ensemble": submission, "oracle": submission}
+    whole = metric.score(solution, metric.weight_table(submission))
+    for word, groups, parts in (("neural|sub", ["nfn", "ss"], ["foraminal", "subarticular"]),
+                                ("spinal", ["scs"], ["spinal", "any_severe"])):  # fmt: skip
+        rows = solution[solution["row_id"].str.contains(word)]
+        block = metric.score_block(rows, models)
+        scores = block["scores"]["ensemble"]
+        assert block["groups"] == groups and metric.overall(scores) == metric.MEAN
+        assert scores[metric.MEAN] == pytest.approx(np.mean([whole[part] for part in parts]))
+        assert [part for part in metric.PARTS if scores[part] is None] == [p for p in metric.PARTS if p not in parts]
+        low, high = block["interval"]["ensemble"][metric.MEAN]
+        assert low <= scores[metric.MEAN] <= high and block["skill"]["ensemble"][metric.MEAN] == 1
+        assert set(metric.score(rows, metric.weight_table(submission))) == set(metric.PARTS)
+    assert metric.overall(metric.study_losses(solution, submission).score()) == "total"
+
+
+def test_labels_and_rows_of_other_groups_are_left_out():
+    labels = pd.DataFrame({"condition": ["spinal_canal_stenosis", "left_subarticular_stenosis"], "severity": [2, 1]})
+    assert metric.only_groups(labels, ["ss"])["severity"].tolist() == [MISSING, 1] and labels["severity"].tolist() == [
+        2,
+        1,
+    ]
+    rows = pd.DataFrame({"row_id": ["1_spinal_canal_stenosis_l1_l2", "1_left_subarticular_stenosis_l1_l2"]})
+    assert metric.rows_of_groups(rows, ["ss"])["row_id"].tolist() == rows["row_id"].tolist()[1:]
 
 
 def test_the_area_under_the_curve_counts_pairs_and_ties() -> None:

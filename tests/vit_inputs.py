@@ -42,7 +42,7 @@ def train(
     (inputs, truth), (held_inputs, held_truth) = studies, held_out or studies
     names |= {"strength": strength or names["Augmentation"](), "inputs": inputs, "truth": truth}
     names["targets"] = names["target_matrix"](truth) if targets is None else targets
-    names |= {"held_inputs": held_inputs, "held_truth": held_truth}
+    names |= {"held_inputs": held_inputs, "held_truth": held_truth, "train_ids": range(len(inputs))}
     assert any(change[0] in cells[cell] for cell in ("model", *LOOP))
     for cell in ("model", *LOOP):
         _run(cells[cell].replace(*change) if change[0] else cells[cell], names)

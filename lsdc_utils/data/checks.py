@@ -5,6 +5,7 @@
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lsdc_utils.data.parts import select
 from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
 from lsdc_utils.data.stacks import spacing_fault
-from lsdc_utils.data.unsorted import number_of
+from lsdc_utils.data.tables import number_of
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each, usable_cores
 
@@ -71,15 +72,18 @@ def check(comp: Competition, workers: int = 1) -> Checked:
     known = pd.concat([comp.series, comp.findings])  # findings name those left out of the tables
     listed = set(known[["study_id", "series_id"]].itertuples(index=False, name=None))
     studies = {*known.study_id.dropna(), *comp.labels.study_id}
+    read_of = {getattr(file, "file", file).parent for source in comp.files.values() for file in source}
+    used = {folder for inner in read_of for folder in (inner, *inner.parents)}
     for split in competition.SPLITS:
         for folder in sorted((comp.root / f"{split}_images").glob("[!.]*/")):
             study, value = number_of(folder.name), readable(f"{split}_images/{folder.name}")
-            if study not in studies:
+            if folder not in used and study not in studies:
+                study = study if str(study) == folder.name else None
                 faults.append((study, None, "study_not_in_tables", value, "study left out"))
                 continue
             for inner in sorted(folder.glob("[!.]*/")):
                 series_id, of_series = number_of(inner.name), readable(f"{value}/{inner.name}")
-                if (study, series_id) not in listed:
+                if inner not in used and (study, series_id) not in listed:
                     faults.append((study, series_id, "series_not_in_tables", of_series, "series left out"))
     findings.tables.append(pd.DataFrame(faults, columns=FINDINGS, dtype=object))  # which keeps every digit of an id
     headers = pd.DataFrame([row for row, *_ in read], columns=[*SERIES, *COLUMNS, "middle"])
@@ -96,28 +100,92 @@ def label_table(comp: Competition, workers: int = 1) -> pd.DataFrame:
     return check(comp, workers).labels
 
 
-def untrainable(labels: pd.DataFrame) -> str:
-    """Why models cannot be trained from a label table, in one sentence; '' if they can.
+def taken_models(labels: pd.DataFrame, conditions: Collection[str], points_from: str = "") -> list[str]:
+    """Which models are taken from another run, since the label table has no points to train them: localiser and yolo,
+    if no label of `conditions` (keys of GROUPS) has one or `points_from` asks for it; localiser, unless two studies (or
+    folds, in that column) have levels with a canal point or both foramen points."""
+    placed = labels[labels.X.notna()]
+    group = placed.condition.map(words.GROUP_OF)
+    if points_from or not group.isin(conditions).any():
+        return ["localiser", "yolo"]
+    sides = placed.groupby(["study_id", "level", group]).size().unstack(fill_value=0)
+    levels = (sides.reindex(columns=["scs", "nfn"], fill_value=0) >= [1, len(words.SIDES)]).any(axis=1)
+    counts = levels.groupby("study_id").sum()
+    known = labels[labels.study_id.isin(counts.index[counts > 1])]
+    return [] if known["fold" if "fold" in labels else "study_id"].nunique() > 1 else ["localiser"]
 
-    Each condition needs grades, each condition group graded points of two studies. With a column fold, of which there
-    must be two, this holds for each fold, where points of one study are enough.
+
+def wanted(labels: pd.DataFrame, conditions: Collection[str], points_from: str) -> tuple[list[str], list[str]]:
+    """The condition groups to train (`vocabulary.groups_of`) by a label table, and their `taken_models`."""
+    groups = words.groups_of(conditions, competition.graded_groups(labels))
+    return groups, taken_models(labels, groups, points_from)
+
+
+def untrainable(
+    labels: pd.DataFrame, conditions: Collection[str] = words.GROUPS,
+    points_from: str = "", source: str | Path = "", types: Collection[str] = words.SERIES_TYPES,
+) -> str:  # fmt: skip
+    """Why models of `conditions` cannot be trained from a label table, in one sentence; '' if they can.
+
+    Each condition needs grades, each condition group graded points of two studies, or grades alone if `taken_models`
+    are in the folder `source`. With a column fold, of which there must be two, this holds for each fold, where points
+    of one study are enough. types: of the series; sagittal ones tell the levels.
     """
     folds = labels.groupby("fold") if "fold" in labels else [("", labels)]
     if "fold" in labels and 0 < labels["fold"].nunique() < 2:
         return "cannot train: all studies are in one fold, and each fold is graded by the models of the others"
+    names = [name for name, key in words.GROUP_OF.items() if key in conditions]
+    taken = taken_models(labels, conditions, points_from)
     for fold, part in folds:
-        graded, where = part[part.severity >= 0], f" in fold {fold}" if "fold" in labels else ""
+        graded, where = part[(part.severity >= 0) & part.condition.isin(names)], f" in fold {fold}" * ("fold" in labels)
         if graded.empty:
             return f"cannot train: no training study has a grade{where}"
-        if lacking := [c.title.lower() for c in words.CONDITIONS.values() if c.name not in set(graded.condition)]:
+        if lacking := [words.CONDITIONS[n].title.lower() for n in names if n not in set(graded.condition)]:
             return f"cannot train: no grades for {', '.join(lacking)}{where}"
-        for key, group in words.GROUPS.items():
-            names = [c.name for c in words.CONDITIONS.values() if c.group == key]
-            studies = graded.study_id[graded.condition.isin(names) & graded.X.notna()].nunique()
+        what = "a grade" if "yolo" in taken else "a usable point with a grade"
+        for key in conditions:
+            usable = (graded.condition.map(words.GROUP_OF) == key) & (graded.X.notna() | ("yolo" in taken))
+            studies = graded.study_id[usable].nunique()
             if studies < (1 if where else 2):
                 found = "only one study has" if studies else "no study has"
-                return f"cannot train: {found} a usable point with a grade for {group.score} stenosis{where}"
+                return f"cannot train: {found} {what} for {words.GROUPS[key].score} stenosis{where}"
+    if not {words.T1, words.T2} & set(types):
+        return "cannot train: there is no sagittal series to tell the levels"
+    if taken and not Path(source, "blend.json").is_file():
+        why = "no label has a point" if "yolo" in taken else "no points on sagittal images tell the levels"
+        return f"cannot train: {why}, and there are no models to take them from (points_from)"
     return ""
+
+
+def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") -> str:
+    """What a checked folder can be used for, in one line: to train and to evaluate which condition groups, to predict.
+
+    series, labels: see `Checked`; source: see `untrainable`.
+    """
+    series, models = series[series.n_slices > 0], "/".join(Path(source).parts[-2:])
+    absent = [kind for kind in words.SERIES_TYPES if kind not in set(series.series_type)]
+    labels = labels[labels.study_id.isin(series.study_id[series.split == "train"])]
+    graded = labels[labels.severity >= 0].assign(group=labels.condition.map(words.GROUP_OF))
+    keys = [key for key in words.GROUPS if key in set(graded.group)]
+    faults = {key: untrainable(labels, [key], "", source, series.series_type) for key in keys}
+    able = [key for key in keys if not faults[key]]
+    alone = [key for key in able if "yolo" in taken_models(labels, [key])]  # whose labels have no points
+    trained = [key for key in able if key not in alone] or able
+    taken = taken_models(labels, trained) if trained else []
+    can, notes = [f"evaluating {', '.join(keys)}"] if keys else [], []
+    if trained:
+        n, placed = (part.groupby("group").study_id.nunique() for part in (graded, graded.dropna(subset="X")))
+        points = {key: f", {placed[key]} with points" if 0 < placed.get(key, 0) < n[key] else "" for key in trained}
+        can.insert(0, "training " + ", ".join(f"{key} ({n[key]} studies{points[key]})" for key in trained))
+        notes += [f"train with conditions={','.join(trained)}"] if trained != keys else []
+    for kind in absent:
+        other = [SHORT[name] for name in (words.T1, words.T2) if kind in SHORT and name not in absent]
+        levels = f": levels from {other[0]}" if other and trained and not taken else ""
+        notes.append(f"no {SHORT.get(kind, 'axial T2')}{levels}")
+    notes += [f"levels {'and points ' * ('yolo' in taken)}from {models}"] if taken else []
+    notes += [f"{key} with conditions={key}: levels and points from {models}" for key in alone if key not in trained]
+    notes += [fault.replace("train:", f"train {key}:") for key, fault in faults.items() if fault]
+    return "; ".join([f"usable for: {', '.join([*can, f'predicting ({series.study_id.nunique()} studies)'])}", *notes])
 
 
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
@@ -229,8 +297,9 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("findings", ascending=False, ignore_index=True)
 
 
-def main(root: str | Path, out: str | Path | None = None, workers: int | None = None) -> int:
-    """Check the folder `root`, print its findings, write them to the csv `out`; 1 if it is not usable, otherwise 0."""
+def main(root: str | Path, out: str | Path | None = None, workers: int | None = None, source: str | Path = "") -> int:
+    """Check the folder `root`, print its findings and `uses`, write findings to the csv `out`; 1 if it is not
+    usable, otherwise 0. source: see `untrainable`."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)
@@ -243,6 +312,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     if out is not None:
         with atomic(out) as file:
             findings.to_csv(file, index=False)
+        comp.write_ids(Path(out).parent)
     for split, part in series.groupby("split"):
         print(f"{split}: {part.study_id.nunique()} studies, {len(part)} series, {part.n_slices.sum()} images")
     if len(labels):
@@ -255,9 +325,5 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     if not usable:
         print("not usable: no image of any series can be read")
         return 1
-    fault = untrainable(labels)
-    if (comp.root / "train.csv").is_file() and fault:
-        print(f"usable for predict alone: {usable} of {len(series)} series can be read; {fault}")
-        return 1
-    print(f"usable: {usable} of {len(series)} series can be read" + "; to predict, there is no train.csv" * bool(fault))
+    print(f"usable: {usable} of {len(series)} series can be read\n{uses(series, labels, source)}")
     return 0

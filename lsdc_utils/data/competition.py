@@ -8,11 +8,8 @@ Every repair is a line of the findings table (`checks` explains the rules). A gr
 Tables or images may be absent. Without a table of series, in any folder of DICOM files, `unsorted` finds the series.
 """
 
-import csv
-import io
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,23 +20,27 @@ import pandas as pd
 
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import unsorted
+from lsdc_utils.data.tables import (
+    FINDINGS,
+    KEY,
+    CompetitionError,
+    Findings,
+    Table,
+    named_label,
+    number_of,
+    plain,
+    read_grades,
+    read_required_table,
+    row_keys,
+    whole_number,
+)
 from lsdc_utils.dicom import Frames
+from lsdc_utils.files import atomic
 
 SPLITS = ("train", "test")
-KEY = ["study_id", "condition", "level"]  # identify a label, and its point
-FINDINGS = ["study_id", "series_id", "rule", "value", "action"]
 POINTS = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
 EXCLUDE = ["study_id", "series_id", "condition", "level", "reason"]
-CONDITION_WORDS = {word: c.name for c in words.CONDITIONS.values() for word in (c.title, c.name)}
-LEVEL_WORDS = dict(zip(words.LEVEL_NAMES, words.LEVELS, strict=True)) | {level: level for level in words.LEVELS}
-ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
-
-Table = pd.DataFrame
 NONE = -1  # series or instance number where there is none
-
-
-class CompetitionError(ValueError):
-    """A data folder that cannot be used; the message names the table and the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Competition:
     sample_rows: the row ids that a submission must hold.
     findings: the faults of the tables, and what was done about each.
     files: (study_id, series_id) -> the files, or frames of them, of a series without a folder of its own.
+    names: id -> the text that it is the number of, see `tables.number_of`; none where ids are numbers.
     """
 
     root: Path
@@ -62,28 +64,20 @@ class Competition:
     sample_rows: list[str]
     findings: Table
     files: Mapping[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def source(self, split: str, study_id: int, series_id: int) -> Path | tuple[Path | Frames, ...]:
         """What `dicom.read_series` reads of a series: its folder, or its files if it has no folder of its own."""
-        return self.files.get((study_id, series_id)) or series_folder(self.root, split, study_id, series_id)
+        names = (self.names.get(number, number) for number in (study_id, series_id))
+        return self.files.get((study_id, series_id)) or series_folder(self.root, split, *names)
 
-
-@dataclass
-class Findings:
-    """Collects findings while tables are read."""
-
-    tables: list[Table] = field(default_factory=list)
-
-    def add(self, rows: Table, rule: str, value: str | pd.Series, action: str) -> None:
-        """One finding for each of `rows` (study_id, and series_id if there is one)."""
-        if len(rows):
-            value = value.astype(str).to_numpy() if isinstance(value, pd.Series) else value
-            self.tables.append(rows.assign(rule=rule, value=value, action=action).reindex(columns=FINDINGS))
-
-    def table(self) -> Table:
-        """All findings; a missing id is <NA>."""
-        table = pd.concat(self.tables, ignore_index=True) if self.tables else pd.DataFrame(columns=FINDINGS)
-        return table.astype({"study_id": "Int64", "series_id": "Int64", "rule": str, "value": str, "action": str})
+    def write_ids(self, folder: Path) -> None:
+        """Write study_ids.csv (study_id, id) to `folder`: the studies whose ids are text."""
+        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & {*self.names})
+        (folder / "study_ids.csv").unlink(missing_ok=True)
+        if studies:
+            with atomic(folder / "study_ids.csv") as file:
+                pd.DataFrame({"study_id": studies, "id": map(self.names.get, studies)}).to_csv(file, index=False)
 
 
 def label_names(rows: Table) -> pd.Series:
@@ -91,19 +85,22 @@ def label_names(rows: Table) -> pd.Series:
     return rows.condition.astype(str) + "_" + rows.level.astype(str)
 
 
-def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1) -> Competition:
+def read(
+    root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1, labels_csv: Any = ""
+) -> Competition:
     """Read, check and repair the tables of a data folder; answers beside the test tables are never opened.
 
     exclude_csv: what to leave out: study_id, series_id (blank: the whole study), condition and level (blank: all; if
         one is given, the points of these labels are not used, and their grades stay), reason.
     points_csv: points to use instead of the folder's own, in the columns of train_label_coordinates.csv.
+    labels_csv: grades to use instead of train.csv, in any form of `grades.read_grades`.
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
     root = Path(root)
     findings = Findings()
+    labels = read_grades(Path(labels_csv), findings) if labels_csv else read_labels(root, findings)
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)
-    labels = _read_labels(root, findings)
     coordinates = _read_coordinates(root, findings)
     if points_csv:
         coordinates = _correct_points(coordinates, Path(points_csv), labels, series, findings)
@@ -116,15 +113,16 @@ def read(root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path 
         findings.add(counts[counts[kind] == 0], "series_type_missing", kind, "graded from the other series")
         several = counts[counts[kind] > 1]
         findings.add(several, "series_type_repeated", several[kind].map(f"{{}} x {kind}".format), "all are used")
-    training = series.study_id[series.split == "train"]
+    training = series.study_id if labels_csv else series.study_id[series.split == "train"]
     without_series = labels.loc[~labels.study_id.isin(training), ["study_id"]].drop_duplicates()
     findings.add(without_series, "study_without_series", "in train.csv only", "labels kept")
     without_labels = pd.DataFrame({"study_id": training[~training.isin(labels.study_id)].unique()})
     findings.add(without_labels, "study_without_labels", "not in train.csv", "not used for training")
-    return Competition(root, labels, coordinates, series, sample_rows, findings.table(), files)
+    names = {number: name for number, name in findings.names.items() if name != str(number)}
+    return Competition(root, labels, coordinates, series, sample_rows, findings.table(), files, names)
 
 
-def series_folder(root: str | Path, split: str, study_id: int, series_id: int) -> Path:
+def series_folder(root: str | Path, split: str, study_id: int | str, series_id: int | str) -> Path:
     """The folder of a series' DICOM files."""
     return Path(root) / f"{split}_images" / str(study_id) / str(series_id)
 
@@ -142,89 +140,31 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     return folder
 
 
-def read_required_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> Table:
-    """Columns of a table as text, those of `ids` as int64, indexed by the lines of the file.
-
-    Read are commas, semicolons or tabs, any case and blanks in the header, UTF-8, UTF-16 and Latin-1. CompetitionError
-    if the file is not there, lacks a column, or an id or a line cannot be read exactly: nothing is guessed.
-    """
-    columns = list(columns)
-    try:
-        lines, header = _cells(file)
-    except FileNotFoundError:
-        raise CompetitionError(f"{file}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
-    if lacking := [column for column in columns if column not in header]:
-        found = ", ".join(header)[:300]
-        raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}; the header has: {found}")
-    if twice := [column for column in columns if header.count(column) > 1]:
-        raise CompetitionError(f"{file}: has several columns {twice[0]}; keep the right one")
-    table = pd.DataFrame(lines.values(), list(lines), header, dtype="str")[columns]
-    for column in ids:
-        numbers = table[column].map(whole_number)
-        for line in numbers.index[numbers.isna()][:1]:
-            lost = f"{column} in line {line} is {table.at[line, column]!r}, not a whole number with all its digits"
-            raise CompetitionError(f"{file}: {lost}; export the ids as text")
-        table[column] = [whole_number(cell) for cell in table[column]]
-    return table.where(~table.isin(["", *ABSENT])).astype(dict.fromkeys(ids, "int64"))
-
-
-def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
-    """The cells of each line that is not blank, by the line's number, and the header; ValueError says what is wrong."""
-    data = Path(file).read_bytes()
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")  # names and reasons of western spreadsheets
-    if "\0" in text:
-        raise ValueError("it holds nul bytes; save it as csv in UTF-8")
-    first = next(filter(str.strip, text.splitlines()), "")
-    mark = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True, strict=True)
-    rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
-    try:
-        lines = {number: row for number, row in rows if any(row)}
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from None
-    header = [name.lower() for name in lines.pop(min(lines, default=0), [])]
-    for number, row in lines.items():
-        if any(row[len(header) :]):
-            raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")
-        lines[number] = (row + [""] * len(header))[: len(header)]
-    return lines, header
-
-
-def whole_number(text: str) -> int | None:
-    """The id that a cell holds, None if digits may be lost: 2.30E+08, 1,234, 123.000, or a float beyond 2**53."""
-    found = re.fullmatch(r"\+?([0-9]+)(\.00?)?", text.strip())
-    number = int(found[1]) if found else 2**63
-    return number if number < (2**53 if found and found[2] else 2**63) else None
-
-
-def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str] = ()) -> Table:
+def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str], names: dict[int, str]) -> Table:
     """As `read_required_table`; without rows where there is no file."""
     if file.is_file():
-        return read_required_table(file, columns, ids)
+        return read_required_table(file, columns, ids, names)
     return pd.DataFrame(columns=columns, dtype="str").astype(dict.fromkeys(ids, "int64"))
 
 
 def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[Table, dict]:
     """The series, those not listed or in unknown words typed by headers, and files of those without own folder."""
     ids, files = ["study_id", "series_id"], {split: root / f"{split}_series_descriptions.csv" for split in SPLITS}
-    tables = [_read_table(file, [*ids, "series_description"], ids).assign(split=split) for split, file in files.items()]
+    columns, names = [*ids, "series_description"], findings.names
+    tables = [_read_table(file, columns, ids, names).assign(split=split) for split, file in files.items()]
     listed = pd.concat(tables, ignore_index=True).rename(columns={"series_description": "series_type"})
     repeated = listed.duplicated(["split", *ids])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
     listed = listed[~repeated]
-    kinds = _named(listed.series_type, {name: name for name in words.SERIES_TYPES})
+    kinds = listed.series_type.map(plain, na_action="ignore").map({plain(name): name for name in words.SERIES_TYPES})
     listed = listed.assign(series_type=kinds.astype(object).fillna(listed.series_type)).astype({"split": object})
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     unlisted = [split for split in SPLITS if not files[split].is_file()]
     places = [(split, root / f"{split}_images") for split in unlisted]
-    places += [(row.split, series_folder(root, row.split, row.study_id, row.series_id)) for row in unknown.itertuples()]
+    for row in unknown.itertuples():
+        places.append((row.split, series_folder(root, row.split, names[row.study_id], names[row.series_id])))
     places = [(split, folder) for split, folder in places if folder.is_dir()]
-    discovered = unsorted.find(root, places, workers) if places or len(unlisted) == 2 else unsorted.Discovered()
+    discovered = unsorted.find(root, places, workers, names) if places or len(unlisted) == 2 else unsorted.Discovered()
     if len(unlisted) == 2 and not discovered.series:
         reasons = "; ".join(value for *_, value, _ in discovered.findings[:3]) or "the folder holds no files"
         lacking = f"no {' or '.join(file.name for file in files.values())}, and no sagittal T1, sagittal T2 or axial T2"
@@ -241,25 +181,22 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
-def _read_labels(root: Path, findings: Findings) -> Table:
-    wide = _read_table(root / "train.csv", ["study_id", *words.COLUMNS], ["study_id"])
-    repeated = wide.study_id.duplicated()
-    findings.add(wide[repeated], "study_repeated", "in train.csv", "first line kept")
-    wide = wide[~repeated]
-    keys = pd.MultiIndex.from_product([wide.study_id, words.CONDITIONS, words.LEVELS], names=KEY)
-    grades = pd.Series(wide[list(words.COLUMNS)].to_numpy().ravel(), keys, dtype=str)
-    codes = _named(grades, {name: k for k, name in enumerate(words.SEVERITY_NAMES)})
-    labels = codes.fillna(words.MISSING).astype("int64").rename("severity").reset_index()
-    unknown = (grades.notna() & codes.isna()).to_numpy()
-    findings.add(labels[unknown], "grade_unknown", grades[unknown], "read as missing")
-    missing = (labels.severity == words.MISSING).groupby(labels.study_id).sum().loc[lambda n: n > 0]
-    findings.add(missing.reset_index(), "labels_missing", missing.map("{} of 25".format), "masked in loss and score")
-    return labels
+def read_labels(root: str | Path, findings: Findings | None = None) -> Table:
+    """The labels of a data folder alone, see `Competition`; none without train.csv."""
+    file = Path(root) / "train.csv"
+    if file.is_file():
+        return read_grades(file, findings or Findings())
+    return pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
+
+
+def graded_groups(labels: Table) -> set[str]:
+    """The keys of the condition groups for which a label table holds a grade."""
+    return set(labels.condition[labels.severity != words.MISSING].map(words.GROUP_OF))
 
 
 def _read_coordinates(root: Path, findings: Findings) -> Table:
     """The points of train_label_coordinates.csv in the vocabulary's words, without unreadable and repeated ones."""
-    raw = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"])
+    raw = _read_table(root / "train_label_coordinates.csv", POINTS, ["study_id", "series_id"], findings.names)
     points, usable = _tidy_points(raw)
     text = raw.condition.fillna("") + " " + raw.level.fillna("")
     findings.add(raw[~usable], "point_unusable", text[~usable], "point left out")
@@ -268,16 +205,11 @@ def _read_coordinates(root: Path, findings: Findings) -> Table:
     return points[~repeated].reset_index(drop=True)
 
 
-def _named(cells: pd.Series, meaning: Mapping[str, Any]) -> pd.Series:
-    """What each cell means, in any case and between blanks; NaN if `meaning` does not say."""
-    return cells.astype("str").str.strip().str.casefold().map({name.casefold(): meaning[name] for name in meaning})
-
-
 def _tidy_points(raw: Table) -> tuple[Table, pd.Series]:
     """Points in the vocabulary's words and types, and which lines of `raw` could be read."""
     points = raw.copy()
-    points["condition"] = _named(points.condition, CONDITION_WORDS)
-    points["level"] = _named(points.level, LEVEL_WORDS)
+    labels = (points.condition.fillna("") + " " + points.level.fillna("")).map(named_label).astype(object)
+    points["condition"], points["level"] = labels.str[0], labels.str[1]
     points["instance_number"] = points.instance_number.map(whole_number, na_action="ignore").astype(float)
     for name in ("x", "y"):
         cells = points[name].astype(object)
@@ -295,22 +227,15 @@ def _read_sample(root: Path, series: Table, findings: Findings) -> list[str]:
     file = root / "sample_submission.csv"
     if not file.is_file():
         return [row for study in studies for row in words.study_row_ids(study)]
-    listed = read_required_table(file, ["row_id"]).row_id.dropna().drop_duplicates()
-    rows = listed.tolist()
-    for line, row in listed.items():
-        study, _, column = row.partition("_")
-        if column not in words.COLUMNS or unsorted.number_of(study) is None or study.startswith("0"):
-            asked = f"expected <study_id>_<condition>_<level>, with all digits, e.g. 1_{words.COLUMNS[0]}"
-            raise CompetitionError(f"{file}: row_id in line {line} is {row!r}; {asked}")
-    absent = {int(row.partition("_")[0]) for row in rows} - set(studies)
-    studies = pd.DataFrame({"study_id": sorted(absent)})
-    findings.add(studies, "study_without_series", "in sample_submission.csv only", "answered by the prior")
-    return rows
+    listed = row_keys(file, read_required_table(file, ["row_id"]).row_id.dropna().drop_duplicates(), findings.names)
+    absent = pd.DataFrame({"study_id": sorted({*listed.study_id} - {*studies})})
+    findings.add(absent, "study_without_series", "in sample_submission.csv only", "answered by the prior")
+    return (listed.study_id.astype(str) + "_" + listed.label).tolist()
 
 
 def _correct_points(points: Table, file: Path, labels: Table, series: Table, findings: Findings) -> Table:
     """Points with those of `file` replacing or added to the folder's own; CompetitionError names a wrong line."""
-    raw = read_required_table(file, POINTS, ["study_id", "series_id"])
+    raw = read_required_table(file, POINTS, ["study_id", "series_id"], findings.names)
     given, usable = _tidy_points(raw)
     ids = ["study_id", "series_id"]
     training = series[series.split == "train"].set_index(ids).index
@@ -332,18 +257,22 @@ def _correct_points(points: Table, file: Path, labels: Table, series: Table, fin
 def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings: Findings) -> tuple[Table, ...]:
     """Labels, points and series without what `file` names; CompetitionError if a line names something unknown."""
     known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
-    for row in read_required_table(file, EXCLUDE, ["study_id"]).fillna("").itertuples():
+    for row in read_required_table(file, EXCLUDE, ["study_id"], findings.names).fillna("").itertuples():
         line, place, label = row.Index, {"study_id": row.study_id}, {}
         if row.series_id:
-            place["series_id"] = whole_number(row.series_id) or -1
+            place["series_id"] = number_of(row.series_id) or -1
         if not _matches(known, place).any():
-            named = " and ".join(f"{key} {getattr(row, key)}" for key in place)
+            named = f"study_id {findings.names[row.study_id]}" + f" and series_id {row.series_id}" * bool(row.series_id)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold")
-        for key, meaning in (("condition", CONDITION_WORDS), ("level", LEVEL_WORDS)):
-            if text := getattr(row, key).strip():
-                if pd.isna(found := _named(pd.Series([text]), meaning)[0]):
-                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {', '.join(meaning)}")
-                label[key] = found
+        for key, expected in (
+            ("condition", [c.title for c in words.CONDITIONS.values()]),
+            ("level", words.LEVEL_NAMES),
+        ):
+            if text := getattr(row, key):
+                label[key], other = named_label(text)[:: -1 if key == "level" else 1]
+                if label[key] is None or other:
+                    asked = f"known are {', '.join(expected)}"
+                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; {asked}")
         points = points[~_matches(points, place | label)]
         action = f"points not used: {' '.join(label.values())}"
         if not label:
@@ -376,6 +305,11 @@ def _check_points(points: Table, labels: Table, series: Table, findings: Finding
     value = missing.map("{} of 25".format)
     findings.add(missing.reset_index(), "grade_without_point", value, "grades kept, not used to train detectors")
     return points[POINTS].reset_index(drop=True)
+
+
+def read_points(file: Path) -> Table:
+    """The usable points of a table with the columns `POINTS`, in the vocabulary's words."""
+    return _tidy_points(read_required_table(file, POINTS, ["study_id", "series_id"]))[0]
 
 
 def read_listed(root: str | Path, table: str | Path) -> Competition:

@@ -16,7 +16,7 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     diseased first, go one to each fold, where least of what they have is. The order of rows does not matter. Raises
     CompetitionError if there are fewer studies than folds.
     """
-    group = labels.condition.map({c.name: c.group for c in words.CONDITIONS.values()})
+    group = labels.condition.map(words.GROUP_OF)
     counts = pd.crosstab(labels.study_id, [group, labels.severity])
     counts = counts.reindex(columns=pd.MultiIndex.from_product([words.GROUPS, (1, 2)]), fill_value=0).astype(float)
     if not 2 <= n_splits <= len(counts):

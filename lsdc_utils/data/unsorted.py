@@ -7,7 +7,7 @@ series that is not sagittal T1, sagittal T2/STIR or axial T2 by its headers is s
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data.parts import contrast_in, divide, far_from_others, files_of, middle_height
 from lsdc_utils.data.series_types import SHORT, UNKNOWN_CONTRAST, named_contrast, plane_of, regions
+from lsdc_utils.data.tables import number_of
 from lsdc_utils.dicom import DicomError, Frames, NotDicomError, Tags, read_all_tags
 from lsdc_utils.files import readable
 from lsdc_utils.parallel import each
@@ -53,11 +54,15 @@ class _Series:
     findings: list[tuple[str, str, str]] = field(default_factory=list)  # rule, value, action
 
 
-def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1) -> Discovered:
+def find(
+    root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1, names: Collection[int] = ()
+) -> Discovered:
     """Look for studies in `places` (split, folder under `root`); by default in `root` itself, as test studies.
 
-    In <root>/<split>_images numeric folders <study>/<series>/ are the ids. Elsewhere an id is the UID if it is a plain
-    number (a series UID may begin with its study's and a dot), otherwise its hash: no real UID enters a table.
+    names: ids in tables, see `number_of`. In <root>/<split>_images folders <study>/<series>/ are the ids if they are
+    plain numbers or in `names`, and each folder there or in `root` that is in `names`, with images of one patient, is a
+    study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash: no real UID
+    enters a table. By default studies in `names` are training studies.
     """
     root = Path(root)
     result, unopened = Discovered(), []
@@ -75,12 +80,14 @@ def find(root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int
         if n % 5000 == 0:
             print(f"{n} of {len(files)} headers read", flush=True)
     counts = Counter(file.parent for _, file in files)
-    series = [part for group in _group(root, images) for part in _split(group, root)]
+    series = [part for group in _group(root, images, names) for part in _split(group, root)]
     for part in series:
         if not part.reason:
             _set_type(part)
     _leave_out_far(series)
     _set_ids(series)
+    for part in series:
+        part.split = "train" if not places and part.study_id in names else part.split
     _collect(root, series, others, counts, result)
     return result
 
@@ -112,21 +119,25 @@ def _read_header(file: Path) -> list[Tags] | str:
     return "has an empty header" if named_dicom else ""  # any file may start like a DICOM file by chance
 
 
-def _group(root: Path, images: list[tuple[str, Tags]]) -> list[_Series]:
+def _group(root: Path, images: list[tuple[str, Tags]], names: Collection[int]) -> list[_Series]:
     """Images by study and series, in a fixed order."""
     patients, contents = defaultdict(set), defaultdict(set)
-    for _, tags in images:
+    for split, tags in images:
         if tags.patient:
             patients[tags.study_uid].add(tags.patient)
+            patients[_place(root, split, tags)[:1]].add(tags.patient)
         contents[tags.file.parent].add((tags.series_uid, tags.description, plane_of(tags)))
     groups: dict[tuple[str, tuple[str, ...], str], list[Tags]] = defaultdict(list)
     for split, tags in images:
-        folder, base = tags.file.parent, root / f"{split}_images"
-        numbers = folder.relative_to(base).parts if folder.is_relative_to(base) else ()
-        if len(numbers) == 2 and all(number_of(part) is not None for part in numbers):
-            groups[split, ("folder", numbers[0]), numbers[1]].append(tags)
+        folder, place = tags.file.parent, _place(root, split, tags)
+        inside = folder.is_relative_to(root / f"{split}_images")
+        ids = [part for part in place if (n := number_of(part)) in names or (inside and str(n) == part)]
+        if inside and len(place) == len(ids) == 2:
+            groups[split, ("folder", place[0]), place[1]].append(tags)
             continue
-        if not tags.study_uid:  # a study's folder holds either several series or a folder for each
+        if place and number_of(place[0]) in names and len(patients[place[:1]]) < 2:
+            study = ("folder", place[0])
+        elif not tags.study_uid:  # a study's folder holds either several series or a folder for each
             alone = len(contents[folder]) == 1 and folder != root and folder.parent != root
             study = ("", str((folder.parent if alone else folder).relative_to(root)))
         elif len(patients[tags.study_uid]) > 1:
@@ -136,6 +147,12 @@ def _group(root: Path, images: list[tuple[str, Tags]]) -> list[_Series]:
         series = tags.series_uid or f"{folder.relative_to(root)} {tags.description} {plane_of(tags)}"
         groups[split, study, series].append(tags)
     return [_Series(*key, groups[key]) for key in sorted(groups)]
+
+
+def _place(root: Path, split: str, tags: Tags) -> tuple[str, ...]:
+    """The names of the folders of an image below <root>/<split>_images, or below `root`."""
+    folder, base = tags.file.parent, root / f"{split}_images"
+    return folder.relative_to(base if folder.is_relative_to(base) else root).parts
 
 
 def _split(group: _Series, root: Path) -> list[_Series]:
@@ -216,11 +233,6 @@ def _leave_out_far(series: list[_Series]) -> None:
             series[n].reason = f"its middle lies {abs(distance):.0f} mm {place} that of the study's other series"
 
 
-def number_of(text: str) -> int | None:
-    """The id that a UID or the name of a folder is; None if it is not a plain number that fits a table's column."""
-    return int(text) if text.isascii() and text.isdecimal() and int(text) < 2**63 else None
-
-
 def _free_id(wish: int | None, names: tuple[str, ...], taken: set[int]) -> int:
     """`wish` if it is given and free, otherwise a 48-bit hash of `names`; added to `taken`."""
     number, tries = wish, 0
@@ -245,7 +257,8 @@ def _set_ids(series: list[_Series]) -> None:
             taken[None].add(studies[key])
         part.study_id = studies[key]
     for part in sorted(series, key=lambda part: bool(part.reason)):  # skipped parts come last and take no id
-        wish = number_of(part.series.removeprefix(f"{part.study[1]}."))
+        number = part.series.removeprefix(f"{part.study[1]}.")
+        wish = number_of(number if number.isdecimal() else part.series)
         part.series_id = _free_id(wish, (*part.study, part.series), taken[part.study_id])
 
 

@@ -8,9 +8,10 @@ import pandas as pd
 from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
-from lsdc_utils.vocabulary import AXIAL, CONDITIONS, LEVELS, SIDES
+from lsdc_utils.vocabulary import AXIAL, GROUP_OF, LEVELS, SIDES
 
 AXIAL_REACH = 7.0  # mm off a level's point up to which an axial slice shows that level
+RECESS_TO_CANAL = 3.0  # mm to posterior: mean over the training studies of the demo
 FEW_PAIRS = 5  # studies; below this a median of labels is worth less than that of other data
 
 
@@ -25,13 +26,13 @@ def axial_levels(stack: Stack, canal: pd.DataFrame) -> np.ndarray:
     return np.where(distances.min(axis=1) <= AXIAL_REACH, numbers[distances.argmin(axis=1)], -1)
 
 
-def _points(labels: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """X, Y, Z by study and level: the clicked canal points, and the middles of levels with both foramen points."""
+def _points(labels: pd.DataFrame, pairs: str = "nfn") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """X, Y, Z by study and level: the clicked canal points, and the middles of levels with both points of `pairs`."""
     placed = labels.dropna(subset=[*"XYZ"])
-    group = placed["condition"].map({c.name: c.group for c in CONDITIONS.values()})
-    canal, foramina = (placed[group == key].set_index(["study_id", "level"])[[*"XYZ"]] for key in ("scs", "nfn"))
-    foramina = foramina.groupby(["study_id", "level"])
-    return canal.astype(float), foramina.mean()[foramina.size() == len(SIDES)].astype(float)
+    group = placed["condition"].map(GROUP_OF)
+    canal, sides = (placed[group == key].set_index(["study_id", "level"])[[*"XYZ"]] for key in ("scs", pairs))
+    sides = sides.groupby(["study_id", "level"])
+    return canal.astype(float), sides.mean()[sides.size() == len(SIDES)].astype(float)
 
 
 def canal_from_foramina(labels: pd.DataFrame) -> tuple[tuple[float, float], ...]:
@@ -50,6 +51,12 @@ def readers_canal(labels: pd.DataFrame, offsets: Sequence[Sequence[float]]) -> p
     canal, middle = _points(labels)
     middle[["Y", "Z"]] += np.array(offsets)[[LEVELS.index(level) for level in middle.index.get_level_values("level")]]
     return canal.combine_first(middle).reset_index()
+
+
+def recess_canal(labels: pd.DataFrame) -> pd.DataFrame:
+    """Points (study_id, level, X, Y, Z) behind the middle of a level's two recess points. They place windows on axial
+    slices where no other point was clicked; patients move, so they are no evidence on sagittal images."""
+    return (_points(labels, "ss")[1] + [0.0, RECESS_TO_CANAL, 0.0]).reset_index()
 
 
 def axial_slices(stacks: Sequence[Stack], canal: pd.DataFrame) -> pd.DataFrame:

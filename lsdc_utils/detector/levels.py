@@ -157,8 +157,9 @@ def grade_study(
     """
     seen = [find_discs(network, stacks) for network in localisers]
     canal = canal_points(seen, study_id, [network.calibration for network in localisers]) if seen else None
-    keys = ("scs", "nfn", "ss")
+    keys = [key for key in ("scs", "nfn", "ss") if key in detectors]
     rows, points = zip(*(grade_condition(detectors[key], study_id, stacks, canal, scheme) for key in keys), strict=True)
-    points = points if canal is None else (canal, *points[1:])
-    named = [table.assign(condition=key) for key, table in zip(keys, points, strict=True)]
+    points = dict(zip(keys, points, strict=True))
+    points = points if canal is None else {"scs": canal} | {key: points[key] for key in keys if key != "scs"}
+    named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows, ignore_index=True), pd.concat(named, ignore_index=True)

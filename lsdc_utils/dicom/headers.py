@@ -41,11 +41,12 @@ UNDEFINED = 0xFFFFFFFF  # the length of encapsulated pixel data
 WANTED_NAMES = """
     AcquisitionContrast AcquisitionNumber BitsAllocated BitsStored BodyPartExamined Columns ComplexImageComponent
     EchoPulseSequence EchoTime EffectiveEchoTime HighBit ImageOrientationPatient ImagePositionPatient ImageType
-    InstanceNumber InversionTime InversionTimes Modality NumberOfFrames PatientBirthDate PatientID PatientName
-    PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelPaddingRangeLimit PixelPaddingValue
-    PixelRepresentation PixelSpacing ProtocolName RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel
-    ScanningSequence SeriesDescription SeriesInstanceUID SharedFunctionalGroupsSequence SOPInstanceUID
-    StudyInstanceUID TransferSyntaxUID
+    InstanceNumber InversionTime InversionTimes MagneticFieldStrength Manufacturer Modality NumberOfFrames
+    PatientAge PatientBirthDate PatientID PatientName PatientSex PerFrameFunctionalGroupsSequence
+    PhotometricInterpretation PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing ProtocolName
+    RepetitionTime RescaleIntercept RescaleSlope Rows SamplesPerPixel ScanningSequence SeriesDescription
+    SeriesInstanceUID SharedFunctionalGroupsSequence SliceThickness SOPInstanceUID StudyInstanceUID
+    TransferSyntaxUID
 """
 WANTED_TAGS = [tag_for_keyword(name) for name in WANTED_NAMES.split()]
 GROUP_NAMES = """

@@ -4,27 +4,34 @@ import json
 from pathlib import Path
 
 PHANTOM_ONLY = "phantom_only"  # basis of models that were trained on synthetic images alone
+TAKEN = {"localiser": "localiser", "yolo": "detectors"}  # models that may be taken from another run, in words
 KINDS = {"kaggle": "the RSNA 2024 data set", "folder": "a data folder"}  # of data.json, in words
 
 
 def training_studies(run_dir: str | Path) -> int:
-    """Number of studies that any detector of a run was trained on; 0 where its weights do not list them."""
-    lists = (json.loads(file.read_text()).get("studies") for file in Path(run_dir).glob("weights/yolo_*.json"))
+    """Number of studies that any detector or transformer of a run was trained on; 0 where none lists them."""
+    lists = (json.loads(file.read_text()).get("studies") for file in Path(run_dir).glob("weights/[vy]*.json"))
     return len(set().union(*(studies for studies in lists if isinstance(studies, list))))
 
 
 def grade_basis(run_dir: str | Path) -> str:
-    """`PHANTOM_ONLY`, or 'trained on <n> studies of <data>': of a run, or of the models that `pack` made from one."""
+    """`PHANTOM_ONLY`, or 'trained on <n> studies of <data>': of a run, or of the models that `pack` made from one.
+    Of models that were taken from another run, what those rest on follows."""
     files = [Path(run_dir, name) for name in ("provenance.json", "data.json")]
     about = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     data = about.get("data", about)
     if data.get("kind") == "phantom":
         return PHANTOM_ONLY
     count = data.get("studies") or training_studies(run_dir) or "an unknown number of"
-    return f"trained on {count} studies of {KINDS.get(data.get('kind'), 'unknown data')}"
+    abouts = {f.name.split("_")[0]: json.loads(f.read_text()) for f in sorted(Path(run_dir).glob("weights/*.json"))}
+    taken = {name: about["basis"] for name, about in abouts.items() if "basis" in about}
+    own = f"trained on {count} studies of {KINDS.get(data.get('kind'), 'unknown data')}"
+    lent = [f"{' and '.join(TAKEN[name] for name in taken)}: {' or '.join({*taken.values()})}"] if taken else []
+    return "; ".join([own, *lent])
 
 
 def basis_words(basis: str) -> str:
-    """The sentence about a `grade_basis` that stands on pages and in the terminal."""
+    """The sentence about a `grade_basis` that stands on pages and in the terminal, and one on what follows a ' | '."""
+    basis, _, mark = basis.partition(" | ")
     meaning = " (the models were trained on synthetic images alone, never on a patient's)"
-    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}."
+    return f"Grade basis: {basis}{meaning if basis == PHANTOM_ONLY else ''}.{mark and f' {mark[0].upper()}{mark[1:]}.'}"

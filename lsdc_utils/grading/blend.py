@@ -65,7 +65,7 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
     def loss(parameters: np.ndarray) -> float:
         """The parts of the score that these rows touch, of the blend with these numbers."""
         scores = scorer.losses(metric.weight_rows(_mix(parameters, *ratios))).score()
-        return float(np.nansum([value for part, value in scores.items() if part != "total"]))
+        return float(np.nansum([scores[part] for part in metric.PARTS[:-1]]))
 
     def objective(parameters: np.ndarray) -> float:
         """The loss, and a pull towards the best simple blend."""

@@ -4,11 +4,14 @@ All functions but `difference` take judged rows (`judge`), in the same order for
 """
 
 import itertools
-from collections.abc import Collection
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score, precision_recall_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lsdc_utils import metric
 from lsdc_utils.metric import PROBABILITIES
@@ -17,6 +20,7 @@ from lsdc_utils.vocabulary import GROUPS
 Judged = dict[str, pd.DataFrame]  # by model
 POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
 EVENTS = {"severe": 2, "moderate or severe": 1}  # the mildest severity that counts as the event
+FEWEST, FEW = 10, 30  # patients: under the first there are no intervals, under the second they are rough
 SUSPECT = 0.05  # a label this improbable to models that did not see it is worth a second look
 
 
@@ -37,19 +41,19 @@ def difference(
     losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
     samples = metric.resampled_scores(losses)
-    intervals = zip(metric.PARTS, metric.interval(samples[model] - samples[other]), strict=True)
+    intervals = zip(losses[model].parts, metric.interval(samples[model] - samples[other]), strict=True)
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 
 
-def by_trait(judged: Judged, trait: pd.Series) -> pd.DataFrame:
+def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.DataFrame:
     """The weighted log loss of rows that share a value of `trait` (n,): a line a value; missing values are left out.
 
     Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the ensemble's skill where
-    there is an oracle, else of its loss; skill.
+    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies.
     """
     lines = {}
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
-        codes, studies = pd.factorize(judged["ensemble"]["study_id"].iloc[places])
+        codes, studies = pd.factorize(judged["ensemble"][unit].iloc[places])
         counts = np.vstack([np.ones(len(studies)), metric.bootstrap(len(studies))])  # first the studies as they are
         sums = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) for name, rows in judged.items()}
         weight = counts @ np.bincount(codes, judged["ensemble"]["weight"].iloc[places])
@@ -64,18 +68,61 @@ def by_trait(judged: Judged, trait: pd.Series) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def discrimination(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`."""
+def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | None = None) -> pd.DataFrame:
+    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`, or
+    at the event's cut-off where `cut_offs` (those of `find_cut_offs`) has one."""
     lines = {}
-    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
-        of_group = rows[rows["group"] == group.key]
-        truth = of_group["severity"] >= mildest
-        chance = of_group[PROBABILITIES[mildest:]].sum(axis=1)
-        line = lines[group.score, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
-        for point in POINTS if truth.nunique() == 2 else ():
-            line[f"sensitivity at {point}"] = (chance[truth] >= point).mean()
-            line[f"specificity at {point}"] = (chance[~truth] < point).mean()
+    for group, event, truth, chance in _events(rows):
+        line = lines[group, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
+        own = (cut_offs or {}).get(group, {}).get(event)
+        line |= {} if own is None else {"cut-off": own}
+        points = [(f" at {point}", point) for point in POINTS] if own is None else [("", own)]
+        for name, point in points if truth.nunique() == 2 else ():
+            line[f"sensitivity{name}"] = (chance[truth] >= point).mean()
+            line[f"specificity{name}"] = (chance[~truth] < point).mean()
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def find_cut_offs(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Of each group and event the natural probability with the largest sum of sensitivity and specificity (Youden,
+    Cancer 1950); events that no row, or every row, is are left out."""
+    found = {}
+    for group, event, truth, chance in _events(rows):
+        if truth.nunique() == 2:
+            others, events, points = roc_curve(truth, chance)
+            found.setdefault(group, {})[event] = float(points[1:][np.argmax((events - others)[1:])])  # first: infinite
+    return found
+
+
+def _events(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:
+    """Group, event, and of the group's rows whether they are the event and its natural probability."""
+    for group, (event, mildest) in itertools.product(GROUPS.values(), EVENTS.items()):
+        own = rows[rows["group"] == group.key]
+        yield group.score, event, own["severity"] >= mildest, own[PROBABILITIES[mildest:]].sum(axis=1)
+
+
+def reference(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What other data are compared with: the run's `prior`, natural label frequencies by condition and level, and
+    `cut_offs` of its out-of-fold rows. Of packed models what `pack` kept of these, else the recipe's prior alone."""
+    kept, oof = run / "reference.json", run / "predictions/ensemble_oof.parquet"
+    if kept.is_file() or not oof.is_file():
+        return json.loads(kept.read_text()) if kept.is_file() else {"prior": recipe["prior"], "cut_offs": {}}
+    labels = pd.read_parquet(run / "tables/labels.parquet")
+    rows = judge(pd.read_parquet(oof), metric.solution_of(labels))
+    return {"prior": metric.prior(labels).to_dict("records"), "cut_offs": find_cut_offs(rows)}
+
+
+def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame], draws: int = 300) -> list[Any]:
+    """The low and the high end, two tables like `measure(rows)`, of 95 % intervals from bootstrap samples of patients
+    (a column of judged `rows`); NaN under `FEWEST` patients. `measure` sees groups, severities and probabilities."""
+    rows = rows[["group", "severity", *PROBABILITIES, "patient"]].astype({"group": "category"})  # which is fast
+    table, places = measure(rows), list(rows.groupby("patient").indices.values())
+    draw, drawn = np.random.default_rng(0), []
+    for _ in range(draws if len(places) >= FEWEST else 0):
+        sample = np.concatenate([places[k] for k in draw.integers(len(places), size=len(places))])
+        drawn.append(measure(rows.iloc[sample]).reindex_like(table).to_numpy(float).ravel())
+    ends = np.array(metric.interval(np.array(drawn).reshape(-1, table.size))).T.reshape(2, *table.shape)
+    return [pd.DataFrame(end, table.index, table.columns) for end in ends]
 
 
 def agreement(judged: Judged) -> pd.DataFrame:
@@ -85,18 +132,24 @@ def agreement(judged: Judged) -> pd.DataFrame:
     (a, b) with the probability q_a q_b.
     """
     lines = {}
-    for group, weights in itertools.product(GROUPS.values(), ("linear", "quadratic")):
+    for group, (weights, power) in itertools.product(GROUPS.values(), {"linear": 1, "quadratic": 2}.items()):
         line = lines[group.score, weights] = {}
         for model in (name for name in ("yolo", "vit3d", "ensemble", "oracle") if name in judged):
             rows = judged[model][judged[model]["group"] == group.key]
             natural = rows[PROBABILITIES].to_numpy()
             if len(rows):
-                grade = natural.argmax(axis=1)
-                line[model] = cohen_kappa_score(rows["severity"], grade, labels=[0, 1, 2], weights=weights)
+                cells = 3 * rows["severity"].to_numpy(int) + natural.argmax(axis=1)
+                line[model] = _kappa(np.bincount(cells, minlength=9).reshape(3, 3), power)
             if len(rows) and model == "oracle":
-                first, second, joint = *np.divmod(np.arange(9), 3), (natural.T @ natural).ravel()
-                line["two readers"] = cohen_kappa_score(first, second, weights=weights, sample_weight=joint)
+                line["two readers"] = _kappa(natural.T @ natural, power)
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def _kappa(joint: np.ndarray, power: int) -> float:
+    """Kappa, weighted by a power of the grades' distance, of how often two grades meet (3, 3); NaN where undefined."""
+    apart = np.abs(np.subtract.outer(range(3), range(3))) ** power
+    by_chance = (apart * np.outer(joint.sum(axis=1), joint.sum(axis=0))).sum()
+    return float(1 - (apart * joint).sum() * joint.sum() / by_chance) if by_chance else np.nan
 
 
 def calibration(judged: Judged) -> pd.DataFrame:

@@ -51,11 +51,12 @@ class Models:
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points = grade_study(self.localisers, self.yolos, study_id, stacks, self.scheme)
+        looked = self.predict(self.vits, [(study_id, list(stacks))], points, self.views)
         types = sorted({stack.series_type for stack in stacks})
-        doubts = pd.DataFrame(_doubts(study_id, types, rows, points), columns=COLUMNS_OF["findings"])
+        doubts = pd.DataFrame(_doubts(study_id, types, rows, points, self.yolos), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
-            "vit3d": self.predict(self.vits, [(study_id, list(stacks))], points, self.views),
+            "vit3d": metric.rows_of_groups(looked, self.yolos),
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
@@ -63,10 +64,12 @@ class Models:
         }
 
 
-def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame) -> Iterator[tuple]:
-    """Findings about a study's grading: types of readable series on which nothing was detected, by the rows of all
-    detectors, and levels that may be named wrong, by the study's points."""
-    for group in GROUPS.values():
+def _doubts(
+    study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame, keys: Iterable[str]
+) -> Iterator[tuple]:
+    """Findings about a study's grading: types of readable series on which nothing was detected, by the rows of the
+    detectors of groups `keys`, and levels that may be named wrong, by the study's points."""
+    for group in map(GROUPS.get, keys):
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"
             yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
@@ -74,10 +77,10 @@ def _doubts(study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.
         yield study_id, None, "levels_uncertain", f"{sure:.2f}", "graded; check the levels on its page"
 
 
-def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
-    """The models of these folds in a folder of weights; errors as `load_detector` and `load_vit` raise them."""
+def load_models(weights: str | Path, folds: Iterable[int], views: int, conditions: Collection[str] = GROUPS) -> Models:
+    """The models of these folds and conditions in a folder; errors as `load_detector` and `load_vit` raise them."""
     weights, folds = Path(weights), list(folds)
-    yolos = {key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt") for fold in folds] for key in GROUPS}
+    yolos = {key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt") for fold in folds] for key in conditions}
     localisers = [load_localiser(weights / f"localiser_fold{fold}.safetensors") for fold in folds]
     return Models(localisers, yolos, [load_vit(weights / f"vit3d_fold{fold}.safetensors") for fold in folds], views)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SPINAL_CANAL, mirrored
+from lsdc_utils.vocabulary import CONDITIONS, GROUP_OF, GROUPS, SPINAL_CANAL, mirrored
 
 NEAR_DISC = 4.0  # mm: an axial slice this close to a disc's plane, at the canal, shows that disc's level
 SLICES = "axial slices"  # their name in the column condition
 WITHIN = {"within": "distance", "in_plane_within": "in_plane"}  # beginning of a column's name -> distances it counts
-GROUP_OF = {name: condition.group for name, condition in CONDITIONS.items()}
 SIDE_OF = {name: condition.side or "" for name, condition in CONDITIONS.items()}
 
 

@@ -28,21 +28,23 @@ class RunError(ValueError):
     """A run that cannot be used: not finished, or made by other code; the message says which, and what to do."""
 
 
-def weight_files(folds: Iterable[int], published: bool = False) -> list[str]:
+def weight_files(folds: Iterable[int], published: bool = False, conditions: Iterable[str] = GROUPS) -> list[str]:
     """The weights of the models of these folds, relative to the run's folder; each has a .json beside it."""
-    names = ["localiser_fold{}.safetensors", *(f"yolo_{key}_fold{{}}.pt" for key in GROUPS), "vit3d_fold{}.safetensors"]
+    yolos = (f"yolo_{key}_fold{{}}.pt" for key in conditions)
+    names = ["localiser_fold{}.safetensors", *yolos, "vit3d_fold{}.safetensors"]
     return [f"weights/{name.format(fold)}" for name in names[published:] for fold in folds]
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run: how its models are used and blended. RunError where files are missing (names them)
-    or where it was made by code with another format."""
+    """blend.json of a finished run: how its models are used and blended, and of which `conditions` they are. RunError
+    where files are missing (names them) or where it was made by code with another format."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
         remedy = "run it again, or use the version in its provenance.json"
         raise RunError(f"the run in {run} was made by an older version of the code: {remedy}")
-    weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published")
+    recipe.setdefault("conditions", list(GROUPS))  # which older recipes do not name
+    weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published", recipe["conditions"])
     needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
     if missing := [name for name in needed if not (run / name).is_file()]:
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
@@ -54,10 +56,22 @@ def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataF
     return pd.concat([_read(Path(run_dir), f"{name}_fold{fold}_oof") for fold in folds], ignore_index=True)
 
 
-def read_models(run_dir: str | Path, folds: Collection[int]) -> dict[str, pd.DataFrame]:
+def read_models(
+    run_dir: str | Path, folds: Collection[int], conditions: Collection[str] = GROUPS
+) -> dict[str, pd.DataFrame]:
     """Each model's out-of-fold rows before they are blended: yolo (all conditions) and vit3d."""
-    yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in GROUPS], ignore_index=True)
-    return {"yolo": yolo, "vit3d": read_folds(run_dir, "vit3d", folds)}
+    yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in conditions], ignore_index=True)
+    return {"yolo": yolo, "vit3d": metric.rows_of_groups(read_folds(run_dir, "vit3d", folds), conditions)}
+
+
+def read_points(run_dir: str | Path, folds: Iterable[int], conditions: Iterable[str], least: float = 0) -> pd.DataFrame:
+    """The out-of-fold points with their condition, a key of GROUPS; the canal's are the localiser's where its detector
+    was not trained. Studies whose level confidence is under `least` are left out."""
+    keys = [key for key in GROUPS if key in conditions or key == "scs"]
+    names = {key: f"points_{key if key in conditions else 'canal'}" for key in keys}
+    tables = [read_folds(run_dir, name, folds).assign(condition=key) for key, name in names.items()]
+    points = pd.concat(tables, ignore_index=True)
+    return points[~points["study_id"].isin(points["study_id"][points["level_confidence"] < least])] if least else points
 
 
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:

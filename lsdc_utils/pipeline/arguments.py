@@ -12,7 +12,7 @@ from pathlib import Path
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
 READY = "pretrained"  # folder in outputs/ of the ready-made models
-RESERVED = ("data", "sample", READY, "predict")  # names in outputs/ that no run may have
+RESERVED = ("data", "sample", READY, "predict", "evaluation")  # names in outputs/ that no run may have
 
 
 class UsageError(ValueError):
@@ -59,6 +59,7 @@ COMMANDS = {  # name: arguments as shown in --help, what it does
     "run": ("[KEY=VALUE ...]", "run the pipeline, only steps that are not up to date; the default command"),
     "validate": ("DIR", "check a data folder; print findings; exit 1 if it cannot be used"),
     "predict": ("DIR [--run NAME]", "grade every study in a folder with the ready-made models, a run or an archive"),
+    "evaluate": ("DIR [--run NAME]", "grade the labelled studies of a folder and score the grades"),
     "export": ("[STUDY ...]", "export grades of a finished run as CSV and DICOM SR, one folder per study"),
     "pack": ("", "pack the models of a finished run into one archive, for predict on another machine"),
     "kaggle-bundle": ("", "write a data set and a notebook that grade the hidden studies on Kaggle"),
@@ -77,7 +78,13 @@ SWITCH, EITHER = {"action": "store_true"}, {"action": argparse.BooleanOptionalAc
 FINISHED = {"default": "demo", "type": finished_run}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
-    ("validate predict", "folder", "DIR", "the competition's layout, or any folder of DICOM files", {"type": folder}),
+    (
+        "validate predict evaluate",
+        "folder",
+        "DIR",
+        "the competition's layout, or a folder of DICOM files",
+        {"type": folder},
+    ),
     ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
     ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
     ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", {"type": at_least_one, "nargs": "*"}),
@@ -88,10 +95,13 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
     ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
     ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
-    ("predict", "--run", "NAME", f"a run or an archive made by `pack` (default: outputs/{READY})", {"default": READY}),
+    ("predict evaluate", "--run", "NAME", f"a run or `pack`'s archive (default: outputs/{READY})", {"default": READY}),
     ("export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
     ("validate", "--out", "FILE", "also write the findings to this csv", {"type": Path}),
     ("predict", "--out", "DIR", "where grades go (default: outputs/[NAME/]predict/<folder>)", {"type": Path}),
+    ("evaluate", "--out", "DIR", "where results go (default: outputs/[NAME/]evaluation/<folder>)", {"type": Path}),
+    ("evaluate", "--labels", "CSV", "row_id,severity (default: train.csv or solution.csv in DIR)", {"type": Path}),
+    ("evaluate", "--allow-trained", None, "score studies that the models were trained on, marked so", SWITCH),
     ("predict", "--pages", None, "a page per study (default: up to 20 studies)", EITHER),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
     ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
@@ -99,7 +109,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("pack", "--measured", "CSV", "with --ready: a table of results on real scans, shown in the card", {"type": Path}),
     ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
     ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
-    ("run predict ablate curve", "--cores", "N", "processor cores to use (default: all)", {"type": at_least_one}),
+    ("run predict evaluate ablate curve", "--cores", "N", "processor cores (default: all)", {"type": at_least_one}),
     ("run", "--until", "STEP", "stop after this step", {}),
     ("run", "--force", "STEP", "re-run this step and what depends on it", {"action": "append", "default": []}),
     ("run", "--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/", SWITCH),

@@ -19,13 +19,13 @@ from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
-from lsdc_utils.pipeline.parameters import check_start, load_parameters
+from lsdc_utils.pipeline.parameters import check_start, load_parameters, resolve_conditions
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-EXPLAINED = ("UsageError", "RunError", "ExportError")  # by their message; their modules are loaded when used
+EXPLAINED = ("UsageError", "RunError", "ExportError", "CompetitionError")  # by their message; loaded when used
 # The filter of `lab`, run by git with the top of the tree as its folder: in the environment that is there then.
 FILTER = """for python in "$0" .venv/bin/python python python3; do
 "$python" -c "import nbstripout" 2>/dev/null && exec "$python" -m nbstripout "$@"; done
@@ -42,6 +42,7 @@ def run_of(asked: Namespace) -> Run:
     if asked.data:
         parameters["data_dir"] = str(asked.data.resolve())
         resume += ["--data", parameters["data_dir"]]
+    resolve_conditions(parameters)
     check_start(parameters)
     resume += ["--until", asked.until] if asked.until else []
     resume += ["--slurm"] if asked.slurm else []
@@ -72,15 +73,17 @@ def validate(asked: Namespace) -> int:
     """Check a data folder; 0 if it can be used, else 1."""
     from lsdc_utils.data import checks
 
-    return checks.main(asked.folder.resolve(), asked.out)
+    return checks.main(asked.folder.resolve(), asked.out, source=OUTPUTS / READY)
 
 
-def predict(asked: Namespace) -> int:
-    """Grade every study in a folder with a run, an archive or the ready-made models."""
-    archive, ready = Path(asked.run) if asked.run.endswith(".zip") else None, asked.run == READY
-    folder, trained = asked.folder.resolve(), OUTPUTS / (archive.stem if archive else asked.run)
-    out = (asked.out or (OUTPUTS if ready else trained) / "predict" / folder.name).resolve()  # READY is committed
-    if archive and not archive.is_file():
+def grading(asked: Namespace, kind: str) -> tuple[Path, Path, str]:
+    """Of a command that grades a folder: the folder, or archive, of the models, the folder of results, and the models'
+    name; UsageError if they are wrong."""
+    archive, ready = asked.run.endswith(".zip"), asked.run == READY
+    folder, name = asked.folder.resolve(), Path(asked.run).stem if archive else asked.run
+    trained = Path(asked.run) if archive else OUTPUTS / name
+    out = (asked.out or (OUTPUTS if ready else OUTPUTS / name) / kind / folder.name).resolve()  # READY is committed
+    if archive and not trained.is_file():
         raise UsageError(f"--run {asked.run}: no such file")
     if not archive and not ready and not trained.is_dir():
         runs = ", ".join(sorted(path.parent.name for path in OUTPUTS.glob("*/blend.json"))) or "none yet"
@@ -90,20 +93,35 @@ def predict(asked: Namespace) -> int:
     if out.is_relative_to(folder) or (out / "weights").is_dir():
         place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
         raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
+    return trained, out, name
+
+
+def models_in(trained: Path, unpacked: Path) -> Path:
+    """The folder of the models, of an archive where it is unpacked; UsageError where they cannot be used."""
+    from lsdc_utils.pipeline import pack
+
+    if trained.suffix == ".zip":
+        return pack.unpack(trained, unpacked)
+    if trained == OUTPUTS / READY:
+        pack.check_ready(trained)
+    return trained.resolve()
+
+
+def predict(asked: Namespace) -> int:
+    """Grade every study in a folder with a run, an archive or the ready-made models."""
+    (trained, out, name), folder = grading(asked, "predict"), asked.folder.resolve()
     from lsdc_utils.data.competition import CompetitionError
     from lsdc_utils.grading.basis import grade_basis
     from lsdc_utils.grading.run_tables import RunError
-    from lsdc_utils.pipeline import pack, predict
+    from lsdc_utils.pipeline import predict
 
     began, cores = time.time(), asked.cores or usable_cores()
     resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
     resume += [] if asked.pages is None else ["--pages" if asked.pages else "--no-pages"]
     with locked(out):
         try:
-            trained = pack.unpack(archive, out / "models") if archive else trained
-            if ready:
-                pack.check_ready(trained)
-            parameters = predict.prepare(folder, trained.resolve(), out, cores)
+            trained = models_in(trained, out / "models")
+            parameters = predict.prepare(folder, trained, out, cores)
         except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
@@ -114,13 +132,29 @@ def predict(asked: Namespace) -> int:
             print(f"\n{summary}\n\ngrades: {out}/grades.csv")
             pages = asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES)
             if pages:
-                name = archive.stem if archive else asked.run
                 print(f"pages: {predict.write_pages(out, shards, parameters, name, basis)}")
             device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
             seconds = f"{time.time() - began:.0f} s on {device}"
             check = ": check these on their pages" if pages and uncertain else ""
             print(f"{studies} studies in {seconds}; levels uncertain in {uncertain}{check}")
     return status
+
+
+def evaluate(asked: Namespace) -> int:
+    """Grade the labelled studies of a folder and score the grades."""
+    (trained, out, name), cores = grading(asked, "evaluation"), asked.cores or usable_cores()
+    from lsdc_utils.pipeline import labelled
+
+    resume = ["./run_all.sh", "evaluate", asked.folder, "--run", asked.run, "--out", out, "--cores", cores]
+    resume += [*(["--labels", asked.labels] if asked.labels else []), *["--allow-trained"] * asked.allow_trained]
+    with locked(out):
+        trained = models_in(trained, out / "work" / "models")
+        found = labelled.find(asked.folder.resolve(), asked.labels, cores)
+        overlap = labelled.check_overlap(found, trained, asked.allow_trained, cores)
+        numbers = labelled.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
+    print(score_table(numbers).replace("test studies", "labelled studies"))
+    print("", *numbers["notes"], "", f"numbers: {out}/evaluation.json", f"report: {out}/report/index.html", sep="\n")
+    return 0
 
 
 def export(asked: Namespace) -> int:

@@ -50,12 +50,14 @@ class Step:
     name: str  # e.g. 03_train_yolo_scs_fold0: names log, benchmark and executed notebook
     notebook: str  # e.g. 03_train_yolo
     given: dict[str, Any] = field(default_factory=dict)  # condition and fold of a training, files of a shard
+    cwd: Path = NOTEBOOKS  # of its kernel
 
 
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
     """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
 
-    Only the `folds` are trained. Stress tests need `stress_bodies`; the phantom's chapter needs a phantom.
+    Only the `folds` are trained, and detectors of the `conditions`. Stress tests need `stress_bodies`; the phantom's
+    chapter needs a phantom.
     """
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
@@ -66,7 +68,7 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     yolo, folds = "03_train_yolo", parameters["folds"]
     for name in ("03_train_localiser", "04_train_vit3d"):
         steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
-    trainings = [{"condition": condition, "fold": fold} for condition in GROUPS for fold in folds]
+    trainings = [{"condition": condition, "fold": fold} for condition in parameters["conditions"] for fold in folds]
     steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
     if parameters["data_dir"] or not parameters["phantom"]:
         del steps["phantom"]
@@ -117,12 +119,8 @@ def declared(notebook: str) -> dict[str, Any]:
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
-    values = {
-        "run_dir": f"../outputs/{run_name}",
-        "inner": -1,
-        **parameters,
-        **step.given,
-    }  # a prediction names its run
+    own = {"run_dir": f"../outputs/{run_name}", "inner": -1}  # a prediction names its run
+    values = {**own, **parameters, **step.given}
     return {name: values[name] for name in declared(step.notebook)}
 
 
@@ -216,15 +214,17 @@ def without_figure(notebook: Any) -> list[int]:
     return lost
 
 
-def execute(run_dir: Path, step: Step) -> None:
+def execute(run_dir: Path, step: Step, parameters: dict[str, Any] | None = None) -> None:
     """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
+    parameters: default: those of the run.
 
     RuntimeError if a cell did not run or a figure is not there; errors of papermill and the kernel are passed on.
     """
     import papermill  # takes a second, which the Snakefile and the command line do not need
     from traitlets.config import Config
 
-    parameters = step_parameters(step, read_parameters(run_dir), run_dir.name)
+    parameters = read_parameters(run_dir) if parameters is None else parameters
+    parameters = step_parameters(step, parameters, run_dir.name)
     os.environ.setdefault("PYTHONPATH", str(ROOT))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"):
         os.environ.pop(name, None)  # Snakemake sets them by --cores, and threads change the weights of a training
@@ -236,7 +236,7 @@ def execute(run_dir: Path, step: Step) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
     with executed.with_suffix(".log").open("w", errors="surrogateescape") as log, own_gpu():
-        settings = {"kernel_name": "python3", "cwd": NOTEBOOKS, "stdout_file": log, "stderr_file": log}
+        settings = {"kernel_name": "python3", "cwd": step.cwd, "stdout_file": log, "stderr_file": log}
         shutil.copyfile(NOTEBOOKS / f"{step.notebook}.ipynb", executed)
         path = str(executed.relative_to(run_dir))  # papermill fills in braces, and writes its name into the notebook
         try:

@@ -15,10 +15,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lsdc_utils.data.cohort import TRAINED_ON, trained_on
 from lsdc_utils.files import atomic, sha256
+from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, SEVERITIES
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -46,6 +48,9 @@ def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.Data
     results on real scans, for the card. UsageError if all files together exceed `READY_SIZE`.
     """
     recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}
+    if len(recipe["conditions"]) < len(GROUPS):
+        names = ", ".join(recipe["conditions"])
+        raise UsageError(f"{run} grades {names} alone: ready-made models grade all conditions")
     if (size := sum(map(len, _contents(run, recipe, measured).values()))) > READY_SIZE:
         most = f"{size / 1e6:.1f} MB, more than {READY_SIZE / 1e6:.0f}"
         raise UsageError(f"the models in {run} take {most}: train one fold, or smaller models")
@@ -69,7 +74,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
     from lsdc_utils.report.run import Run
 
-    weights = weight_files(recipe["folds"], recipe["kind"] == "published")
+    weights = weight_files(recipe["folds"], recipe["kind"] == "published", recipe["conditions"])
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
@@ -82,6 +87,9 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
     contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
+    contents["reference.json"] = _json(reference(run, recipe))
+    if known := trained_on(run):
+        contents[TRAINED_ON] = _json(known)
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}
     contents["MODEL_CARD.md"] = model_card(Run(run), measured, digests).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
@@ -109,7 +117,7 @@ def check_ready(folder: Path) -> None:
 
     recipe = read_recipe(folder)
     try:
-        load_models(folder / "weights", recipe["folds"], recipe["vit_views"])
+        load_models(folder / "weights", recipe["folds"], recipe["vit_views"], recipe["conditions"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(f"this version of the code cannot load the models in {folder}: {error!r}") from error
 

@@ -9,11 +9,13 @@ import yaml
 
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared
+from lsdc_utils.vocabulary import GROUPS, groups_of
 
 PROFILES = NOTEBOOKS / "profiles"
 ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
     "size", "slices", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "context", "head",
 )))  # fmt: skip
+BORROWED = ("start_from", "points_from")  # parameters that name other models
 STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
 
 
@@ -47,7 +49,7 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     if isinstance(defaults[key], str):
         path = Path(os.path.expanduser(raw))  # Path's own raises where ~NAME is not a user
         is_path = bool(raw) and (key == "data_dir" or key.endswith("_csv"))
-        if key == "start_from" and raw:  # a run by name, or a folder
+        if key in BORROWED and raw:  # a run by name, or a folder
             path, is_path = next(place for place in (OUTPUTS / raw, path) if place.is_dir() or place is path), True
         is_path |= key in ("yolo_model", "vit_encoder_weights") and path.is_file()
         return key, str(path.resolve()) if is_path else raw
@@ -77,23 +79,55 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
     return parameters
 
 
-def check_start(parameters: dict[str, Any]) -> None:
-    """UsageError in a sentence unless `start_from` is empty, or a folder of models of the same architecture that were
-    trained on other studies: else out-of-fold studies would have been seen."""
-    if not (place := parameters.get("start_from")):
+def resolve_conditions(parameters: dict[str, Any]) -> None:
+    """Replace `conditions` by the keys of the groups to train; UsageError for a wrong one, or one without any grade.
+
+    Without all three there are no stress tests, whose phantom narrows each; a line is printed then.
+    """
+    folder, graded = parameters["data_dir"], GROUPS
+    if folder and Path(folder, "train.csv").is_file():
+        from lsdc_utils.data import competition  # takes a second
+
+        graded = competition.graded_groups(competition.read_labels(folder))
+    try:
+        parameters["conditions"] = groups_of(parameters["conditions"], graded)
+    except ValueError as error:
+        raise UsageError(f"{folder or 'the data'}: {error}") from error
+    if not parameters["conditions"]:
+        raise UsageError(f"{folder}: no training study has a grade")
+    if len(parameters["conditions"]) == len(GROUPS):
         return
+    if parameters["published_method"]:
+        raise UsageError("published_method trains all three conditions")
+    if parameters.get("stress_bodies"):
+        parameters["stress_bodies"] = 0
+        print(f"no stress tests: they need all three conditions, this run has {', '.join(parameters['conditions'])}")
+
+
+def check_start(parameters: dict[str, Any]) -> None:
+    """UsageError in a sentence unless `start_from` and `points_from` are empty, or folders of models that were trained
+    on other studies, since out-of-fold studies would have been seen; a start has the same architecture as well."""
+    for name in BORROWED:
+        if place := parameters.get(name):
+            _check_models(parameters, name, place)
+
+
+def _check_models(parameters: dict[str, Any], name: str, place: str) -> None:
     record = Path(place) / "parameters.yml"
     if not record.is_file() or not (Path(place) / "weights").is_dir():
-        raise UsageError(f"start_from: {place} is neither a run in outputs/ nor a folder of packed models")
+        raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
     theirs, keys = yaml.safe_load(record.read_text()), (*ARCHITECTURE, *STUDIES)
     # Names alone: models may have moved, and packed ones have no folders.
     there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
     differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
-    if other := [differ[key] for key in ARCHITECTURE if key in differ]:
+    wanted = set(parameters.get("conditions", GROUPS))
+    if lacking := sorted(wanted - {"all"} - set(theirs.get("conditions", GROUPS))):
+        raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
+    if other := [differ[key] for key in ARCHITECTURE if key in differ and name == "start_from"]:
         raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
     drawn = parameters["phantom"] and not parameters["data_dir"]
     if differ.keys().isdisjoint(STUDIES if drawn else STUDIES[:1]):
-        raise UsageError(f"start_from: the models in {place} were trained on studies that this run holds out")
+        raise UsageError(f"{name}: the models in {place} were trained on studies that this run holds out")
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:

@@ -36,9 +36,12 @@ FEW_PAGES = 20  # studies up to which pages are written unasked
 RESULTS = ("submission.csv", "grades.csv", "findings.csv")
 
 
-def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
+def prepare(
+    root: Path, run: Path, out: Path, cores: int, chosen: tuple[competition.Competition, list[int]] | None = None
+) -> dict[str, Any]:
     """List what is to be graded, unless that is done, and return the parameters of the prediction.
 
+    chosen: the folder as it was read, and the studies to grade (default: see `_list_studies`).
     RunError or CompetitionError: run or tables cannot be used. UsageError: no study, or `out` is of another folder.
     """
     recipe = read_recipe(run)
@@ -49,9 +52,9 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "pages", ignore_errors=True)
-    if listed["digest"] != (digest := _digest(root)):
+    if listed["digest"] != (digest := f"{_digest(root)}{chosen[1] if chosen else ''}"):
         record.unlink(missing_ok=True)
-        listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores)}
+        listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores, chosen)}
         write_json(record, listed)
     places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
     known = {name: str(place) for name, place in places.items()} | {"n_shards": listed["n_shards"]}
@@ -60,7 +63,7 @@ def prepare(root: Path, run: Path, out: Path, cores: int) -> dict[str, Any]:
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parameters of 05 that grade new studies with the models and the blend of `recipe`, a run's blend.json."""
-    same = {name: recipe[name] for name in ("folds", "vit_views", "threads")}
+    same = {name: recipe[name] for name in ("conditions", "folds", "vit_views", "threads")}
     return {"fit_blend": False, "published_method": recipe["kind"] == "published", **same}
 
 
@@ -76,14 +79,16 @@ def _digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _list_studies(root: Path, out: Path, workers: int) -> int:
-    """Write the tables of shards and findings; return the number of shards. Graded are the test studies of a folder's
-    tables, as by 05; without test studies or tables, every study."""
+def _list_studies(root: Path, out: Path, workers: int, chosen: tuple[competition.Competition, list[int]] | None) -> int:
+    """Write the tables of shards and findings; return the number of shards. Graded are the chosen studies, else the
+    test studies of a folder's tables, as by 05; without test studies or tables, every study."""
     print(f"listing studies in {root}", flush=True)
-    comp = competition.read(root, workers=workers)
-    series, studies = comp.series, set()
+    comp, studies = chosen or (competition.read(root, workers=workers), ())
+    series = comp.series
     described = any((root / f"{split}_series_descriptions.csv").is_file() for split in competition.SPLITS)
-    if described and (series["split"] == "test").any():
+    if chosen:
+        series = series[series["study_id"].isin(studies)]
+    elif described and (series["split"] == "test").any():
         series = series[series["split"] == "test"]
         studies = {int(parse_row_id(row)[0]) for row in comp.sample_rows}
     studies = sorted({*studies, *series["study_id"].tolist()})
@@ -96,8 +101,10 @@ def _list_studies(root: Path, out: Path, workers: int) -> int:
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     with atomic(out / "tables" / "findings.parquet") as file:
         findings.to_parquet(file, index=False)
+    comp.write_ids(out)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
-    if others := comp.series["study_id"].nunique() - series["study_id"].nunique():
+    others = 0 if chosen else comp.series["study_id"].nunique() - series["study_id"].nunique()
+    if others:
         print(f"{others} training studies of the tables are skipped; to grade them, give their folder of images")
     return count
 
@@ -146,20 +153,26 @@ def without_names(texts: pd.Series, root: Path) -> pd.Series:
     return texts.replace(pattern, "[name]", regex=True) if there else texts
 
 
-def write_pages(out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str) -> Path:
-    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`."""
+def write_pages(
+    out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str, evaluated: Path | None = None
+) -> Path:
+    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`;
+    evaluated: the folder of results of an evaluation, whose report is written instead."""
     from lsdc_utils.report.pages import write_study_pages
 
-    comps, rows = {}, []
+    comps = {}
     for shard in shards:
         comp = competition.read_listed(parameters["data_dir"], out / "tables" / f"{shard.name}.parquet")
-        rows.append(read_graded(shard, "test"))
-        comps |= dict.fromkeys(rows[-1]["study_id"].unique(), comp)
+        comps |= dict.fromkeys((int(parse_row_id(row)[0]) for row in comp.sample_rows), comp)
+    rows = pd.concat([read_graded(place, "test") for place in ([evaluated] if evaluated else shards)])
+    notebook = evaluated / "notebooks/evaluate.ipynb" if evaluated else None
     findings = {}
     for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
     weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comps[study], "test", study)[0]
-    return write_study_pages(out / "pages", name, pd.concat(rows), read, weights, basis, findings)
+    return write_study_pages(
+        evaluated / "report" if evaluated else out / "pages", name, rows, read, weights, basis, findings, notebook
+    )
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:

@@ -159,18 +159,20 @@ def failure(logs: Path, step: Step) -> str:
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """The blocks of scores.json as text: test first; only out of fold if test has no labels."""
+    """The blocks of scores.json as text: test first; only out of fold if test has no labels. Where groups are absent,
+    the mean of the others stands in for the total."""
     lines = []
     for name, studies in TITLES.items():
         if not (block := scores.get(name)):
             continue
         lines += ["", f"Weighted log loss, {block['n_studies']} {studies}; lower is better"]
-        skills = block.get("skill") or {}
-        titles = [part.replace("_", " ") for part in PARTS] + (["skill"] if skills else [])
-        lines += [f"  {'':22}" + "".join(f"{title:>14}" for title in titles)]
+        skills, last = block.get("skill") or {}, "mean_of_groups" if "groups" in block else "total"
+        shown = (*PARTS[:-1], last)
+        titles = [part.replace("_", " ") for part in shown] + (["skill"] if skills else [])
+        lines += [f"  {'':22}" + "".join(f"{title:>16}" for title in titles)]
         for model, parts in block["scores"].items():
-            values = [parts[part] for part in PARTS] + ([skills[model]["total"]] if model in skills else [])
-            lines += [f"  {model:22}" + "".join(f"{'-' if v is None else f'{v:.3f}':>14}" for v in values)]
-        if interval := block.get("interval", {}).get("ensemble", {}).get("total"):
-            lines += [f"  ensemble, total: 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"]
+            values = [parts[part] for part in shown] + ([skills[model][last]] if model in skills else [])
+            lines += [f"  {model:22}" + "".join(f"{'-' if v is None else f'{v:.3f}':>16}" for v in values)]
+        if interval := block.get("interval", {}).get("ensemble", {}).get(last):
+            lines += [f"  ensemble, {last.replace('_', ' ')}: 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"]
     return "\n".join(lines)

@@ -165,10 +165,11 @@ def dry_run(run: Run) -> int:
 
 
 def past_shares(run: Run) -> dict[str, float]:
-    """Step -> share_s of its last run here, else in the sample if this is a demo too, of any seeds."""
+    """Step -> share_s of its last run here, else in the sample if this is a demo too, of any seeds and conditions."""
     own = step_table(run.folder)["share_s"].dropna().to_dict()
-    demo, seeds, sample = load_parameters("demo"), ("seed", "phantom_seed"), OUTPUTS / "sample" / "steps.csv"
-    if not sample.is_file() or any(run.parameters.get(key) != demo[key] for key in demo if key not in seeds):
+    demo, sample = load_parameters("demo"), OUTPUTS / "sample" / "steps.csv"
+    like = demo.keys() - {"seed", "phantom_seed", "conditions"}
+    if not sample.is_file() or any(run.parameters.get(key) != demo[key] for key in like):
         return own
     with sample.open() as file:
         lines = {line["step"]: float(line["share_s"]) for line in csv.DictReader(file) if line["share_s"]}

@@ -16,8 +16,8 @@ from lsdc_utils.published.vit import load_vits, predict_studies
 WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
 
 
-def load_models(weights: str | Path, folds: Iterable[int], views: int) -> Models:
-    """The published models of these folds in a folder of weights."""
+def load_models(weights: str | Path, folds: Iterable[int], views: int, conditions: Collection[str] = ()) -> Models:
+    """The published models of these folds in a folder of weights; they are always of all conditions."""
     folds = list(folds)
     return Models([], load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies, SCHEME)
 

@@ -34,10 +34,11 @@ def read_chapters(run: Run) -> list[dict[str, Any]]:
     (anchor and title of its second-level headings).
     """
     files = sorted((run.folder / "notebooks").glob("*.ipynb"), key=lambda file: file.name.replace("phantom", "00_h"))
-    return [_read_chapter(file) for file in files if run.asks_for(file.stem) and not file.stem.endswith("_report")]
+    return [read_chapter(file) for file in files if run.asks_for(file.stem) and not file.stem.endswith("_report")]
 
 
-def _read_chapter(file: Path) -> dict[str, Any]:
+def read_chapter(file: Path) -> dict[str, Any]:
+    """One executed notebook as in `read_chapters`."""
     notebook = nbformat.read(file, as_version=4)
     _describe_images(notebook)
     exporter = HTMLExporter(template_name="chapter", extra_template_basedirs=[str(TEMPLATES)])

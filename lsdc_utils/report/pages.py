@@ -26,12 +26,13 @@ from lsdc_utils.grading.run_tables import SOURCE_NAMES, read_graded, study_reade
 from lsdc_utils.report import run as tables
 from lsdc_utils.report import studies
 from lsdc_utils.report.card import TEMPLATES, environment, limits, sentences
-from lsdc_utils.report.chapters import read_chapters
+from lsdc_utils.report.chapters import read_chapter, read_chapters
 from lsdc_utils.report.pictures import Picture
 from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY_NAMES
 
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that are also written as vector PDF
 MOST_WHOLE = 20  # studies of a prediction that are shown with all slices, about 0.5 MB each
+WORST = 12  # studies of an evaluation that have a page
 INDEX, OVERVIEW = ("index.html", "Summary"), ("studies.html", "Studies")
 LIMITS, CLAIM = ("limits.html", "Limitations"), ("claim.html", "CLAIM checklist")
 NAMES = {  # words of the task, for the templates of studies
@@ -129,21 +130,27 @@ def _write_studies(
 
 def write_study_pages(
     folder: Path, name: str, rows: pd.DataFrame, read: Callable[[int], list[Stack]], weights: Path, basis: str,
-    findings: dict[int, list[tuple[str, str]]],
+    findings: dict[int, list[tuple[str, str]]], notebook: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write `folder`/index.html and a page for each graded study of a prediction; returns the index.
 
     name: of the models; rows: as `read_graded` gives them; read: the stacks of a study; findings: rule and value by
-    study. The least sure studies, at most `MOST_WHOLE`, are shown with all slices. Older pages are deleted.
+    study. The least sure studies, at most `MOST_WHOLE`, are shown with all slices. Older pages are deleted. With an
+    executed notebook, the index is that, and pages are those of the studies with the largest losses.
     """
-    first = ("index.html", "Studies")
-    frame = {"run": SimpleNamespace(name=name), "pages": [first], "kind": "prediction", "basis": basis_words(basis)}
+    if notebook:
+        rows = rows[rows["study_id"].isin(studies.study_losses(rows).nlargest(WORST).index)]
+    first = OVERVIEW if notebook else ("index.html", "Studies")
+    pages = [("index.html", "Evaluation"), first] if notebook else [first]
+    frame = {"run": SimpleNamespace(name=name), "pages": pages, "kind": "prediction", "basis": basis_words(basis)}
     whole = rows.groupby("study_id")["confidence"].mean().nsmallest(MOST_WHOLE).index.tolist()
-    whole = dict.fromkeys(
-        whole, "among the least sure" if rows["study_id"].nunique() > MOST_WHOLE else "few studies: all are shown whole"
-    )
+    few = "among the largest losses" if notebook else "few studies: all are shown whole"
+    whole = dict.fromkeys(whole, "among the least sure" if rows["study_id"].nunique() > MOST_WHOLE else few)
     write = partial(_write_page, folder, frame)
     written = _write_studies(write, rows, lambda study, _: read(study), weights, whole, first, findings)
+    if notebook:
+        chapter = read_chapter(notebook) | {"page": pages[0]}
+        written.append(write("chapter.html.j2", styles="code", seconds=None, **chapter))
     for file in {*folder.glob("*.html")} - {*written}:
         file.unlink()
     return written[-1]

@@ -90,7 +90,7 @@ def plot_doses(run: Run) -> Picture | None:
 
 def plot_totals(scores: dict[str, Any]) -> Picture:
     """Total score of each model with its interval: out of fold filled, test hollow."""
-    shown, totals = tables.models(scores)[::-1], {}
+    shown, totals, overall = tables.models(scores)[::-1], {}, tables.overall(scores["oof"])
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(shown)))
     ax = figure.add_subplot()
     for k, (name, block) in enumerate(tables.blocks(scores).items()):
@@ -103,9 +103,10 @@ def plot_totals(scores: dict[str, Any]) -> Picture:
                 ax.plot(total, y - 0.32 * k, color=colour, markerfacecolor=[colour, "white"][k], **style)
         ax.plot([], [], color=BLACK, markerfacecolor=[BLACK, "white"][k], label=BLOCK_NAMES[name], **style)
     ax.set_yticks(range(len(shown)), [MODEL_NAMES[model] for model in shown])
-    ax.set(xlabel=LOSS, title="Total score of each model", ylim=(-0.8, len(shown) - 0.5))
+    name = "Total score" if overall == "total" else PART_NAMES[overall]
+    ax.set(xlabel=LOSS, title=f"{name} of each model", ylim=(-0.8, len(shown) - 0.5))
     figure.legend(**OUTSIDE)
-    caption = "Total score of each model; lines are 95 % intervals from resampling studies."
+    caption = f"{name} of each model; lines are 95 % intervals from resampling studies."
     return Picture("totals", caption, _words(totals), figure)
 
 
@@ -122,7 +123,8 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
         kind, name, left_out = "skill", "Skill", ("prior", "oracle")  # their skill is 0 and 1
         caption = "Skill is 0 for the label-frequency baseline and 1 (dashed) for the oracle."
     shown = [model for model in tables.models(scores) if model in block[kind] and model not in left_out]
-    values = {MODEL_NAMES[model]: {PART_NAMES[p]: value(block, kind, model, p) for p in PARTS} for model in shown}
+    parts = (*PARTS[:-1], tables.overall(block))
+    values = {MODEL_NAMES[model]: {PART_NAMES[p]: value(block, kind, model, p) for p in parts} for model in shown}
     figure = Figure(figsize=(6, 4.6))
     ax = figure.add_subplot()
     colours = [figures.MODEL_COLOURS[model] for model in shown]
@@ -131,7 +133,7 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
         ax.axhline(0, color=BLACK, linewidth=1)
         ax.axhline(1, color=figures.MODEL_COLOURS["oracle"], linestyle="--", linewidth=1.2)
     ax.set(title=f"{name} by part, out of fold", ylabel=name)
-    ax.set_xticks(range(len(PARTS)), [PART_NAMES[part].replace(" ", "\n") for part in PARTS])
+    ax.set_xticks(range(len(PARTS)), [PART_NAMES[part].replace(" ", "\n") for part in parts])
     ax.grid(False, axis="x")
     figure.legend(**OUTSIDE)
     return Picture("parts", caption, _words(values), figure)
@@ -163,7 +165,8 @@ def plot_grades(labelled: pd.DataFrame) -> tuple[Picture, Picture]:
     """Labels against grades by condition group, and how probabilities are calibrated; of `run.labelled_rows`."""
     natural, severity = labelled[PROBABILITIES].to_numpy(), labelled["severity"].to_numpy(int)
     grade, confusion, texts = natural.argmax(axis=1), Figure(figsize=(9, 3.6)), []
-    for ax, group in zip(confusion.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
+    there = [group for key, group in GROUPS.items() if key in set(labelled["group"])]
+    for ax, group in zip(confusion.subplots(1, len(there), squeeze=False)[0], there, strict=True):
         name, rows = PART_NAMES[group.score], (labelled["group"] == group.key).to_numpy()
         figures.show_confusion(ax, severity[rows], grade[rows], name)
         texts.append(f"{name}: {(severity[rows] == grade[rows]).sum()} of {rows.sum()} rows have the label's grade")

@@ -18,12 +18,14 @@ from lsdc_utils.costs import step_table
 from lsdc_utils.files import git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.grading.evaluation import judge
-from lsdc_utils.metric import GROUP_PARTS, PARTS, solution_of
+from lsdc_utils.metric import GROUP_PARTS, MEAN, PARTS, only_groups, solution_of
 from lsdc_utils.parallel import usable_cores
+from lsdc_utils.vocabulary import GROUPS
 
 MODEL_NAMES = {"prior": "Label frequency", "yolo": "YOLOv10 detectors", "vit3d": "3D ViT", "ensemble": "Ensemble",
                "oracle": "Oracle"}  # fmt: skip
 PART_NAMES = dict(zip(PARTS, ("Spinal canal", "Foraminal", "Subarticular", "Any severe canal", "Total"), strict=True))
+PART_NAMES[MEAN] = "Mean of groups"
 BLOCK_NAMES = {"oof": "Out of fold", "test": "Test"}
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "numpy", "pandas", "pydicom", "snakemake", "papermill")
 SEEDS = ("phantom_seed", "seed", "n_splits", "folds")
@@ -42,13 +44,15 @@ class Run:
         self.folder = folder = Path(run_dir).resolve()
         self.name = folder.name
         self.scores = json.loads((folder / "scores.json").read_text())  # {"oof": block, "test": block or None}
+        self.conditions = read_file(folder / "blend.json").get("conditions", list(GROUPS))  # that were trained
         self.evaluation = read_file(folder / "evaluation.json")  # from 06
         self.stress = read_file(folder / "stress/numbers.json")  # from 07
         self.data = read_file(folder / "data.json")  # data_dir and kind
         self.parameters = read_file(folder / "parameters.yml")  # {} where the notebooks were executed by hand
         self.labels = read_file(folder / "tables/labels.parquet")
         self.rows = read_file(folder / "predictions/ensemble_oof.parquet")  # row_id and three natural probabilities
-        self.findings = read_file(folder / "tables/findings.csv", dtype=str, keep_default_na=False)
+        files = (folder / f"tables/{name}.csv" for name in ("findings", "training_findings"))  # from 01 and 05
+        self.findings = pd.concat(read_file(file, dtype=str, keep_default_na=False) for file in files)
         self.localisation = read_file(folder / "localisation.csv")
         self.doses, self.settings = (read_file(folder / f"stress/{name}.csv") for name in ("doses", "settings"))
         tables = {name: read_file(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
@@ -72,7 +76,9 @@ def read_file(file: Path, **options: Any) -> Any:
 
 def labelled_rows(run: Run) -> pd.DataFrame:
     """Out-of-fold rows of the ensemble with their label, as `evaluation.judge` gives them."""
-    return pd.DataFrame() if run.rows.empty or run.labels.empty else judge(run.rows, solution_of(run.labels))
+    if run.rows.empty or run.labels.empty:
+        return pd.DataFrame()
+    return judge(run.rows, solution_of(only_groups(run.labels, run.conditions)))
 
 
 def write_provenance(run: Path) -> dict[str, Any]:
@@ -145,8 +151,15 @@ def models(scores: dict[str, Any]) -> list[str]:
     return [model for model in MODEL_NAMES if any(model in block["scores"] for block in blocks(scores).values())]
 
 
-def value(block: dict[str, Any], kind: str, model: str, part: str = "total") -> Any:
-    """A number of a block of scores.json, or an interval's [low, high]; None where the block has none."""
+def overall(block: dict[str, Any]) -> str:
+    """The part of a block of scores.json that stands for all: the total, or the mean where groups are absent."""
+    return MEAN if "groups" in block else PARTS[-1]
+
+
+def value(block: dict[str, Any], kind: str, model: str, part: str = "") -> Any:
+    """A number of a block of scores.json, or an interval's [low, high]; None where the block has none. part: by default
+    the `overall` one."""
+    part = part or overall(block)
     content = ((block.get(kind) or {}).get(model) or {}).get(part)
     return None if content == [None, None] else content
 
@@ -157,9 +170,10 @@ def number(amount: float | None, digits: int = 3) -> str:
 
 
 def score_columns(block: dict[str, Any], shown: list[str]) -> pd.DataFrame:
-    """Total score, skill (if there is an oracle) and 95 % interval of models in a block, as text."""
+    """Overall score, skill (if there is an oracle) and 95 % interval of models in a block, as text."""
     table = pd.DataFrame(index=pd.Index([MODEL_NAMES[model] for model in shown], name="Model"))
-    table["Score"] = [number(value(block, "scores", model)) for model in shown]
+    title = "Score" if overall(block) == PARTS[-1] else PART_NAMES[MEAN]
+    table[title] = [number(value(block, "scores", model)) for model in shown]
     if block.get("skill"):
         table["Skill"] = [number(value(block, "skill", model), 2) for model in shown]
     intervals = [value(block, "interval", model) or [None] for model in shown]

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from lsdc_utils.data.stacks import Stack
+from lsdc_utils.detector.canal import readers_canal
+from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
 from lsdc_utils.files import atomic
 from lsdc_utils.vit import crops
 from lsdc_utils.vit.model import KINDS, VitConfig
@@ -74,12 +76,16 @@ def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) ->
     """Points to cut crops about: study_id, level, side, X, Y, Z (LPS mm), confidence, condition (of GROUPS).
 
     A study in one of the tables `detected` takes its points from there. These are out of fold, so training meets the
-    errors that prediction will meet. Every other study takes the label table's points.
+    errors that prediction will meet. Every other study takes the label table's points; without any of the canal, those
+    that its foramina let expect.
     """
     tables, columns = list(detected), ["study_id", "level", "side", *"XYZ", "confidence", "condition"]
     clicked = labels[labels["X"].notna()]
     named = [CONDITIONS[name] for name in clicked["condition"]]
     clicked = clicked.assign(side=[c.side or "" for c in named], condition=[c.group for c in named], confidence=1.0)
+    canal = readers_canal(labels, CANAL_FROM_FORAMINA).assign(side="", condition="scs", confidence=1.0)
+    others = ~canal["study_id"].isin(clicked.loc[clicked["condition"] == "scs", "study_id"])
+    clicked = pd.concat([clicked, canal[others]]) if others.any() else clicked
     for table in tables:
         clicked = clicked[~clicked["study_id"].isin(table["study_id"])]
     return pd.concat([table[columns] for table in (*tables, clicked)], ignore_index=True)

@@ -23,17 +23,18 @@ def target_grades(targets: np.ndarray) -> np.ndarray:
 
 def row_weights(targets: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """Weights float32 (n, 25, 3) of the severities of each row, by which the mean over studies of `row_losses`.sum(1)
-    is the score's mean over its three groups of rows: 1, 2, 4 times the target, normalised in each group; 0 for a
-    missing label. among: the targets (m, 25, 3) of all studies, if `targets` are a batch of them.
+    is the score's mean over its groups of rows that have labels: 1, 2, 4 times the target, normalised in each group; 0
+    for a missing label. among: the targets (m, 25, 3) of all studies, if `targets` are a batch of them.
 
     A softened or mixed row adds the expected loss under its target, so the best weighted row stays w_k p_k. If its
     label weighed it instead, the best one would move towards p_k, which hides severe grades.
     """
     among = targets if among is None else among
     weights, total = (rows * np.array(SEVERITY_WEIGHTS, dtype=float) for rows in (targets, among))
-    for group in GROUPS:
-        columns = [name == group for name in COLUMN_GROUP]
-        weights[:, columns] *= len(among) / max(total[:, columns].sum(), 1e-9) / len(GROUPS)
+    columns = [np.array(COLUMN_GROUP) == group for group in GROUPS]
+    sums = [total[:, own].sum() for own in columns]
+    for own, sum_of_group in zip(columns, sums, strict=True):
+        weights[:, own] *= len(among) / max(sum_of_group, 1e-9) / max(np.count_nonzero(sums), 1)
     return weights.astype(np.float32)
 
 

@@ -8,6 +8,7 @@ write its class into this file with the constructor and shapes of the one that i
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -291,8 +292,9 @@ def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torc
     return (values - mean) * weight / (variance.sqrt() + 8)
 
 
-def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> None:
-    """Write <path>.safetensors and beside it a .json that says what they are and how they came to be (`training`)."""
+def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict, studies: Sequence[int] = ()) -> None:
+    """Write <path>.safetensors and beside it a .json that says what they are and how they came to be: the settings of
+    the `training`, and the ids of its `studies`."""
     path = Path(path)
     with atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
@@ -303,6 +305,7 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict) -> N
         "fold": fold,
         "config": asdict(model.config),
         "training": training,
+        "studies": [int(study) for study in studies],
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "safetensors")},

@@ -34,3 +34,13 @@ def test_packed_weights_count_their_studies_without_naming_them(tmp_path: Path) 
 def test_the_words_explain_a_phantom_alone() -> None:
     assert "synthetic images alone" in basis_words(PHANTOM_ONLY)
     assert basis_words("trained on 3 studies of x") == "Grade basis: trained on 3 studies of x."
+
+
+def test_models_that_were_taken_keep_their_basis(tmp_path: Path) -> None:
+    write(tmp_path, "data.json", {"kind": "folder"})
+    write(tmp_path, "weights/vit3d_fold0.json", {"studies": [1, 2]})
+    for name in ("localiser", "yolo_nfn"):
+        write(tmp_path, f"weights/{name}_fold0.json", {"basis": PHANTOM_ONLY, "taken_from": "pretrained"})
+    basis = grade_basis(tmp_path)
+    assert basis == "trained on 2 studies of a data folder; localiser and detectors: phantom_only"
+    assert "ocaliser and detectors: phantom_only." in basis_words(basis)

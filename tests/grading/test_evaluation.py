@@ -108,3 +108,64 @@ def test_how_well_suspicion_finds_planted_labels(world):
     assert told["precision"] == 0.5 and told["recall"] == 1.0 and told["precision_at_half"] == 0.5
     curve = evaluation.suspicion_curve(evaluation.judge(sure, solution), wrong)  # nothing is suspect
     assert curve.loc[curve["recall"] == 1, "precision"].min() == 8 / len(solution)
+
+
+def test_cut_offs_are_those_of_other_rows_and_the_fixed_ones_without(judged):
+    rows = judged["ensemble"]
+    found = evaluation.find_cut_offs(rows)
+    assert set(found) == {"foraminal", "spinal", "subarticular"}
+    assert all(set(events) == {"severe", "moderate or severe"} for events in found.values())
+    own = rows[rows["group"] == "scs"]
+    sums = [
+        (own["severe"][own.severity == 2] >= cut).mean() + (own["severe"][own.severity < 2] < cut).mean()
+        for cut in own["severe"]
+    ]
+    cut = found["spinal"]["severe"]
+    table = evaluation.discrimination(rows, found)
+    line = table.loc[("spinal", "severe")]
+    assert line["cut-off"] == cut and line["sensitivity"] + line["specificity"] == pytest.approx(max(sums))
+    assert line["sensitivity"] == (own["severe"][own.severity == 2] >= cut).mean()
+    mixed = evaluation.discrimination(rows, {"spinal": found["spinal"]}).loc[("foraminal", "severe")]
+    assert np.isnan(mixed["cut-off"]) and mixed["sensitivity at 0.2"] > mixed["sensitivity at 0.5"]
+    assert evaluation.find_cut_offs(rows[rows["severity"] == 0]) == {}
+
+
+def test_intervals_resample_patients_and_need_ten(judged):
+    rows = judged["ensemble"].assign(patient=judged["ensemble"]["study_id"])
+
+    def share(sample):
+        return pd.DataFrame({"share": [(sample["severity"] == 2).mean()]})
+
+    low, high = (end.loc[0, "share"] for end in evaluation.intervals(rows, share, draws=400))
+    value = share(rows).loc[0, "share"]
+    of_study = (rows["severity"] == 2).groupby(rows["study_id"]).mean()
+    assert high - low == pytest.approx(2 * 1.96 * of_study.std() / np.sqrt(200), rel=0.2) and low < value < high
+    ten = rows.assign(patient=rows["study_id"].astype(int) // 20)  # every patient has twenty studies
+    narrow, wide = (np.ptp([end.loc[0, "share"] for end in evaluation.intervals(some, share)]) for some in (rows, ten))
+    assert np.isfinite(wide) and wide != narrow
+    nine = ten[ten["patient"] < 9]
+    assert all(np.isnan(end.loc[0, "share"]) for end in evaluation.intervals(nine, share))
+
+
+def test_subgroups_may_be_resampled_by_patient(judged):
+    doubled = {model: rows.assign(patient=rows["study_id"].astype(int) // 2) for model, rows in judged.items()}
+    everyone = pd.Series("all", judged["ensemble"].index)
+    one, two = (evaluation.by_trait(doubled, everyone, unit).loc["all"] for unit in ("study_id", "patient"))
+    assert (one["studies"], two["studies"]) == (200, 100)
+    assert one["ensemble"] == pytest.approx(two["ensemble"]) and one["low"] != two["low"]
+
+
+def test_the_reference_is_the_run_s_own_or_what_was_packed(world, tmp_path):
+    solution, tables = world
+    recipe = {"prior": [{"condition": "x"}]}
+    assert evaluation.reference(tmp_path, recipe) == {"prior": recipe["prior"], "cut_offs": {}}
+    for name in ("predictions", "tables"):
+        (tmp_path / name).mkdir()
+    tables["ensemble"].to_parquet(tmp_path / "predictions/ensemble_oof.parquet")
+    labels = metric.row_keys(solution["row_id"]).merge(solution, on="row_id")
+    labels.to_parquet(tmp_path / "tables/labels.parquet")
+    found = evaluation.reference(tmp_path, recipe)
+    assert found["cut_offs"] == evaluation.find_cut_offs(evaluation.judge(tables["ensemble"], solution))
+    assert len(found["prior"]) == 25
+    (tmp_path / "reference.json").write_text('{"prior": [], "cut_offs": {}}')
+    assert evaluation.reference(tmp_path, recipe) == {"prior": [], "cut_offs": {}}

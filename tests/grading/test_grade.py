@@ -82,7 +82,7 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     of_canal = pd.DataFrame([("7_spinal_canal_stenosis_l1_l2", *PRIOR)], columns=COLUMNS_OF["yolo"])
     stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
     monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
-    models = grade.Models([], {}, [], 1, lambda *asked: of_canal)
+    models = grade.Models([], {"nfn": [], "scs": []}, [], 1, lambda *asked: of_canal)
     for found, rows, expected in (
         (points.iloc[:1], of_canal, [("nothing_detected", T1)]),
         (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from report_run import write_run
 
 from lsdc_utils.grading import run_tables
 from lsdc_utils.grading.run_tables import FORMAT, RunError, read_graded, read_recipe
-from lsdc_utils.vocabulary import LEVELS
+from lsdc_utils.vocabulary import GROUPS, LEVELS
 
 RECIPE = {"format": FORMAT, "kind": "fitted", "folds": [0, 3], "vit_views": 2, "threads": 1, "prior": []}
 
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_recipe_of_a_finished_run_is_read(run):
-    assert read_recipe(run) == RECIPE
+    assert read_recipe(run) == RECIPE | {"conditions": list(GROUPS)}  # which an older recipe does not name
     assert len(list((run / "weights").iterdir())) == 20  # a localiser, three detectors, a transformer a fold
 
 
@@ -74,3 +75,22 @@ def test_a_row_finds_its_detected_point():
     by_row = run_tables.points_of(rows, points)
     assert set(by_row.index) == {"a", "b"} and by_row.loc["b"].tolist() == [4.0, 5.0, 6.0]
     assert run_tables.points_of(rows.astype({"study_id": str}), points).equals(by_row)
+
+
+def test_of_a_run_of_some_conditions_only_their_models_are_needed(run):
+    for file in run.glob("weights/yolo_s*"):
+        file.unlink()
+    (run / "blend.json").write_text(json.dumps(RECIPE | {"conditions": ["nfn"]}))
+    assert read_recipe(run)["conditions"] == ["nfn"]
+    assert run_tables.weight_files([0], conditions=["nfn"])[1] == "weights/yolo_nfn_fold0.pt"
+
+
+def test_canal_points_are_the_localisers_where_no_canal_detector_was_trained(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    for key, fold in itertools.product(("nfn", "canal", "scs"), (0, 1)):
+        table = pd.DataFrame({"study_id": [fold], "level_confidence": [0.7 + 0.2 * fold], "from": key})
+        table.to_parquet(tmp_path / f"predictions/points_{key}_fold{fold}_oof.parquet")
+    found = run_tables.read_points(tmp_path, [0, 1], ["nfn"])
+    assert found[["from", "condition"]].drop_duplicates().to_numpy().tolist() == [["nfn", "nfn"], ["canal", "scs"]]
+    assert set(run_tables.read_points(tmp_path, [0], ["nfn", "scs"])["from"]) == {"nfn", "scs"}
+    assert set(run_tables.read_points(tmp_path, [0, 1], ["nfn"], 0.8)["study_id"]) == {1}

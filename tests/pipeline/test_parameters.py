@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import data_folders
 import pytest
 import yaml
 
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.parameters import changed, parse_override
+from lsdc_utils.pipeline.graph import all_steps
+from lsdc_utils.pipeline.parameters import changed, load_parameters, parse_override, resolve_conditions
+from lsdc_utils.vocabulary import COLUMNS
 
 DEFAULTS = yaml.safe_load(
     "{name: '007', n: 3, rate: 0.1, tta: true, folds: [0, 1], epochs: {nfn: 1, scs: 2}, views: [[1.0, 0]]}"
@@ -67,3 +70,37 @@ def test_a_change_may_name_some_conditions_only() -> None:
     assert changed(parameters, {"epochs": {"scs": 9}})["epochs"] == {"nfn": 1, "scs": 9, "ss": 3}
     with pytest.raises(UsageError, match="unknown parameter 'speed'"):
         changed(parameters, {"speed": 1})
+
+
+def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -> None:
+    tables = data_folders.write_tables(tmp_path)
+    train = tables["train"]
+    train[[name for name in COLUMNS if "foraminal" not in name]] = ""
+    data_folders.save(tmp_path, {"train": train})
+    parameters = {"data_dir": "", "conditions": ["all"], "published_method": False, "stress_bodies": 3}
+
+    def resolved(**change: object) -> dict:
+        values = parameters | change
+        resolve_conditions(values)
+        return values
+
+    assert resolved()["conditions"] == ["nfn", "scs", "ss"] and resolved()["stress_bodies"] == 3
+    assert resolved(conditions=["ss", "nfn"])["conditions"] == ["nfn", "ss"]
+    assert "no stress tests" in capsys.readouterr().out
+    alone = resolved(data_dir=str(tmp_path))
+    assert alone["conditions"] == ["nfn"] and alone["stress_bodies"] == 0
+    assert [step.name for step in all_steps(load_parameters("demo") | alone) if step.notebook == "03_train_yolo"] == [
+        "03_train_yolo_nfn_fold0", "03_train_yolo_nfn_fold1"
+    ]  # fmt: skip
+    train[list(COLUMNS)] = ""
+    for change, words in (
+        ({"conditions": ["nnf"]}, "conditions=nnf: expected all, or some of nfn, scs, ss"),
+        ({"conditions": []}, "expected all"),
+        ({"conditions": ["scs"], "data_dir": str(tmp_path)}, "no study has a grade for spinal stenosis"),
+        ({"conditions": ["nfn"], "published_method": True}, "all three conditions"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            resolved(**change)
+    data_folders.save(tmp_path, {"train": train})
+    with pytest.raises(UsageError, match="no training study has a grade"):
+        resolved(data_dir=str(tmp_path))

@@ -129,3 +129,8 @@ def test_scores_show_test_first_and_out_of_fold_alone_without_test_labels() -> N
     alone = score_table({"oof": {**block, "skill": None}, "test": None})
     assert "test studies" not in alone
     assert "skill" not in alone
+    some = dict.fromkeys(PARTS) | {"foraminal": 0.7, "mean_of_groups": 0.7}
+    block |= {"groups": ["nfn"], "scores": {"ensemble": some}, "skill": {"ensemble": some}, "interval": {}}
+    lines = score_table({"oof": block, "test": None}).splitlines()
+    assert "mean of groups" in lines[2] and "total" not in lines[2]
+    assert lines[3].split() == ["ensemble", "-", "0.700", "-", "-", "0.700", "0.700"]

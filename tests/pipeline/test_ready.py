@@ -144,12 +144,14 @@ def test_a_start_needs_the_same_architecture_and_other_studies(models: Path) -> 
     demo = yaml.safe_load((PROFILES / "demo.yml").read_text()) | {"start_from": str(models)}
     check_start(demo)
     check_start(demo | {"start_from": "", "vit_head": "softmax"})
+    check_start(demo | {"start_from": "", "points_from": str(models), "vit_head": "softmax"})
     check_start(demo | {"vit_epochs": 3, "yolo_batch": 4, "data_dir": "/elsewhere"})
     for change, words in (
         ({"vit_head": "softmax"}, r"another architecture: vit_head \(ordinal there, softmax here\)"),
         ({"yolo_model": "yolov10x.yaml", "vit_width": 64}, r"yolo_model .*, vit_width \(96 there, 64 here\)"),
         ({"phantom_seed": 2024}, "studies that this run holds out"),
         ({"start_from": str(models / "weights")}, "neither a run in outputs/ nor"),
+        ({"start_from": "", "points_from": str(models), "phantom_seed": 2024}, "points_from: .* this run holds out"),
     ):
         with pytest.raises(UsageError, match=words) as error:
             check_start(demo | change)

@@ -13,14 +13,15 @@ from spines import mirror_study, noisy_study, spine
 from vit_inputs import SMALL, draw_inputs, draw_studies, records
 
 from lsdc_utils import metric
+from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
 from lsdc_utils.published.vit import MIRROR
 from lsdc_utils.vit import model as vit_model
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import AXES, Seen, centre_errors, crop_centres, cut_views, label_matrix, prediction_views
 from lsdc_utils.vit.loss import row_losses, row_weights, target_matrix
-from lsdc_utils.vit.model import HEADS, OrdinalHead, Vit3d, VitConfig, load_vit, save_vit
+from lsdc_utils.vit.model import COLUMN_GROUP, HEADS, OrdinalHead, Vit3d, VitConfig, load_vit, save_vit
 from lsdc_utils.vit.predict import predict_studies, prediction_rows, probabilities
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
+from lsdc_utils.vocabulary import COLUMNS, LEVELS, SEVERITIES, study_row_ids
 
 
 def exchanged(inputs: np.ndarray, config: VitConfig = SMALL) -> np.ndarray:
@@ -74,6 +75,11 @@ def test_loss_is_the_score_of_the_three_groups():
     solution = pd.DataFrame({"row_id": rows["row_id"], "severity": labels.ravel()})
     parts = metric.score(solution[solution["severity"] >= 0], metric.weight_table(rows))
     assert found == pytest.approx(np.mean([parts[name] for name in metric.GROUP_PARTS]), abs=1e-6)
+    alone = np.where(np.array(COLUMN_GROUP) == "nfn", labels, -1).astype(np.int8)  # no other group has a label
+    weights = torch.from_numpy(row_weights(target_matrix(alone)))
+    losses = row_losses(torch.from_numpy(natural).log(), weights)
+    assert losses.sum(1).mean().item() == pytest.approx(parts["foraminal"], abs=1e-6)
+    assert (row_weights(target_matrix(np.full((2, 25), -1, np.int8))) == 0).all()
 
 
 def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
@@ -287,6 +293,21 @@ def test_detected_points_take_the_place_of_clicked_ones():
     columns = ["study_id", "side", "X", "confidence", "condition"]
     assert [*found[columns].itertuples(index=False, name=None)] == expected
     assert crop_centres(labels)["side"].tolist() == ["", "left", "left"] * 2
+
+
+def test_the_canal_is_expected_behind_the_foramina_of_a_study_without_canal_points():
+    sides = [("left", 18.0), ("right", -16.0)]
+    labels = pd.DataFrame(
+        [
+            {"study_id": 1, "condition": f"{side}_neural_foraminal_narrowing", "level": level, "X": x, "Y": 5.0, "Z": z}
+            for side, x in sides
+            for level, z in zip(LEVELS, (60.0, 30.0, 0.0, -30.0, -60.0), strict=True)
+        ]
+    )
+    canal = crop_centres(labels).query("condition == 'scs'").set_index("level")
+    assert canal["side"].eq("").all() and canal["X"].eq(1.0).all() and len(canal) == len(LEVELS)
+    way = canal.loc[list(LEVELS), ["Y", "Z"]].to_numpy() - [[5.0, z] for z in (60.0, 30.0, 0.0, -30.0, -60.0)]
+    np.testing.assert_allclose(way, CANAL_FROM_FORAMINA)
 
 
 def test_predict_exchanges_sides_of_a_mirrored_study_and_leaves_out_what_it_cannot_see():

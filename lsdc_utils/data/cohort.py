@@ -1,0 +1,117 @@
+"""What headers tell of a folder's studies as a group, and whether models were trained on any of them; names no one."""
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from lsdc_utils import dicom, vocabulary
+from lsdc_utils.data.competition import Competition, read_required_table
+from lsdc_utils.dicom.headers import first_number, frame_datasets, opened, text
+from lsdc_utils.parallel import each
+
+TRAITS = {"manufacturer": "Manufacturer", "field_strength": "MagneticFieldStrength", "age": "PatientAge",
+          "sex": "PatientSex", "slice_thickness": "SliceThickness"}  # fmt: skip
+TRAINED_ON = "trained_on.json"  # in a run's folder and in what `pack` makes of it
+FEW_STUDIES = 20  # below this, starting processes takes longer than reading
+# A legal UID with a root. Those of the competition are bare numbers, which collide: pixels alone tell them apart.
+REAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){4,}")
+
+
+def describe(comp: Competition, studies: Sequence[int], workers: int = 1) -> pd.DataFrame:
+    """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown.
+
+    From headers, and instead from a patients.csv in the folder (study_id, and any of patient and `TRAITS`). Without an
+    identifier, or where several studies all have the same, each study is a patient of its own.
+    """
+    facts = list(each(_facts, _sources(comp, studies), workers, FEW_STUDIES, chunk=4))
+    table = pd.DataFrame(facts, pd.Index(studies, name="study_id"), ["patient", *TRAITS], dtype=object)
+    if (file := comp.root / "patients.csv").is_file():
+        header = pd.read_csv(file, sep=None, engine="python", nrows=0).columns.str.strip().str.lower()
+        columns = ["study_id", *header.intersection(table.columns)]
+        table.update(read_required_table(file, columns, ["study_id"]).drop_duplicates("study_id").set_index("study_id"))
+    if table["patient"].nunique() == 1:  # a word that stands for everyone
+        table["patient"] = None
+    own = pd.Series([f"study {study}" for study in studies], table.index)
+    table["patient"] = pd.factorize(table["patient"].fillna(own))[0]
+    return table.fillna("").reset_index()
+
+
+def _facts(sources: list[dicom.Source]) -> dict[str, str]:
+    """Patient (a hash) and `TRAITS`, as far as known, from the middle file of each series, the first series first."""
+    facts = {}
+    for source in sources:
+        with contextlib.suppress(dicom.DicomError):
+            parts = dicom.series_files(source)[1]
+            file = parts[len(parts) // 2].file if parts else Path()
+            with opened(file) as header:
+                found = {name: text(header.dataset, keyword) for name, keyword in TRAITS.items()}
+                thickness = first_number(frame_datasets(header.dataset, 0), "SliceThickness")
+            found |= {"patient": dicom.read_tags(file).patient, "slice_thickness": str(thickness or "")}
+            facts = {name: value for name, value in found.items() if value} | facts
+    return facts
+
+
+def fingerprints(comp: Competition, studies: Sequence[int], workers: int = 1) -> list[dict[str, Any]]:
+    """The content of `TRAINED_ON` for these studies: [{"salt", "hashes"}], of one image of each series."""
+    salt, keys = secrets.token_hex(16), set().union(*_keys(comp, studies, workers, every=False))
+    return [{"salt": salt, "hashes": sorted(_salted(salt, key) for key in keys)}]
+
+
+def trained_on(folder: Path) -> list[dict[str, Any]]:
+    """What a run, or packed models, in `folder` recorded of their training images, and the run that it began with."""
+    kept, parameters = folder / TRAINED_ON, folder / "parameters.yml"
+    begun = yaml.safe_load(parameters.read_text()).get("start_from") if parameters.is_file() else ""
+    earlier = trained_on(Path(begun)) if begun and Path(begun).is_absolute() else []  # pack leaves no folder in it
+    return (json.loads(kept.read_text()) if kept.is_file() else []) + earlier
+
+
+def overlap(blocks: list[dict[str, Any]], comp: Competition, studies: Sequence[int], workers: int = 1) -> list[int]:
+    """Those of `studies` of which an image is, by UID or by pixels, among the training images in `blocks`."""
+    seen = [(block["salt"], set(block["hashes"])) for block in blocks]
+    found = zip(studies, _keys(comp, studies, workers, every=True), strict=True)
+    return [study for study, keys in found if any(_salted(salt, key) in known for salt, known in seen for key in keys)]
+
+
+def _sources(comp: Competition, studies: Sequence[int]) -> list[list[dicom.Source]]:
+    """The series of each study, sagittal T2 first."""
+    kinds = [vocabulary.T2, *vocabulary.SERIES_TYPES]
+    series = comp.series.iloc[np.argsort(comp.series["series_type"].map(kinds.index), kind="stable")]
+    keys = dict(list(series[["split", "study_id", "series_id"]].groupby("study_id")))
+    return [[comp.source(*key) for key in keys[study].itertuples(index=False, name=None)] for study in studies]
+
+
+def _keys(comp: Competition, studies: Sequence[int], workers: int, every: bool) -> Iterator[set[str]]:
+    return each(partial(_study_keys, every=every), _sources(comp, studies), workers, FEW_STUDIES, chunk=4)
+
+
+def _study_keys(sources: list[dicom.Source], every: bool) -> set[str]:
+    """What names images of these series, of each middle file or of `every` one: UIDs, and hashes of pixels.
+
+    Images of one value are not distinct. Series that cannot be read have none.
+    """
+    keys = set()
+    for source in sources:
+        with contextlib.suppress(dicom.DicomError):
+            parts = dicom.series_files(source)[1]
+            series = dicom.read_series(source if every else parts[len(parts) // 2 :][:1], labelled=False)
+            images = list(zip(series.slices, series.pixels, strict=True))
+            images = images if every else images[len(images) // 2 :][:1]
+            uids = {dicom.read_tags(file).sop_uid for file in {image.file for image, _ in images}}
+            grey = [np.ascontiguousarray(pixels, dtype=np.float32) for _, pixels in images if np.ptp(pixels) > 0]
+            keys |= {uid for uid in uids if REAL_UID.fullmatch(uid)}
+            keys |= {hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest() for image in grey}
+    return keys
+
+
+def _salted(salt: str, key: str) -> str:
+    return hashlib.sha256(f"{salt} {key}".encode()).hexdigest()[:16]

@@ -1,0 +1,232 @@
+"""Scoring models on a labelled folder: which labels count, the numbers, the overlap with training, no names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from data_folders import write_tables
+from private import SECRETS, WORDS, leaks, plant
+
+from lsdc_utils import metric, phantom
+from lsdc_utils.data import cohort, competition
+from lsdc_utils.grading import run_tables
+from lsdc_utils.pipeline import arguments, commands, graph, labelled, pack
+from lsdc_utils.pipeline.arguments import READY, UsageError
+from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SEVERITIES, T2, study_row_ids
+
+COMMITTED = Path(__file__).resolve().parents[2] / "outputs" / READY
+NAMES = [*WORDS, "zqperson 19530817", "zqhospital", "zqperson_1", "zqlabels"]
+SHARES = {"normal_mild": 0.7, "moderate": 0.2, "severe": 0.1}
+PRIOR = [{"condition": condition, "level": level, **SHARES} for condition in CONDITIONS for level in LEVELS]
+MODELS = ("yolo", "vit3d", "ensemble")
+
+
+# ---- which studies have a label ------------------------------------------------------------------------------------
+
+
+def test_labels_are_those_of_both_splits_or_of_a_table(tmp_path: Path) -> None:
+    tables = write_tables(tmp_path, n_train=3, n_test=2)
+    with pytest.raises(UsageError, match=r"solution\.csv: no label"):
+        (tmp_path / "train.csv").rename(tmp_path / "later.csv")
+        labelled.find(tmp_path, None, 1)
+    (tmp_path / "later.csv").rename(tmp_path / "train.csv")
+    found = labelled.find(tmp_path, None, 1)
+    assert found.labels["study_id"].unique().tolist() == [101, 102, 103] and len(found.labels) == 75
+    assert len(found.points) == 75
+    rows = study_row_ids(501)[:4]
+    pd.DataFrame({"row_id": rows, "severity": [0, 1, 2, None]}).to_csv(tmp_path / "solution.csv", index=False)
+    found = labelled.find(tmp_path, None, 1)
+    assert found.labels.set_index("row_id")["severity"][rows[:3]].tolist() == [0, 1, 2] and len(found.labels) == 78
+    given = tmp_path / "given.csv"
+    lines = [
+        "Row_ID;Severity",
+        f"{rows[0]};Severe",
+        f"{study_row_ids(102)[3]};Moderate",
+        f"{study_row_ids(999)[0]};Normal",
+    ]
+    given.write_text("\n".join(lines))
+    found = labelled.find(tmp_path, given, 1)
+    assert (
+        found.labels[["study_id", "severity"]].sort_values("study_id").to_numpy().tolist() == [[102, 1], [501, 2]]
+        and found.lost == 1
+    )
+    assert set(found.points["study_id"]) == {102}
+    assert tables["train"].shape == (3, 26)  # nothing was written
+    given.write_text("row_id,severity\n" + f"{study_row_ids(999)[0]},0")
+    with pytest.raises(UsageError, match=r"given\.csv: no label of a study with images"):
+        labelled.find(tmp_path, given, 1)
+
+
+# ---- a folder with a patient's names, graded at random --------------------------------------------------------------
+
+
+def write_models(run: Path) -> None:
+    """The folder of a run that graded, without its weights."""
+    (run / "weights").mkdir(parents=True)
+    for name in run_tables.weight_files([0]):
+        (run / name).write_text("")
+        (run / name).with_suffix(".json").write_text(json.dumps({"config": {"box_mm": 14.6}, "studies": [1, 2]}))
+    recipe = {"format": run_tables.FORMAT, "kind": "fitted", "folds": [0], "vit_views": 7, "threads": 1, "prior": PRIOR}
+    (run / "blend.json").write_text(json.dumps(recipe))
+    (run / "data.json").write_text(json.dumps({"kind": "folder", "data_dir": "../data"}))
+
+
+def grade_at_random(planned: labelled.Run) -> int:
+    """What 05 leaves of the studies of each shard, without models."""
+    for step in planned.steps:
+        folder, rng = Path(step.given["out_dir"]) / "predictions", np.random.default_rng(1)
+        comp = competition.read_listed(planned.parameters["data_dir"], step.given["studies_table"])
+        rows = pd.DataFrame({"row_id": comp.sample_rows})
+        points = []
+        for study in comp.series["study_id"].unique():
+            stacks, findings = labelled.predict.read_study(comp, "test", study)
+            stack = next(stack for stack in stacks if stack.series_type == T2)
+            middle = stack.affines[len(stack.pixels) // 2] @ [stack.shapes[0][1] / 2, stack.shapes[0][0] / 2, 0, 1]
+            points.append((study, "l4_l5", "", *middle[:3], 0.9, 0.9, "scs"))
+        folder.mkdir(parents=True)
+        for name in (*MODELS, "raw_yolo", "raw_vit3d"):
+            natural = pd.DataFrame(rng.dirichlet([3, 1, 1], len(rows)), columns=list(SEVERITIES))
+            rows.join(natural).to_parquet(folder / f"{name}_test.parquet")
+        rows.assign(source="yolo+vit3d", own_series=True).to_parquet(folder / "sources_test.parquet")
+        columns = ["study_id", "level", "side", *"XYZ", "confidence", "level_confidence", "condition"]
+        pd.DataFrame(points, columns=columns).to_parquet(folder / "points_test.parquet")
+        pd.DataFrame({"study_id": []}).to_parquet(folder / "slices_test.parquet")
+        findings.astype({"study_id": "Int64", "series_id": "Int64"}).to_parquet(folder / "findings_test.parquet")
+    return 0
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three studies of two patients in folders and files with their names, with labels; a run that saw one of them."""
+    base = tmp_path_factory.mktemp("clinic")
+    plant(phantom.write_phantom(base / "phantom", 0, 3, seed=8, workers=2))
+    root = base / f"Zqperson {SECRETS['PatientBirthDate']}"
+    for number, file in enumerate(sorted((base / "phantom").rglob("*.dcm"))):
+        target = root / "Zqhospital of Nowhere" / SECRETS["PatientName"] / file.parts[-2] / f"zqperson_{number}.dcm"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(file, target)
+    comp = competition.read(root)
+    studies = sorted(comp.series["study_id"].unique().tolist())
+    people = pd.DataFrame({"study_id": studies, "patient": ["a", "a", "b"], "sex": ["F", "F", "M"]})
+    people.to_csv(root / "patients.csv", index=False)
+    rows = pd.DataFrame({"row_id": [row for study in studies for row in study_row_ids(study)]})
+    rows = rows.assign(severity=np.random.default_rng(2).integers(0, 3, len(rows)))
+    rows.drop(index=[5, 6]).to_csv(base / "zqlabels.csv", index=False)
+    write_models(base / "run")
+    (base / "run" / cohort.TRAINED_ON).write_text(json.dumps(cohort.fingerprints(comp, studies[:1])))
+    return base
+
+
+@pytest.fixture(scope="module")
+def results(clinic: Path) -> tuple[Path, dict]:
+    """The folder of results of an evaluation with an overlap, and what it returned."""
+    root = next(clinic.glob("Zqperson*"))
+    found = labelled.find(root, clinic / "zqlabels.csv", 1)
+    with pytest.raises(UsageError, match=r"trained on 1 of these 3 studies, e\.g\. \d+.*--allow-trained"):
+        labelled.check_overlap(found, clinic / "run", False, 1)
+    overlap = labelled.check_overlap(found, clinic / "run", True, 1)
+    out = clinic / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelled, "work", grade_at_random)
+        return out, labelled.evaluate(found, clinic / "run", out, "run", overlap, 1, "again")
+
+
+def test_the_numbers_are_those_of_the_tables(results: tuple[Path, dict]) -> None:
+    out, numbers = results
+    block, solution = numbers["test"], pd.read_csv(out / "solution.csv")
+    assert (block["n_studies"], block["n_patients"], len(solution)) == (3, 2, 73)
+    tables = {name: pd.read_parquet(out / f"predictions/{name}_test.parquet") for name in MODELS}
+    for name, table in tables.items():
+        assert block["scores"][name] == pytest.approx(metric.score(solution, metric.weight_table(table)))
+    prior = metric.row_keys(solution["row_id"]).merge(pd.DataFrame(PRIOR), on=["condition", "level"])
+    assert block["scores"]["prior"] == pytest.approx(metric.score(solution, metric.weight_table(prior)))
+    assert block["interval"] == {} and any("2 patients are few: no intervals" in note for note in numbers["notes"])
+    assert [line["trait"] for line in numbers["subgroups"] if line["value"] in ("F", "M")] == ["sex", "sex"]
+    assert all(line["ensemble"] is None for line in numbers["subgroups"])  # counted, not scored
+    counts = [sum(map(sum, table)) for table in numbers["confusion"].values()]
+    assert sum(counts) == 73 and numbers["localisation"] == []
+    worst = pd.DataFrame(numbers["worst_studies"])
+    assert worst["loss"].is_monotonic_decreasing and len(worst) == 3
+    assert any("0.2, 0.5" in note for note in numbers["notes"])  # this run kept no cut-offs
+
+
+def test_an_overlap_is_on_every_page_and_number(results: tuple[Path, dict]) -> None:
+    out, numbers = results
+    words = "rained on 1 of these 3 studies: the scores are too good"
+    assert words in numbers["grade_basis"] and words in numbers["overlap"] and numbers["trained_on"] == 1
+    assert pd.read_csv(out / "grades.csv")["grade_basis"].str.contains(words).all()
+    pages = sorted((out / "report").glob("*.html"))
+    assert len(pages) == 5  # the evaluation, the studies, and three of these
+    assert all(words in page.read_text() for page in pages)
+    notebook = json.loads((out / "notebooks/evaluate.ipynb").read_text())
+    shown = ["".join(o["data"]["text/html"]) for c in notebook["cells"] for o in c.get("outputs", []) if "data" in o
+             and "text/html" in o["data"]]  # fmt: skip
+    assert len(shown) >= 7 and all(words in table for table in shown)
+    index = (out / "report/index.html").read_text()
+    assert "Evaluation on a labelled folder" in index and 'href="studies.html"' in index and "http:" not in index
+
+
+def test_nothing_names_the_folder_or_a_patient(results: tuple[Path, dict], clinic: Path) -> None:
+    out, _ = results
+    root = next(clinic.glob("Zqperson*"))
+    assert not (out / "work").exists() and not (out / "logs").exists()
+    assert leaks(out, [*NAMES, root.name.lower(), str(clinic).lower(), clinic.name.lower()]) == []
+
+
+# ---- the overlap ----------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_was_recorded_it_is_said_unless_the_models_saw_no_patient(clinic: Path, tmp_path: Path) -> None:
+    found = labelled.find(next(clinic.glob("Zqperson*")), clinic / "zqlabels.csv", 1)
+    write_models(tmp_path)
+    known, words = labelled.check_overlap(found, tmp_path, False, 1)
+    assert known == [] and "overlap not checked" in words
+    assert labelled.check_overlap(found, COMMITTED, False, 1) == ([], "")
+    recorded = [{"salt": "1", "hashes": ["0" * 16]}]
+    (tmp_path / cohort.TRAINED_ON).write_text(json.dumps(recorded))
+    assert labelled.check_overlap(found, tmp_path, False, 1) == ([], "")
+
+
+# ---- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_models_are_scored_with_the_readers_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A phantom's two test studies: the command gives the score of the rows that 05 gives, and distances in mm."""
+    root = phantom.write_phantom(tmp_path / "phantom", 0, 2, seed=31)
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    (outputs / READY).symlink_to(COMMITTED)
+    for module in (arguments, commands, pack):
+        monkeypatch.setattr(module, "OUTPUTS", outputs, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(graph.ROOT))
+    assert commands.main(["evaluate", str(root), "--cores", "1"]) == 0
+    out = outputs / "evaluation" / "phantom"
+    said, numbers = capsys.readouterr().out, json.loads((out / "evaluation.json").read_text())
+    assert "2 labelled studies" in said and f"report: {out}/report/index.html" in said
+    solution = pd.read_csv(root / "solution.csv")
+    submission = metric.weight_table(pd.read_parquet(out / "predictions/ensemble_test.parquet"))
+    assert numbers["test"]["scores"]["ensemble"] == pytest.approx(metric.score(solution, submission), abs=1e-9)
+    assert len(numbers["localisation"]) == 5 and all(line["median_mm"] < 10 for line in numbers["localisation"])
+    assert numbers["grade_basis"] == "phantom_only" and numbers["overlap"] == ""
+    labels, points = pd.read_parquet(out / "tables/labels.parquet"), pd.read_csv(root / "solution_coordinates.csv")
+    assert labels["X"].notna().sum() > 0.9 * len(points)
+
+
+def test_usage_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path / "outputs")
+    write_tables(tmp_path / "data")
+    for words, message in (
+        (["--run", "nothing"], "no such run"),
+        (["--run", "x.zip"], "no such file"),
+        (["--run", str(READY), "--out", str(tmp_path / "data/out")], "give another folder"),
+    ):
+        assert commands.main(["evaluate", str(tmp_path / "data"), *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

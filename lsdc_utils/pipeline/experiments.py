@@ -18,7 +18,7 @@ import yaml
 from lsdc_utils.data.competition import data_dir
 from lsdc_utils.files import atomic, git_commit
 from lsdc_utils.grading.evaluation import difference
-from lsdc_utils.metric import PARTS, solution_of
+from lsdc_utils.metric import PARTS, overall, rows_of_groups, solution_of
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
 from lsdc_utils.pipeline.parameters import changed, load_parameters
@@ -122,13 +122,16 @@ def refined_table(base: Path, refined: Path) -> pd.DataFrame:
     """A row for each block with labels and each of vit3d and ensemble: block, model, the total score of both runs, what
     refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
     rows, names = [], {"unrefined": base, "refined": refined}
+    groups = json.loads((base / "blend.json").read_text())["conditions"]
     for block, model in itertools.product(("oof", "test"), ("vit3d", "ensemble")):
         scores = {name: json.loads((folder / "scores.json").read_text())[block] for name, folder in names.items()}
         if scores["unrefined"]:
             files = {name: folder / f"predictions/{model}_{block}.parquet" for name, folder in names.items()}
             tables = {name: pd.read_parquet(file) for name, file in files.items()}
-            added, low, high = difference(_solution(base, block), tables, "refined", "unrefined")["total"]
-            totals = {name: scores[name]["scores"][model]["total"] for name in names}
+            solution = rows_of_groups(_solution(base, block), groups)
+            part = overall(scores["unrefined"]["scores"][model])
+            added, low, high = difference(solution, tables, "refined", "unrefined")[part]
+            totals = {name: scores[name]["scores"][model][part] for name in names}
             rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
     return pd.DataFrame(rows)
 

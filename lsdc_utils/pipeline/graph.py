@@ -119,12 +119,8 @@ def declared(notebook: str) -> dict[str, Any]:
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
-    values = {
-        "run_dir": f"../outputs/{run_name}",
-        "inner": -1,
-        **parameters,
-        **step.given,
-    }  # a prediction names its run
+    own = {"run_dir": f"../outputs/{run_name}", "inner": -1}  # a prediction names its run
+    values = {**own, **parameters, **step.given}
     return {name: values[name] for name in declared(step.notebook)}
 
 

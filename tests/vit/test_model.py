@@ -76,9 +76,9 @@ def test_loss_is_the_score_of_the_three_groups():
     parts = metric.score(solution[solution["severity"] >= 0], metric.weight_table(rows))
     assert found == pytest.approx(np.mean([parts[name] for name in metric.GROUP_PARTS]), abs=1e-6)
     alone = np.where(np.array(COLUMN_GROUP) == "nfn", labels, -1).astype(np.int8)  # no other group has a label
-    weights = row_weights(target_matrix(alone))
-    found = row_losses(torch.from_numpy(natural).log(), torch.from_numpy(weights)).sum(1).mean().item()
-    assert found == pytest.approx(parts["foraminal"], abs=1e-6)
+    weights = torch.from_numpy(row_weights(target_matrix(alone)))
+    losses = row_losses(torch.from_numpy(natural).log(), weights)
+    assert losses.sum(1).mean().item() == pytest.approx(parts["foraminal"], abs=1e-6)
     assert (row_weights(target_matrix(np.full((2, 25), -1, np.int8))) == 0).all()
 
 

@@ -172,6 +172,8 @@ def adapt(asked: Namespace) -> int:
         raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
     resume = ["./run_all.sh", "adapt", asked.folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
     resume = shlex.join(map(str, resume + (["--labels", asked.labels] if asked.labels else ["--train"] * asked.train)))
+    if asked.train and asked.labels:
+        raise UsageError("adapt: --labels cannot be used with --train, which reads train.csv")
     found = labelled.find(asked.folder.resolve(), asked.labels, cores)
     adapt.check(found, asked.run, cores)
     if asked.train:
@@ -181,9 +183,12 @@ def adapt(asked: Namespace) -> int:
     with locked(out):
         about = adapt.adapt_run(found, asked.run, out, cores, resume)
     print(score_table(json.loads((out / "scores.json").read_text())))
-    kept = [GROUPS[key].score for key, p in about["p"].items() if p >= 0.05]
+    total, kept = (
+        about["before"]["total"],
+        [group.score for key, group in GROUPS.items() if key not in about["changed"]],
+    )
     print(
-        f"\nthe run's own blend scores {about['before']['total']}; kept as it is for: {', '.join(kept) or 'no group'}"
+        f"\ntotal by the run's own blend: {total and round(total, 3)}; kept as it is for: {', '.join(kept) or 'none'}"
     )
     print(f"run: {shown(out)}")
     return 0

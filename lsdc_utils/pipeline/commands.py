@@ -179,18 +179,13 @@ def adapt(asked: Namespace) -> int:
     if asked.train:
         parameters = adapt.training_parameters(found, asked.run)
         check_start(parameters)
+        resolve_conditions(parameters)
         return finish(Run(out, parameters, resume, cores), began)
     with locked(out):
         about = adapt.adapt_run(found, asked.run, out, cores, resume)
     print(score_table(json.loads((out / "scores.json").read_text())))
-    total, kept = (
-        about["before"]["total"],
-        [group.score for key, group in GROUPS.items() if key not in about["changed"]],
-    )
-    print(
-        f"\ntotal by the run's own blend: {total and round(total, 3)}; kept as it is for: {', '.join(kept) or 'none'}"
-    )
-    print(f"run: {shown(out)}")
+    kept = ", ".join(group.score for key, group in GROUPS.items() if key not in about["changed"]) or "none"
+    print(f"\ntotal by the run's own blend: {about['before']['total']}; kept as it is: {kept}\nrun: {shown(out)}")
     return 0
 
 

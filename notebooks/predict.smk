@@ -12,7 +12,7 @@ from lsdc_utils.grading.run_tables import weight_files
 PYTHON = sys.executable
 STEP = "05_ensemble_inference_{shard}"
 RUN = Path(config["run_dir"])
-MODELS = [RUN / name for name in ("blend.json", *weight_files(config["folds"], config["published_method"]))]
+MODELS = [RUN / name for name in ("blend.json", *weight_files(config["folds"], config["published_method"], config["conditions"]))]
 TABLES = ["yolo", "vit3d", "ensemble", "raw_yolo", "raw_vit3d", "points", "sources", "slices", "findings"]
 
 for times in Path("logs").glob("*.tsv"):

@@ -20,10 +20,10 @@ from lsdc_utils.pipeline import graph
 from lsdc_utils.pipeline.commands import NBSTRIPOUT_KEYS
 from lsdc_utils.pipeline.parameters import load_parameters
 
-START = ROOT / "notebooks" / "start.ipynb"
+START, EVALUATE = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("start", "evaluate"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in graph.NOTEBOOK_ORDER]
 PROFILES = ("demo", "smoke", "kaggle", "original", "pretrained")
-each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+each_notebook = pytest.mark.parametrize("file", [*NOTEBOOKS, EVALUATE], ids=lambda file: file.stem)
 
 
 def read(file: Path) -> nbformat.NotebookNode:
@@ -42,7 +42,7 @@ def parameters_source(file: Path) -> str:
 
 
 def test_the_notebooks_are_those_of_the_pipeline() -> None:
-    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == sorted([*NOTEBOOKS, START])
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == sorted([*NOTEBOOKS, START, EVALUATE])
 
 
 def test_the_start_page_leads_to_every_notebook_and_lists_the_runs(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_parameters_are_one_cell_typed_and_commented(file: Path) -> None:
     for node in ast.parse(source).body:
         assert isinstance(node, ast.AnnAssign)
         assert re.search(r"  # \S", "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])), node.target.id
-    assert "run_dir" in graph.declared(file.stem)
+    assert ("evaluation_dir" if file == EVALUATE else "run_dir") in graph.declared(file.stem)
 
 
 @each_notebook

@@ -157,6 +157,37 @@ def untrainable(
     return ""
 
 
+def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") -> str:
+    """What a checked folder can be used for, in one line: to train and to evaluate which condition groups, to predict.
+
+    series, labels: see `Checked`; source: see `untrainable`.
+    """
+    series, models = series[series.n_slices > 0], "/".join(Path(source).parts[-2:])
+    absent = [kind for kind in words.SERIES_TYPES if kind not in set(series.series_type)]
+    labels = labels[labels.study_id.isin(series.study_id[series.split == "train"])]
+    graded = labels[labels.severity >= 0].assign(group=labels.condition.map(words.GROUP_OF))
+    keys = [key for key in words.GROUPS if key in set(graded.group)]
+    faults = {key: untrainable(labels, [key], "", source, series.series_type) for key in keys}
+    able = [key for key in keys if not faults[key]]
+    alone = [key for key in able if "yolo" in taken_models(labels, [key])]  # whose labels have no points
+    trained = [key for key in able if key not in alone] or able
+    taken = taken_models(labels, trained) if trained else []
+    can, notes = [f"evaluating {', '.join(keys)}"] if keys else [], []
+    if trained:
+        n, placed = (part.groupby("group").study_id.nunique() for part in (graded, graded.dropna(subset="X")))
+        points = {key: f", {placed[key]} with points" if 0 < placed.get(key, 0) < n[key] else "" for key in trained}
+        can.insert(0, "training " + ", ".join(f"{key} ({n[key]} studies{points[key]})" for key in trained))
+        notes += [f"train with conditions={','.join(trained)}"] if trained != keys else []
+    for kind in absent:
+        other = [SHORT[name] for name in (words.T1, words.T2) if kind in SHORT and name not in absent]
+        levels = f": levels from {other[0]}" if other and trained and not taken else ""
+        notes.append(f"no {SHORT.get(kind, 'axial T2')}{levels}")
+    notes += [f"levels {'and points ' * ('yolo' in taken)}from {models}"] if taken else []
+    notes += [f"{key} with conditions={key}: levels and points from {models}" for key in alone if key not in trained]
+    notes += [fault.replace("train:", f"train {key}:") for key, fault in faults.items() if fault]
+    return "; ".join([f"usable for: {', '.join([*can, f'predicting ({series.study_id.nunique()} studies)'])}", *notes])
+
+
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
     """The series whose files exist; findings name the others, or their study if all of its series are missing."""
     series = comp.series
@@ -267,8 +298,8 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(root: str | Path, out: str | Path | None = None, workers: int | None = None, source: str | Path = "") -> int:
-    """Check the folder `root`, print its findings, write them to the csv `out`; 1 if it is not usable, otherwise 0.
-    source: see `untrainable`."""
+    """Check the folder `root`, print its findings and `uses`, write findings to the csv `out`; 1 if it is not
+    usable, otherwise 0. source: see `untrainable`."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)
@@ -294,9 +325,5 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
     if not usable:
         print("not usable: no image of any series can be read")
         return 1
-    fault = untrainable(labels, wanted(labels, ["all"], "")[0], "", source, series.series_type)
-    if (comp.root / "train.csv").is_file() and fault:
-        print(f"usable for predict alone: {usable} of {len(series)} series can be read; {fault}")
-        return 1
-    print(f"usable: {usable} of {len(series)} series can be read" + "; to predict, there is no train.csv" * bool(fault))
+    print(f"usable: {usable} of {len(series)} series can be read\n{uses(series, labels, source)}")
     return 0

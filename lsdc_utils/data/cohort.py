@@ -68,11 +68,12 @@ def fingerprints(comp: Competition, studies: Sequence[int], workers: int = 1) ->
 
 
 def trained_on(folder: Path) -> list[dict[str, Any]]:
-    """What a run, or packed models, in `folder` recorded of their training images, and the run that it began with."""
-    kept, parameters = folder / TRAINED_ON, folder / "parameters.yml"
-    begun = yaml.safe_load(parameters.read_text()).get("start_from") if parameters.is_file() else ""
-    earlier = trained_on(Path(begun)) if begun and Path(begun).is_absolute() else []  # pack leaves no folder in it
-    return (json.loads(kept.read_text()) if kept.is_file() else []) + earlier
+    """What a run, or packed models, in `folder` recorded of its training images, and runs whose models it took."""
+    kept, file = folder / TRAINED_ON, folder / "parameters.yml"
+    parameters = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    taken = {Path(parameters.get(key) or "") for key in ("start_from", "points_from")}  # names alone in an archive
+    blocks = json.loads(kept.read_text()) if kept.is_file() else []
+    return blocks + [block for run in sorted(taken) if run.is_absolute() for block in trained_on(run)]
 
 
 def overlap(blocks: list[dict[str, Any]], comp: Competition, studies: Sequence[int], workers: int = 1) -> list[int]:

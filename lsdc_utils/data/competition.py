@@ -19,18 +19,8 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data import unsorted
-from lsdc_utils.data.grades import KEY, condition_named, level_named, read_grades, row_keys
-from lsdc_utils.data.tables import (
-    FINDINGS,
-    CompetitionError,
-    Findings,
-    Table,
-    number_of,
-    plain,
-    read_required_table,
-    whole_number,
-)
+from lsdc_utils.data import tables, unsorted
+from lsdc_utils.data.tables import FINDINGS, KEY, CompetitionError, Findings, Table, read_required_table
 from lsdc_utils.dicom import Frames
 from lsdc_utils.files import atomic
 
@@ -69,13 +59,12 @@ class Competition:
         return self.files.get((study_id, series_id)) or series_folder(self.root, split, *names)
 
     def write_ids(self, folder: Path) -> None:
-        """Write study_ids.csv (study_id, id) to `folder` where ids of studies are text; otherwise remove it."""
-        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & self.names.keys())
-        table = pd.DataFrame({"study_id": studies, "id": [self.names[study] for study in studies]})
+        """Write study_ids.csv (study_id, id) to `folder`: the studies whose ids are text."""
+        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & {*self.names})
         (folder / "study_ids.csv").unlink(missing_ok=True)
         if studies:
             with atomic(folder / "study_ids.csv") as file:
-                table.to_csv(file, index=False)
+                pd.DataFrame({"study_id": studies, "id": map(self.names.get, studies)}).to_csv(file, index=False)
 
 
 def label_names(rows: Table) -> pd.Series:
@@ -84,24 +73,19 @@ def label_names(rows: Table) -> pd.Series:
 
 
 def read(
-    root: str | Path,
-    exclude_csv: str | Path = "",
-    points_csv: str | Path = "",
-    workers: int = 1,
-    labels_csv: str | Path = "",
+    root: str | Path, exclude_csv: str | Path = "", points_csv: str | Path = "", workers: int = 1, labels_csv: Any = ""
 ) -> Competition:
     """Read, check and repair the tables of a data folder; answers beside the test tables are never opened.
 
     exclude_csv: what to leave out: study_id, series_id (blank: the whole study), condition and level (blank: all; if
         one is given, the points of these labels are not used, and their grades stay), reason.
     points_csv: points to use instead of the folder's own, in the columns of train_label_coordinates.csv.
-    labels_csv: grades to use instead of train.csv, in any form of `grades.read_grades`.
+    labels_csv: grades to use instead of train.csv, in any form of `tables.read_grades`.
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
     root = Path(root)
-    findings, file = Findings(), Path(labels_csv or root / "train.csv")
-    no_labels = pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
-    labels = read_grades(file, findings) if labels_csv or file.is_file() else no_labels
+    findings = Findings()
+    labels = tables.read_grades(Path(labels_csv), findings) if labels_csv else read_labels(root, findings)
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)
     coordinates = _read_coordinates(root, findings)
@@ -154,12 +138,12 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     """The series, those not listed or in unknown words typed by headers, and files of those without own folder."""
     ids, files = ["study_id", "series_id"], {split: root / f"{split}_series_descriptions.csv" for split in SPLITS}
     columns, names = [*ids, "series_description"], findings.names
-    tables = [_read_table(file, columns, ids, names).assign(split=split) for split, file in files.items()]
-    listed = pd.concat(tables, ignore_index=True).rename(columns={"series_description": "series_type"})
+    parts = [_read_table(file, columns, ids, names).assign(split=split) for split, file in files.items()]
+    listed = pd.concat(parts, ignore_index=True).rename(columns={"series_description": "series_type"})
     repeated = listed.duplicated(["split", *ids])
     findings.add(listed[repeated], "series_repeated", listed.series_type[repeated], "first line kept")
     listed = listed[~repeated]
-    kinds = listed.series_type.map(plain, na_action="ignore").map({plain(name): name for name in words.SERIES_TYPES})
+    kinds = listed.series_type.astype(str).map(tables.plain).map({tables.plain(name): name for name in words.PLANES})
     listed = listed.assign(series_type=kinds.astype(object).fillna(listed.series_type)).astype({"split": object})
     unknown = listed[~listed.series_type.isin(words.SERIES_TYPES)]
     unlisted = [split for split in SPLITS if not files[split].is_file()]
@@ -184,9 +168,12 @@ def _read_series_tables(root: Path, findings: Findings, workers: int) -> tuple[T
     return series.astype(dict.fromkeys(ids, "int64")).reset_index(drop=True), discovered.files
 
 
-def read_labels(root: str | Path) -> Table:
-    """The labels of train.csv alone, see `Competition`."""
-    return read_grades(Path(root) / "train.csv", Findings())
+def read_labels(root: str | Path, findings: Findings | None = None) -> Table:
+    """The labels of a data folder alone, see `Competition`; none without train.csv."""
+    file = Path(root) / "train.csv"
+    if file.is_file():
+        return tables.read_grades(file, findings or Findings())
+    return pd.DataFrame(columns=[*KEY, "severity"]).astype({"study_id": "int64", "severity": "int64"})
 
 
 def graded_groups(labels: Table) -> set[str]:
@@ -208,9 +195,9 @@ def _read_coordinates(root: Path, findings: Findings) -> Table:
 def _tidy_points(raw: Table) -> tuple[Table, pd.Series]:
     """Points in the vocabulary's words and types, and which lines of `raw` could be read."""
     points = raw.copy()
-    points["condition"] = points.condition.fillna("").map(condition_named)
-    points["level"] = points.level.fillna("").map(level_named)
-    points["instance_number"] = points.instance_number.map(whole_number, na_action="ignore").astype(float)
+    labels = (points.condition.fillna("") + " " + points.level.fillna("")).map(tables.named_label).astype(object)
+    points["condition"], points["level"] = labels.str[0], labels.str[1]
+    points["instance_number"] = points.instance_number.map(tables.whole_number, na_action="ignore").astype(float)
     for name in ("x", "y"):
         cells = points[name].astype(object)
         commas = cells[cells.str.contains(",", na=False)]
@@ -227,7 +214,8 @@ def _read_sample(root: Path, series: Table, findings: Findings) -> list[str]:
     file = root / "sample_submission.csv"
     if not file.is_file():
         return [row for study in studies for row in words.study_row_ids(study)]
-    listed = row_keys(file, read_required_table(file, ["row_id"]).row_id.dropna().drop_duplicates(), findings.names)
+    rows = read_required_table(file, ["row_id"]).row_id.dropna().drop_duplicates()
+    listed = tables.row_keys(file, rows, findings.names)
     absent = pd.DataFrame({"study_id": sorted({*listed.study_id} - {*studies})})
     findings.add(absent, "study_without_series", "in sample_submission.csv only", "answered by the prior")
     return (listed.study_id.astype(str) + "_" + listed.label).tolist()
@@ -260,19 +248,19 @@ def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings
     for row in read_required_table(file, EXCLUDE, ["study_id"], findings.names).fillna("").itertuples():
         line, place, label = row.Index, {"study_id": row.study_id}, {}
         if row.series_id:
-            place["series_id"] = number_of(row.series_id) or -1
+            place["series_id"] = tables.number_of(row.series_id) or -1
         if not _matches(known, place).any():
             named = f"study_id {findings.names[row.study_id]}" + f" and series_id {row.series_id}" * bool(row.series_id)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold")
-        for key, meaning, expected in (
-            ("condition", condition_named, [c.title for c in words.CONDITIONS.values()]),
-            ("level", level_named, words.LEVEL_NAMES),
+        for key, expected in (
+            ("condition", [c.title for c in words.CONDITIONS.values()]),
+            ("level", words.LEVEL_NAMES),
         ):
             if text := getattr(row, key):
-                if (label_part := meaning(text)) is None:
-                    known_words = ", ".join(expected)
-                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; known are {known_words}")
-                label[key] = label_part
+                label[key], other = tables.named_label(text)[:: -1 if key == "level" else 1]
+                if label[key] is None or other:
+                    asked = f"known are {', '.join(expected)}"
+                    raise CompetitionError(f"{file}: line {line} names {key} {text!r}; {asked}")
         points = points[~_matches(points, place | label)]
         action = f"points not used: {' '.join(label.values())}"
         if not label:

@@ -178,8 +178,8 @@ def adapt(asked: Namespace) -> int:
     adapt.check(found, asked.run, cores)
     if asked.train:
         parameters = adapt.training_parameters(found, asked.run)
-        check_start(parameters)
         resolve_conditions(parameters)
+        check_start(parameters)
         return finish(Run(out, parameters, resume, cores), began)
     with locked(out):
         about = adapt.adapt_run(found, asked.run, out, cores, resume)

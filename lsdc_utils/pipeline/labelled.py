@@ -15,8 +15,7 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
-from lsdc_utils.data.grades import read_grades
-from lsdc_utils.data.tables import Findings
+from lsdc_utils.data.tables import Findings, read_grades
 from lsdc_utils.files import atomic, write_json
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
@@ -53,14 +52,11 @@ class Graded:
 def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
     """The studies of folder `root` that have images and a label.
 
-    Labels are those of `labels_csv` (row_id and severity, or any form of `grades.read_grades`), else those of train.csv
+    Labels are those of `labels_csv` (row_id and severity, or any form of `tables.read_grades`), else those of train.csv
     and, of test studies, of a solution.csv beside the tables. UsageError where no study has one, CompetitionError where
     a table cannot be read.
     """
     comp = competition.read(root, workers=cores, labels_csv=labels_csv or "")
-    if labels_csv:  # findings shall not name the file
-        value = comp.findings["value"].str.replace(Path(labels_csv).name, "the table of labels", regex=False)
-        comp = replace(comp, findings=comp.findings.assign(value=value))
     labels, points = comp.labels, comp.coordinates
     if (file := root / "solution.csv").is_file() and not labels_csv:
         labels = pd.concat([labels, read_grades(file, Findings())])
@@ -151,6 +147,7 @@ def evaluate(
     predict.write_pages(graded.work, graded.shards, graded.parameters, models, basis, out)
     for file in ("grades.csv", "findings.csv"):
         os.replace(graded.work / file, out / file)
+    found.comp.write_ids(out)
     for folder in (graded.work, out / "logs"):
         shutil.rmtree(folder)
     return json.loads((out / "evaluation.json").read_text())

@@ -20,7 +20,7 @@ from lsdc_utils.files import atomic, sha256
 from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, SEVERITIES
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -48,6 +48,9 @@ def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.Data
     results on real scans, for the card. UsageError if all files together exceed `READY_SIZE`.
     """
     recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}
+    if len(recipe["conditions"]) < len(GROUPS):
+        names = ", ".join(recipe["conditions"])
+        raise UsageError(f"{run} grades {names} alone: ready-made models grade all conditions")
     if (size := sum(map(len, _contents(run, recipe, measured).values()))) > READY_SIZE:
         most = f"{size / 1e6:.1f} MB, more than {READY_SIZE / 1e6:.0f}"
         raise UsageError(f"the models in {run} take {most}: train one fold, or smaller models")

@@ -63,7 +63,7 @@ def prepare(
 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parameters of 05 that grade new studies with the models and the blend of `recipe`, a run's blend.json."""
-    same = {name: recipe[name] for name in ("folds", "vit_views", "threads")}
+    same = {name: recipe[name] for name in ("conditions", "folds", "vit_views", "threads")}
     return {"fit_blend": False, "published_method": recipe["kind"] == "published", **same}
 
 

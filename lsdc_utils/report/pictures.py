@@ -165,7 +165,8 @@ def plot_grades(labelled: pd.DataFrame) -> tuple[Picture, Picture]:
     """Labels against grades by condition group, and how probabilities are calibrated; of `run.labelled_rows`."""
     natural, severity = labelled[PROBABILITIES].to_numpy(), labelled["severity"].to_numpy(int)
     grade, confusion, texts = natural.argmax(axis=1), Figure(figsize=(9, 3.6)), []
-    for ax, group in zip(confusion.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
+    there = [group for key, group in GROUPS.items() if key in set(labelled["group"])]
+    for ax, group in zip(confusion.subplots(1, len(there), squeeze=False)[0], there, strict=True):
         name, rows = PART_NAMES[group.score], (labelled["group"] == group.key).to_numpy()
         figures.show_confusion(ax, severity[rows], grade[rows], name)
         texts.append(f"{name}: {(severity[rows] == grade[rows]).sum()} of {rows.sum()} rows have the label's grade")

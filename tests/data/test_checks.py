@@ -367,7 +367,7 @@ def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> Non
 
 def test_every_rule_that_the_code_names_has_a_meaning() -> None:
     named = set()
-    for module in ("unsorted", "competition", "grades", "point_rules", "checks", "stacks"):
+    for module in ("unsorted", "competition", "tables", "point_rules", "checks", "stacks"):
         tree = ast.parse((Path(checks.__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add" and len(node.args) == 4:
@@ -407,36 +407,99 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path: Path, tables: Tables, c
     assert expected[fault] in text
 
 
+ALL = "nfn (4 studies), scs (4 studies), ss (4 studies)"
+ONE = "only one study has a usable point with a grade for"
+NO_POINT = "no study has a usable point with a grade for"
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "uses"),
     [
-        ("grades", "no grades for right subarticular stenosis"),
-        ("points", "no study has a usable point with a grade for foraminal stenosis"),
-        ("images", "no study has a usable point with a grade for foraminal stenosis"),
-        ("one study", "only one study has a usable point with a grade for foraminal stenosis"),
-        ("empty", "no training study has a grade"),
+        ("", f"training {ALL}, evaluating nfn, scs, ss, predicting (5 studies)"),
+        (
+            "no points",
+            f"training {ALL}, evaluating nfn, scs, ss, predicting (5 studies); levels and points from MODELS",
+        ),
+        (
+            "grades",
+            "training nfn (4 studies), scs (4 studies), evaluating nfn, scs, ss, predicting (5 studies); train with "
+            "conditions=nfn,scs; cannot train ss: no grades for right subarticular stenosis",
+        ),
+        (
+            "points",
+            "training scs (4 studies), ss (4 studies), evaluating nfn, scs, ss, predicting (5 studies); train with "
+            "conditions=scs,ss; nfn with conditions=nfn: levels and points from MODELS",
+        ),
+        (
+            "T1 alone",
+            "training nfn (3 studies, 2 with points), evaluating nfn, predicting (5 studies); "
+            "no T2: levels from T1; no axial T2",
+        ),
+        ("ss alone", "training ss (4 studies), evaluating ss, predicting (5 studies); levels from MODELS"),
+        (
+            "axial alone",
+            "evaluating ss, predicting (5 studies); no T1; no T2; cannot train ss: there is no sagittal series to tell "
+            "the levels",
+        ),
+        (
+            "one study",
+            "evaluating nfn, scs, ss, predicting (5 studies); "
+            + "; ".join(f"cannot train {key}: {ONE} {group.score} stenosis" for key, group in words.GROUPS.items()),
+        ),
+        ("empty", "predicting (5 studies)"),
+        ("no train.csv", "predicting (5 studies)"),
+        ("no training tables", "predicting (1 studies)"),
     ],
 )
-def test_a_folder_that_cannot_be_trained_says_why(tmp_path: Path, tables: Tables, capsys, fault, message) -> None:
+def test_what_a_folder_can_be_used_for(tmp_path: Path, tables: Tables, capsys, fault: str, uses: str) -> None:
     train, points = tables["train"], tables["train_label_coordinates"]
-    nfn = points.condition.str.contains("Foraminal")
-    if fault == "grades":
+    group = {"T1 alone": "foraminal", "ss alone": "subarticular", "axial alone": "subarticular"}.get(fault, "")
+    if group:
+        train = train[["study_id", *(name for name in words.COLUMNS if group in name)]]
+        points = points[points.condition.str.lower().str.contains(group)]
+    if fault in ("T1 alone", "axial alone"):
+        for split in competition.SPLITS:
+            kinds = tables[f"{split}_series_descriptions"].series_description
+            kept = kinds == (words.T1 if fault == "T1 alone" else words.AXIAL)
+            save(tmp_path, {f"{split}_series_descriptions": tables[f"{split}_series_descriptions"][kept]})
+    if fault == "T1 alone":
+        train = train.mask(train.study_id == 101).assign(study_id=train.study_id)
+        points = points[points.study_id != 102]
+    elif fault == "grades":
         train[[name for name in words.COLUMNS if name.startswith(RIGHT)]] = np.nan
     elif fault == "points":
-        points = points[~nfn]
-    elif fault == "images":
-        points.loc[nfn, "instance_number"] = 999
-    else:
+        points = points[~points.condition.str.contains("Foraminal")]
+    elif fault in ("one study", "empty"):
         train = train[: int(fault == "one study")]
-    save(tmp_path, {"train": train, "train_label_coordinates": points})
-    assert checks.main(tmp_path) == 1
-    assert f"cannot train: {message}\n" in capsys.readouterr().out
-
-
-def test_without_training_tables_a_folder_is_usable(tmp_path: Path, tables: Tables, capsys) -> None:
-    for file in tmp_path.glob("train*.csv"):
+    save(tmp_path, {"train": train, "train_label_coordinates": points[: 0 if fault == "no points" else None]})
+    for file in tmp_path.glob({"no train.csv": "train.csv", "no training tables": "train*.csv"}.get(fault, "none")):
         file.unlink()
-    assert checks.main(tmp_path) == 0 and "to predict, there is no train.csv" in capsys.readouterr().out
+    (tmp_path / "outputs/pretrained").mkdir(parents=True)
+    (tmp_path / "outputs/pretrained/blend.json").touch()
+    assert checks.main(tmp_path, source=tmp_path / "outputs/pretrained") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"usable for: {uses}".replace("MODELS", "outputs/pretrained")
+
+
+def test_without_ready_made_models_labels_without_points_train_nothing(tmp_path: Path, tables: Tables, capsys) -> None:
+    (tmp_path / "train_label_coordinates.csv").unlink()
+    assert checks.main(tmp_path, source=tmp_path) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(
+        "usable for: evaluating nfn, scs, ss, predicting (5 studies); cannot train nfn: no label has"
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [("images", f"{NO_POINT} foraminal stenosis"), ("gone", "no label has a point, and there are no models")],
+)
+def test_why_models_cannot_be_trained_is_one_sentence(tmp_path: Path, tables: Tables, points: str, message) -> None:
+    table = tables["train_label_coordinates"]
+    if points == "images":
+        table.loc[table.condition.str.contains("Foraminal"), "instance_number"] = 999
+    save(tmp_path, {"train_label_coordinates": table[: 0 if points == "gone" else None]})
+    assert checks.untrainable(check(tmp_path).labels).startswith(f"cannot train: {message}")
 
 
 def test_each_fold_needs_each_condition_and_there_are_two(tmp_path: Path, tables: Tables) -> None:

@@ -107,7 +107,9 @@ def test_hashes_are_salted_and_a_run_knows_those_of_the_run_it_began_with(traine
     for folder, start, content in ((base, "", first), (run, str(base), second)):
         folder.mkdir()
         (folder / cohort.TRAINED_ON).write_text(json.dumps(content))
-        (folder / "parameters.yml").write_text(yaml.safe_dump({"start_from": start}))
+        (folder / "parameters.yml").write_text(yaml.safe_dump({"start_from": start, "points_from": start}))
+    assert cohort.trained_on(run) == second + first
+    (run / "parameters.yml").write_text(yaml.safe_dump({"start_from": "", "points_from": str(base)}))
     assert cohort.trained_on(run) == second + first
     (base / cohort.TRAINED_ON).unlink()
     assert cohort.trained_on(run) == second and cohort.trained_on(base) == []

@@ -21,7 +21,7 @@ from toy_spine import (
 )
 
 from lsdc_utils import metric
-from lsdc_utils.detector.canal import readers_canal
+from lsdc_utils.detector.canal import readers_canal, recess_canal
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA, Detector, DetectorConfig
 from lsdc_utils.detector.levels import (
     LevelEvidence,
@@ -157,10 +157,10 @@ def graded(monkeypatch):
         key = detector.config.condition
         return found[key][0] if canal is not None and len(canal) else no_detections(found[key][1])
 
-    def grade(seen):
+    def grade(seen, keys=GROUPS):
         some = iter(seen)
         monkeypatch.setattr("lsdc_utils.detector.levels.find_discs", lambda network, stacks: next(some))
-        detectors = {key: [Detector(torch.nn.Identity(), found[key][1], 0, {})] for key in GROUPS}
+        detectors = {key: [Detector(torch.nn.Identity(), found[key][1], 0, {})] for key in keys}
         networks = [Localiser(LocaliserConfig((2, 2))) for _ in seen]
         return grade_study(networks, detectors, 1, [], Scheme(detect=detected))
 
@@ -177,6 +177,9 @@ def test_the_localisers_points_are_the_canal_and_name_the_levels_of_all(graded):
     np.testing.assert_allclose(canal[[*"XYZ"]], list(truth.values()), atol=1)
     assert points.groupby("condition").size().to_dict() == {"nfn": 10, "scs": 5, "ss": 10}
     assert np.allclose(points["level_confidence"], canal["level_confidence"].min())
+    some, found = graded(seen, ["nfn", "ss"])  # without a detector of the canal, whose points stay
+    assert set(some["row_id"]) == set(metric.rows_of_groups(rows, ["nfn", "ss"])["row_id"])
+    pd.testing.assert_frame_equal(found, points)
 
 
 def test_a_study_without_a_disc_has_neither_rows_nor_points(graded):
@@ -205,3 +208,14 @@ def test_tables_without_evidence_join_with_others() -> None:
     rows, points = evidence_tables([], 2.0)
     labels = pd.DataFrame({"row_id": ["1_spinal_canal_stenosis_l1_l2"], "level": ["l1_l2"], "side": [""]})
     assert labels.merge(points, on=["level", "side"]).merge(rows, on="row_id").empty
+
+
+def test_windows_lie_behind_the_recesses_where_only_these_were_clicked():
+    pairs = [("left", 10.0, -2.0), ("right", -6.0, 0.0)]
+    rows = [
+        {"study_id": 1, "level": "l4_l5", "condition": f"{side}_subarticular_stenosis", "X": x, "Y": y, "Z": 5.0}
+        for side, x, y in pairs
+    ]
+    both = pd.DataFrame([*rows, rows[0] | {"level": "l5_s1"}])  # a level with one side tells no middle
+    assert recess_canal(both).to_dict("records") == [{"study_id": 1, "level": "l4_l5", "X": 2.0, "Y": 2.0, "Z": 5.0}]
+    assert readers_canal(both, CANAL_FROM_FORAMINA).empty

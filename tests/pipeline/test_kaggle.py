@@ -17,7 +17,7 @@ from conftest import ROOT, run_all
 from lsdc_utils import downloads
 from lsdc_utils.pipeline import graph, kaggle
 
-RECIPE = {"folds": [0, 3], "kind": "fitted", "vit_views": 2, "threads": 4}
+RECIPE = {"conditions": ["nfn", "ss"], "folds": [0, 3], "kind": "fitted", "vit_views": 2, "threads": 4}
 
 
 def placed(folder: Path, wheels: dict[str, str]) -> list[str]:
@@ -83,7 +83,7 @@ def test_the_notebook_is_05_with_its_parameters_set() -> None:
     assert cells[1].metadata.tags == ["parameters"]
     values = {node.target.id: node.value for node in ast.parse(cells[1].source).body}
     assert list(values) == list(graph.declared("05_ensemble_inference"))
-    given = {"fit_blend": False, "folds": [0, 3], "vit_views": 2, "threads": 4}
+    given = {"conditions": ["nfn", "ss"], "fit_blend": False, "folds": [0, 3], "vit_views": 2, "threads": 4}
     assert {name: ast.literal_eval(values[name]) for name in given} == given
     assert {name: ast.unparse(values[name]) for name in kaggle.PLACES} == {
         name: value.replace('"', "'") for name, value in kaggle.PLACES.items()

@@ -48,11 +48,9 @@ class Problem:
         return (parts.losses / np.maximum(parts.weights.sum(axis=0), metric.SMALLEST)).sum(axis=1)
 
     def misfit(self) -> float:
-        """p of the hypothesis that no small change of the biases (of the temperature, if these stay) is better: that of
-        Hotelling's T2 (Ann. Math. Stat. 2, 1931) of the studies' gradients. An interval of the cross-fitted gain above
-        0 is less sensitive, since few severe rows decide it: of 50 phantom studies it kept a tenth of the gain, this
-        three quarters.
-        """
+        """p that no small change of the biases (of the temperature, if these stay) is better: that of Hotelling's T2
+        (Ann. Math. Stat. 2, 1931) of the studies' gradients. An interval of the cross-fitted gain above 0 would be less
+        sensitive: on 50 phantom studies it kept a tenth of the gain, this three quarters."""
         steps = STEP * np.eye(3)[self.biases or [0]]
         slopes = np.array([self.losses(step) - self.losses(-step) for step in steps])
         (k, n), mean = slopes.shape, slopes.mean(axis=1)

@@ -53,10 +53,8 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.BLENDS["ensemble"]}
     order = np.random.default_rng(0).permutation(labels["study_id"].unique())
     labels = labels.assign(fold=labels["study_id"].map({study: k % adapt.PARTS for k, study in enumerate(order)}))
-    new, graded = (
-        adapt.fit_recipe(recipe, given, labels),
-        adapt.cross_fitted(recipe, given, labels, found.comp.series),
-    )
+    new = adapt.fit_recipe(recipe, given, labels)
+    graded = adapt.cross_fitted(recipe, given, labels, found.comp.series)
     solution, own = metric.solution_of(labels), pd.read_parquet(tables / "ensemble_test.parquet")
     for name, table in (("before", own), ("after", graded["ensemble"])):
         new["adapted"][name] = metric.without_nan(metric.score(solution, metric.weight_table(table)))

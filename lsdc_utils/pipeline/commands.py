@@ -172,20 +172,20 @@ def adapt(asked: Namespace) -> int:
         raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
     resume = ["./run_all.sh", "adapt", asked.folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
     resume = shlex.join(map(str, resume + (["--labels", asked.labels] if asked.labels else ["--train"] * asked.train)))
+    if asked.train and asked.labels:
+        raise UsageError("adapt: --labels cannot be used with --train, which reads train.csv")
     found = labelled.find(asked.folder.resolve(), asked.labels, cores)
     adapt.check(found, asked.run, cores)
     if asked.train:
         parameters = adapt.training_parameters(found, asked.run)
+        resolve_conditions(parameters)
         check_start(parameters)
         return finish(Run(out, parameters, resume, cores), began)
     with locked(out):
         about = adapt.adapt_run(found, asked.run, out, cores, resume)
     print(score_table(json.loads((out / "scores.json").read_text())))
-    kept = [GROUPS[key].score for key, p in about["p"].items() if p >= 0.05]
-    print(
-        f"\nthe run's own blend scores {about['before']['total']}; kept as it is for: {', '.join(kept) or 'no group'}"
-    )
-    print(f"run: {shown(out)}")
+    kept = ", ".join(group.score for key, group in GROUPS.items() if key not in about["changed"]) or "none"
+    print(f"\ntotal by the run's own blend: {about['before']['total']}; kept as it is: {kept}\nrun: {shown(out)}")
     return 0
 
 

@@ -129,13 +129,14 @@ def provenance(run: Run) -> dict[str, str]:
     content = json.loads((run.folder / "provenance.json").read_text())
     seeds = [f"{key} {run.parameters[key]}" for key in SEEDS if key in run.parameters]
     head, *changes = content["commit"].split(" ", 1)
-    machine, data = content["machine"], content["data"]
+    machine, data, about = content["machine"], content["data"], content.get("adapted")
     hardware = [machine["processor"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", *machine["gpus"]]
     return {
         "Made": content["made"],
         "Commit": " ".join([head[:12], *changes]),
         "Data": f"{data['kind']} ({data['folder']}), tables {data['fingerprint'][:12]}" if data else "unknown",
         "Seeds and folds": ", ".join(seeds) or "not recorded",
+        **({"Blend": "of run {run}, fitted to {studies} studies of a folder".format(**about)} if about else {}),
         "Versions": ", ".join(f"{name} {content['versions'].get(name, '?')}" for name in PACKAGES),
         "Machine": f"{', '.join(hardware)}; {machine['system']}, Python {machine['python']}",
     }

@@ -1,0 +1,142 @@
+"""adapt: what the new run holds, what it does not tell, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lsdc_utils import metric
+from lsdc_utils.data import cohort
+from lsdc_utils.files import write_json
+from lsdc_utils.grading import evaluation, grade
+from lsdc_utils.grading.run_tables import FORMAT, read_recipe, weight_files
+from lsdc_utils.pipeline import adapt, labelled
+from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.parameters import check_start, load_parameters
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SERIES_TYPES, SEVERITIES
+
+SECRET = "hospital-xq"
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A finished run whose weights are a few bytes each."""
+    run = tmp_path / "outputs" / "first"
+    prior = [{"condition": c, "level": v, **dict(zip(SEVERITIES, (0.8, 0.14, 0.06), strict=True))}
+             for c in CONDITIONS for v in LEVELS]  # fmt: skip
+    blends = {
+        name: {
+            key: {"weights": dict.fromkeys(models, 1 / len(models)), "bias": [0.0, 0.0], "kept": "simple", "gain": []}
+            for key in GROUPS
+        }
+        for name, models in grade.BLENDS.items()
+    }
+    used = {"format": FORMAT, "kind": "fitted", "folds": [0], "vit_views": 1, "threads": 1, "prior": prior}
+    write_json(run / "blend.json", used | {"conditions": list(GROUPS)} | blends)
+    (run / "weights").mkdir()
+    for name in weight_files([0]):
+        (run / name).write_text(name)
+        write_json((run / name).with_suffix(".json"), {"sha256": "0"})
+    write_json(run / "provenance.json", {"data": {"kind": "phantom", "studies": 9}})
+    theirs = load_parameters("demo", ["vit_epochs=10"]) | {"yolo_epochs": {"nfn": 12, "scs": 2, "ss": 7}}
+    (run / "parameters.yml").write_text(yaml.safe_dump(theirs | {"exclude_csv": "own.csv"}))
+    return run
+
+
+def found_in(folder: Path, n: int, seed: int = 1) -> tuple[labelled.Labelled, dict[str, pd.DataFrame]]:
+    """`n` labelled studies whose reader calls fewer rows severe than the models, and the models' rows."""
+    rng = np.random.default_rng(seed)
+    rows = [f"{1000 + study}_{column}" for study in range(n) for column in COLUMNS]
+    said = np.log([0.8, 0.14, 0.06]) + rng.normal(0, 1.2, (len(rows), 1)) * [-1, 0.3, 1]
+    true = np.add(said, [0, 0.6, -1.4])
+    said, true = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (said, true))
+    labels = metric.row_keys(rows)[["row_id", "study_id", "condition", "level"]].astype({"study_id": int})
+    labels["severity"] = (rng.random(len(rows))[:, None] > true.cumsum(axis=1)).sum(axis=1)
+    series = pd.DataFrame([(1000 + study, kind) for study in range(n) for kind in SERIES_TYPES],
+                          columns=["study_id", "series_type"])  # fmt: skip
+    table = pd.DataFrame(said, columns=list(SEVERITIES)).assign(row_id=rows)
+    comp = SimpleNamespace(root=folder, series=series)
+    names = ("raw_yolo", "raw_vit3d", "ensemble")
+    return labelled.Labelled(comp, labels, pd.DataFrame(), 0), dict.fromkeys(names, table)
+
+
+@pytest.fixture
+def graded(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
+    """The tables that grading writes; filled by the test."""
+    tables: dict[str, pd.DataFrame] = {}
+
+    def write(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> SimpleNamespace:
+        (out / "predictions").mkdir(parents=True)
+        (out / "names.txt").write_text(str(found.comp.root))
+        for name, table in tables.items():
+            table.to_parquet(out / f"predictions/{name}_test.parquet")
+        return SimpleNamespace(tables=out / "predictions")
+
+    monkeypatch.setattr(labelled, "grade", write)
+    monkeypatch.setattr(cohort, "fingerprints", lambda *_: [{"salt": "s", "hashes": ["h"]}])
+    return tables
+
+
+def test_the_new_run_is_a_run_like_any_other(trained: Path, graded: dict, tmp_path: Path) -> None:
+    found, tables = found_in(tmp_path / SECRET, 60)
+    graded |= tables
+    out = trained.with_name("second")
+    about = adapt.adapt_run(found, trained, out, 1, f"adapt {SECRET}")
+    recipe, before = read_recipe(out), read_recipe(trained)
+    assert set(about["changed"]) == set(GROUPS) and recipe["adapted"] == about and about["studies"] == 60
+    assert recipe["ensemble"]["scs"]["bias"][1] < -0.3 < before["ensemble"]["scs"]["bias"][1]
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["test"] is None and scores["oof"]["skill"] is None and scores["oof"]["n_studies"] == 60
+    assert list(scores["oof"]["scores"]) == ["prior", *grade.BLENDS]
+    assert scores["oof"]["scores"]["ensemble"]["total"] == pytest.approx(about["after"]["total"])
+    assert about["after"]["total"] < about["before"]["total"] - 0.02
+    for name in weight_files([0]):
+        assert (out / name).read_bytes() == (trained / name).read_bytes()
+        assert not (out / name).samefile(trained / name)  # what is trained there later changes no weights here
+    rows = pd.read_parquet(out / "predictions/ensemble_oof.parquet")
+    assert len(rows) == 60 * len(COLUMNS) and not rows["row_id"].duplicated().any()
+    assert set(evaluation.reference(out, recipe)["cut_offs"]) == {group.score for group in GROUPS.values()}
+    assert cohort.trained_on(out) == [{"salt": "s", "hashes": ["h"]}]
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["adapted"]["run"] == "first" and provenance["data"]["studies"] == 9
+    for file in (file for file in out.rglob("*") if file.is_file()):
+        assert SECRET.encode() not in file.read_bytes() and SECRET not in str(file)
+
+
+def test_too_few_known_or_published(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, _ = found_in(tmp_path, 19)
+    with pytest.raises(UsageError, match=r"20 or more labelled studies .* has 19"):
+        adapt.check(found, trained, 1)
+    found, _ = found_in(tmp_path, 20)
+    monkeypatch.setattr(labelled, "check_overlap", lambda *_: ([], ""))
+    assert adapt.check(found, trained, 1) is None
+    recipe = json.loads((trained / "blend.json").read_text())
+    write_json(trained / "blend.json", recipe | {"kind": "published"})
+    (trained / "weights/localiser_fold0.safetensors").unlink()
+    with pytest.raises(UsageError, match="no blend to adapt"):
+        adapt.check(found, trained, 1)
+
+
+def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / SECRET
+    folder.mkdir()
+    found, _ = found_in(folder, 30)
+    (folder / "train.csv").touch()
+    with pytest.raises(UsageError, match=r"lacks train_label_coordinates\.csv"):
+        adapt.training_parameters(found, trained)
+    (folder / "train_label_coordinates.csv").touch()
+    parameters, demo = adapt.training_parameters(found, trained), load_parameters("demo")
+    assert parameters["vit_epochs"] == 3 and parameters["yolo_epochs"] == {"nfn": 4, "scs": 1, "ss": 2}
+    assert parameters["localiser_batches"] == demo["localiser_batches"] // 3
+    assert parameters["start_from"] == str(trained) and parameters["data_dir"] == str(folder)
+    assert parameters["vit_encoder_rate"] == 0.0 and set(parameters) == set(demo)
+    assert parameters["exclude_csv"] == ""  # which is about other studies
+    check_start(parameters)
+    more, _ = found_in(folder, 100)
+    assert adapt.training_parameters(more, trained)["vit_encoder_rate"] == demo["vit_encoder_rate"]

@@ -184,7 +184,7 @@ def only_groups(labels: pd.DataFrame, groups: Collection[str]) -> pd.DataFrame:
 
 def rows_of_groups(rows: pd.DataFrame, groups: Collection[str]) -> pd.DataFrame:
     """The rows of a prediction table that are of these condition groups."""
-    return rows[rows["row_id"].str.contains("|".join(GROUPS[key].base for key in groups))]
+    return rows[rows["row_id"].astype(str).str.contains("|".join(GROUPS[key].base for key in groups))]
 
 
 def solution_of(labels: pd.DataFrame) -> pd.DataFrame:

@@ -201,7 +201,7 @@ def read_grades(file: Path, findings: Findings) -> Table:
     repeated = rows.loc[rows.duplicated(KEY), ["study_id"]].drop_duplicates()
     findings.add(repeated, "study_repeated", "in the table of grades", "equal grades used once")
     keys = pd.MultiIndex.from_product([rows.study_id.unique(), words.CONDITIONS, words.LEVELS], names=KEY)
-    severity = graded.drop_duplicates(KEY).set_index(KEY).severity.reindex(keys).fillna(words.MISSING)
+    severity = graded.drop_duplicates(KEY).set_index(KEY).severity.reindex(keys).astype(float).fillna(words.MISSING)
     labels = severity.astype("int64").reset_index().astype({"study_id": "int64"})
     missing = (labels.severity == words.MISSING).groupby(labels.study_id).sum().loc[lambda n: n > 0]
     findings.add(missing.reset_index(), "labels_missing", missing.map("{} of 25".format), "masked in loss and score")

@@ -1,9 +1,10 @@
-"""Files that are complete or absent: written under a temporary name, then renamed."""
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`; it replaces `path` unless the with-body raises."""
+    temporary = path.with_name(f".writing-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -43,6 +58,13 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; NaN and infinity are an error, since JSON has none."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_table(path: str | Path, table: Any, **options: Any) -> None:
+    """Write a table as Parquet or CSV (`options` of pandas), without its index, atomically."""
+    with atomic(path) as temporary:
+        write = table.to_parquet if temporary.suffix == ".parquet" else table.to_csv
+        write(temporary, index=False, **options)
 
 
 def git_commit() -> str:

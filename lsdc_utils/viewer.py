@@ -1,7 +1,5 @@
 """An interactive viewer of studies in a notebook: series, slice, window, points and boxes; a still picture in a run.
-
-Marks are rows of a table as `grading.marks` describes them, with one more column: words (what the row says).
-"""
+Marks are rows of a table as `grading.marks` describes them, with one more column: words (what the row says)."""
 
 import functools
 import html
@@ -26,10 +24,8 @@ Reader = Callable[[int], list[Stack]]
 
 
 class Viewer:
-    """The controls of one viewer and the image that they change; `box` is all of it, to be displayed.
-
-    read: gives the stacks of a study by its id; rows: the marks; boxes_mm: side of the boxes by group.
-    """
+    """The controls of one viewer and the image that they change; `box` is all of it, to be displayed. read: gives the
+    stacks of a study by its id; rows: the marks; boxes_mm: side of the boxes by group."""
 
     def __init__(self, read: Reader, rows: pd.DataFrame, boxes_mm: dict[str, float] | None = None):
         self.read, self.rows, self.boxes_mm = functools.lru_cache(4)(read), rows, boxes_mm or {}
@@ -103,11 +99,8 @@ class Viewer:
 def show(
     read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm: dict[str, float] | None = None
 ) -> Viewer | None:
-    """Display a viewer of the studies in `rows`; in a run of the pipeline, a still picture of one of them.
-
-    still: that picture; default: a slice of each type of series, of the study with most severe marks. The viewer comes
-    with the picture, which a page made from the notebook shows. Returns the viewer, None in a run.
-    """
+    """Display a viewer of the studies in `rows` and return it; in a run of the pipeline only the picture `still`, which
+    a page made from the notebook shows (default: of the study with most severe marks)."""
     if rows.empty:
         print("no study to look at")
         return None

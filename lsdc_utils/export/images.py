@@ -1,9 +1,7 @@
-"""Key images of an export: which image shows a row, and how a structured report can refer to it.
-
-A report refers to the sources if their UIDs are legal (PS3.5, 9.1) and unique in the data. The competition's are bare
-numbers and collide: key images are then written with UIDs derived from study, series and the file's bytes (PS3.5 B.2),
-with only geometry and contrast of the sources' headers. The patient is named by the study's number in the data set.
-"""
+"""Key images of an export: which image shows a row, and how a structured report can refer to it. It refers to the
+sources if their UIDs are legal (PS3.5, 9.1) and unique in the data. The competition's are bare numbers and collide: key
+images are then written with UIDs derived from study, series and the file's bytes (PS3.5 B.2), with only geometry and
+contrast of the sources' headers. The patient is named by the study's number in the data set."""
 
 import contextlib
 import hashlib

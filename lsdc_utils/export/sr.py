@@ -68,20 +68,16 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.
 def _finding(row, key: Key | None, study_uid: str, version: str) -> sr.MeasurementsAndQualitativeEvaluations:
     """One row: site, level and side, grade, three probabilities, source, and its point."""
     name = f"{LEVEL_NAMES[LEVELS.index(row.level)]} {SHORT_NAMES[row.condition]}"
-    measurements = [
-        sr.Measurement(code, round(getattr(row, severity), 6), codes.UCUM.NoUnits)
-        for code, severity in zip(CHANCES, SEVERITIES, strict=True)
-    ]
+    chances = {code: round(getattr(row, column), 6) for code, column in zip(CHANCES, SEVERITIES, strict=True)}
+    severity = sr.QualitativeEvaluation(codes.SCT.Severity, GRADES[row.grade])
+    source = sr.QualitativeEvaluation(Code("SOURCE", SCHEME, "Source of the row"), SOURCES[row.source])
     common = {
         "tracking_identifier": sr.TrackingIdentifier(new_uid(f"{study_uid}/{row.condition}/{row.level}"), name),
         "finding_type": FINDINGS[row.group],
         "finding_sites": [sr.FindingSite(SITES[row.group], SIDE_CODES[row.side], LEVEL_CODES[row.level])],
         "algorithm_id": sr.AlgorithmIdentification(NAME, version=version),
-        "measurements": measurements,
-        "qualitative_evaluations": [
-            sr.QualitativeEvaluation(codes.SCT.Severity, GRADES[row.grade]),
-            sr.QualitativeEvaluation(Code("SOURCE", SCHEME, "Source of the row"), SOURCES[row.source]),
-        ],
+        "measurements": [sr.Measurement(code, chance, codes.UCUM.NoUnits) for code, chance in chances.items()],
+        "qualitative_evaluations": [severity, source],
     }
     if key is None:
         return sr.MeasurementsAndQualitativeEvaluations(**common)

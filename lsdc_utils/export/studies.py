@@ -8,7 +8,6 @@ exports/<study>/uids.csv     their sources: file, frame and UIDs before and afte
 
 import functools
 import json
-import shutil
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ import pandas as pd
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.export.images import UidCounts, count_uids, find_keys, write_images
 from lsdc_utils.export.sr import make_report
+from lsdc_utils.files import atomic_folder
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.run_tables import BLOCKS, read_data, read_graded, read_recipe
 
@@ -31,13 +31,11 @@ def export_studies(
 ) -> pd.DataFrame:
     """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study.
 
-    study_ids: graded studies; default: the test studies, or all graded out of fold if there are none.
-    Columns: study_id, block, images_referred (in the SR), images_written, problem (what could not be read).
-    RunError if the run is not finished or was made by older code; ExportError if it did not grade a study, or if
-    models that were trained on a phantom alone graded anything else than the studies of one.
-    """
-    run = Path(run_dir)
-    record = run / "data.json"
+    study_ids: graded studies; default: the test studies, or all graded out of fold if there are none. Columns:
+    study_id, block, images_referred (in the SR), images_written, problem (what could not be read). RunError if the run
+    is not finished or was made by older code; ExportError if it did not grade a study, or if models that were trained
+    on a phantom alone graded anything else than the studies of one."""
+    run, record = Path(run_dir), Path(run_dir) / "data.json"
     synthetic = record.is_file() and json.loads(record.read_text())["kind"] == "phantom"
     if not synthetic and grade_basis(run) == PHANTOM_ONLY:
         grades = f"grades by the models in {run} are {PHANTOM_ONLY}"
@@ -64,19 +62,15 @@ def export_studies(
 
 def _export_study(comp: Competition, counts: UidCounts, rows: pd.DataFrame, folder: Path, when: datetime) -> tuple:
     """Write one study's folder, complete or not at all; returns its row of `export_studies`."""
-    beside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    rows.drop(columns=["block"]).to_csv(beside / "grades.csv", index=False, float_format="%.6f")
     keys, problems = find_keys(comp, counts, rows)
     new = {key.header.SOPInstanceUID: key for key in keys.values() if key.pixels is not None}
-    if keys:
-        make_report(rows, keys, when).save_as(beside / "sr.dcm", enforce_file_format=True)
-    else:
-        problems.append("no image to refer to, so no sr.dcm was written")
-    if new:
-        write_images(list(new.values()), beside, when)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with atomic_folder(folder) as beside:
+        rows.drop(columns=["block"]).to_csv(beside / "grades.csv", index=False, float_format="%.6f")
+        if keys:
+            make_report(rows, keys, when).save_as(beside / "sr.dcm", enforce_file_format=True)
+        else:
+            problems.append("no image to refer to, so no sr.dcm was written")
+        if new:
+            write_images(list(new.values()), beside, when)
     referred = {key.header.SOPInstanceUID for key in keys.values()}
     return *rows[["study_id", "block"]].iloc[0], len(referred), len(new), "; ".join(problems)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import cohort
-from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.files import git_commit, write_json, write_table
 from lsdc_utils.grading import adapt, grade
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline import labelled
@@ -49,7 +49,8 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     cross-fitted rows are the out-of-fold rows. Returns `adapted` of its recipe, with the official score and its parts
     `before` and `after`. Nothing in `out` names the studies' folder. Errors as of `labelled.grade`."""
     recipe, labels = read_recipe(trained), found.labels
-    tables = labelled.grade(found, trained, out / "work", cores, resume).tables
+    labelled.grade(found, trained, out / "work", cores, resume)
+    tables = out / "work/predictions"
     given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.BLENDS["ensemble"]}
     order = np.random.default_rng(0).permutation(labels["study_id"].unique())
     labels = labels.assign(fold=labels["study_id"].map({study: k % adapt.PARTS for k, study in enumerate(order)}))
@@ -59,8 +60,8 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     for name, table in (("before", own), ("after", graded["ensemble"])):
         new["adapted"][name] = metric.without_nan(metric.score(solution, metric.weight_table(table)))
     for name, table in graded.items():
-        labelled.save(table, out / f"predictions/{name}_oof.parquet")
-    labelled.save(labels, out / "tables/labels.parquet")
+        write_table(out / f"predictions/{name}_oof.parquet", table)
+    write_table(out / "tables/labels.parquet", labels)
     shutil.copytree(trained / "weights", out / "weights", dirs_exist_ok=True)
     for file in (trained / name for name in ("parameters.yml", "data.json") if (trained / name).is_file()):
         shutil.copyfile(file, out / file.name)

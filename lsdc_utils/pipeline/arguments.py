@@ -1,7 +1,5 @@
 """Arguments of ./run_all.sh; standard library only, since --help and wrong options are answered before any set-up.
-
-`python -m lsdc_utils.pipeline.arguments WORD ...` exits with 0 after --help, 2 after an error, 3 if all is well.
-"""
+`python -m lsdc_utils.pipeline.arguments WORD ...` exits with 0 after --help, 2 after an error, 3 if all is well."""
 
 from __future__ import annotations
 
@@ -76,15 +74,14 @@ NOTES = {  # at the end of a command's --help
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
 SWITCH, EITHER = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
-FINISHED = {"default": "demo", "type": finished_run}
+FINISHED, COUNT = {"default": "demo", "type": finished_run}, {"type": at_least_one}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
     ("validate predict evaluate adapt", "folder", "DIR", "competition's layout, or DICOM files", {"type": folder}),
     ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
     ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
-    ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", {"type": at_least_one, "nargs": "*"}),
+    ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", COUNT | {"nargs": "*"}),
     ("refine", "--run", "NAME", "a finished run (default: demo); the new one is NAME-refined", FINISHED),
-    ("refine", "--cores", "N", "processor cores to use (default: all)", {"type": at_least_one}),
     ("bench", "name", "NAME", "only benchmarks with this in their name", {"nargs": "?", "default": ""}),
     ("test", "--all", None, "the slow proofs too", SWITCH),
     ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
@@ -106,7 +103,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("pack", "--measured", "CSV", "with --ready: a table of results on real scans, shown in the card", {"type": Path}),
     ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
     ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
-    ("run predict evaluate adapt ablate curve", "--cores", "N", "cores (default: all)", {"type": at_least_one}),
+    ("run predict evaluate adapt ablate curve refine", "--cores", "N", "cores (default: all)", COUNT),
     ("run", "--until", "STEP", "stop after this step", {}),
     ("run", "--force", "STEP", "re-run this step and what depends on it", {"action": "append", "default": []}),
     ("run", "--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/", SWITCH),

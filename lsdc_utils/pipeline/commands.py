@@ -1,7 +1,5 @@
-"""The commands of ./run_all.sh: `python -m lsdc_utils.pipeline.commands WORD ...`.
-
-A function each, which returns the exit status; arguments.COMMANDS says what they do.
-"""
+"""The commands of ./run_all.sh: `python -m lsdc_utils.pipeline.commands WORD ...`. Each is a function that returns the
+exit status; arguments.COMMANDS says what it does."""
 
 import errno
 import json
@@ -45,8 +43,7 @@ def run_of(asked: Namespace) -> Run:
         resume += ["--data", parameters["data_dir"]]
     resolve_conditions(parameters)
     check_start(parameters)
-    resume += ["--until", asked.until] if asked.until else []
-    resume += ["--slurm"] if asked.slurm else []
+    resume += [*(["--until", asked.until] if asked.until else []), *["--slurm"] * asked.slurm]
     run = Run(OUTPUTS / name, parameters, shlex.join(resume), cores, asked.until, asked.force, slurm=asked.slurm)
     for step in filter(None, [*asked.force, asked.until]):
         select_steps(run.steps, step)
@@ -56,23 +53,21 @@ def run_of(asked: Namespace) -> Run:
 def run(asked: Namespace) -> int:
     """Run what is not up to date and print scores and the report's path, or list what would run."""
     planned, began = run_of(asked), time.time()
-    if asked.dry_run:
-        return dry_run(planned)
-    return finish(planned, began)
+    return dry_run(planned) if asked.dry_run else finish(planned, began)
 
 
 def finish(planned: Run, began: float) -> int:
     """Do what is not up to date and print scores and the report's path; began: when the command did."""
     with locked(planned.folder):
-        status = work(planned)
+        if status := work(planned):
+            return status
     scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
-    if status == 0 and scores.is_file():
+    if scores.is_file():
         print(score_table(json.loads(scores.read_text())))
-    if status == 0 and report.is_file():
+    if report.is_file():
         print(f"\nreport: {report}")
-    if status == 0:
-        print(f"the run took {clock(time.time() - began)}")
-    return status
+    print(f"the run took {clock(time.time() - began)}")
+    return 0
 
 
 def validate(asked: Namespace) -> int:
@@ -83,8 +78,7 @@ def validate(asked: Namespace) -> int:
 
 
 def grading(asked: Namespace, kind: str) -> tuple[Path, Path, str]:
-    """Of a command that grades a folder: the folder, or archive, of the models, the folder of results, and the models'
-    name; UsageError if they are wrong."""
+    """The folder or archive of the models, the folder of results, and the models' name; UsageError if one is wrong."""
     archive, ready = asked.run.endswith(".zip"), asked.run == READY
     folder, name = asked.folder.resolve(), Path(asked.run).stem if archive else asked.run
     trained = Path(asked.run) if archive else OUTPUTS / name
@@ -131,19 +125,17 @@ def predict(asked: Namespace) -> int:
         except (CompetitionError, RunError, UsageError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 1
-        planned = Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")
-        if (status := work(planned)) == 0:
-            shards, basis = [Path(step.given["out_dir"]) for step in planned.steps], grade_basis(trained)
-            summary, studies, uncertain = predict.collect(folder, out, shards, basis)
-            print(f"\n{summary}\n\ngrades: {out}/grades.csv")
-            pages = asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES)
-            if pages:
-                print(f"pages: {predict.write_pages(out, shards, parameters, name, basis)}")
-            device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
-            seconds = f"{time.time() - began:.0f} s on {device}"
-            check = ": check these on their pages" if pages and uncertain else ""
-            print(f"{studies} studies in {seconds}; levels uncertain in {uncertain}{check}")
-    return status
+        if status := work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")):
+            return status
+        basis = grade_basis(trained)
+        summary, studies, uncertain = predict.collect(parameters, basis)
+        print(f"\n{summary}\n\ngrades: {out}/grades.csv")
+        if pages := asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES):
+            print(f"pages: {predict.write_pages(parameters, name, basis)}")
+    device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
+    check = ": check these on their pages" if pages and uncertain else ""
+    print(f"{studies} studies in {time.time() - began:.0f} s on {device}; levels uncertain in {uncertain}{check}")
+    return 0
 
 
 def evaluate(asked: Namespace) -> int:
@@ -234,25 +226,19 @@ def kaggle_bundle(asked: Namespace) -> int:
     return 0
 
 
-def ablate(asked: Namespace) -> int:
-    """Train and score the run without some of its parts."""
+def experiment(asked: Namespace) -> int:
+    """Repeat a run without some of its parts, on fewer studies, or on softened labels."""
     from lsdc_utils.pipeline import experiments
 
-    return experiments.run_ablations(asked.run, asked.names, asked.cores or usable_cores())
+    cores = asked.cores or usable_cores()
+    if asked.command == "ablate":
+        return experiments.run_ablations(asked.run, asked.names, cores)
+    if asked.command == "curve":
+        return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], cores)
+    return experiments.run_refined(asked.run, cores)
 
 
-def curve(asked: Namespace) -> int:
-    """Train and score the run on fewer studies."""
-    from lsdc_utils.pipeline import experiments
-
-    return experiments.run_curve(asked.run, asked.sizes or [40, 80, 160, 320], asked.cores or usable_cores())
-
-
-def refine(asked: Namespace) -> int:
-    """Train the transformers of the run again on softened labels, as a run of their own."""
-    from lsdc_utils.pipeline import experiments
-
-    return experiments.run_refined(asked.run, asked.cores or usable_cores())
+ablate = curve = refine = experiment
 
 
 def bench(asked: Namespace) -> int:

@@ -1,9 +1,6 @@
 """Experiments around a finished run: ablations, learning curve, refinement; each is a run `outputs/<run>-<name>/`.
-
-An ablation of `notebooks/ablations.yml` starts as a copy of the run, so that only the steps that its change affects run
-again; so does a refined run. All sizes of the learning curve share the same test studies. The run's report shows the
-tables of both in experiments/.
-"""
+An ablation of `notebooks/ablations.yml` and a refined run start as copies of the run, so that only the steps that their
+change affects run again. All sizes of the learning curve share the same test studies."""
 
 import itertools
 import json
@@ -16,7 +13,7 @@ import pandas as pd
 import yaml
 
 from lsdc_utils.data.competition import data_dir
-from lsdc_utils.files import atomic, git_commit
+from lsdc_utils.files import atomic_folder, git_commit, write_table
 from lsdc_utils.grading.evaluation import difference
 from lsdc_utils.metric import PARTS, overall, rows_of_groups, solution_of
 from lsdc_utils.pipeline.arguments import UsageError
@@ -24,20 +21,19 @@ from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import Run, locked, work
+from lsdc_utils.report.run import blocks
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
+SCORES = "05_ensemble_inference"  # the step that writes scores.json
 REFINED_SHARE = 0.5  # of the answers in a refined run's targets
 
 
 def copy_run(base: Path, folder: Path) -> None:
     """Make `folder` a copy of the finished run `base`, unless it exists; files keep the times that Snakemake knows."""
-    if folder.exists():
-        return
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    ignore = shutil.ignore_patterns("report", "predict", "work", "experiments", ".lock")
-    shutil.copytree(base, unfinished, symlinks=True, ignore=ignore)
-    unfinished.rename(folder)
+    if not folder.exists():
+        ignore = shutil.ignore_patterns("report", "predict", "work", "experiments", ".lock")
+        with atomic_folder(folder) as copy:
+            shutil.copytree(base, copy, symlinks=True, ignore=ignore, dirs_exist_ok=True)
 
 
 def run_ablations(base: Path, names: list[str], cores: int) -> int:
@@ -49,7 +45,7 @@ def run_ablations(base: Path, names: list[str], cores: int) -> int:
     for name, folder in folders.items():
         copy_run(base, folder)
         parameters = changed(read_parameters(base), ablations[name]["change"])
-        if status := _run_to_scores(folder, parameters, ["ablate", *names, "--run", base.name], cores):
+        if status := _work(folder, parameters, ["ablate", *names, "--run", base.name], cores, SCORES):
             return status
     removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
     return _report_table(base, "ablation", ablation_table(base, removed), cores)
@@ -63,7 +59,7 @@ def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     for n_train in sizes:
         runs[n_train] = base if n_train == parameters["n_train"] else base.with_name(f"{base.name}-n{n_train}")
         command, change = ["curve", *map(str, sizes), "--run", base.name], changed(parameters, {"n_train": n_train})
-        if runs[n_train] != base and (status := _run_to_scores(runs[n_train], change, command, cores)):
+        if runs[n_train] != base and (status := _work(runs[n_train], change, command, cores, SCORES)):
             return status
     return _report_table(base, "curve", curve_table(runs), cores)
 
@@ -76,26 +72,23 @@ def run_refined(base: Path, cores: int) -> int:
         raise UsageError(f"--run {base.name}: its labels are softened already")
     change = changed(parameters, {"vit_soften": REFINED_SHARE, "blend_of": base.name})
     copy_run(base, folder)
-    with locked(folder):
-        if status := work(Run(folder, change, shlex.join(["./run_all.sh", "refine", "--run", base.name]), cores)):
-            return status
+    if status := _work(folder, change, ["refine", "--run", base.name], cores):
+        return status
     print(f"\n{refined_table(base, folder).to_string(index=False, float_format='{:.4f}'.format)}")
     return 0
 
 
-def _run_to_scores(folder: Path, parameters: dict[str, Any], command: list[str], cores: int) -> int:
+def _work(folder: Path, parameters: dict[str, Any], command: list[str], cores: int, until: str | None = None) -> int:
     with locked(folder):
-        return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, "05_ensemble_inference"))
+        return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, until))
 
 
 def _report_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
     """Write a table of experiments, renew the run's report, which shows it, and print it; the exit status."""
     file = base / "experiments" / f"{name}.csv"
-    with atomic(file) as temporary:
-        table.assign(commit=git_commit()).to_csv(temporary, index=False)
-    with locked(base):
-        if status := work(Run(base, read_parameters(base), f"./run_all.sh --run {base.name}", cores)):
-            return status
+    write_table(file, table.assign(commit=git_commit()))
+    if status := _work(base, read_parameters(base), ["--run", base.name], cores):
+        return status
     print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
     return 0
 
@@ -110,7 +103,7 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
         if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
             raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
         natural[folder.name] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
-        row = {"name": folder.name.removeprefix(f"{base.name}-"), "without": without, **_scores(folder, "oof")}
+        row = {"name": folder.name.removeprefix(f"{base.name}-"), "without": without, **_scores(_blocks(folder)["oof"])}
         if folder != base:
             worse = difference(solutions[base], natural, folder.name, base.name)
             row["worse_by"], row["low"], row["high"] = worse["total"]
@@ -121,18 +114,16 @@ def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
 def refined_table(base: Path, refined: Path) -> pd.DataFrame:
     """A row for each block with labels and each of vit3d and ensemble: block, model, the total score of both runs, what
     refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
-    rows, names = [], {"unrefined": base, "refined": refined}
+    rows, runs = [], {"unrefined": base, "refined": refined}
     groups = json.loads((base / "blend.json").read_text())["conditions"]
-    for block, model in itertools.product(("oof", "test"), ("vit3d", "ensemble")):
-        scores = {name: json.loads((folder / "scores.json").read_text())[block] for name, folder in names.items()}
-        if scores["unrefined"]:
-            files = {name: folder / f"predictions/{model}_{block}.parquet" for name, folder in names.items()}
-            tables = {name: pd.read_parquet(file) for name, file in files.items()}
-            solution = rows_of_groups(_solution(base, block), groups)
-            part = overall(scores["unrefined"]["scores"][model])
-            added, low, high = difference(solution, tables, "refined", "unrefined")[part]
-            totals = {name: scores[name]["scores"][model][part] for name in names}
-            rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
+    scores = {name: _blocks(run) for name, run in runs.items()}
+    for block, model in itertools.product(scores["unrefined"], ("vit3d", "ensemble")):
+        tables = {name: pd.read_parquet(run / f"predictions/{model}_{block}.parquet") for name, run in runs.items()}
+        part = overall(scores["unrefined"][block]["scores"][model])
+        solution = rows_of_groups(_solution(base, block), groups)
+        added, low, high = difference(solution, tables, "refined", "unrefined")[part]
+        totals = {name: scores[name][block]["scores"][model][part] for name in runs}
+        rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -148,15 +139,17 @@ def curve_table(runs: dict[int, Path]) -> pd.DataFrame:
     """A row for each number of training studies and block (oof, test): the ensemble's scores, skill and interval."""
     rows = []
     for n_train, folder in sorted(runs.items()):
-        scores = json.loads((folder / "scores.json").read_text())
-        for block in (name for name in ("oof", "test") if scores.get(name)):
-            low, high = scores[block]["interval"]["ensemble"]["total"]
-            rows.append({"n_train": n_train, "block": block, **_scores(folder, block), "low": low, "high": high})
+        for name, block in _blocks(folder).items():
+            low, high = block["interval"]["ensemble"]["total"]
+            rows.append({"n_train": n_train, "block": name, **_scores(block), "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
-def _scores(folder: Path, block: str) -> dict[str, float]:
-    """The ensemble's scores in one block of a run's scores.json, and the total's skill if known."""
-    scores = json.loads((folder / "scores.json").read_text())[block]
-    skill = {"skill": scores["skill"]["ensemble"]["total"]} if scores["skill"] else {}
-    return {part: scores["scores"]["ensemble"][part] for part in PARTS} | skill
+def _blocks(run: Path) -> dict[str, dict[str, Any]]:
+    return blocks(json.loads((run / "scores.json").read_text()))
+
+
+def _scores(block: dict[str, Any]) -> dict[str, float]:
+    """The ensemble's scores in a block of scores.json, and the total's skill if known."""
+    skill = {"skill": block["skill"]["ensemble"]["total"]} if block["skill"] else {}
+    return {part: block["scores"]["ensemble"][part] for part in PARTS} | skill

@@ -1,8 +1,6 @@
 """Steps of a run: their notebook, parameters and source. `python -m lsdc_utils.pipeline.graph RUN_DIR STEP` runs one.
-
 A step is one execution of one notebook; the training notebooks have a step per fold (and condition). The Snakefiles ask
-here what a step depends on besides files: its parameters and a hash of the code that it uses.
-"""
+here what a step depends on besides files: its parameters and a hash of the code that it uses."""
 
 import ast
 import contextlib
@@ -54,11 +52,8 @@ class Step:
 
 
 def all_steps(parameters: dict[str, Any]) -> list[Step]:
-    """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`.
-
-    Only the `folds` are trained, and detectors of the `conditions`. Stress tests need `stress_bodies`; the phantom's
-    chapter needs a phantom.
-    """
+    """Every step of a run in the order of the notebooks, or of a prediction if there are `n_shards`. Only the `folds`
+    are trained, and detectors of the `conditions`."""
     if "n_shards" in parameters:
         out, name = parameters["predict_dir"], "05_ensemble_inference"
         shards = [f"shard{number:03d}" for number in range(parameters["n_shards"])]
@@ -216,10 +211,7 @@ def without_figure(notebook: Any) -> list[int]:
 
 def execute(run_dir: Path, step: Step, parameters: dict[str, Any] | None = None) -> None:
     """Execute the step's notebook beside its log, logs/<step>.log; it moves to notebooks/ only when every cell ran.
-    parameters: default: those of the run.
-
-    RuntimeError if a cell did not run or a figure is not there; errors of papermill and the kernel are passed on.
-    """
+    parameters: default: those of the run. RuntimeError if a cell did not run or a figure is not there."""
     import papermill  # takes a second, which the Snakefile and the command line do not need
     from traitlets.config import Config
 

@@ -55,11 +55,8 @@ def user_here() -> str:
 
 
 def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[str]:
-    """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names.
-
-    python: version that wheels are for. RunError or UsageError if the run is not finished or a wheel cannot be had.
-    Metadata come last: Kaggle's command line refuses a folder without them.
-    """
+    """Write `out`/dataset and `out`/notebook of the finished run in folder `run`; return the wheels' names. python: the
+    version that wheels are for. RunError or UsageError if the run is not finished or a wheel cannot be had."""
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"
     (dataset / "dataset-metadata.json").unlink(missing_ok=True)
@@ -79,8 +76,8 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     names = {"id": f"{user}/{name}-inference", "title": f"{name}-inference", "code_file": f"{name}.ipynb"}
     sources = {"dataset_sources": [f"{user}/{name}"], "competition_sources": [COMPETITION], "kernel_sources": []}
     write_json(notebook / "kernel-metadata.json", names | settings | machine | sources)
-    licences = [{"name": "other"}]
-    write_json(dataset / "dataset-metadata.json", {"title": name, "id": f"{user}/{name}", "licenses": licences})
+    about = {"title": name, "id": f"{user}/{name}", "licenses": [{"name": "other"}]}
+    write_json(dataset / "dataset-metadata.json", about)  # last: Kaggle's command line refuses a folder without it
     return sorted(file.name for file in (dataset / "wheels").iterdir())
 
 

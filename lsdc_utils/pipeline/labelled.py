@@ -1,8 +1,5 @@
-"""The labelled studies of any folder, graded by a run's models and scored, for `evaluate` and `adapt`.
-
-They are graded in work/ in the folder of results, which resumes after a stop. What `evaluate` leaves there names
-neither the folder nor a file: evaluation.json, grades.csv, findings.csv, report/, its notebook and tables.
-"""
+"""The labelled studies of any folder, graded by a run's models and scored, for `evaluate` and `adapt`. They are graded
+in work/ in the folder of results. What `evaluate` leaves there names neither the folder nor a file."""
 
 import json
 import os
@@ -16,7 +13,7 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
 from lsdc_utils.data.tables import Findings, read_grades
-from lsdc_utils.files import atomic, write_json
+from lsdc_utils.files import write_json, write_table
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe
@@ -39,23 +36,10 @@ class Labelled:
     lost: int  # studies with a label and without images
 
 
-@dataclass(frozen=True)
-class Graded:
-    """Where the grades of labelled studies are."""
-
-    tables: Path  # folder of `TABLES`, each as <name>_test.parquet, natural probabilities
-    work: Path  # folder in which they were graded; holds names of files
-    shards: list[Path]
-    parameters: dict[str, Any]  # of 05
-
-
 def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
-    """The studies of folder `root` that have images and a label.
-
-    Labels are those of `labels_csv` (row_id and severity, or any form of `tables.read_grades`), else those of train.csv
-    and, of test studies, of a solution.csv beside the tables. UsageError where no study has one, CompetitionError where
-    a table cannot be read.
-    """
+    """The studies of folder `root` that have images and a label. Labels are those of `labels_csv` (row_id and severity,
+    or any form of `tables.read_grades`), else those of train.csv and, of test studies, of a solution.csv beside the
+    tables. UsageError where no study has one, CompetitionError where a table cannot be read."""
     comp = competition.read(root, workers=cores, labels_csv=labels_csv or "")
     comp = replace(comp, findings=comp.findings[comp.findings["rule"] != "grade_without_point"])  # matters to training
     labels, points = comp.labels, comp.coordinates
@@ -75,9 +59,7 @@ def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
 
 def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> tuple[list[int], str]:
     """The studies on which the models in folder `trained` were trained, and words on that, '' if there are none.
-
-    UsageError where there are some and `allowed` is False.
-    """
+    UsageError where there are some and `allowed` is False."""
     studies, blocks = sorted(found.labels["study_id"].unique().tolist()), cohort.trained_on(trained)
     if not blocks:
         phantom = grade_basis(trained) == PHANTOM_ONLY
@@ -90,65 +72,45 @@ def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> 
     return known, f"{words}: the scores are too good" if known else ""
 
 
-def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str = "") -> Graded:
-    """Grade the studies of `found` by the models of the run, or of the unpacked archive, in folder `trained`.
-
-    They are graded in `out`/work, which may be deleted afterwards; the joined tables go to `out`/predictions. Errors as
-    of `predict.prepare`; SystemExit where a step failed or was stopped.
-    """
+def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:
+    """Grade the studies of `found` by the models of the run, or of the unpacked archive, in folder `trained`; returns
+    the parameters of the prediction. They are graded in `out`/work, which may be deleted afterwards; `TABLES` go to
+    `out`/predictions. Errors as of `predict.prepare`; SystemExit where a step failed or was stopped."""
     place, studies = out / "work", sorted(found.labels["study_id"].unique().tolist())
     parameters = predict.prepare(found.comp.root, trained.resolve(), place, cores, (found.comp, studies))
-    planned = Run(place, parameters, resume, cores, snakefile="predict.smk")
-    if status := work(planned):
+    if status := work(Run(place, parameters, resume, cores, snakefile="predict.smk")):
         raise SystemExit(status)
-    shards = [Path(step.given["out_dir"]) for step in planned.steps]
     for name in TABLES:
-        parts = [pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards]
-        save(pd.concat(parts, ignore_index=True), out / f"predictions/{name}_test.parquet")
-    return Graded(out / "predictions", place, shards, parameters)
-
-
-def save(table: pd.DataFrame, file: Path) -> None:
-    """Write a table as Parquet, atomically."""
-    with atomic(file) as temporary:
-        table.to_parquet(temporary, index=False)
-
-
-def label_table(found: Labelled, graded: Graded, cores: int) -> pd.DataFrame:
-    """The labels with X, Y, Z (LPS mm) of the readers' points, NaN where there is none, as in `checks.label_table`."""
-    listed = [graded.work / "tables" / f"{shard.name}.parquet" for shard in graded.shards]
-    parts = [competition.read_listed(found.comp.root, table) for table in listed]
-    series = pd.concat([part.series for part in parts], ignore_index=True).assign(split="train")  # labelled ones
-    files = {key: source for part in parts for key, source in part.files.items()}
-    whole = replace(found.comp, series=series, files=files, labels=found.labels[[*competition.KEY, "severity"]])
-    return checks.label_table(replace(whole, coordinates=found.points), cores)
+        write_table(out / f"predictions/{name}_test.parquet", predict.joined(parameters, name))
+    return parameters
 
 
 def evaluate(
     found: Labelled, trained: Path, out: Path, models: str, overlap: tuple[list[int], str], cores: int, resume: str
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
-
-    overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails.
-    """
-    basis, graded = grade_basis(trained), grade(found, trained, out, cores, resume)
-    basis, known = "; ".join(filter(None, [basis, overlap[1]])), reference(trained, read_recipe(trained))
-    predict.collect(found.comp.root, graded.work, graded.shards, basis)
-    keys = metric.row_keys(pd.read_parquet(graded.tables / "ensemble_test.parquet")["row_id"])
+    overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
+    parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))
+    basis = "; ".join(filter(None, [grade_basis(trained), overlap[1]]))
+    predict.collect(parameters, basis)
+    keys = metric.row_keys(pd.read_parquet(out / "predictions/ensemble_test.parquet")["row_id"])
     prior = keys.merge(pd.DataFrame(known["prior"]), on=["condition", "level"])
-    save(prior[["row_id", *metric.PROBABILITIES]], graded.tables / "prior_test.parquet")
-    save(label_table(found, graded, cores), out / "tables/labels.parquet")
+    write_table(out / "predictions/prior_test.parquet", prior[["row_id", *metric.PROBABILITIES]])
+    listed, labels = predict.listed_studies(parameters), found.labels[[*competition.KEY, "severity"]]
+    series = listed.series.assign(split="train")  # those that have labels
+    comp = replace(found.comp, series=series, files=listed.files, labels=labels, coordinates=found.points)
+    write_table(out / "tables/labels.parquet", checks.label_table(comp, cores))  # with the places of readers' points
     people = cohort.describe(found.comp, sorted(found.labels["study_id"].unique().tolist()), cores)
-    save(people.assign(trained_on=people["study_id"].isin(overlap[0])), out / "tables/studies.parquet")
-    with atomic(out / "solution.csv") as file:
-        found.labels[["row_id", "severity"]].to_csv(file, index=False)
+    people["trained_on"] = people["study_id"].isin(overlap[0])
+    write_table(out / "tables/studies.parquet", people)
+    write_table(out / "solution.csv", found.labels[["row_id", "severity"]])
     about = {"models": models, "grade_basis": basis, "trained_on": len(overlap[0]), "cut_offs": known["cut_offs"]}
     write_json(out / "about.json", about | {"overlap": overlap[1], "studies_without_images": found.lost})
     execute(out, Step("evaluate", "evaluate", {"evaluation_dir": "."}, cwd=out), {})
-    predict.write_pages(graded.work, graded.shards, graded.parameters, models, basis, out)
+    predict.write_pages(parameters, models, basis, out)
     for file in ("grades.csv", "findings.csv"):
-        os.replace(graded.work / file, out / file)
+        os.replace(out / "work" / file, out / file)
     found.comp.write_ids(out)
-    for folder in (graded.work, out / "logs"):
-        shutil.rmtree(folder)
+    for folder in ("work", "logs"):
+        shutil.rmtree(out / folder)
     return json.loads((out / "evaluation.json").read_text())

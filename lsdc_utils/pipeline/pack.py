@@ -1,12 +1,9 @@
 """A run's models as one archive or as the folder of ready-made models: weights, blend, checksums, classes, model card.
-
-They name no study and no folder of the machine that made them. The same run gives the same bytes.
-"""
+They name no study and no folder of the machine that made them. The same run gives the same bytes."""
 
 import hashlib
 import json
 import re
-import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,10 +13,11 @@ import pandas as pd
 import yaml
 
 from lsdc_utils.data.cohort import TRAINED_ON, trained_on
-from lsdc_utils.files import atomic, sha256
+from lsdc_utils.files import atomic, atomic_folder, sha256
 from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
+from lsdc_utils.pipeline.graph import read_parameters
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, SEVERITIES
 
 MANIFEST = "manifest.json"
@@ -42,28 +40,24 @@ def pack_run(run: Path, out: Path) -> list[str]:
 
 
 def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.DataFrame:
-    """Write the folder `out` of ready-made models from a finished run; return the table of `temper.temper_run`.
-
-    Weights are kept in 16 bits (used in 32); the blend is tempered. real: a CSV of
-    results on real scans, for the card. UsageError if all files together exceed `READY_SIZE`.
-    """
+    """Write the folder `out` of ready-made models from a finished run; return the table of `temper.temper_run`. Weights
+    are kept in 16 bits (used in 32); the blend is tempered. real: a CSV of results on real scans, for the card.
+    UsageError if the run lacks a condition or all files together exceed `READY_SIZE`."""
     recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}
     if len(recipe["conditions"]) < len(GROUPS):
-        names = ", ".join(recipe["conditions"])
-        raise UsageError(f"{run} grades {names} alone: ready-made models grade all conditions")
+        raise UsageError(
+            f"{run} grades {', '.join(recipe['conditions'])} alone: ready-made models grade all conditions"
+        )
     if (size := sum(map(len, _contents(run, recipe, measured).values()))) > READY_SIZE:
         most = f"{size / 1e6:.1f} MB, more than {READY_SIZE / 1e6:.0f}"
         raise UsageError(f"the models in {run} take {most}: train one fold, or smaller models")
     from lsdc_utils.pipeline.temper import temper_run
 
     recipe, measured["tempering"] = temper_run(run, recipe, workers)
-    beside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    for name, content in _contents(run, recipe, measured).items():
-        (beside / name).parent.mkdir(parents=True, exist_ok=True)
-        (beside / name).write_bytes(content)
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with atomic_folder(out) as folder:
+        (folder / "weights").mkdir()
+        for name, content in _contents(run, recipe, measured).items():
+            (folder / name).write_bytes(content)
     return measured["tempering"]
 
 
@@ -84,7 +78,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
             contents[file] = in_half(contents[file])
             about["sha256"] = hashlib.sha256(contents[file]).hexdigest()
         contents[name] = _json(about)
-    parameters = without_places(yaml.safe_load((run / "parameters.yml").read_text())) | {"example_study": 0}
+    parameters = without_places(read_parameters(run)) | {"example_study": 0}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
     contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
     contents["reference.json"] = _json(reference(run, recipe))
@@ -137,33 +131,25 @@ def _json(content: Any) -> bytes:
 
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack an archive to `folder`/<its checksum>, unless it is there; return that folder, which appears whole.
-
-    UsageError if the archive is broken, was changed, or holds names, sizes or numbers of files that none of ours has.
-    """
+    UsageError if the archive is broken or changed, or holds names, sizes or numbers of files that none of ours has."""
     ready = folder / sha256(archive)[:16]
     if ready.is_dir():
         return ready
-    beside = folder / f".unpacking-{ready.name}"
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(archive) as opened, atomic_folder(ready) as beside:
             names = opened.namelist()
             small = MANIFEST in names and opened.getinfo(MANIFEST).file_size <= 2**20
             for name, (size, digest) in _listed(names, opened.read(MANIFEST) if small else b"", archive).items():
                 # zipfile writes at most as many bytes as the archive says that a file has
                 if opened.getinfo(name).file_size != size or sha256(opened.extract(name, beside)) != digest:
                     raise UsageError(f"{archive}: {name} is not the file that {MANIFEST} describes (size or sha256)")
-        beside.rename(ready)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UsageError(f"{archive} is not an archive of models, or is broken: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return ready
 
 
 def _listed(names: list[str], text: bytes, archive: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file in the manifest `text`; UsageError if it differs from the names of the archive's (or
-    folder's) files or is implausible."""
+    """Size and sha256 of each file in the manifest `text`; UsageError if it is implausible or has other `names`."""
     if not text:
         raise UsageError(f"{archive} has no {MANIFEST}: it was not made by ./run_all.sh pack")
     try:

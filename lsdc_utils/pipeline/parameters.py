@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared
+from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared, read_parameters
 from lsdc_utils.vocabulary import GROUPS, groups_of
 
 PROFILES = NOTEBOOKS / "profiles"
@@ -38,11 +38,9 @@ def converted(key: str, value: Any, default: Any) -> Any:
 
 
 def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
-    """`KEY=VALUE` to key and value in the type of the default; UsageError if key or type is wrong.
-
-    Values are YAML, except that text stays as typed (007, no) and a list may be given as 0,1. Relative paths become
-    absolute, since notebooks run elsewhere; names of pretrained models that are not files stay as they are.
-    """
+    """`KEY=VALUE` to key and value in the type of the default; UsageError if key or type is wrong. Values are YAML,
+    except that text stays as typed (007, no) and a list may be given as 0,1. Relative paths become absolute, since
+    notebooks run elsewhere; names of pretrained models that are not files stay as they are."""
     key, equals, raw = text.partition("=")
     if not equals or key not in defaults:
         raise UsageError(f"{text!r}: not KEY=VALUE, or an unknown key; keys are: {', '.join(sorted(defaults))}")
@@ -81,9 +79,7 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
 
 def resolve_conditions(parameters: dict[str, Any]) -> None:
     """Replace `conditions` by the keys of the groups to train; UsageError for a wrong one, or one without any grade.
-
-    Without all three there are no stress tests, whose phantom narrows each; a line is printed then.
-    """
+    Without all three there are no stress tests, whose phantom narrows each; a line is printed then."""
     folder, graded = parameters["data_dir"], GROUPS
     if folder and Path(folder, "train.csv").is_file():
         from lsdc_utils.data import competition  # takes a second
@@ -105,29 +101,24 @@ def resolve_conditions(parameters: dict[str, Any]) -> None:
 
 
 def check_start(parameters: dict[str, Any]) -> None:
-    """UsageError in a sentence unless `start_from` and `points_from` are empty, or folders of models that were trained
-    on other studies, since out-of-fold studies would have been seen; a start has the same architecture as well."""
-    for name in BORROWED:
-        if place := parameters.get(name):
-            _check_models(parameters, name, place)
-
-
-def _check_models(parameters: dict[str, Any], name: str, place: str) -> None:
-    record = Path(place) / "parameters.yml"
-    if not record.is_file() or not (Path(place) / "weights").is_dir():
-        raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
-    theirs, keys = yaml.safe_load(record.read_text()), (*ARCHITECTURE, *STUDIES)
-    # Names alone: models may have moved, and packed ones have no folders.
-    there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
-    differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
-    wanted = set(parameters.get("conditions", GROUPS))
-    if lacking := sorted(wanted - {"all"} - set(theirs.get("conditions", GROUPS))):
-        raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
-    if other := [differ[key] for key in ARCHITECTURE if key in differ and name == "start_from"]:
-        raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
-    drawn = parameters["phantom"] and not parameters["data_dir"]
-    if differ.keys().isdisjoint(STUDIES if drawn else STUDIES[:1]):
-        raise UsageError(f"{name}: the models in {place} were trained on studies that this run holds out")
+    """UsageError unless `start_from` and `points_from` are empty, or folders of models that were trained on other
+    studies, since out-of-fold studies would have been seen; a start has the same architecture as well."""
+    drawn, keys = parameters["phantom"] and not parameters["data_dir"], (*ARCHITECTURE, *STUDIES)
+    for name in filter(parameters.get, BORROWED):
+        place = Path(parameters[name])
+        if not (place / "parameters.yml").is_file() or not (place / "weights").is_dir():
+            raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
+        theirs = read_parameters(place)
+        # Names alone: models may have moved, and packed ones have no folders.
+        there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
+        differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
+        wanted = set(parameters.get("conditions", GROUPS))
+        if lacking := sorted(wanted - {"all"} - set(theirs.get("conditions", GROUPS))):
+            raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
+        if other := [differ[key] for key in ARCHITECTURE if key in differ and name == "start_from"]:
+            raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
+        if differ.keys().isdisjoint(STUDIES if drawn else STUDIES[:1]):
+            raise UsageError(f"{name}: the models in {place} were trained on studies that this run holds out")
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:

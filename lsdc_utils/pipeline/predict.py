@@ -1,8 +1,6 @@
-"""Grading the studies of any folder with a finished run: list them, cut them into shards, grade each by 05, join.
-
-The folder given by `--out` holds tables/ (the files of each shard, findings), shards/<k>/ (what 05 wrote), and RESULTS
-once all shards are done. Of the run only its weights and blend.json are needed.
-"""
+"""Grading the studies of any folder with a finished run: list them, cut them into shards, grade each by 05, join. The
+folder given by `--out` holds tables/ (the files of each shard, findings), shards/<k>/ (what 05 wrote), and RESULTS once
+all shards are done. Of the run only its weights and blend.json are needed."""
 
 import contextlib
 import hashlib
@@ -11,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,27 @@ import pandas as pd
 
 from lsdc_utils import metric
 from lsdc_utils.data import competition
-from lsdc_utils.data.competition import NONE
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.dicom import Frames
-from lsdc_utils.files import atomic, readable, sha256, write_json
+from lsdc_utils.files import readable, sha256, write_json, write_table
 from lsdc_utils.grading.basis import basis_words
 from lsdc_utils.grading.run_tables import read_graded, read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.graph import declared, module_files
+from lsdc_utils.pipeline.graph import all_steps, declared, module_files
 from lsdc_utils.vocabulary import SEVERITIES, parse_row_id
 
 LARGEST_SHARD = 100  # studies: bounds the memory of a process and what a kill can lose
 SMALLEST_SHARD = 20  # studies: fewer take less time than the start of another notebook
 FEW_PAGES = 20  # studies up to which pages are written unasked
 RESULTS = ("submission.csv", "grades.csv", "findings.csv")
+Chosen = tuple[competition.Competition, list[int]]  # a folder as it was read, and the studies of it to grade
 
 
-def prepare(
-    root: Path, run: Path, out: Path, cores: int, chosen: tuple[competition.Competition, list[int]] | None = None
-) -> dict[str, Any]:
-    """List what is to be graded, unless that is done, and return the parameters of the prediction.
-
-    chosen: the folder as it was read, and the studies to grade (default: see `_list_studies`).
-    RunError or CompetitionError: run or tables cannot be used. UsageError: no study, or `out` is of another folder.
-    """
-    recipe = read_recipe(run)
-    record = out / "tables" / "listed.json"
+def prepare(root: Path, run: Path, out: Path, cores: int, chosen: Chosen | None = None) -> dict[str, Any]:
+    """List what is to be graded, unless that is done, and return the parameters of the prediction. RunError or
+    CompetitionError: run or tables cannot be used. UsageError: no study, or `out` is of another folder."""
+    recipe, record = read_recipe(run), out / "tables" / "listed.json"
     listed = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root), "digest": ""}
     if listed["data_dir"] != str(root):
         raise UsageError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
@@ -79,7 +72,7 @@ def _digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _list_studies(root: Path, out: Path, workers: int, chosen: tuple[competition.Competition, list[int]] | None) -> int:
+def _list_studies(root: Path, out: Path, workers: int, chosen: Chosen | None) -> int:
     """Write the tables of shards and findings; return the number of shards. Graded are the chosen studies, else the
     test studies of a folder's tables, as by 05; without test studies or tables, every study."""
     print(f"listing studies in {root}", flush=True)
@@ -96,11 +89,9 @@ def _list_studies(root: Path, out: Path, workers: int, chosen: tuple[competition
         raise UsageError(f"{root}: no study to grade; looked for tables of series and for DICOM files at any depth")
     count = max(-(-len(studies) // LARGEST_SHARD), min(workers, len(studies) // SMALLEST_SHARD), 1)
     for number, shard in enumerate(np.array_split(studies, count)):
-        with atomic(out / "tables" / f"shard{number:03d}.parquet") as file:
-            files_of(comp, series, shard.tolist()).to_parquet(file, index=False)
+        write_table(out / f"tables/shard{number:03d}.parquet", files_of(comp, series, shard.tolist()))
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
-    with atomic(out / "tables" / "findings.parquet") as file:
-        findings.to_parquet(file, index=False)
+    write_table(out / "tables/findings.parquet", findings)
     comp.write_ids(out)
     print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
     others = 0 if chosen else comp.series["study_id"].nunique() - series["study_id"].nunique()
@@ -109,18 +100,29 @@ def _list_studies(root: Path, out: Path, workers: int, chosen: tuple[competition
     return count
 
 
-def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str, int, int]:
-    """Join the answers of the shards to RESULTS in `out`; return a summary, the number of studies, and of those with
-    uncertain levels. The findings are `without_names`; tables/ and the shards keep them.
+def joined(parameters: dict[str, Any], name: str) -> pd.DataFrame:
+    """A table that 05 wrote for each shard of a prediction, as one."""
+    files = (Path(step.given["out_dir"], f"predictions/{name}_test.parquet") for step in all_steps(parameters))
+    return pd.concat(map(pd.read_parquet, files), ignore_index=True)
+
+
+def listed_studies(parameters: dict[str, Any]) -> competition.Competition:
+    """The studies of all shards of a prediction, all as test studies."""
+    tables = [step.given["studies_table"] for step in all_steps(parameters)]
+    comps = [competition.read_listed(parameters["data_dir"], table) for table in tables]
+    files = {key: source for comp in comps for key, source in comp.files.items()}
+    return replace(comps[0], series=pd.concat([comp.series for comp in comps], ignore_index=True), files=files)
+
+
+def collect(parameters: dict[str, Any], basis: str) -> tuple[str, int, int]:
+    """Join the answers of the shards to RESULTS; return a summary, the number of studies, and of those with uncertain
+    levels. parameters: those of `prepare`. The findings are `without_names`; tables/ and the shards keep them.
 
     grades.csv: row_id, study_id, condition, level, natural probabilities, grade (the most probable severity), source
     (models joined by +, or prior), own_series (whether the study has the series on which this condition is read),
-    level_confidence (probability that the study's levels are named right; empty where no level was found), grade_basis.
-    """
-    natural, sources, problems, points = (
-        pd.concat([pd.read_parquet(shard / f"predictions/{name}_test.parquet") for shard in shards], ignore_index=True)
-        for name in ("ensemble", "sources", "findings", "points")
-    )
+    level_confidence (probability that levels are named right; empty where none was found), grade_basis."""
+    out, tables = Path(parameters["predict_dir"]), ("ensemble", "sources", "findings", "points")
+    natural, sources, problems, points = (joined(parameters, name) for name in tables)
     keys = metric.row_keys(natural["row_id"])[["row_id", "study_id", "condition", "level"]]
     grades = natural.assign(grade=natural[list(SEVERITIES)].idxmax(axis=1))
     grades = keys.merge(grades, on="row_id").merge(sources, on="row_id")
@@ -128,10 +130,9 @@ def collect(root: Path, out: Path, shards: list[Path], basis: str) -> tuple[str,
     grades["level_confidence"] = grades["study_id"].map(sure).astype(float)
     grades["grade_basis"] = basis
     findings = pd.concat([pd.read_parquet(out / "tables" / "findings.parquet"), problems]).drop_duplicates()
-    findings["value"] = without_names(findings["value"], root)
+    findings["value"] = without_names(findings["value"], Path(parameters["data_dir"]))
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
-        with atomic(out / name) as file:
-            table.to_csv(file, index=False, float_format="%.9f")
+        write_table(out / name, table, float_format="%.9f")
     lines = [f"{grades['study_id'].nunique()} studies graded, {len(grades)} rows:"]
     lines += [f"  {count:>8} by {source}" for source, count in grades["source"].value_counts().items()]
     if count := int((~grades["own_series"]).sum()):
@@ -153,37 +154,30 @@ def without_names(texts: pd.Series, root: Path) -> pd.Series:
     return texts.replace(pattern, "[name]", regex=True) if there else texts
 
 
-def write_pages(
-    out: Path, shards: list[Path], parameters: dict[str, Any], name: str, basis: str, evaluated: Path | None = None
-) -> Path:
-    """Write the pages of the graded studies to `out`/pages; returns their index. parameters: those of `prepare`;
+def write_pages(parameters: dict[str, Any], name: str, basis: str, evaluated: Path | None = None) -> Path:
+    """Write the pages of the studies that `collect` joined, graded by models called `name`; returns their index.
     evaluated: the folder of results of an evaluation, whose report is written instead."""
     from lsdc_utils.report.pages import write_study_pages
 
-    comps = {}
-    for shard in shards:
-        comp = competition.read_listed(parameters["data_dir"], out / "tables" / f"{shard.name}.parquet")
-        comps |= dict.fromkeys((int(parse_row_id(row)[0]) for row in comp.sample_rows), comp)
-    rows = pd.concat([read_graded(place, "test") for place in ([evaluated] if evaluated else shards)])
-    notebook = evaluated / "notebooks/evaluate.ipynb" if evaluated else None
-    findings = {}
+    out, comp, findings = Path(parameters["predict_dir"]), listed_studies(parameters), {}
+    graded = [evaluated] if evaluated else [step.given["out_dir"] for step in all_steps(parameters)]
+    rows = pd.concat([read_graded(place, "test") for place in graded])
     for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
-    weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comps[study], "test", study)[0]
-    return write_study_pages(
-        evaluated / "report" if evaluated else out / "pages", name, rows, read, weights, basis, findings, notebook
-    )
+    weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comp, "test", study)[0]
+    folder, notebook = out / "pages", None
+    if evaluated:
+        folder, notebook = evaluated / "report", evaluated / "notebooks/evaluate.ipynb"
+    return write_study_pages(folder, name, rows, read, weights, basis, findings, notebook)
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:
     """The files of the studies: study_id, series_id, series_type, file (bytes: a name need not be UTF-8), frames (those
-    read; none: all), sha256 of its bytes. A series without files, or a study without series, has one line with an empty
-    file."""
-    lines, nothing = [], (b"", (), "")
-    by_study = dict(list(series.groupby("study_id")))
+    read; none: all), sha256. A series without files, or a study without series, has one line with an empty file."""
+    lines, nothing, by_study = [], (b"", (), ""), dict(list(series.groupby("study_id")))
     for study_id in studies:
         if study_id not in by_study:
-            lines.append((study_id, NONE, "", *nothing))
+            lines.append((study_id, competition.NONE, "", *nothing))
             continue
         for row in by_study[study_id].itertuples():
             source = comp.source(row.split, study_id, row.series_id)

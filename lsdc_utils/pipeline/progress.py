@@ -63,11 +63,9 @@ class Progress:
         return None
 
     def left(self) -> str:
-        """Time that the run is expected to take still, as text; empty in its first minute and where nothing tells.
-
-        A step is expected to take its share of the past run, times the median ratio of this run to that; else
-        as long as the finished ones of its rule; else, once half of all steps are done, as long as these.
-        """
+        """Time that the run is expected to take still, as text; empty in its first minute and where nothing tells. A
+        step is expected to take its share of the past run, times the median ratio of this run to that; else as long as
+        the finished ones of its rule; else, once half of all steps are done, as long as these."""
         now = time.time()
         spans = self.spans | {step: (began, now) for step, began in self.running.items()}
         if not self.spans or now - min(began for began, _ in spans.values()) < 60:

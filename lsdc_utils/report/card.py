@@ -1,7 +1,5 @@
-"""A run in prose: what it is, its result and limitations, and the model card that goes with its weights.
-
-The text is in templates (templates/*.j2, one sentence a line); this module computes the numbers in it.
-"""
+"""A run in prose: what it is, its result and limitations, and the model card that goes with its weights. The text is in
+templates (templates/*.j2, one sentence a line); this module computes the numbers in it."""
 
 import math
 import re

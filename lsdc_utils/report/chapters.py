@@ -28,11 +28,8 @@ PLAIN_CODE = re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>')  # names, bra
 
 
 def read_chapters(run: Run) -> list[dict[str, Any]]:
-    """The run's executed notebooks in order of running, except the report's, which is still running.
-
-    A chapter: step (e.g. 03_train_yolo_scs_fold0), page (file name and title), body (HTML, cleaned) and sections
-    (anchor and title of its second-level headings).
-    """
+    """The run's executed notebooks in order of running, without the report's: step (e.g. 03_train_yolo_scs_fold0), page
+    (file name and title), body (HTML, cleaned) and sections (anchor and title of its second-level headings)."""
     files = sorted((run.folder / "notebooks").glob("*.ipynb"), key=lambda file: file.name.replace("phantom", "00_h"))
     return [read_chapter(file) for file in files if run.asks_for(file.stem) and not file.stem.endswith("_report")]
 
@@ -68,10 +65,8 @@ def _describe_images(notebook: nbformat.NotebookNode) -> None:
 
 
 def cleaned(html: str) -> str:
-    """HTML of a notebook; tags that are not in `TAGS` and images that are not embedded become text.
-
-    Style sheets are removed, except those that pandas' Styler writes for its own table.
-    """
+    """HTML of a notebook; tags that are not in `TAGS` and images that are not embedded become text. Style sheets are
+    removed, except those that pandas' Styler writes for its own table."""
     styles = [css for css in re.findall(r"<style[^>]*>(.*?)</style>", html, re.S) if STYLER_RULES.fullmatch(css)]
     bare = re.sub(r'<style[^>]*>.*?</style>|<a class="anchor-link"[^>]*>.*?</a>', "", html, flags=re.S)
     bare = re.sub(r"""<img\b(?![^>]*\bsrc=["']data:image/)""", "&lt;img", bare)

@@ -2,8 +2,7 @@
 
 A content security policy in each page keeps the browser from loading anything and from running any script except the
 page's own few lines, which it names by their hash. Text from data and notebooks is escaped or cleaned. A report opens
-from disk and can be passed on. `templates/page.html.j2` frames every page.
-"""
+from disk and can be passed on."""
 
 import base64
 import hashlib
@@ -33,6 +32,8 @@ from lsdc_utils.vocabulary import GROUPS, LEVEL_NAMES, LEVELS, MISSING, SEVERITY
 PRINTED = ("totals", "parts", "grades", "reliability")  # figures that are also written as vector PDF
 MOST_WHOLE = 20  # studies of a prediction that are shown with all slices, about 0.5 MB each
 WORST = 12  # studies of an evaluation that have a page
+Page = tuple[str, str]  # file name and title
+Findings = dict[int, list[tuple[str, str]]]  # rule and value by study
 INDEX, OVERVIEW = ("index.html", "Summary"), ("studies.html", "Studies")
 LIMITS, CLAIM = ("limits.html", "Limitations"), ("claim.html", "CLAIM checklist")
 NAMES = {  # words of the task, for the templates of studies
@@ -45,12 +46,9 @@ NAMES = {  # words of the task, for the templates of studies
 
 
 def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 8, seed: int = 0) -> Path:
-    """Write report/index.html and everything it links to; returns the index.
-
-    One page for each executed notebook and each graded study (`whole_studies` of them, some drawn by `seed`, with all
-    slices), the limitations, the CLAIM checklist, the main figures as PDF, and the run's provenance.json. Pages of an
-    earlier report that no longer belong to it are deleted.
-    """
+    """Write report/index.html, everything it links to and the run's provenance.json; returns the index. There is a page
+    for each executed notebook and each graded study (`whole_studies` of them, some drawn by `seed`, with all slices).
+    Pages of an earlier report that no longer belong to it are deleted."""
     folder, chapters = run.folder / "report", read_chapters(run)
     tables.write_provenance(run.folder)
     graded = [name for name in tables.BLOCK_NAMES if (run.folder / f"predictions/sources_{name}.parquet").is_file()]
@@ -81,12 +79,10 @@ def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 
 
 
 def _write_page(
-    folder: Path, frame: dict, template: str, page: tuple[str, str], script="", styles="text", around=(), **context: Any
+    folder: Path, frame: dict, template: str, page: Page, script="", styles="text", around=(), **context: Any
 ) -> Path:
-    """Render a page (file name, title); returns its file.
-
-    script: file name of the page's script; styles: kind of `style_sheet`; around: linked pages (default: the frame's).
-    """
+    """Render a page; returns its file. script: file name of the page's script; styles: kind of `style_sheet`; around:
+    linked pages (default: the frame's)."""
     chain = [None, *(around or frame["pages"]), None]
     place = chain.index(page)
     text = (TEMPLATES / script).read_text() if script else ""
@@ -110,7 +106,7 @@ def style_sheet(kind: str) -> str:
 
 def _write_studies(
     write: partial, graded: pd.DataFrame, read: Callable[[int, str], list[Stack]], weights: Path, whole: dict[int, str],
-    first: tuple[str, str] = OVERVIEW, findings: dict[int, list[tuple[str, str]]] | None = None,
+    first: Page = OVERVIEW, findings: Findings | None = None,
 ) -> list[Path]:  # fmt: skip
     """The page of each study and their overview, `first`; returns the files. read: stacks of a study and block."""
     lines, files = studies.overview(graded), []
@@ -130,14 +126,13 @@ def _write_studies(
 
 def write_study_pages(
     folder: Path, name: str, rows: pd.DataFrame, read: Callable[[int], list[Stack]], weights: Path, basis: str,
-    findings: dict[int, list[tuple[str, str]]], notebook: Path | None = None,
+    findings: Findings, notebook: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write `folder`/index.html and a page for each graded study of a prediction; returns the index.
 
-    name: of the models; rows: as `read_graded` gives them; read: the stacks of a study; findings: rule and value by
-    study. The least sure studies, at most `MOST_WHOLE`, are shown with all slices. Older pages are deleted. With an
-    executed notebook, the index is that, and pages are those of the studies with the largest losses.
-    """
+    name: of the models; rows: as `read_graded` gives them; read: the stacks of a study. The least sure studies, at most
+    `MOST_WHOLE`, are shown with all slices. Older pages are deleted. With an executed notebook, the index is that, and
+    pages are those of the studies with the largest losses."""
     if notebook:
         rows = rows[rows["study_id"].isin(studies.study_losses(rows).nlargest(WORST).index)]
     first = OVERVIEW if notebook else ("index.html", "Studies")

@@ -16,6 +16,7 @@ from lsdc_utils.grading.marks import draw_still
 from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report import run as tables
+from lsdc_utils.report.card import sentences
 from lsdc_utils.report.run import BLOCK_NAMES, MODEL_NAMES, PART_NAMES, Run, value
 from lsdc_utils.vocabulary import GROUPS, SEVERITY_NAMES
 
@@ -72,14 +73,7 @@ def plot_doses(run: Run) -> Picture | None:
     """Dose-response curves of the models, the oracle and simulated readers; None where 07 did not draw any."""
     if run.doses.empty:
         return None
-    bodies = run.doses["body"].nunique()
-    caption = f"One location narrowed step by step in {bodies} simulated {'body' if bodies == 1 else 'bodies'}, all "
-    caption += "else unchanged: probabilities of the models and the oracle, shares of simulated readers (marks), and "
-    caption += "the cut-offs of an error-free reader (vertical lines)."
-    if run.stress.get("slope") is not None:
-        by_group = {part: slope for part, slope in run.stress["slope_by_group"].items() if slope is not None}
-        groups = ", ".join(f"{part} {slope:.2f}" for part, slope in by_group.items()) or "all groups"
-        caption += f" The ensemble's slope is {run.stress['slope']:.2f} of the oracle's ({groups})."
+    caption = " ".join(sentences(run, "doses", bodies=run.doses["body"].nunique()))
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
     texts = ", ".join(f"{MODEL_NAMES[model]} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     figure = Figure(figsize=(12, 4.4))

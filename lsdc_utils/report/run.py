@@ -82,12 +82,8 @@ def labelled_rows(run: Run) -> pd.DataFrame:
 
 
 def write_provenance(run: Path) -> dict[str, Any]:
-    """Write and return the provenance of the run in folder `run`, which has its data, tables and weights.
-
-    Time (UTC), commit ('with changes' if the working tree is dirty), parameters, kind, name and fingerprint of the data
-    (a hash of tables and headers, not of pixels), sha256 and commit of each weights file, the machine, and versions of
-    all installed distributions. Except for paths among the parameters, nothing names the machine or its user.
-    """
+    """Write and return the provenance of the run in folder `run`. The fingerprint of the data is a hash of tables and
+    headers, not of pixels. Except for paths among the parameters, nothing names the machine or its user."""
     data, weights = read_file(run / "data.json"), {}
     if data:
         folder, digest = (run / data["data_dir"]).resolve(), hashlib.sha256()
@@ -160,8 +156,7 @@ def overall(block: dict[str, Any]) -> str:
 def value(block: dict[str, Any], kind: str, model: str, part: str = "") -> Any:
     """A number of a block of scores.json, or an interval's [low, high]; None where the block has none. part: by default
     the `overall` one."""
-    part = part or overall(block)
-    content = ((block.get(kind) or {}).get(model) or {}).get(part)
+    content = ((block.get(kind) or {}).get(model) or {}).get(part or overall(block))
     return None if content == [None, None] else content
 
 

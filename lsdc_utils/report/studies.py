@@ -1,7 +1,5 @@
 """What the page of a study shows: slices as small images with marks, and which studies are shown with all slices.
-
-Images are AVIF inside the page, which draws the marks over them in mm of the slice: they stay sharp and can be hidden.
-"""
+Images are AVIF inside the page, which draws the marks over them in mm of the slice: these stay sharp."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,11 +27,9 @@ def show_study(
 ) -> tuple[dict[str, tuple[dict, str, int]], list[dict]]:
     """A study's images: key slices of the rows graded moderate or severe, and if `whole` its series to scroll.
 
-    rows: the study's rows of `read_graded`; boxes_mm: side of the detectors' boxes by group (nfn, scs, ss). Key slices
-    are row id -> slice (a dict as film.html.j2 draws it), key of its viewer, number of the slice in it. They are
-    nearest to the detected point; a row without a point near any slice has none. A viewer: key, title, films (its
-    slices), first (the slice shown at the start).
-    """
+    rows: the study's rows of `read_graded`; boxes_mm: side of the detectors' boxes by group. Key slices, those nearest
+    to the detected point, are row id -> slice (a dict as film.html.j2 draws it), key of its viewer, number of the slice
+    in it. A viewer: key, title, films (its slices), first (the slice shown at the start)."""
     series = [stack for kind in vocabulary.SERIES_TYPES for stack in stacks if stack.series_type == kind]
     rows = rows.assign(box_mm=rows["group"].map(boxes_mm).fillna(0)).dropna(subset=["X"])
     keys, viewers = {}, []
@@ -49,10 +45,8 @@ def show_study(
             keys[row.row_id] = _film(series[number], n, start, stop, [row], KEY_QUALITY), f"series{number}", n
     for number, stack in enumerate(series if whole else ()):
         own = rows[rows["group"].map(lambda key: GROUPS[key].series_type) == stack.series_type]
-        films = []
-        for n, (size, off) in enumerate(zip(stack.shapes[:, ::-1], distances(stack, own), strict=True)):
-            near = list(own[off <= REACH].itertuples())
-            films.append(_film(stack, n, np.zeros(2, int), size, near, SERIES_QUALITY))
+        near, start = [list(own[off <= REACH].itertuples()) for off in distances(stack, own)], np.zeros(2, int)
+        films = [_film(stack, n, start, stack.shapes[n][::-1], near[n], SERIES_QUALITY) for n in range(len(near))]
         viewer = {"key": f"series{number}", "title": f"{stack.series_type} (series {stack.series_id})", "films": films}
         place = worst_slice([stack], own)
         viewers.append(viewer | {"first": place[1] if place else len(films) // 2})
@@ -84,9 +78,7 @@ def study_losses(rows: pd.DataFrame) -> pd.Series:
 
 def choose_studies(rows: pd.DataFrame, count: int, seed: int) -> dict[int, str]:
     """Studies that are shown with all their slices, with the reason: the largest losses, the surest, a random draw.
-
-    Without any label, the least sure replace those with the largest losses.
-    """
+    Without any label, the least sure replace those with the largest losses."""
     sure, losses = rows.groupby("study_id")["confidence"].mean(), study_losses(rows)
     worst, reason = (losses, "among the largest losses") if len(losses) else (-sure, "among the least sure")
     chosen = dict.fromkeys(worst.nlargest(-(-count // 3)).index.tolist(), reason)
@@ -96,11 +88,8 @@ def choose_studies(rows: pd.DataFrame, count: int, seed: int) -> dict[int, str]:
 
 
 def overview(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """A dict for each study: its page, the worst row of each condition, counts, confidence, agreement and loss.
-
-    `cells` are (grade, confidence, level) in the order of `GRID`; `rows` is what the page's filters read: condition
-    group, grade and confidence in per cent of each row.
-    """
+    """A dict for each study: page, counts, confidence, agreement, loss, `cells` (grade, confidence, level of the worst
+    row of each condition of `GRID`), and `rows` (group, grade and confidence in per cent of each row, for filters)."""
     losses, lines = study_losses(rows), []
     for study, of_study in rows.groupby("study_id"):
         worst = of_study.sort_values(["grade", "confidence"]).groupby("condition").last().loc[list(GRID)]

@@ -71,12 +71,11 @@ def graded(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
     """The tables that grading writes; filled by the test."""
     tables: dict[str, pd.DataFrame] = {}
 
-    def write(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> SimpleNamespace:
+    def write(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> None:
         (out / "predictions").mkdir(parents=True)
         (out / "names.txt").write_text(str(found.comp.root))
         for name, table in tables.items():
             table.to_parquet(out / f"predictions/{name}_test.parquet")
-        return SimpleNamespace(tables=out / "predictions")
 
     monkeypatch.setattr(labelled, "grade", write)
     monkeypatch.setattr(cohort, "fingerprints", lambda *_: [{"salt": "s", "hashes": ["h"]}])

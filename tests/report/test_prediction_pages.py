@@ -43,8 +43,8 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, tuple[
     parameters = predict.prepare(root, run, out, cores=1)
     shard = out / "shards" / "shard000"
     write_shard(shard, competition.read_listed(root, out / "tables/shard000.parquet"))
-    summary = predict.collect(root, out, [shard], "phantom_only")
-    predict.write_pages(out, [shard], parameters, "pretrained", "phantom_only")
+    summary = predict.collect(parameters, "phantom_only")
+    predict.write_pages(parameters, "pretrained", "phantom_only")
     return root, out, summary
 
 

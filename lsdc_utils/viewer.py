@@ -21,13 +21,14 @@ from lsdc_utils.vocabulary import GROUPS, SERIES_TYPES
 
 RUN_MARK = "LSDC_RUN"  # set in the environment of every process of ./run_all.sh
 Reader = Callable[[int], list[Stack]]
+Boxes = dict[str, float]  # side in mm by group
 
 
 class Viewer:
     """The controls of one viewer and the image that they change; `box` is all of it, to be displayed. read: gives the
-    stacks of a study by its id; rows: the marks; boxes_mm: side of the boxes by group."""
+    stacks of a study by its id; rows: the marks."""
 
-    def __init__(self, read: Reader, rows: pd.DataFrame, boxes_mm: dict[str, float] | None = None):
+    def __init__(self, read: Reader, rows: pd.DataFrame, boxes_mm: Boxes | None = None):
         self.read, self.rows, self.boxes_mm = functools.lru_cache(4)(read), rows, boxes_mm or {}
         self.stacks: list[Stack] = []
         wide, as_drawn = widgets.Layout(width="26em"), widgets.Layout(width="36em", height="max-content")
@@ -74,31 +75,22 @@ class Viewer:
             self.image.value, self.text.value = b"", "This study has no series that can be read."
             return
         stack, k = self.stacks[series], slice - 1
-        marks = self._marks(stack)
+        affine, (height, width), marks = stack.affines[k], stack.shapes[k], self._marks(stack)
         near = marks[distances(stack, marks)[k] <= REACH]
-        (height, width), places = stack.shapes[k], near[list("XYZ")].to_numpy(float)
-        middles = geometry.to_pixels(stack.affines[k], places)[:, :2]
-        sides_mm = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None]
-        sides = sides_mm / geometry.spacing(stack.affines[k])
-        figure = Figure(figsize=(6, 6), layout="constrained")
-        figures.show_slice(
-            figure.add_subplot(),
-            stack.pixels[k, :height, :width],
-            stack.affines[k],
-            places if points and len(near) else None,
-            boxes=np.hstack([middles - sides / 2, middles + sides / 2]) if boxes and len(near) else None,
-            severities=near["grade"].to_numpy(),
-            window=window,
-            title=f"{stack.series_type}, slice {slice} of {len(stack.pixels)}",
-        )
+        places = near[list("XYZ")].to_numpy(float)
+        middles = geometry.to_pixels(affine, places)[:, :2]
+        sides = near["group"].map(self.boxes_mm).fillna(0.0).to_numpy(float)[:, None] / geometry.spacing(affine)
+        squares = np.hstack([middles - sides / 2, middles + sides / 2]) if boxes and len(near) else None
+        drawn = {"severities": near["grade"].to_numpy(), "boxes": squares, "window": window}
+        drawn["title"] = f"{stack.series_type}, slice {slice} of {len(stack.pixels)}"
+        figure, pixels = Figure(figsize=(6, 6), layout="constrained"), stack.pixels[k, :height, :width]
+        figures.show_slice(figure.add_subplot(), pixels, affine, places if points and len(near) else None, **drawn)
         self.image.value = print_figure(figure, bbox_inches=None)
         words = self.rows.loc[self.rows["study_id"] == study, "words"].map(lambda words: html.escape(str(words)))
         self.text.value = "<br>".join(f"<b>{text}</b>" if k in near.index else text for k, text in words.items())
 
 
-def show(
-    read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm: dict[str, float] | None = None
-) -> Viewer | None:
+def show(read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm: Boxes | None = None) -> Viewer | None:
     """Display a viewer of the studies in `rows` and return it; in a run of the pipeline only the picture `still`, which
     a page made from the notebook shows (default: of the study with most severe marks)."""
     if rows.empty:

@@ -26,15 +26,12 @@ class ExportError(ValueError):
     """Studies that cannot be exported; the message names the run or the study and the reason."""
 
 
-def export_studies(
-    run_dir: str | Path, study_ids: Iterable[int] | None = None, out: str | Path | None = None
-) -> pd.DataFrame:
-    """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study.
+def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, out: Path | None = None) -> pd.DataFrame:
+    """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study: study_id, block,
+    images_referred (in the SR), images_written, problem (what could not be read).
 
-    study_ids: graded studies; default: the test studies, or all graded out of fold if there are none. Columns:
-    study_id, block, images_referred (in the SR), images_written, problem (what could not be read). RunError if the run
-    is not finished or was made by older code; ExportError if it did not grade a study, or if models that were trained
-    on a phantom alone graded anything else than the studies of one."""
+    studies: default: the test studies, or all graded out of fold if there are none. RunError if the run cannot be used;
+    ExportError if it did not grade a study, or if models that were trained on a phantom alone graded other studies."""
     run, record = Path(run_dir), Path(run_dir) / "data.json"
     synthetic = record.is_file() and json.loads(record.read_text())["kind"] == "phantom"
     if not synthetic and grade_basis(run) == PHANTOM_ONLY:
@@ -44,10 +41,10 @@ def export_studies(
     tables = {key: read_graded(run, key) for key in BLOCKS if (run / f"predictions/sources_{key}.parquet").is_file()}
     if not tables:
         raise ExportError(f"the run in {run} has no grades: run it to 05_ensemble_inference")
-    comp, folder = read_data(run), Path(out or run / "exports")
+    comp, folder = read_data(run), out or run / "exports"
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
     last = max(known.values(), default="")  # "test" comes after "oof"
-    asked = [study for study, block in known.items() if block == last] if study_ids is None else list(study_ids)
+    asked = [study for study, block in known.items() if block == last] if studies is None else list(studies)
     if unknown := [str(study) for study in asked if study not in known]:
         raise ExportError(f"the run in {run} did not grade {', '.join(unknown)}")
     when = datetime.fromtimestamp((run / "scores.json").stat().st_mtime)

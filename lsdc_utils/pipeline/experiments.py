@@ -65,8 +65,7 @@ def run_curve(base: Path, sizes: list[int], cores: int) -> int:
 
 
 def run_refined(base: Path, cores: int) -> int:
-    """Train the transformers of the run `base` on half label, half answer, as a run to its report, and print how scores
-    differ; the exit status. The blend is fitted on the rows of `base`."""
+    """Train the transformers of the run `base` on half label, half answer, and print how scores differ; the status."""
     parameters, folder = load_parameters("demo") | read_parameters(base), base.with_name(f"{base.name}-refined")
     if parameters["vit_soften"]:
         raise UsageError(f"--run {base.name}: its labels are softened already")

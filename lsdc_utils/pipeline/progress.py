@@ -157,8 +157,7 @@ def failure(logs: Path, step: Step) -> str:
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """The blocks of scores.json as text: test first; only out of fold if test has no labels. Where groups are absent,
-    the mean of the others stands in for the total."""
+    """The blocks of scores.json as text, test first. Where groups are absent, the mean of the others is the total."""
     lines = []
     for name, studies in TITLES.items():
         if not (block := scores.get(name)):

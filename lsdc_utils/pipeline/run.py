@@ -105,9 +105,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(f"{shown(folder)} is locked by another run_all.sh") from error
         end_processes(folder)
         cancel_jobs(folder)
-        for left in (*folder.glob(".writing-*"), *folder.glob("*/.writing-*")):  # by a process that was killed
-            if left.is_file():
-                left.unlink()
+        left = (*folder.glob(".writing-*"), *folder.glob("*/.writing-*"))  # by a process that was killed
+        for file in filter(Path.is_file, left):
+            file.unlink()
         yield
 
 

@@ -1,9 +1,7 @@
 """Copy a finished run into the repository: `python -m lsdc_utils.report sample --run demo`, or `... results`.
-
 `sample` copies the report to outputs/sample/ and takes pictures of three of its pages for docs/. `results` writes the
 tables between markers such as `<!-- scores demo -->` and `<!-- end -->` in README.md and docs/results.md, the two
-figures that they show, and docs/<run>.json with the numbers.
-"""
+figures that they show, and docs/<run>.json with the numbers."""
 
 import argparse
 import shutil

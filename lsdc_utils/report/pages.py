@@ -81,8 +81,7 @@ def write_report(run: tables.Run, pictures: list[Picture], whole_studies: int = 
 def _write_page(
     folder: Path, frame: dict, template: str, page: Page, script="", styles="text", around=(), **context: Any
 ) -> Path:
-    """Render a page; returns its file. script: file name of the page's script; styles: kind of `style_sheet`; around:
-    linked pages (default: the frame's)."""
+    """Render a page; returns its file. styles: kind of `style_sheet`; around: linked pages (default: the frame's)."""
     chain = [None, *(around or frame["pages"]), None]
     place = chain.index(page)
     text = (TEMPLATES / script).read_text() if script else ""

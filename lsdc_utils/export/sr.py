@@ -35,14 +35,11 @@ def make_report(rows: pd.DataFrame, keys: dict[str, Key], when: datetime) -> sr.
     """The 25 rows of a study as an unverified structured report by TID 1500, observed by a device."""
     study_uid, version = next(iter(keys.values())).header.StudyInstanceUID, git_commit()
     device = sr.DeviceObserverIdentifyingAttributes(new_uid(NAME), NAME, "lsdc_utils", model_name=NOTICE)
-    observer = sr.ObserverContext(codes.DCM.Device, device)
+    context = sr.ObservationContext(observer_device_context=sr.ObserverContext(codes.DCM.Device, device))
     scheme = CodingSchemeIdentificationItem(SCHEME, f"Private codes of {NAME}", responsible_organization="lsdc_utils")
-    content = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(observer_device_context=observer),
-        procedure_reported=Code("113091000", "SCT", "Magnetic resonance imaging"),
-        imaging_measurements=[_finding(row, keys.get(row.row_id), study_uid, version) for row in rows.itertuples()],
-        title=codes.DCM.ImagingMeasurementReport,
-    )
+    procedure = Code("113091000", "SCT", "Magnetic resonance imaging")
+    findings = [_finding(row, keys.get(row.row_id), study_uid, version) for row in rows.itertuples()]
+    content = sr.MeasurementReport(context, procedure, findings, title=codes.DCM.ImagingMeasurementReport)
     report = sr.ComprehensiveSR(
         evidence=list({key.header.SOPInstanceUID: key.header for key in keys.values()}.values()),
         content=content[0],

@@ -27,8 +27,8 @@ class ExportError(ValueError):
 
 
 def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, out: Path | None = None) -> pd.DataFrame:
-    """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study: study_id, block,
-    images_referred (in the SR), images_written, problem (what could not be read).
+    """Export studies of a finished run to `out` (default: <run>/exports); returns a row for each study: study_id,
+    block, images_referred (in the SR), images_written, problem (what could not be read).
 
     studies: default: the test studies, or all graded out of fold if there are none. RunError if the run cannot be used;
     ExportError if it did not grade a study, or if models that were trained on a phantom alone graded other studies."""

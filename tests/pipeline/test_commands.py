@@ -83,7 +83,7 @@ def test_benchmarks_run_one_after_the_other_and_helpers_do_not(tmp_path, monkeyp
 
 def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(
-        "lsdc_utils.data.checks.main", lambda folder, out: 1 if (folder, out) == (tmp_path, None) else 0
+        "lsdc_utils.data.checks.main", lambda folder, out, source: 1 if (folder, out) == (tmp_path, None) else 0
     )
     assert commands.main(["validate", str(tmp_path)]) == 1
     with pytest.raises(SystemExit) as ended:

@@ -10,11 +10,9 @@ DOSE_LINES = {"oracle": "--", "yolo": ":", "vit3d": "-.", "ensemble": "-"}  # co
 
 
 def show_doses(figure: Figure, responses: pd.DataFrame) -> None:
-    """Draw the dose-response curves of a table such as stress/doses.csv: one panel for each condition group.
-
-    Curves are means over bodies and sides: P(moderate or worse) and P(severe) of each model. Marks are the shares of
-    simulated readers, vertical lines the cut-offs of an error-free reader.
-    """
+    """Draw the dose-response curves of a table such as stress/doses.csv: one panel for each condition group. Curves are
+    means over bodies and sides: P(moderate or worse) and P(severe) of each model. Marks are the shares of simulated
+    readers, vertical lines the cut-offs of an error-free reader."""
     groups = responses["condition"].map(lambda name: CONDITIONS[name].group)
     for ax, (key, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
         rows = responses[groups == key]

@@ -47,10 +47,8 @@ def difference(
 
 def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.DataFrame:
     """The weighted log loss of rows that share a value of `trait` (n,): a line a value; missing values are left out.
-
     Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the ensemble's skill where
-    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies.
-    """
+    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies."""
     lines = {}
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
         codes, studies = pd.factorize(judged["ensemble"][unit].iloc[places])
@@ -84,11 +82,9 @@ def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | N
 
 
 def own_evidence(judged: Judged) -> pd.DataFrame:
-    """Does a model read a row's own place, or the company it keeps? A line for each group: the pairs of rows with
-    different labels that share their company (both sides of a level; two levels of a canal), and the share of them
-    in which each model gives more evidence to the worse one: log odds of moderate or worse, over the prior's; ties
-    are half right. 0.5: the model tells the study or level, not the place.
-    """
+    """Whether models read a row's own place or only its study or level (0.5). A line a group: the pairs of rows with
+    different labels from both sides of a level or two levels of a canal, and the share of them in which each model
+    gives the worse one higher log odds of moderate or worse, over the prior's; ties are half right."""
     odds = {name: np.log(rows[PROBABILITIES[1:]].sum(axis=1) / rows["normal_mild"]) for name, rows in judged.items()}
     rows, lines = judged["prior"].assign(place=np.arange(len(judged["prior"]))), {}
     for key, group in GROUPS.items():
@@ -146,11 +142,8 @@ def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame
 
 
 def agreement(judged: Judged) -> pd.DataFrame:
-    """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group.
-
-    `two readers`, if there is an oracle q: the kappa expected of two independent readers who grade each of these rows
-    (a, b) with the probability q_a q_b.
-    """
+    """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group. If there
+    is an oracle q, `two readers` is the kappa expected of two independent readers who both draw their grades from q."""
     lines = {}
     for group, (weights, power) in itertools.product(GROUPS.values(), {"linear": 1, "quadratic": 2}.items()):
         line = lines[group.score, weights] = {}

@@ -125,28 +125,24 @@ def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
 def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
     """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
     inputs = {name: {model: given[model] for model in models} for name, models in BLENDS.items()}
-    return {"kind": "fitted", **{name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}}
+    return {"kind": "fitted"} | {name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}
 
 
 def blend_rows(
     recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str],
     labels: Any = None, fitted_on: Tables | None = None,
 ) -> tuple[Tables, pd.Series]:  # fmt: skip
-    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows.
-
-    given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity), or None; with
-    them each study is blended by numbers fitted on other studies (on `fitted_on` if not on `given`), without them by
-    those of the recipe.
-    """
+    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows: by the recipe's numbers, or with
+    labels (row_id, study_id, severity), each study by numbers fitted on other studies (in `fitted_on` if not in
+    `given`). given, prior, unseen: as for `blend.finish`."""
     tables = {}
     for name, models in BLENDS.items():
-        inputs, fitted = {model: given[model] for model in models}, recipe[name]
         if labels is None:
-            tables[name] = blend.apply_blend(fitted, inputs, prior)
-        else:
-            freely = [key for key, mixture in fitted.items() if mixture["kept"] == "fitted"]
-            fit_inputs = {model: (fitted_on or given)[model] for model in models}
-            tables[name] = blend.cross_fitted(inputs, prior, labels, freely, fit_inputs)
+            tables[name] = blend.apply_blend(recipe[name], given, prior)
+            continue
+        freely = [key for key, mixture in recipe[name].items() if mixture["kept"] == "fitted"]
+        inputs = {model: (fitted_on or given)[model] for model in models}
+        tables[name] = blend.cross_fitted(given, prior, labels, freely, inputs)
     return blend.finish(tables, given, prior, unseen)
 
 

@@ -20,12 +20,12 @@ SIDE_OF = {name: condition.side or "" for name, condition in CONDITIONS.items()}
 
 
 def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """True points beside the detected ones; those of `truth` without a position are left out.
+    """Truth's row_id, severity (if any) and keys, the detected points' confidence, distance, in_plane (sagittal: y, z,
+    axial: x, y), both NaN where nothing was detected, and exchanged: whether a point lies nearer to the true point of
+    the other side than to its own.
 
-    points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (nfn, scs or
-    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`. Returns truth's row_id, severity
-    (if any) and keys, confidence, distance, in_plane (sagittal: y and z, axial: x and y), both NaN where nothing was
-    detected, and exchanged: whether the point lies nearer to the true point of the other side than to its own.
+    points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (a key of
+    GROUPS). truth: study_id, condition, level, X, Y, Z (rows without are left out): the label table, or `true_points`.
     """
     known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
     known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
@@ -77,12 +77,10 @@ def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
 def against_anatomy(
     root: Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
-
-    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. Rows:
+    """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none. Rows:
     for spines all, ordinary and other, each condition as in `localisation`, and the axial slices near a disc: points
-    (their number), found (share given any level) and level_right (share given the right one).
-    """
+    (their number), found (share given any level) and level_right (share given the right one). points: of all detectors,
+    with column condition (a key of GROUPS); slices: `canal.axial_slices` of all studies."""
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
         return None
     anatomy, spines = (pd.read_csv(root / name) for name in ("anatomy.csv", "spines.csv"))

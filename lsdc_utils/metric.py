@@ -51,8 +51,7 @@ def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     """The official score and its `PARTS` (lower is better); a part without rows is NaN, and so is total then.
 
     `solution`: row_id and severity in {0, 1, 2}; rows without a label are absent. `submission`: row_id and the three
-    weighted numbers; rows that the solution lacks are ignored. ValueError where a row is missing, doubled, negative,
-    not finite or does not sum to 1.
+    weighted numbers; further rows are ignored. ValueError where one is missing, doubled or does not hold three shares.
     """
     scores = study_losses(solution, submission).score()
     return {part: scores[part] for part in PARTS}

@@ -1,8 +1,5 @@
-"""The faults of a data folder, for `./run_all.sh validate` and 01_eda, and the label table without wrong points.
-
-Every header is read, and points are checked by their place in the patient (`point_rules`). One that cannot be right
-loses its place in the label table. A grade is never changed.
-"""
+"""The faults of a data folder, for `./run_all.sh validate` and 01_eda, and the label table without wrong points: those
+that cannot be right by their place in the patient (`point_rules`). A grade is never changed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
@@ -288,8 +285,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(root: str | Path, out: str | Path | None = None, workers: int | None = None, source: str | Path = "") -> int:
-    """Check the folder `root`, print its findings and `uses`, write findings to the csv `out`; 1 if it is not
-    usable, otherwise 0. source: see `untrainable`."""
+    """Check `root`, print its findings and `uses`, write findings to the csv `out`; 0 if it is usable, else 1."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)

@@ -78,8 +78,7 @@ def _canal(discs: pd.DataFrame, middle: float) -> list[tuple[float, float]]:
 def _out_of_order(places: pd.DataFrame) -> list[int]:
     """The points, most contradicting first, without which the levels of each study and condition are in order."""
     removed = []
-    for _, heights in places.sort_values("level").groupby(["study_id", "condition"]).Z:
-        left = heights
+    for _, left in places.sort_values("level").groupby(["study_id", "condition"]).Z:
         while len(left) > 1:
             wrong = np.triu(left.to_numpy()[:, None] <= left.to_numpy(), 1)
             counts = wrong.sum(axis=0) + wrong.sum(axis=1)

@@ -1,7 +1,5 @@
-"""Tables as people have them, read by the lines of the file: ids as numbers or text, grades in several forms.
-
-What is not certain is refused with its line; nothing is guessed.
-"""
+"""Tables as people have them, read by the lines of the file: ids as numbers or text, grades in several forms. What is
+not certain is refused with its line; nothing is guessed."""
 
 import csv
 import hashlib
@@ -60,12 +58,9 @@ class Findings:
 def read_required_table(
     file: Path, columns: Sequence[str], ids: Sequence[str] = (), names: dict[int, str] | None = None
 ) -> Table:
-    """Columns (none: all) of a table as text (NaN: nothing), those of `ids` as int64, indexed by the file's lines.
-
-    Read are commas, semicolons or tabs, UTF-8, UTF-16 and Latin-1, and a header in any case, with blanks or hyphens.
-    names: gets the ids, see `number_of`. CompetitionError if the file is not there, lacks a column, or an id or a line
-    cannot be read exactly.
-    """
+    """Columns (none: all) of a table as text (NaN: nothing), those of `ids` as int64, indexed by the file's lines. Read
+    are commas, semicolons or tabs, UTF-8, UTF-16 and Latin-1, and headers in any case, with blanks or hyphens. names:
+    gets the ids, see `number_of`. CompetitionError if no file is there, or it or a line cannot be read exactly."""
     try:
         lines, header = _cells(file)
     except FileNotFoundError:

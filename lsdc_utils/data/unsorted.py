@@ -1,8 +1,6 @@
-"""Studies in a folder of DICOM files that no table describes: files grouped into series, each with its type.
-
-Files are grouped by StudyInstanceUID, SeriesInstanceUID and folder; in the competition's layout by its folders. A
-series that is not sagittal T1, sagittal T2/STIR or axial T2 by its headers is skipped, and a finding gives the reason.
-"""
+"""Studies in a folder of DICOM files that no table describes: files grouped into series, each with its type. They are
+grouped by StudyInstanceUID, SeriesInstanceUID and folder; in the competition's layout by its folders. A series that is
+not sagittal T1, sagittal T2/STIR or axial T2 by its headers is skipped, and a finding gives the reason."""
 
 import hashlib
 import os
@@ -57,12 +55,11 @@ class _Series:
 def find(
     root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1, names: Collection[int] = ()
 ) -> Discovered:
-    """Look for studies in `places` (split, folder under `root`); by default in `root` itself, as test studies.
+    """Look for studies in `places` (split, folder under `root`); by default in `root`, as test studies but for `names`.
 
     names: ids in tables, see `number_of`. In <root>/<split>_images folders <study>/<series>/ are the ids if they are
     plain numbers or in `names`, and each folder there or in `root` that is in `names`, with images of one patient, is a
-    study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash: no real UID
-    enters a table. By default studies in `names` are training studies.
+    study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash.
     """
     root = Path(root)
     result, unopened = Discovered(), []

@@ -79,8 +79,7 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
 
 def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
     """The fitted numbers for each group whose cross-fitted gain over the simple blend is sure, else the simple blend.
-    Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
-    parts of the score, spinal and any-severe."""
+    Sure: the 95 % bootstrap interval of the gain lies above 0; the canal's is that in spinal plus any-severe."""
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
     losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}

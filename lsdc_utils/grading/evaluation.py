@@ -1,7 +1,5 @@
-"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, suspect labels.
-
-All functions but `difference` take judged rows (`judge`), in the same order for every model.
-"""
+"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, suspect labels. All functions
+but `difference` take judged rows (`judge`), in the same order for every model."""
 
 import itertools
 import json
@@ -53,9 +51,8 @@ def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.Dat
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
         codes, studies = pd.factorize(judged["ensemble"][unit].iloc[places])
         counts = np.vstack([np.ones(len(studies)), metric.bootstrap(len(studies))])  # first the studies as they are
-        sums = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) for name, rows in judged.items()}
         weight = counts @ np.bincount(codes, judged["ensemble"]["weight"].iloc[places])
-        loss = {name: drawn / weight for name, drawn in sums.items()}
+        loss = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) / weight for name, rows in judged.items()}
         line = {"studies": len(studies), "rows": len(places)} | {name: drawn[0] for name, drawn in loss.items()}
         drawn = loss["ensemble"]
         if "oracle" in judged:

@@ -1,7 +1,5 @@
 """Studies graded by the frozen models of a run: from stacks to each model's rows, and from these to the ensemble's.
-
-`published.grade` has the same functions for the published method.
-"""
+`published.grade` has the same functions for the published method."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,8 +131,7 @@ def blend_rows(
     labels: Any = None, fitted_on: Tables | None = None,
 ) -> tuple[Tables, pd.Series]:  # fmt: skip
     """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows: by the recipe's numbers, or with
-    labels (row_id, study_id, severity), each study by numbers fitted on other studies (in `fitted_on` if not in
-    `given`). given, prior, unseen: as for `blend.finish`."""
+    labels (row_id, study_id, severity), by numbers fitted on other studies (in `fitted_on` if not in `given`)."""
     tables = {}
     for name, models in BLENDS.items():
         if labels is None:

@@ -1,8 +1,5 @@
-"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy.
-
-`in_plane` leaves out the direction across the slices of the series on which a condition is graded: a reader may click
-on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
-"""
+"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy. `in_plane` leaves
+out the direction across the slices: a reader may click on a neighbouring one, 4 mm and more away."""
 
 import itertools
 from collections.abc import Sequence
@@ -44,8 +41,7 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def localisation(errors: pd.DataFrame) -> pd.DataFrame:
-    """By condition, of `point_errors`: true points, share found, their median distance, shares of all within 5 and 10
-    mm, sides exchanged."""
+    """By condition, of `point_errors`: points, share found, median distance, shares within 5 and 10 mm, exchanged."""
     distance, kinds = errors["distance"], {"points": "sum", "found": "mean", "median_mm": "median"}
     counted = errors.assign(points=1, found=distance.notna(), median_mm=distance, sides_exchanged=errors["exchanged"])
     for (name, column), mm in itertools.product(WITHIN.items(), (5, 10)):
@@ -62,8 +58,7 @@ def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
 
 
 def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
-    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc's plane, measured at the canal's true point
-    in the same series, with true_level."""
+    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc at the canal, with its true_level."""
     if slices.empty:
         return slices.assign(level="", true_level="")
     canal = anatomy.loc[anatomy["condition"] == SPINAL_CANAL, ["study_id", "series_id", "level", *"XYZ"]]

@@ -1,7 +1,7 @@
 """Marks on slices: what a row says in words, which slice shows it, and a still picture of a study.
 
-Marks are rows of a table: study_id, condition, group (nfn, scs, ss), level, X, Y, Z (LPS mm, NaN where there is no
-point), grade (0, 1, 2, or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
+Marks are rows of a table: study_id, condition, group (a key of GROUPS), level, X, Y, Z (LPS mm or NaN), grade (0, 1, 2,
+or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
-"""The published 3D-ViT: the whole study squeezed into one grid, 25 latents from one token.
-
-Left and right are learnt from mirrored studies with exchanged labels; only studies with all 25 labels are trained on;
-the mirrored study is the second view at prediction. Size, patch, width, depth, heads and readout of the config count.
-"""
+"""The published 3D-ViT: the whole study squeezed into one grid, 25 latents from one token. Only studies with all 25
+labels are trained on, half of them mirrored, with exchanged labels; the mirrored study is the second view at
+prediction. Size, patch, width, depth, heads and readout of the config count."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial

@@ -56,8 +56,7 @@ class Checked:
 
 def check(comp: Competition, workers: int = 1) -> Checked:
     """Read the header of every image, and check the label points by their place in the patient."""
-    findings = Findings([comp.findings])
-    points = defaultdict(list)
+    findings, points = Findings([comp.findings]), defaultdict(list)
     for point in comp.coordinates[POINTS].itertuples(index=False, name=None):
         points["train", *point[:2]].append(point)
     tasks = []
@@ -192,8 +191,9 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
         here = series.split == split
         missing = series[here & ~there]
         if len(missing) and not (comp.root / f"{split}_images").is_dir():
-            no_study = pd.DataFrame({"study_id": [pd.NA]})
-            findings.add(no_study, "images_missing", f"{split}_images", "only tables are used")
+            findings.add(
+                pd.DataFrame({"study_id": [pd.NA]}), "images_missing", f"{split}_images", "only tables are used"
+            )
             continue
         whole = ~missing.study_id.isin(series.study_id[here & there])
         studies = missing.loc[whole, ["study_id"]].drop_duplicates()

@@ -32,8 +32,7 @@ NONE = -1  # series or instance number where there is none
 class Competition:
     """The tables of a data folder after repair; ids are ints.
 
-    labels: study_id, condition, level, severity (0, 1, 2, -1 missing): 25 rows per training study, in the order of
-        `vocabulary.COLUMNS`.
+    labels: study_id, condition, level, severity (0, 1, 2, -1 missing): the 25 `COLUMNS` of each training study.
     coordinates: study_id, series_id, instance_number, condition, level, x, y (pixels): at most one row per label.
     series: study_id, series_id, series_type, split (train or test).
     sample_rows: the row ids that a submission must hold.
@@ -81,8 +80,7 @@ def read(
     labels_csv: grades to use instead of train.csv, in any form of `tables.read_grades`.
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
-    root = Path(root)
-    findings = Findings()
+    root, findings = Path(root), Findings()
     labels = tables.read_grades(Path(labels_csv), findings) if labels_csv else read_labels(root, findings)
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)

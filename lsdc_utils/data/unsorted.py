@@ -29,10 +29,9 @@ TO_USE_IT = (  # for a series of unknown contrast
 
 @dataclass
 class Discovered:
-    """What `find` returns. Findings have the columns of `competition.FINDINGS`, with None for an unknown id."""
+    """What `find` returns; files as in `Competition`, findings with the columns FINDINGS, None for an unknown id."""
 
     series: list[dict[str, Any]] = field(default_factory=list)  # study_id, series_id, series_type, split
-    # (study_id, series_id) -> files of a series without a folder of its own
     files: dict[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
     findings: list[tuple[int | None, int | None, str, str, str]] = field(default_factory=list)
 
@@ -61,8 +60,7 @@ def find(
     plain numbers or in `names`, and each folder there or in `root` that is in `names`, with images of one patient, is a
     study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash.
     """
-    root = Path(root)
-    result, unopened = Discovered(), []
+    root, result, unopened = Path(root), Discovered(), []
     files = [(split, file) for split, place in places or [("test", root)] for file in walk(place, unopened)]
     for error in unopened:
         value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"

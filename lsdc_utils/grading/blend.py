@@ -64,15 +64,13 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
         scores = scorer.losses(metric.weight_rows(mix(parameters, *ratios))).score()
         return float(np.nansum([scores[part] for part in metric.PARTS[:-1]]))
 
-    def objective(parameters: np.ndarray) -> float:
-        """The loss, and a pull towards the best simple blend."""
-        return loss(parameters) + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
-
     simple = [np.full(n_models, 1 / n_models), *(np.eye(n_models) if n_models > 1 else ())]
     start = best = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
     freely = freely and len(rows) > 0
     if freely:
-        best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x
+        pull = SHRINKAGE / len(scorer.studies)  # towards the best simple blend
+        how = {"method": "L-BFGS-B", "options": {"maxiter": 60}}
+        best = minimize(lambda x: loss(x) + float(pull * np.sum((x - start) ** 2)), start, **how).x
     weights = dict(zip(tables, best[:n_models].tolist(), strict=True))
     return {"weights": weights, "bias": best[n_models:].tolist(), "kept": "fitted" if freely else "simple", "gain": []}
 

@@ -53,8 +53,7 @@ def draw_still(stacks: Sequence[Stack], rows: pd.DataFrame, title: str = "") -> 
     for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
         of_group = rows[rows["group"] == group.key].dropna(subset=["X"])
         of_type = [stack for stack in stacks if stack.series_type == group.series_type]
-        place = worst_slice(of_type, of_group)
-        if place is None:
+        if (place := worst_slice(of_type, of_group)) is None:
             ax.set_axis_off()
             ax.set_title(f"{group.series_type}: nothing found")
             continue

@@ -191,9 +191,8 @@ def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
         here = series.split == split
         missing = series[here & ~there]
         if len(missing) and not (comp.root / f"{split}_images").is_dir():
-            findings.add(
-                pd.DataFrame({"study_id": [pd.NA]}), "images_missing", f"{split}_images", "only tables are used"
-            )
+            no_study = pd.DataFrame({"study_id": [pd.NA]})
+            findings.add(no_study, "images_missing", f"{split}_images", "only tables are used")
             continue
         whole = ~missing.study_id.isin(series.study_id[here & there])
         studies = missing.loc[whole, ["study_id"]].drop_duplicates()

@@ -143,9 +143,8 @@ class Scorer:
 
 
 def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
-    """The label-frequency baseline: condition, level and the natural probabilities (n + 0.5) / (N + 1.5), of `labels`
-    (condition, level, severity; -1 is not counted). `pool_sides` counts left and right together, to treat them alike.
-    """
+    """The label-frequency baseline: condition, level and the natural probabilities (n + 0.5) / (N + 1.5) of `labels`
+    (condition, level, severity; -1 is not counted). `pool_sides`: left and right are counted together."""
     counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
     counts = counts.groupby([labels["condition"], labels["level"]]).sum()
     if pool_sides:
@@ -234,9 +233,8 @@ def without_nan(value: Any) -> Any:
 
 
 def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
-    """Expected calibration error of natural probabilities (n, 3) against labels (n,), the mean over classes: of rows in
-    `BINS` by a class's probability, |mean probability - share of the class|, weighted by the rows in a bin (Naeini
-    et al., AAAI 2015, in its class-wise form)."""
+    """Class-wise calibration error (Naeini et al., AAAI 2015) of natural probabilities (n, 3) for labels (n,): the mean
+    over classes of |mean probability - share of the class| of the rows in each of `BINS`, weighted by their number."""
     errors = []
     for k, chance in enumerate(natural.T):
         bin_of = np.minimum((chance * BINS).astype(int), BINS - 1)
@@ -246,8 +244,7 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
 
 
 def auc(positive: np.ndarray, chance: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties
-    counting half. NaN where all rows are alike."""
+    """Area under the ROC curve of `chance` (n,) for `positive` (n,) bool, ties counting half; NaN if all are alike."""
     positive, ranks = np.asarray(positive, bool), rankdata(chance)
     n, others = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * others)) if n and others else np.nan

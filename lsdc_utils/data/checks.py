@@ -154,8 +154,7 @@ def untrainable(
 
 
 def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") -> str:
-    """What a checked folder can be used for, in one line: to train and to evaluate which condition groups, to predict.
-    series, labels: see `Checked`; source: see `untrainable`."""
+    """What a folder (see `Checked`) can be used for, in one line: training and evaluating (groups), predicting."""
     series, models = series[series.n_slices > 0], "/".join(Path(source).parts[-2:])
     absent = [kind for kind in words.SERIES_TYPES if kind not in set(series.series_type)]
     labels = labels[labels.study_id.isin(series.study_id[series.split == "train"])]

@@ -24,8 +24,7 @@ def plane_of(tags: Tags) -> str:
 
 
 def skip_reason(tags: Tags, described: bool = True) -> str:
-    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so. `described`: also by
-    description and body part, which are the same for all images of a series."""
+    """Why an image cannot be of a graded series, '' if it can, by its header (`described`: and its series' words)."""
     if tags.modality not in ("", "MR"):
         return "modality other than MR"
     if not tags.rows and not tags.has_pixels:

@@ -145,8 +145,7 @@ def check_lengths(header: Header, layout: Layout) -> None:
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Stored values (rows, columns) of each frame, of `layout.dtype`, and where they are padding (None: nowhere);
-    DicomError where the pixels are broken."""
+    """Stored values (rows, columns) of each frame, and where they are padding (None: nowhere); DicomError if broken."""
     frames = _stored_frames(header, layout)
     decoder, top = decode, layout.high
     if layout.syntax in JPEG_FAMILY:  # whose decoders move the values down

@@ -21,7 +21,7 @@ from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, study_row_ids
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS, SEVERITIES, study_row_ids
 
 BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # blended table -> models in it
 COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
@@ -115,9 +115,8 @@ def prior_of(recipe: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
 def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
     """Ids of rows whose study lacks the series that readers grade them on; series: study_id, series_type."""
     existing = set(zip(series["study_id"].astype(str), series["series_type"], strict=True))
-    read_on = rows["condition"].map(lambda name: GROUPS[CONDITIONS[name].group].series_type)
-    needed = zip(rows["study_id"], read_on, strict=True)
-    return set(rows["row_id"][[key not in existing for key in needed]])
+    keys = zip(rows["row_id"], rows["study_id"], rows["condition"], strict=True)
+    return {row for row, study, name in keys if (study, GROUPS[GROUP_OF[name]].series_type) not in existing}
 
 
 def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:

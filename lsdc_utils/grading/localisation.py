@@ -50,8 +50,7 @@ def localisation(errors: pd.DataFrame) -> pd.DataFrame:
 
 
 def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
-    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded: the mean
-    if two such series show the place, since detected points come from both."""
+    """study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded (a mean)."""
     graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
     places = anatomy[anatomy["series_type"] == graded_on]
     return places.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()

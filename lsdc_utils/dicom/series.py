@@ -88,8 +88,7 @@ class Series:
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
     def to_pixel(self, x: float, y: float, z: float) -> tuple[int, float, float, float]:
-        """The slice nearest (geometry.image_distances) to the patient point (x, y, z) in mm: its index in `slices`,
-        column, row, and the point's distance from the plane in mm, never negative."""
+        """Of the slice nearest to a patient point in mm: index in `slices`, column, row, mm off its plane."""
         affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
         shapes = np.array([image.shape for image in self.slices])
         nearest = int(geometry.image_distances(affines, shapes, point[None])[:, 0].argmin())

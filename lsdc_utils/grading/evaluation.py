@@ -23,8 +23,7 @@ SUSPECT = 0.05  # a label this improbable to models that did not see it is worth
 
 
 def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
-    """Labelled rows: columns of `metric.row_keys`, severity, natural probabilities, weight (in the official score) and
-    loss, what the row adds to that: weight times -log of the weighted row."""
+    """Labelled rows: `metric.row_keys`, severity, natural probabilities, weight and loss in the official score."""
     rows = metric.row_keys(solution["row_id"]).merge(solution[["row_id", "severity"]], on="row_id")
     rows = rows.merge(table[["row_id", *PROBABILITIES]], on="row_id")
     of_label = _of_label(rows, metric.weight_rows(rows[PROBABILITIES].to_numpy()))
@@ -64,8 +63,7 @@ def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.Dat
 
 
 def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | None = None) -> pd.DataFrame:
-    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`, or
-    at the event's cut-off where `cut_offs` (those of `find_cut_offs`) has one."""
+    """For each group and event: rows, events, AUC, sensitivity and specificity at `POINTS` or that of `cut_offs`."""
     lines = {}
     for group, event, truth, chance in _events(rows):
         line = lines[group, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}

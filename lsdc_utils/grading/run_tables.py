@@ -36,8 +36,7 @@ def weight_files(folds: Iterable[int], published: bool = False, conditions: Iter
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run: how its models are used and blended, and of which `conditions` they are. RunError
-    where files are missing (names them) or where it was made by code with another format."""
+    """blend.json of a finished run; RunError where files are missing (names them), or its code had another format."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):

@@ -62,10 +62,8 @@ def take_weights(file: Path, target: Path, fold: int, basis: str) -> dict[str, A
 
 @dataclass
 class Checkpoint:
-    """The file of one training in a folder of its own, replaced as a whole by each `save`.
-
-    Not a pickle: tensors are safetensors, everything else is JSON in the header. `key`: the training's `fingerprint`;
-    the state of another training is ignored."""
+    """The file of one training in a folder of its own: tensors as safetensors, all else as JSON in the header.
+    `key`: the training's `fingerprint`; the state of another training is ignored."""
 
     folder: Path
     key: str

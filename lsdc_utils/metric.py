@@ -48,11 +48,10 @@ def weight_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def score(solution: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
-    """The official score and its parts: spinal, foraminal, subarticular, any_severe, total (lower is better).
+    """The official score and its `PARTS` (lower is better); a part without rows is NaN, and so is total then.
 
     `solution`: row_id and severity in {0, 1, 2}; rows without a label are absent. `submission`: row_id and the three
-    weighted numbers; matched by row_id in any order, rows that the solution lacks are ignored. A part without rows is
-    NaN, and so is total then. ValueError where a row is missing, doubled, negative, not finite or does not sum to 1.
+    weighted numbers; further rows are ignored. ValueError where one is missing, doubled or does not hold three shares.
     """
     scores = study_losses(solution, submission).score()
     return {part: scores[part] for part in PARTS}
@@ -90,8 +89,21 @@ class StudyLosses:
 
 def study_losses(solution: pd.DataFrame, submission: pd.DataFrame) -> StudyLosses:
     """The losses behind `score`, with its arguments and its errors."""
-    rows = _matched(solution, submission)
-    return Scorer(rows).losses(rows[PROBABILITIES].to_numpy(dtype=np.float64))
+    rows = solution[["row_id", "severity"]].merge(submission[["row_id", *PROBABILITIES]], on="row_id", how="left")
+    numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
+    for table, bad, what in (
+        (solution, solution["row_id"].duplicated(), "rows doubled in the solution"),
+        (submission, submission["row_id"].duplicated(), "rows doubled in the submission"),
+        (solution, ~solution["severity"].isin([0, 1, 2]), "severities that are not 0, 1 or 2"),
+        (rows, ~rows["row_id"].isin(submission["row_id"]), "rows of the solution missing from the submission"),
+        (rows, ~np.isfinite(numbers).all(axis=1), "rows with numbers that are not finite"),
+        (rows, (numbers < 0).any(axis=1), "rows with negative numbers"),
+        (rows, np.abs(numbers.sum(axis=1) - 1) > SUM_TOLERANCE, "rows that do not sum to 1"),
+    ):
+        if bad.any():
+            named = ", ".join(table.loc[bad, "row_id"].head(5))
+            raise ValueError(f"{bad.sum()} {what}: {named}{', ...' if bad.sum() > 5 else ''}")
+    return Scorer(rows).losses(numbers)
 
 
 class Scorer:
@@ -130,32 +142,9 @@ class Scorer:
         return highest
 
 
-def _matched(solution: pd.DataFrame, submission: pd.DataFrame) -> pd.DataFrame:
-    """The solution's rows with the submission's numbers beside them; ValueError names rows that do not fit."""
-    rows = solution[["row_id", "severity"]].merge(submission[["row_id", *PROBABILITIES]], on="row_id", how="left")
-    numbers = rows[PROBABILITIES].to_numpy(dtype=np.float64)
-    for table, bad, what in (
-        (solution, solution["row_id"].duplicated(), "rows doubled in the solution"),
-        (submission, submission["row_id"].duplicated(), "rows doubled in the submission"),
-        (solution, ~solution["severity"].isin([0, 1, 2]), "severities that are not 0, 1 or 2"),
-        (rows, ~rows["row_id"].isin(submission["row_id"]), "rows of the solution missing from the submission"),
-        (rows, ~np.isfinite(numbers).all(axis=1), "rows with numbers that are not finite"),
-        (rows, (numbers < 0).any(axis=1), "rows with negative numbers"),
-        (rows, np.abs(numbers.sum(axis=1) - 1) > SUM_TOLERANCE, "rows that do not sum to 1"),
-    ):
-        if bad.any():
-            named = ", ".join(table.loc[bad, "row_id"].head(5))
-            raise ValueError(f"{bad.sum()} {what}: {named}{', ...' if bad.sum() > 5 else ''}")
-    return rows.astype({"severity": int})
-
-
 def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
-    """The label-frequency baseline: for each condition and level the natural probabilities (n + 0.5) / (N + 1.5).
-
-    `labels`: condition, level, severity (-1 = missing, not counted). Returned: condition, level and three columns for
-    every column of the competition that `labels` names; half a count a class keeps it finite where no severe label is.
-    `pool_sides` counts left and right together, so that both sides are treated alike.
-    """
+    """The label-frequency baseline: condition, level and the natural probabilities (n + 0.5) / (N + 1.5) of `labels`
+    (condition, level, severity; -1 is not counted). `pool_sides`: left and right are counted together."""
     counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
     counts = counts.groupby([labels["condition"], labels["level"]]).sum()
     if pool_sides:
@@ -217,9 +206,8 @@ def interval(samples: np.ndarray) -> list[list[float]]:
 def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
 
-    `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts that
-    have no value (a group without a labelled row) are None, since JSON has no NaN; then `MEAN` stands beside them, and
-    `groups` names the groups that have rows.
+    `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts of a
+    group without a labelled row are None; then `MEAN` stands beside them, and `groups` names those that have rows.
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
@@ -245,11 +233,8 @@ def without_nan(value: Any) -> Any:
 
 
 def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
-    """Expected calibration error of natural probabilities (n, 3) against labels (n,): mean over the classes.
-
-    For each class rows are put into `BINS` by its probability; the error is the mean, weighted by the rows in a bin, of
-    |mean probability - share of the class| (Naeini et al., AAAI 2015, in its class-wise form).
-    """
+    """Class-wise calibration error (Naeini et al., AAAI 2015) of natural probabilities (n, 3) for labels (n,): the mean
+    over classes of |mean probability - share of the class| of the rows in each of `BINS`, weighted by their number."""
     errors = []
     for k, chance in enumerate(natural.T):
         bin_of = np.minimum((chance * BINS).astype(int), BINS - 1)
@@ -259,8 +244,7 @@ def calibration_error(natural: np.ndarray, severity: np.ndarray) -> float:
 
 
 def auc(positive: np.ndarray, chance: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive row (n,) bool has a higher `chance` (n,) than another, ties
-    counting half. NaN where all rows are alike."""
+    """Area under the ROC curve of `chance` (n,) for `positive` (n,) bool, ties counting half; NaN if all are alike."""
     positive, ranks = np.asarray(positive, bool), rankdata(chance)
     n, others = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * others)) if n and others else np.nan

@@ -1,8 +1,5 @@
-"""The faults of a data folder, for `./run_all.sh validate` and 01_eda, and the label table without wrong points.
-
-`competition.read` checks tables; here every header is read, and points are checked by their place in the patient
-(`point_rules`). A point that cannot be right loses its place in the label table. A grade is never changed.
-"""
+"""The faults of a data folder, for `./run_all.sh validate` and 01_eda, and the label table without wrong points: those
+that cannot be right by their place in the patient (`point_rules`). A grade is never changed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
@@ -59,8 +56,7 @@ class Checked:
 
 def check(comp: Competition, workers: int = 1) -> Checked:
     """Read the header of every image, and check the label points by their place in the patient."""
-    findings = Findings([comp.findings])
-    points = defaultdict(list)
+    findings, points = Findings([comp.findings]), defaultdict(list)
     for point in comp.coordinates[POINTS].itertuples(index=False, name=None):
         points["train", *point[:2]].append(point)
     tasks = []
@@ -127,9 +123,9 @@ def untrainable(
 ) -> str:  # fmt: skip
     """Why models of `conditions` cannot be trained from a label table, in one sentence; '' if they can.
 
-    Each condition needs grades, each condition group graded points of two studies, or grades alone if `taken_models`
-    are in the folder `source`. With a column fold, of which there must be two, this holds for each fold, where points
-    of one study are enough. types: of the series; sagittal ones tell the levels.
+    Each condition needs grades, each group graded points of two studies (grades if `taken_models` are in the folder
+    `source`). If there is a column fold, it needs two folds, and this holds for each of them, where points of one study
+    are enough. types: of the series; sagittal ones tell the levels.
     """
     folds = labels.groupby("fold") if "fold" in labels else [("", labels)]
     if "fold" in labels and 0 < labels["fold"].nunique() < 2:
@@ -158,10 +154,7 @@ def untrainable(
 
 
 def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") -> str:
-    """What a checked folder can be used for, in one line: to train and to evaluate which condition groups, to predict.
-
-    series, labels: see `Checked`; source: see `untrainable`.
-    """
+    """What a folder (see `Checked`) can be used for, in one line: training and evaluating (groups), predicting."""
     series, models = series[series.n_slices > 0], "/".join(Path(source).parts[-2:])
     absent = [kind for kind in words.SERIES_TYPES if kind not in set(series.series_type)]
     labels = labels[labels.study_id.isin(series.study_id[series.split == "train"])]
@@ -219,11 +212,10 @@ def _read_headers(task: tuple[dicom.Source, dict, list[tuple]]) -> tuple[dict, l
     skipped = (*left_out, *series.skipped)
     faults = [("file_unusable", readable(f"{file.name}: {why}"), "file left out") for file, why in skipped]
     faults += [("file_repaired", readable(f"{file.name}: {why}"), "repaired") for file, why in series.repaired]
-    shapes = Counter(image.shape for image in series.slices)
-    if len(shapes) > 1:
+    if len(shapes := {image.shape for image in series.slices}) > 1:
         value = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(shapes))
         faults.append(("shapes_mixed", value, "each size kept"))
-    row |= _measures(series) | dict(zip(("rows", "cols"), shapes.most_common(1)[0][0], strict=True))
+    row |= _measures(series)
     series_type = row["series_type"]
     if spacing := spacing_fault(series):
         return row, [*faults, ("spacing_outlier", spacing, "series left out")], unplaced
@@ -249,22 +241,15 @@ def _read_headers(task: tuple[dicom.Source, dict, list[tuple]]) -> tuple[dict, l
 
 
 def _measures(series: dicom.Series) -> dict[str, Any]:
-    spacing = np.median([image.spacing for image in series.slices], axis=0)
-    numbers = [image.instance_number for image in series.slices]
+    """The values of `COLUMNS`."""
+    numbers, steps = [image.instance_number for image in series.slices], series.steps()
     turns = set(np.sign(np.diff(numbers)).tolist())
-    steps = series.steps()
-    return {
-        "plane": series.plane,
-        "n_slices": len(series.slices),
-        "spacing_x": float(spacing[0]),
-        "spacing_y": float(spacing[1]),
-        "slice_step": float(np.median(steps)) if len(steps) else np.nan,
-        "n_blocks": series.slices[-1].block + 1,
-        "first_instance": min(numbers),
-        "last_instance": max(numbers),
-        "instance_order": "mixed" if len(turns) > 1 else "down" if turns == {-1} else "up",
-        "n_skipped": len(series.skipped),
-    }
+    order = "mixed" if len(turns) > 1 else "down" if turns == {-1} else "up"
+    sizes = Counter(image.shape for image in series.slices).most_common(1)[0][0]
+    sizes += tuple(np.median([image.spacing for image in series.slices], axis=0).tolist())
+    step = float(np.median(steps)) if len(steps) else np.nan
+    parts = step, series.slices[-1].block + 1, min(numbers), max(numbers), order, len(series.skipped)
+    return dict(zip(COLUMNS, (series.plane, len(series.slices), *sizes, *parts), strict=True))
 
 
 def _label_table(comp: Competition, points: pd.DataFrame, middles: dict, findings: Findings) -> pd.DataFrame:
@@ -298,8 +283,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(root: str | Path, out: str | Path | None = None, workers: int | None = None, source: str | Path = "") -> int:
-    """Check the folder `root`, print its findings and `uses`, write findings to the csv `out`; 1 if it is not
-    usable, otherwise 0. source: see `untrainable`."""
+    """Check `root`, print its findings and `uses`, write findings to the csv `out`; 0 if it is usable, else 1."""
     workers = workers or usable_cores()
     try:
         comp = competition.read(root, workers=workers)

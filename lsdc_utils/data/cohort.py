@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,10 @@ REAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){4,}")
 
 
 def describe(comp: Competition, studies: Sequence[int], workers: int = 1) -> pd.DataFrame:
-    """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown.
-
-    From headers, and instead from a patients.csv in the folder (study_id, and any of patient and `TRAITS`). Without an
-    identifier, or where several studies all have the same, each study is a patient of its own.
-    """
-    facts = list(each(_facts, _sources(comp, studies), workers, FEW_STUDIES, chunk=4))
+    """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown. A
+    patients.csv in the folder (study_id, and any of these) takes precedence over headers. Without an identifier, or
+    where several studies all have the same, each study is a patient of its own."""
+    facts = list(_of_studies(_facts, comp, studies, workers))
     table = pd.DataFrame(facts, pd.Index(studies, name="study_id"), ["patient", *TRAITS], dtype=object)
     if (file := comp.root / "patients.csv").is_file():
         header = pd.read_csv(file, sep=None, engine="python", nrows=0).columns.str.strip().str.lower()
@@ -63,7 +61,8 @@ def _facts(sources: list[dicom.Source]) -> dict[str, str]:
 
 def fingerprints(comp: Competition, studies: Sequence[int], workers: int = 1) -> list[dict[str, Any]]:
     """The content of `TRAINED_ON` for these studies: [{"salt", "hashes"}], of one image of each series."""
-    salt, keys = secrets.token_hex(16), set().union(*_keys(comp, studies, workers, every=False))
+    salt = secrets.token_hex(16)
+    keys = set().union(*_of_studies(partial(_image_keys, every=False), comp, studies, workers))
     return [{"salt": salt, "hashes": sorted(_salted(salt, key) for key in keys)}]
 
 
@@ -79,27 +78,21 @@ def trained_on(folder: Path) -> list[dict[str, Any]]:
 def overlap(blocks: list[dict[str, Any]], comp: Competition, studies: Sequence[int], workers: int = 1) -> list[int]:
     """Those of `studies` of which an image is, by UID or by pixels, among the training images in `blocks`."""
     seen = [(block["salt"], set(block["hashes"])) for block in blocks]
-    found = zip(studies, _keys(comp, studies, workers, every=True), strict=True)
+    found = zip(studies, _of_studies(partial(_image_keys, every=True), comp, studies, workers), strict=True)
     return [study for study, keys in found if any(_salted(salt, key) in known for salt, known in seen for key in keys)]
 
 
-def _sources(comp: Competition, studies: Sequence[int]) -> list[list[dicom.Source]]:
-    """The series of each study, sagittal T2 first."""
+def _of_studies(function: Callable, comp: Competition, studies: Sequence[int], workers: int) -> Iterator[Any]:
+    """What `function` returns for the list of each study's series, sagittal T2 first."""
     kinds = [vocabulary.T2, *vocabulary.SERIES_TYPES]
     series = comp.series.iloc[np.argsort(comp.series["series_type"].map(kinds.index), kind="stable")]
     keys = dict(list(series[["split", "study_id", "series_id"]].groupby("study_id")))
-    return [[comp.source(*key) for key in keys[study].itertuples(index=False, name=None)] for study in studies]
+    sources = [[comp.source(*key) for key in keys[study].itertuples(index=False, name=None)] for study in studies]
+    return each(function, sources, workers, FEW_STUDIES, chunk=4)
 
 
-def _keys(comp: Competition, studies: Sequence[int], workers: int, every: bool) -> Iterator[set[str]]:
-    return each(partial(_study_keys, every=every), _sources(comp, studies), workers, FEW_STUDIES, chunk=4)
-
-
-def _study_keys(sources: list[dicom.Source], every: bool) -> set[str]:
-    """What names images of these series, of each middle file or of `every` one: UIDs, and hashes of pixels.
-
-    Images of one value are not distinct. Series that cannot be read have none.
-    """
+def _image_keys(sources: list[dicom.Source], every: bool) -> set[str]:
+    """What names the middle image of each series, or `every` image: UIDs, and hashes of pixels unless all are equal."""
     keys = set()
     for source in sources:
         with contextlib.suppress(dicom.DicomError):

@@ -1,6 +1,4 @@
-"""A data folder in the competition's layout: its tables read, checked and repaired.
-
-Every repair is a line of the findings table (`checks` explains the rules). A grade that cannot be read is missing.
+"""A data folder in the competition's layout: its tables read, checked and repaired, each repair with a finding.
 
     root/train.csv, train_label_coordinates.csv, train_series_descriptions.csv, test_series_descriptions.csv,
     sample_submission.csv, {train,test}_images/<study_id>/<series_id>/<instance_number>.dcm
@@ -10,7 +8,7 @@ Tables or images may be absent. Without a table of series, in any folder of DICO
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,7 @@ NONE = -1  # series or instance number where there is none
 class Competition:
     """The tables of a data folder after repair; ids are ints.
 
-    labels: study_id, condition, level, severity (0, 1, 2, -1 missing): 25 rows per training study, in the order of
-        `vocabulary.COLUMNS`.
+    labels: study_id, condition, level, severity (0, 1, 2, -1 missing): the 25 `COLUMNS` of each training study.
     coordinates: study_id, series_id, instance_number, condition, level, x, y (pixels): at most one row per label.
     series: study_id, series_id, series_type, split (train or test).
     sample_rows: the row ids that a submission must hold.
@@ -83,8 +80,7 @@ def read(
     labels_csv: grades to use instead of train.csv, in any form of `tables.read_grades`.
     Raises CompetitionError if a table, or a line of the two files, cannot be used, or if there is no series.
     """
-    root = Path(root)
-    findings = Findings()
+    root, findings = Path(root), Findings()
     labels = tables.read_grades(Path(labels_csv), findings) if labels_csv else read_labels(root, findings)
     series, files = _read_series_tables(root, findings, workers)
     sample_rows = _read_sample(root, series, findings)
@@ -127,7 +123,7 @@ def data_dir(run_dir: str | Path, data_dir: str = "") -> Path:
     return folder
 
 
-def _read_table(file: Path, columns: Iterable[str], ids: Iterable[str], names: dict[int, str]) -> Table:
+def _read_table(file: Path, columns: Sequence[str], ids: Sequence[str], names: dict[int, str]) -> Table:
     """As `read_required_table`; without rows where there is no file."""
     if file.is_file():
         return read_required_table(file, columns, ids, names)
@@ -245,6 +241,7 @@ def _correct_points(points: Table, file: Path, labels: Table, series: Table, fin
 def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings: Findings) -> tuple[Table, ...]:
     """Labels, points and series without what `file` names; CompetitionError if a line names something unknown."""
     known = pd.concat([series[["study_id", "series_id"]], labels[["study_id"]].drop_duplicates()])
+    accepted = {"condition": [c.title for c in words.CONDITIONS.values()], "level": words.LEVEL_NAMES}
     for row in read_required_table(file, EXCLUDE, ["study_id"], findings.names).fillna("").itertuples():
         line, place, label = row.Index, {"study_id": row.study_id}, {}
         if row.series_id:
@@ -252,10 +249,7 @@ def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings
         if not _matches(known, place).any():
             named = f"study_id {findings.names[row.study_id]}" + f" and series_id {row.series_id}" * bool(row.series_id)
             raise CompetitionError(f"{file}: line {line} names {named}, which the tables do not hold")
-        for key, expected in (
-            ("condition", [c.title for c in words.CONDITIONS.values()]),
-            ("level", words.LEVEL_NAMES),
-        ):
+        for key, expected in accepted.items():
             if text := getattr(row, key):
                 label[key], other = tables.named_label(text)[:: -1 if key == "level" else 1]
                 if label[key] is None or other:

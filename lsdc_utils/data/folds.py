@@ -10,11 +10,10 @@ from lsdc_utils.data.competition import CompetitionError, read_required_table
 
 
 def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
-    """Cut the studies of a label table into folds that are alike: study_id, fold (0 .. n_splits - 1).
+    """Cut the studies of a label table into folds: study_id, fold (0 .. n_splits - 1), whatever the order of its rows.
 
-    Alike in any-severe canal and in the counts of moderate and severe grades of each condition group: studies, the most
-    diseased first, go one to each fold, where least of what they have is. The order of rows does not matter. Raises
-    CompetitionError if there are fewer studies than folds.
+    Folds are alike in any-severe canal and in the counts of moderate and severe grades of each condition group: the
+    most diseased studies come first and go where least of what they have is. CompetitionError if studies are too few.
     """
     group = labels.condition.map(words.GROUP_OF)
     counts = pd.crosstab(labels.study_id, [group, labels.severity])

@@ -1,8 +1,5 @@
-"""The images of a series divided into parts that can be read as one stack, or as blocks of one kind.
-
-Images of another kind (fat, phase, another echo, a map), plane, size or tilt never join a stack. Whether they lie in
-files of their own or are frames of one file makes no difference.
-"""
+"""The images of a series, files or frames, divided into parts that can be read as one stack, or as blocks of one kind.
+Images of another kind (fat, phase, another echo, a map), plane, size or tilt never join a stack."""
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping

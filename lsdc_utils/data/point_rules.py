@@ -16,11 +16,9 @@ LEVEL_APART = 25.0  # mm of height: points of one level lie within 16 on three s
 
 
 def judge(places: pd.DataFrame, middles: Mapping[int, float]) -> list[str]:
-    """The rule that each point breaks, '' if none; the first of side, order of levels, distance of levels.
-
-    places: study_id, series_id, condition, level, X, Y, Z (LPS mm), at most one row per label. middles: patient x of
-    the middle of a study's sagittal slices, used if nothing else locates the canal.
-    """
+    """The rule that each point breaks, '' if none; the first of side, order of levels, distance of levels. places:
+    study_id, series_id, condition, level, X, Y, Z (LPS mm), at most one row per label. middles: patient x of the middle
+    of a study's sagittal slices, used if nothing else locates the canal."""
     if places.empty:
         return []
     places = places.reset_index(drop=True)
@@ -80,8 +78,7 @@ def _canal(discs: pd.DataFrame, middle: float) -> list[tuple[float, float]]:
 def _out_of_order(places: pd.DataFrame) -> list[int]:
     """The points, most contradicting first, without which the levels of each study and condition are in order."""
     removed = []
-    for _, heights in places.sort_values("level").groupby(["study_id", "condition"]).Z:
-        left = heights
+    for _, left in places.sort_values("level").groupby(["study_id", "condition"]).Z:
         while len(left) > 1:
             wrong = np.triu(left.to_numpy()[:, None] <= left.to_numpy(), 1)
             counts = wrong.sum(axis=0) + wrong.sum(axis=1)

@@ -24,8 +24,7 @@ def plane_of(tags: Tags) -> str:
 
 
 def skip_reason(tags: Tags, described: bool = True) -> str:
-    """Why an image cannot be of a graded series, by its header; '' if nothing in it says so. `described`: also by
-    description and body part, which are the same for all images of a series."""
+    """Why an image cannot be of a graded series, '' if it can, by its header (`described`: and its series' words)."""
     if tags.modality not in ("", "MR"):
         return "modality other than MR"
     if not tags.rows and not tags.has_pixels:
@@ -37,16 +36,15 @@ def skip_reason(tags: Tags, described: bool = True) -> str:
             return reason
     if not described:
         return ""
-    text = _described(tags)
     for reason, pattern in SKIP_WORDS["description"].items():
-        if re.search(pattern, text):
+        if re.search(pattern, _plain(tags.description)):
             return reason
     return "other part of the spine or body" if (regions(tags) or ["lumbar"])[0] == "other" else ""
 
 
 def regions(tags: Tags) -> list[str]:
     """lumbar and other, in the order in which the description names such parts of the body, or else the body part."""
-    for text in (_described(tags), _plain(tags.body_part)):
+    for text in (_plain(tags.description), _plain(tags.body_part)):
         found = {name: re.search(pattern, text) for name, pattern in SKIP_WORDS["region"].items()}
         if names := [name for name in found if found[name]]:
             return sorted(names, key=lambda name: found[name].start())
@@ -67,20 +65,16 @@ def contrast_of(tags: Tags) -> tuple[str | None, str]:
         return contrast, ""
     if gradient_echo:
         return None, "gradient echo that names neither T1 nor T2"
-    proton = re.search(r"\b(pd|pdw|proton)\b", _described(tags))
+    proton = re.search(r"\b(pd|pdw|proton)\b", _plain(tags.description))
     short_echo = 0 < echo < 60 and repetition >= 1500 and "IR" not in tags.sequence and not inversion
     return None, "proton density" if proton or short_echo else UNKNOWN_CONTRAST
 
 
 def named_contrast(tags: Tags) -> str | None:
     """T1 or T2 if the description, or the contrast of an enhanced image, names only one of them."""
-    text = " ".join([_described(tags), *(word.lower() for word in tags.sequence if word in ("T1", "T2", "STIR"))])
+    text = " ".join([_plain(tags.description), *({"T1", "T2", "STIR"} & {*tags.sequence})]).lower()
     named = [contrast for contrast, pattern in CONTRAST_WORDS.items() if re.search(pattern, text)]
     return named[0] if len(named) == 1 else None
-
-
-def _described(tags: Tags) -> str:
-    return _plain(tags.description)
 
 
 def _plain(text: str) -> str:

@@ -1,14 +1,12 @@
-"""Tables as people have them, read by the lines of the file: ids as numbers or text, grades in several forms.
-
-What is not certain is refused with its line; nothing is guessed.
-"""
+"""Tables as people have them, read by the lines of the file: ids as numbers or text, grades in several forms. What is
+not certain is refused with its line; nothing is guessed."""
 
 import csv
 import hashlib
 import io
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,15 +56,11 @@ class Findings:
 
 
 def read_required_table(
-    file: Path, columns: Iterable[str], ids: Iterable[str] = (), names: dict[int, str] | None = None, rest: bool = False
+    file: Path, columns: Sequence[str], ids: Sequence[str] = (), names: dict[int, str] | None = None
 ) -> Table:
-    """Columns of a table as text (NaN: nothing), those of `ids` as int64, indexed by the lines of the file.
-
-    Read are commas, semicolons or tabs, UTF-8, UTF-16 and Latin-1, and a header in any case, with blanks or hyphens.
-    names: gets the ids, see `number_of`. rest: whether all other columns follow. CompetitionError if the file is not
-    there, lacks a column, or an id or a line cannot be read exactly.
-    """
-    columns = list(columns)
+    """Columns (none: all) of a table as text (NaN: nothing), those of `ids` as int64, indexed by the file's lines. Read
+    are commas, semicolons or tabs, UTF-8, UTF-16 and Latin-1, and headers in any case, with blanks or hyphens. names:
+    gets the ids, see `number_of`. CompetitionError if no file is there, or it or a line cannot be read exactly."""
     try:
         lines, header = _cells(file)
     except FileNotFoundError:
@@ -87,7 +81,7 @@ def read_required_table(
                 lost = f"{column} in line {line} is {cell!r}, not a whole number with all its digits"
                 raise CompetitionError(f"{file}: {lost}; export the ids as text")
         table[column] = table[column].map(numbers).astype("int64")
-    return table if rest else table[columns]
+    return table[columns] if columns else table
 
 
 def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
@@ -122,11 +116,9 @@ def plain(text: str) -> str:
 
 
 def number_of(text: str, names: dict[int, str] | None = None) -> int | None:
-    """The number of an id in a table or of a folder's name: a whole number itself, of text 52 bits of its SHA-256.
-
-    Text is what does not look like a number, and digits after a leading zero, and UIDs. None for a number that may have
-    lost digits. names: number -> id as it is spelled, which this one is added to; CompetitionError if two ids collide.
-    """
+    """The number of an id in a table or of a folder's name: a whole number itself, of text 52 bits of its SHA-256 (also
+    of a UID, and of digits after a leading zero). None for a number that may have lost digits. names: number -> id as
+    it is spelled, which this one is added to; CompetitionError if two ids collide."""
     text = unicodedata.normalize("NFC", text.strip())
     spelled, number = text, None if re.match(r"\+?0\d", text) else whole_number(text)
     if number is not None:
@@ -180,9 +172,8 @@ def read_grades(file: Path, findings: Findings) -> Table:
     """The labels of a table of grades: study_id, condition, level, severity (0, 1, 2, -1 missing), 25 rows a study.
 
     A row holds one grade (column severity or grade) or several, in columns named by their labels. Columns row_id, or
-    study_id, condition, level and side say what the names of the columns do not. How any other table than the
-    competition's was read is a finding. CompetitionError names the line of a grade or label that is not certain, and
-    both lines of a contradiction.
+    study_id, condition, level and side say what these names do not. How another table than the competition's was read
+    is a finding. CompetitionError names the line of a grade or label that is not certain, or both of a contradiction.
     """
     rows, form = _grade_rows(file, findings.names)
     rows["severity"], scale = _severities(file, rows)
@@ -210,7 +201,7 @@ def read_grades(file: Path, findings: Findings) -> Table:
 
 def _grade_rows(file: Path, names: dict[int, str]) -> tuple[Table, str]:
     """One row a grade: line, study_id, condition, level, grade (text or NaN); and the form, '' if the competition's."""
-    table = read_required_table(file, (), rest=True)
+    table = read_required_table(file, ())
     header = list(table.columns)
     columns = {k: name for k, name in enumerate(header) if label_parts(name)}
     form = f"{len(columns)} columns of grades" if columns else "one row a finding"

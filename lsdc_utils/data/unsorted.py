@@ -1,8 +1,6 @@
-"""Studies in a folder of DICOM files that no table describes: files grouped into series, each with its type.
-
-Files are grouped by StudyInstanceUID, SeriesInstanceUID and folder; in the competition's layout by its folders. A
-series that is not sagittal T1, sagittal T2/STIR or axial T2 by its headers is skipped, and a finding gives the reason.
-"""
+"""Studies in a folder of DICOM files that no table describes: files grouped into series, each with its type. They are
+grouped by StudyInstanceUID, SeriesInstanceUID and folder; in the competition's layout by its folders. A series that is
+not sagittal T1, sagittal T2/STIR or axial T2 by its headers is skipped, and a finding gives the reason."""
 
 import hashlib
 import os
@@ -31,10 +29,9 @@ TO_USE_IT = (  # for a series of unknown contrast
 
 @dataclass
 class Discovered:
-    """What `find` returns. Findings have the columns of `competition.FINDINGS`, with None for an unknown id."""
+    """What `find` returns; files as in `Competition`, findings with the columns FINDINGS, None for an unknown id."""
 
     series: list[dict[str, Any]] = field(default_factory=list)  # study_id, series_id, series_type, split
-    # (study_id, series_id) -> files of a series without a folder of its own
     files: dict[tuple[int, int], tuple[Path | Frames, ...]] = field(default_factory=dict)
     findings: list[tuple[int | None, int | None, str, str, str]] = field(default_factory=list)
 
@@ -57,15 +54,13 @@ class _Series:
 def find(
     root: str | Path, places: Sequence[tuple[str, Path]] = (), workers: int = 1, names: Collection[int] = ()
 ) -> Discovered:
-    """Look for studies in `places` (split, folder under `root`); by default in `root` itself, as test studies.
+    """Look for studies in `places` (split, folder under `root`); by default in `root`, as test studies but for `names`.
 
     names: ids in tables, see `number_of`. In <root>/<split>_images folders <study>/<series>/ are the ids if they are
     plain numbers or in `names`, and each folder there or in `root` that is in `names`, with images of one patient, is a
-    study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash: no real UID
-    enters a table. By default studies in `names` are training studies.
+    study. Otherwise an id is the UID's number (a series UID may begin with its study's and a dot) or hash.
     """
-    root = Path(root)
-    result, unopened = Discovered(), []
+    root, result, unopened = Path(root), Discovered(), []
     files = [(split, file) for split, place in places or [("test", root)] for file in walk(place, unopened)]
     for error in unopened:
         value = f"{_name(root, Path(error.filename))}: cannot be opened ({error.strerror})"

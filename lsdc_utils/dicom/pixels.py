@@ -145,33 +145,27 @@ def check_lengths(header: Header, layout: Layout) -> None:
 
 
 def read_frames(header: Header, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Stored values (rows, columns) of each frame, of `layout.dtype`, and where they are padding (None: nowhere);
-    DicomError where the pixels are broken."""
+    """Stored values (rows, columns) of each frame, and where they are padding (None: nowhere); DicomError if broken."""
     frames = _stored_frames(header, layout)
-    decoder, high = decode, layout.high
+    decoder, top = decode, layout.high
     if layout.syntax in JPEG_FAMILY:  # whose decoders move the values down
-        decoder, high = _worker(os.getpid()).decode, layout.stored - 1
-    unused = layout.allocated - layout.stored
+        decoder, top = _worker(os.getpid()).decode, layout.stored - 1
+    unused, room = layout.allocated - layout.stored, 1 << (layout.stored - layout.signed)
     for number in range(layout.frames):
         with broken_file("broken pixel data"):
             data = next(frames, None)
         if data is None:
             raise DicomError(TRUNCATED.format(f"{number} of {layout.frames} frames"))
-        raw = decoder(data, layout)
+        raw, padded = decoder(data, layout), None
         values = raw if layout.padding is None else raw.copy()
         if unused:  # bits, cleared wherever they are; an arithmetic shift keeps the sign of signed numbers
-            values <<= layout.allocated - 1 - high
+            values <<= layout.allocated - 1 - top
             values >>= unused
-        yield values, _padded(values, raw, layout)
-
-
-def _padded(values: np.ndarray, raw: np.ndarray, layout: Layout) -> np.ndarray | None:
-    """Where values are padding, sought in `raw` if it needs more bits than are stored; None without padding."""
-    if layout.padding is None:
-        return None
-    (low, high), room = layout.padding, 1 << (layout.stored - layout.signed)
-    seen = values if -room * layout.signed <= low and high < room else raw
-    return (seen >= low) & (seen <= high)
+        if layout.padding is not None:  # sought in `raw` if it needs more bits than are stored
+            low, high = layout.padding
+            seen = values if -room * layout.signed <= low and high < room else raw
+            padded = (seen >= low) & (seen <= high)
+        yield values, padded
 
 
 def _stored_frames(header: Header, layout: Layout) -> Iterator[bytes]:

@@ -1,7 +1,6 @@
 """A folder of DICOM files as a `Series`: its images in order, with the place of each pixel in the patient.
 
-Only positions and orientations are trusted. Instance numbers run either way, have gaps and start anywhere; slice
-thickness differs from the distance of slices. Patient and pixel coordinates are those of lsdc_utils.geometry.
+Only positions and orientations are trusted: instance numbers run either way and have gaps, slice thickness varies.
 """
 
 import dataclasses
@@ -77,9 +76,9 @@ class Series:
     folder: Path
     slices: tuple[Slice, ...]
     pixels: list[np.ndarray] | None  # one (rows, columns) array a slice; None where only headers were read
-    skipped: tuple[Note, ...]  # files left out, with the reason
+    skipped: tuple[Note, ...]  # files that cannot be used, or repeat another one's image, with the reason
     plane: str  # sagittal, coronal or axial: of most slices
-    repaired: tuple[Note, ...] = ()  # files used although their header lacks something, with what was done
+    repaired: tuple[Note, ...] = ()  # files without orientation or spacing, which got those on which all others agree
 
     def to_patient(self, instance_number: int, x: float, y: float) -> tuple[float, float, float]:
         """Place (X, Y, Z) in LPS mm of column x, row y of an instance; DicomError where there is no such instance."""
@@ -89,8 +88,7 @@ class Series:
         raise DicomError(f"series {self.folder}: no readable instance with number {instance_number}")
 
     def to_pixel(self, x: float, y: float, z: float) -> tuple[int, float, float, float]:
-        """The slice nearest (geometry.image_distances) to the patient point (x, y, z) in mm: its index in `slices`,
-        column, row, and the point's distance from the plane in mm, never negative."""
+        """Of the slice nearest to a patient point in mm: index in `slices`, column, row, mm off its plane."""
         affines, point = np.stack([image.affine for image in self.slices]), np.array([x, y, z])
         shapes = np.array([image.shape for image in self.slices])
         nearest = int(geometry.image_distances(affines, shapes, point[None])[:, 0].argmin())
@@ -107,15 +105,11 @@ def read_series(source: Source, pixels: bool = True, labelled: bool = True) -> S
     """Read one series, its images sorted by where they lie in the patient.
 
     source: the folder that holds the series and nothing else, or its files, or `Frames` of them.
-    pixels: False reads headers alone, five times faster, with `Series.pixels` None; truncated files are found as well.
-    Pixels are rescaled where the header says so (float), and as stored otherwise; MONOCHROME1 is inverted, so that more
-    signal is always a higher value. Padding is -inf. Where a file has several frames, the images are numbered 1, 2, ...
-    labelled: labels may name an image by its number. If False, missing or repeated numbers do not matter: then the
-    images are numbered 1, 2, ... in their order.
-    `skipped`: files that cannot be used or repeat another one's image. `repaired`: files that lack an orientation or a
-    spacing and got those on which all others agree.
-    Raises DicomError where no file can be used, or, if `labelled`, where two images have the same instance number,
-    since a label that names its slice by that number would be ambiguous.
+    pixels: False reads headers alone, five times faster; truncated files are found as well. Pixels are rescaled where
+    the header says so (float), and as stored otherwise. More signal is always a higher value; padding is -inf.
+    labelled: labels may name an image by its number; if False, missing or repeated numbers do not matter. Images are
+    then numbered 1, 2, ... in their order; so are those of files with several frames.
+    Raises DicomError where no file can be used, or, if `labelled`, where two images have the same instance number.
     """
     folder, parts = series_files(source)
     images, skipped = [], []
@@ -284,11 +278,9 @@ def _without_duplicates(folder: Path, images: list[_Image], skipped: list[Note],
         place = () if labelled else (*image.position, *image.shape)
         earlier = first.setdefault((image.number, image.frame, place), image)
         place, other = ((i.shape, i.position, i.orientation, i.spacing) for i in (image, earlier))
-        same = earlier is not image and place == other
-        if same and image.pixels is None:
-            same = image.uid == earlier.uid != ""
-        elif same:
-            same = np.array_equal(image.pixels, earlier.pixels)
+        if same := earlier is not image and place == other:
+            same_uid = image.uid == earlier.uid != ""
+            same = same_uid if image.pixels is None else np.array_equal(image.pixels, earlier.pixels)
         if same:
             skipped.append((image.file, f"is the same image as {earlier.file.name}"))
         elif earlier is image or not unique:

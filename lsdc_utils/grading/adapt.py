@@ -67,10 +67,8 @@ class Problem:
 
 def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> dict[str, Any]:
     """A recipe (blend.json) for the population of `labels` (row_id, severity in {0, 1, 2}) of 20 studies or more.
-
-    given: the rows of `yolo` and `vit3d` before any blend. A group changes only where its ensemble surely does not fit
-    (`Problem.misfit`). `adapted` in the recipe: the number of studies, that p by group, and the groups changed.
-    """
+    given: the models' rows before any blend. A group changes only where its ensemble surely does not fit
+    (`Problem.misfit`). `adapted` in the recipe: the number of studies, that p by group, and the groups changed."""
     rows = metric.row_keys(labels["row_id"]).merge(labels[["row_id", "severity"]], on="row_id")
     studies, changed, chances = rows["study_id"].nunique(), rows[:0], dict.fromkeys(GROUPS, 1.0)
     fitted = {name: dict(recipe[name]) for name in grade.BLENDS}

@@ -15,8 +15,7 @@ def training_studies(run_dir: str | Path) -> int:
 
 
 def grade_basis(run_dir: str | Path) -> str:
-    """`PHANTOM_ONLY`, or 'trained on <n> studies of <data>': of a run, or of the models that `pack` made from one.
-    Of models that were taken from another run, what those rest on follows."""
+    """`PHANTOM_ONLY`, or 'trained on <n> studies of <data>', of a run or packed models; then that of taken models."""
     files = [Path(run_dir, name) for name in ("provenance.json", "data.json")]
     about = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     data = about.get("data", about)

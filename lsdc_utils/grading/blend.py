@@ -48,11 +48,8 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
 
 def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS) -> Blend:
     """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend: equal
-    weights or one model alone, whichever scores best, without bias.
-
-    `tables` and `prior` must be out of fold for the rows of `labels`. Groups that are not among `only` keep the simple
-    blend, groups without a single label equal weights.
-    """
+    weights or one model alone, whichever scores best, without bias. Groups not among `only` keep the simple blend, ones
+    without a label equal weights. `tables` and `prior` must be out of fold for the rows of `labels`."""
     labelled = prior.merge(metric.solution_of(labels), on="row_id")
     groups = metric.row_keys(labelled["row_id"])["group"]
     return {key: _fit_group(tables, labelled[groups == key], key in only) for key in GROUPS}
@@ -67,25 +64,20 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
         scores = scorer.losses(metric.weight_rows(mix(parameters, *ratios))).score()
         return float(np.nansum([scores[part] for part in metric.PARTS[:-1]]))
 
-    def objective(parameters: np.ndarray) -> float:
-        """The loss, and a pull towards the best simple blend."""
-        return loss(parameters) + float(SHRINKAGE / len(scorer.studies) * np.sum((parameters - start) ** 2))
-
     simple = [np.full(n_models, 1 / n_models), *(np.eye(n_models) if n_models > 1 else ())]
     start = best = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
     freely = freely and len(rows) > 0
     if freely:
-        best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 60}).x
+        pull = SHRINKAGE / len(scorer.studies)  # towards the best simple blend
+        how = {"method": "L-BFGS-B", "options": {"maxiter": 60}}
+        best = minimize(lambda x: loss(x) + float(pull * np.sum((x - start) ** 2)), start, **how).x
     weights = dict(zip(tables, best[:n_models].tolist(), strict=True))
     return {"weights": weights, "bias": best[n_models:].tolist(), "kept": "fitted" if freely else "simple", "gain": []}
 
 
 def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> Blend:
     """The fitted numbers for each group whose cross-fitted gain over the simple blend is sure, else the simple blend.
-
-    Sure: the 95 % bootstrap interval of the gain over studies lies above 0. The canal's gain is in the sum of its two
-    parts of the score, spinal and any-severe. Both are cross-fitted; the choice between them is made once a group.
-    """
+    Sure: the 95 % bootstrap interval of the gain lies above 0; the canal's is that in spinal plus any-severe."""
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
     losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
@@ -123,8 +115,7 @@ def finish(blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collecti
     `given`: the models' tables before blending; `unseen`: ids of rows whose own series is missing. A row without
     evidence is the prior. An unseen row that one model alone gave is blended as that model's own: on 80 phantom studies
     with T1, T2 or axial series hidden, the affected part of the score was .57, .42, .71 this way, .58, .45, .73 by the
-    ensemble's formula, and .77, .79, .99 by the prior. A model that found nothing on a series that is there may have
-    looked at a wrong place: the ensemble's formula stays.
+    ensemble's formula (which stays if the series is there), and .77, .79, .99 by the prior.
     """
     sources, shares = row_sources(given, prior["row_id"]), prior[PROBABILITIES].to_numpy()
     natural = {name: aligned(table, prior) for name, table in blended.items()}

@@ -4,20 +4,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lsdc_utils import figures
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS
 
 DOSE_LINES = {"oracle": "--", "yolo": ":", "vit3d": "-.", "ensemble": "-"}  # columns of a table of doses
 
 
 def show_doses(figure: Figure, responses: pd.DataFrame) -> None:
-    """Draw the dose-response curves of a table such as stress/doses.csv: one panel for each condition group.
-
-    Curves are means over bodies and sides: P(moderate or worse) and P(severe) of each model. Marks are the shares of
-    simulated readers, vertical lines the cut-offs of an error-free reader.
-    """
-    groups = responses["condition"].map(lambda name: CONDITIONS[name].group)
+    """Draw the dose-response curves of a table such as stress/doses.csv: one panel for each condition group. Curves are
+    means over bodies and sides: P(moderate or worse) and P(severe) of each model. Marks are the shares of simulated
+    readers, vertical lines the cut-offs of an error-free reader."""
     for ax, (key, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
-        rows = responses[groups == key]
+        rows = responses[responses["condition"].map(GROUP_OF) == key]
         for event, severity in (("moderate", 1), ("severe", 2)):
             colour, marker = figures.SEVERITY_COLOURS[severity], figures.SEVERITY_MARKERS[severity]
             curves = rows.pivot_table(index="dose", columns="model", values=event)

@@ -1,7 +1,5 @@
-"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, suspect labels.
-
-All functions but `difference` take judged rows (`judge`), in the same order for every model.
-"""
+"""How well rows are graded: loss by any trait, discrimination, agreement, calibration, suspect labels. All functions
+but `difference` take judged rows (`judge`), in the same order for every model."""
 
 import itertools
 import json
@@ -25,8 +23,7 @@ SUSPECT = 0.05  # a label this improbable to models that did not see it is worth
 
 
 def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
-    """Labelled rows: columns of `metric.row_keys`, severity, natural probabilities, weight (in the official score) and
-    loss, what the row adds to that: weight times -log of the weighted row."""
+    """Labelled rows: `metric.row_keys`, severity, natural probabilities, weight and loss in the official score."""
     rows = metric.row_keys(solution["row_id"]).merge(solution[["row_id", "severity"]], on="row_id")
     rows = rows.merge(table[["row_id", *PROBABILITIES]], on="row_id")
     of_label = _of_label(rows, metric.weight_rows(rows[PROBABILITIES].to_numpy()))
@@ -47,17 +44,14 @@ def difference(
 
 def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.DataFrame:
     """The weighted log loss of rows that share a value of `trait` (n,): a line a value; missing values are left out.
-
     Columns: studies, rows, the loss of each model; low, high: 95 % interval over studies of the ensemble's skill where
-    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies.
-    """
+    there is an oracle, else of its loss; skill. unit: a column to count and resample instead of studies."""
     lines = {}
     for value, places in judged["ensemble"].groupby(trait.to_numpy()).indices.items():
         codes, studies = pd.factorize(judged["ensemble"][unit].iloc[places])
         counts = np.vstack([np.ones(len(studies)), metric.bootstrap(len(studies))])  # first the studies as they are
-        sums = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) for name, rows in judged.items()}
         weight = counts @ np.bincount(codes, judged["ensemble"]["weight"].iloc[places])
-        loss = {name: drawn / weight for name, drawn in sums.items()}
+        loss = {name: counts @ np.bincount(codes, rows["loss"].iloc[places]) / weight for name, rows in judged.items()}
         line = {"studies": len(studies), "rows": len(places)} | {name: drawn[0] for name, drawn in loss.items()}
         drawn = loss["ensemble"]
         if "oracle" in judged:
@@ -69,8 +63,7 @@ def by_trait(judged: Judged, trait: pd.Series, unit: str = "study_id") -> pd.Dat
 
 
 def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | None = None) -> pd.DataFrame:
-    """For each group and event: how many rows, how many are the event, AUC, sensitivity and specificity at `POINTS`, or
-    at the event's cut-off where `cut_offs` (those of `find_cut_offs`) has one."""
+    """For each group and event: rows, events, AUC, sensitivity and specificity at `POINTS` or that of `cut_offs`."""
     lines = {}
     for group, event, truth, chance in _events(rows):
         line = lines[group, event] = {"rows": len(truth), "events": truth.sum(), "AUC": metric.auc(truth, chance)}
@@ -84,11 +77,9 @@ def discrimination(rows: pd.DataFrame, cut_offs: dict[str, dict[str, float]] | N
 
 
 def own_evidence(judged: Judged) -> pd.DataFrame:
-    """Does a model read a row's own place, or the company it keeps? A line for each group: the pairs of rows with
-    different labels that share their company (both sides of a level; two levels of a canal), and the share of them
-    in which each model gives more evidence to the worse one: log odds of moderate or worse, over the prior's; ties
-    are half right. 0.5: the model tells the study or level, not the place.
-    """
+    """Whether models read a row's own place or only its study or level (0.5). A line a group: the pairs of rows with
+    different labels from both sides of a level or two levels of a canal, and the share of them in which each model
+    gives the worse one higher log odds of moderate or worse, over the prior's; ties are half right."""
     odds = {name: np.log(rows[PROBABILITIES[1:]].sum(axis=1) / rows["normal_mild"]) for name, rows in judged.items()}
     rows, lines = judged["prior"].assign(place=np.arange(len(judged["prior"]))), {}
     for key, group in GROUPS.items():
@@ -146,11 +137,8 @@ def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame
 
 
 def agreement(judged: Judged) -> pd.DataFrame:
-    """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group.
-
-    `two readers`, if there is an oracle q: the kappa expected of two independent readers who grade each of these rows
-    (a, b) with the probability q_a q_b.
-    """
+    """Linear and quadratic kappa (Cohen 1968) of labels with each model's most probable grade, for each group. If there
+    is an oracle q, `two readers` is the kappa expected of two independent readers who both draw their grades from q."""
     lines = {}
     for group, (weights, power) in itertools.product(GROUPS.values(), {"linear": 1, "quadratic": 2}.items()):
         line = lines[group.score, weights] = {}

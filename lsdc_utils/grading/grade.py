@@ -1,7 +1,5 @@
 """Studies graded by the frozen models of a run: from stacks to each model's rows, and from these to the ensemble's.
-
-`published.grade` has the same functions for the published method.
-"""
+`published.grade` has the same functions for the published method."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
-from lsdc_utils.vocabulary import CONDITIONS, GROUPS, SEVERITIES, study_row_ids
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS, SEVERITIES, study_row_ids
 
 BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # blended table -> models in it
 COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
@@ -67,8 +65,7 @@ class Models:
 def _doubts(
     study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame, keys: Iterable[str]
 ) -> Iterator[tuple]:
-    """Findings about a study's grading: types of readable series on which nothing was detected, by the rows of the
-    detectors of groups `keys`, and levels that may be named wrong, by the study's points."""
+    """Findings: readable series on which the detectors of groups `keys` found nothing; levels maybe named wrong."""
     for group in map(GROUPS.get, keys):
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"
@@ -117,36 +114,30 @@ def prior_of(recipe: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
 def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
     """Ids of rows whose study lacks the series that readers grade them on; series: study_id, series_type."""
     existing = set(zip(series["study_id"].astype(str), series["series_type"], strict=True))
-    read_on = rows["condition"].map(lambda name: GROUPS[CONDITIONS[name].group].series_type)
-    needed = zip(rows["study_id"], read_on, strict=True)
-    return set(rows["row_id"][[key not in existing for key in needed]])
+    keys = zip(rows["row_id"], rows["study_id"], rows["condition"], strict=True)
+    return {row for row, study, name in keys if (study, GROUPS[GROUP_OF[name]].series_type) not in existing}
 
 
 def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
     """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
     inputs = {name: {model: given[model] for model in models} for name, models in BLENDS.items()}
-    return {"kind": "fitted", **{name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}}
+    return {"kind": "fitted"} | {name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}
 
 
 def blend_rows(
     recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str],
     labels: Any = None, fitted_on: Tables | None = None,
 ) -> tuple[Tables, pd.Series]:  # fmt: skip
-    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows.
-
-    given, prior, unseen: as for `blend.finish`. labels: of out-of-fold rows (row_id, study_id, severity), or None; with
-    them each study is blended by numbers fitted on other studies (on `fitted_on` if not on `given`), without them by
-    those of the recipe.
-    """
+    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows: by the recipe's numbers, or with
+    labels (row_id, study_id, severity), by numbers fitted on other studies (in `fitted_on` if not in `given`)."""
     tables = {}
     for name, models in BLENDS.items():
-        inputs, fitted = {model: given[model] for model in models}, recipe[name]
         if labels is None:
-            tables[name] = blend.apply_blend(fitted, inputs, prior)
-        else:
-            freely = [key for key, mixture in fitted.items() if mixture["kept"] == "fitted"]
-            fit_inputs = {model: (fitted_on or given)[model] for model in models}
-            tables[name] = blend.cross_fitted(inputs, prior, labels, freely, fit_inputs)
+            tables[name] = blend.apply_blend(recipe[name], given, prior)
+            continue
+        freely = [key for key, mixture in recipe[name].items() if mixture["kept"] == "fitted"]
+        inputs = {model: (fitted_on or given)[model] for model in models}
+        tables[name] = blend.cross_fitted(given, prior, labels, freely, inputs)
     return blend.finish(tables, given, prior, unseen)
 
 

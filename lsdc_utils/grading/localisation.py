@@ -1,8 +1,5 @@
-"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy.
-
-`in_plane` leaves out the direction across the slices of the series on which a condition is graded: a reader may click
-on a neighbouring slice, 4 mm and more away, and a network sees whole slices.
-"""
+"""Distances in LPS mm of detected points to readers' points and, on a phantom, to the true anatomy. `in_plane` leaves
+out the direction across the slices: a reader may click on a neighbouring one, 4 mm and more away."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,12 +17,12 @@ SIDE_OF = {name: condition.side or "" for name, condition in CONDITIONS.items()}
 
 
 def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """True points beside the detected ones; those of `truth` without a position are left out.
+    """Truth's row_id, severity (if any) and keys, the detected points' confidence, distance, in_plane (sagittal: y, z,
+    axial: x, y), both NaN where nothing was detected, and exchanged: whether a point lies nearer to the true point of
+    the other side than to its own.
 
-    points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (nfn, scs or
-    ss). truth: study_id, condition, level, X, Y, Z: the label table, or `true_points`. Returns truth's row_id, severity
-    (if any) and keys, confidence, distance, in_plane (sagittal: y and z, axial: x and y), both NaN where nothing was
-    detected, and exchanged: whether the point lies nearer to the true point of the other side than to its own.
+    points: study_id, level, side, X, Y, Z, confidence and, where they are of several detectors, condition (a key of
+    GROUPS). truth: study_id, condition, level, X, Y, Z (rows without are left out): the label table, or `true_points`.
     """
     known = truth.dropna(subset=["X", "Y", "Z"]).astype({"condition": str, "level": str})
     known = known.assign(side=known["condition"].map(SIDE_OF), group=known["condition"].map(GROUP_OF))
@@ -44,8 +41,7 @@ def point_errors(points: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def localisation(errors: pd.DataFrame) -> pd.DataFrame:
-    """By condition, of `point_errors`: true points, share found, their median distance, shares of all within 5 and 10
-    mm, sides exchanged."""
+    """By condition, of `point_errors`: points, share found, median distance, shares within 5 and 10 mm, exchanged."""
     distance, kinds = errors["distance"], {"points": "sum", "found": "mean", "median_mm": "median"}
     counted = errors.assign(points=1, found=distance.notna(), median_mm=distance, sides_exchanged=errors["exchanged"])
     for (name, column), mm in itertools.product(WITHIN.items(), (5, 10)):
@@ -54,16 +50,14 @@ def localisation(errors: pd.DataFrame) -> pd.DataFrame:
 
 
 def true_points(anatomy: pd.DataFrame) -> pd.DataFrame:
-    """Points study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded: the mean
-    if two such series show the place, since detected points come from both."""
+    """study_id, condition, level, X, Y, Z of a phantom's anatomy in the series on which each is graded (a mean)."""
     graded_on = anatomy["condition"].map(lambda condition: GROUPS[GROUP_OF[condition]].series_type)
     places = anatomy[anatomy["series_type"] == graded_on]
     return places.groupby(["study_id", "condition", "level"], as_index=False)[list("XYZ")].mean()
 
 
 def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
-    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc's plane, measured at the canal's true point
-    in the same series, with true_level."""
+    """The slices of `canal.axial_slices` within `NEAR_DISC` of a true disc at the canal, with its true_level."""
     if slices.empty:
         return slices.assign(level="", true_level="")
     canal = anatomy.loc[anatomy["condition"] == SPINAL_CANAL, ["study_id", "series_id", "level", *"XYZ"]]
@@ -77,12 +71,10 @@ def slice_levels(slices: pd.DataFrame, anatomy: pd.DataFrame) -> pd.DataFrame:
 def against_anatomy(
     root: Path, studies: Sequence[int], points: pd.DataFrame, slices: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none.
-
-    points: of all detectors, with column condition (nfn, scs or ss); slices: `canal.axial_slices` of all studies. Rows:
+    """How well studies were located, against the anatomy in a phantom's folder `root`; None where it has none. Rows:
     for spines all, ordinary and other, each condition as in `localisation`, and the axial slices near a disc: points
-    (their number), found (share given any level) and level_right (share given the right one).
-    """
+    (their number), found (share given any level) and level_right (share given the right one). points: of all detectors,
+    with column condition (a key of GROUPS); slices: `canal.axial_slices` of all studies."""
     if not all((root / name).is_file() for name in ("anatomy.csv", "spines.csv")):
         return None
     anatomy, spines = (pd.read_csv(root / name) for name in ("anatomy.csv", "spines.csv"))

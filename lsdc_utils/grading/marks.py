@@ -1,7 +1,7 @@
 """Marks on slices: what a row says in words, which slice shows it, and a still picture of a study.
 
-Marks are rows of a table: study_id, condition, group (nfn, scs, ss), level, X, Y, Z (LPS mm, NaN where there is no
-point), grade (0, 1, 2, or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
+Marks are rows of a table: study_id, condition, group (a key of GROUPS), level, X, Y, Z (LPS mm or NaN), grade (0, 1, 2,
+or -1 without a label) and confidence (of two equally bad rows the surer one is shown).
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,7 @@ def draw_still(stacks: Sequence[Stack], rows: pd.DataFrame, title: str = "") -> 
     for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
         of_group = rows[rows["group"] == group.key].dropna(subset=["X"])
         of_type = [stack for stack in stacks if stack.series_type == group.series_type]
-        place = worst_slice(of_type, of_group)
-        if place is None:
+        if (place := worst_slice(of_type, of_group)) is None:
             ax.set_axis_off()
             ax.set_title(f"{group.series_type}: nothing found")
             continue

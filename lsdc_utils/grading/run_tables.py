@@ -36,8 +36,7 @@ def weight_files(folds: Iterable[int], published: bool = False, conditions: Iter
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run: how its models are used and blended, and of which `conditions` they are. RunError
-    where files are missing (names them) or where it was made by code with another format."""
+    """blend.json of a finished run; RunError where files are missing (names them), or its code had another format."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
@@ -77,12 +76,11 @@ def read_points(run_dir: str | Path, folds: Iterable[int], conditions: Iterable[
 def read_graded(run_dir: str | Path, block: str) -> pd.DataFrame:
     """The graded rows of a run's `oof` or `test` studies, by study and in the order of `vocabulary.COLUMNS`.
 
-    Columns: those of `metric.row_keys` (study_id as int) and block; the ensemble's natural probabilities normal_mild,
-    moderate, severe; grade (0, 1, 2: the most probable) and confidence, its probability; source (a key of
-    `SOURCE_NAMES`) and own_series (whether the study has the series on which readers grade the row); X, Y, Z (LPS mm)
-    of the detected point, NaN where there is none; level_confidence of the study, NaN where it is not known; severity,
-    the label (-1 where none is known); the models' own probabilities as detector_<severity> and vit_<severity>.
-    FileNotFoundError where 05 has not run.
+    Columns: those of `metric.row_keys` (study_id as int) and block; the ensemble's natural probabilities; grade (0, 1,
+    2: the most probable) and confidence, its probability; source (a key of `SOURCE_NAMES`) and own_series (whether the
+    study has the series on which readers grade the row); X, Y, Z (LPS mm) of the detected point and the study's
+    level_confidence, NaN where unknown; severity, the label (-1 where unknown); the models' own probabilities as
+    detector_<severity> and vit_<severity>. FileNotFoundError where 05 has not run.
     """
     run = Path(run_dir)
     natural = _read(run, f"ensemble_{block}")

@@ -1,7 +1,6 @@
 """The published detectors: a class for each condition, side, level and severity (30, 15 and 30 classes).
 
-They are trained on the clicked slices of complete studies and look at every slice. Their flipped views change columns
-without changing sides, and a row is the highest confidence of each class over all slices and views.
+They look at every slice, also flipped, without changing sides; a row is the highest confidence of each class.
 """
 
 import itertools
@@ -31,11 +30,8 @@ def class_table(config: DetectorConfig) -> pd.DataFrame:
 
 
 def prepare(data: Path, folder: Path, config: DetectorConfig, labels: pd.DataFrame) -> tuple[Path, Scheme]:
-    """Write 02's data set with the published classes into `folder`; return the folder and the scheme of its detectors.
-
-    data: the data set in YOLO's format that 02 wrote. Kept are boxes on the slices that the readers clicked, in studies
-    that have all 25 labels, and images with such a box. labels: the label table, for which studies those are.
-    """
+    """Write 02's data set in folder `data` with the published classes into `folder`; return that and the detectors'
+    scheme. Kept are images with boxes that readers clicked, in studies with all 25 labels (by the label table)."""
     if config.window:
         raise DetectorError("the published detectors see whole images: set yolo_window_mm to [] for each condition")
     complete = labels.groupby("study_id")["severity"].min() >= 0

@@ -11,11 +11,9 @@ LONE_STEP = 5.0  # mm between slices, taken for a block of a single slice
 
 
 def study_grid(stacks: list[Stack], size: int = 64) -> np.ndarray:
-    """The study as uint8 (3 series types, size, size, size) to the left, to posterior, to the head; 0 outside.
-
-    The grid spans what the sagittal series cover, or all series where there is none, so its voxels differ from study to
-    study and from axis to axis. Of several series or tilted blocks the nearest slice counts. ValueError without stacks.
-    """
+    """The study as uint8 (3 series types, size, size, size) to the left, to posterior, to the head; 0 outside. The grid
+    spans what the sagittal series cover (all, where there is none), so voxels differ between studies and axes. Of
+    several series or tilted blocks the nearest slice counts. ValueError without stacks."""
     points, steps = grid_points(stacks, size)
     points, spacing = points.reshape(-1, 3), float(steps[1:].min())
     grid = np.zeros((len(SERIES_TYPES), size**3), dtype=np.uint8)

@@ -1,8 +1,6 @@
-"""The published 3D-ViT: the whole study squeezed into one grid, 25 latents from one token.
-
-Left and right are learnt from mirrored studies with exchanged labels; only studies with all 25 labels are trained on;
-the mirrored study is the second view at prediction. Size, patch, width, depth, heads and readout of the config count.
-"""
+"""The published 3D-ViT: the whole study squeezed into one grid, 25 latents from one token. Only studies with all 25
+labels are trained on, half of them mirrored, with exchanged labels; the mirrored study is the second view at
+prediction. Size, patch, width, depth, heads and readout of the config count."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -80,8 +78,7 @@ def complete(labels: pd.DataFrame) -> pd.DataFrame:
 def augment(
     inputs: np.ndarray, targets: np.ndarray, config: VitConfig, strength: Augmentation, rngs: list[np.random.Generator]
 ) -> tuple[Seen, np.ndarray]:
-    """A training batch as `vit.augment.augment` makes it, of grids: half of the studies mirrored, their columns
-    exchanged; contrast and brightness; series left out."""
+    """As `vit.augment.augment`, of grids: half mirrored, columns exchanged; contrast, brightness; series left out."""
     gain, gamma, kept = (np.stack(values) for values in zip(*(draw_series(strength, rng) for rng in rngs), strict=True))
     turned = np.array([rng.random() < 0.5 for rng in rngs])
     order = np.where(turned[:, None], MIRROR, np.arange(len(COLUMNS)))
@@ -99,8 +96,7 @@ def mirror_views(inputs: np.ndarray, config: VitConfig, count: int) -> Iterator[
 def shown_planes(
     seen: Seen, study: int, level: int, config: VitConfig
 ) -> Iterator[tuple[str, np.ndarray, float, tuple]]:
-    """For each series type the middle sagittal plane of a study's grid, as `vit.inputs.shown_slices` gives squares; the
-    extent is in voxels and there is no place."""
+    """As `vit.inputs.shown_slices`, of each series type the middle sagittal plane; extent in voxels, without place."""
     half = config.size / 2
     for kind, grid in zip(SERIES_TYPES, seen[0][study].cpu().numpy(), strict=True):
         yield kind, grid[config.size // 2].T[::-1], np.nan, (-half, half, -half, half)

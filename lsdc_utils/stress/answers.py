@@ -1,11 +1,10 @@
 """The frozen models' answers to all cases: each study is drawn, graded as usual, and dropped."""
 
-import functools
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +47,9 @@ def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, 
     for number, case in enumerate(cases):
         chunks[case.body, case.row].append((number, case))
     torch.set_num_threads(threads)
-    work, begin, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), torch.set_num_threads, []
-    for part in parallel.each(work, list(chunks.values()), workers, few=2, begin=partial(begin, threads)):
+    work, parts = partial(_answer_chunk, run.resolve() / "weights", recipe, seed), []
+    begin = partial(torch.set_num_threads, threads)
+    for part in parallel.each(work, list(chunks.values()), workers, few=2, begin=begin):
         parts.append(part)
         print(f"drew and graded part {len(parts)}/{len(chunks)} of {len(cases)} studies", flush=True)
     tables = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
@@ -77,7 +77,7 @@ def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Seque
     return Answers(pd.concat(rows, ignore_index=True), *others)
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _models(weights: Path, folds: tuple[int, ...], views: int, _: tuple[int, ...]) -> Models:
     """The frozen models, loaded once in each process; the last argument, times of their files, reloads changed ones."""
     return load_models(weights, folds, views)
@@ -138,8 +138,7 @@ class _Study:
                 yield named | occlusion.attention(changes)
 
     def moves(self, folder: Path) -> list[tuple[str, float]]:
-        """The largest change of a natural probability in the ensemble's rows, for each version of the study; `folder`:
-        for the files of the study and of its versions."""
+        """The largest change of a probability in the ensemble's rows by each version, whose files go to `folder`."""
         series = pd.DataFrame(make_study(folder, self.plan)["test_series_descriptions"])
         series[[*SERIES]].to_csv(folder / symmetry.SERIES_TABLE, index=False)
         symmetry.write_versions(folder, [self.plan.study_id], folder / "versions")

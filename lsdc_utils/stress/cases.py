@@ -1,7 +1,5 @@
-"""The studies of the stress tests: fresh phantom studies, no test studies, with one thing changed at a time.
-
-Studies with the same `body` are one patient, imaged alike: they differ only in what was changed.
-"""
+"""The studies of the stress tests: fresh phantom studies, no test studies, with one thing changed at a time. Those with
+the same `body` are one patient, imaged alike: they differ only in what was changed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -69,8 +69,7 @@ def look_vit(
     inputs["places"][:, [level != row[1] for level in LEVELS]] = np.nan  # levels are graded apart from each other
     for images, centre in zip(inputs["images"][1:], centres, strict=True):
         images[:] = hidden(images, places, centre)
-    natural = probabilities([model], inputs, batch=16)
-    return _changes(centres - place, natural[:, COLUMNS.index("_".join(row))])
+    return _changes(centres - place, probabilities([model], inputs, batch=16)[:, COLUMNS.index("_".join(row))])
 
 
 def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray:

@@ -1,8 +1,5 @@
-"""Versions of a study that must not change a grade.
-
-mirrored: left and right exchanged, also of rows. renumbered: slices numbered and written the other way round. rescaled:
-other pixel values. renamed: other ids of study and series, which also reverses the order of the series.
-"""
+"""Versions of a study that must not change a grade. mirrored: left and right exchanged, also of rows. renumbered:
+slices in reverse order. rescaled: other pixel values. renamed: other ids, also the series in reverse order."""
 
 import shutil
 from collections.abc import Iterable

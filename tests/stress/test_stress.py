@@ -12,8 +12,7 @@ import pytest
 from lsdc_utils.phantom import labels
 from lsdc_utils.stress.answers import MODELS
 from lsdc_utils.stress.cases import DOSE_LEVELS, SETTINGS, USUAL, Case, dose_cases, setting_cases
-from lsdc_utils.stress.responses import key_numbers, leaks, responses, slopes
-from lsdc_utils.stress.settings import scores_by_setting
+from lsdc_utils.stress.responses import key_numbers, leaks, responses, scores_by_setting, slopes
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SEVERITIES
 
 DOSES = np.linspace(0, 1, 11).round(2)

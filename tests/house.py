@@ -40,8 +40,8 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 14_110  # with 820 for folders of any labels: conditions, tables, evaluate
-    training: int = 7_730  # modules that TRAINING imports, transitively
+    package: int = 14_240  # 13,290, with 700 for labelled folders and 250 of the 700 for the recipe
+    training: int = 7_740  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

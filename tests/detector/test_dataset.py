@@ -163,10 +163,14 @@ def test_an_axial_window_follows_the_canal_and_a_foraminal_one_lies_off_the_cana
     np.testing.assert_allclose(off - there, np.tile([-4, -6, 0, 0], (len(there), 1)), atol=1)  # pixels of 2.7 mm
 
 
-def test_a_study_without_any_canal_point_writes_no_image(tmp_path):
+def test_without_canal_points_windows_lie_round_the_recesses_and_without_these_there_is_no_image(tmp_path):
     stack, labels = toy_study("ss")
-    dataset = Dataset(tmp_path / "d", config("ss"), 5.0, 4.0, 0)
-    assert dataset.add(stack, labels)[1] == [] and not (tmp_path / "d").exists()
+    dataset, one_side = (
+        Dataset(tmp_path / "d", config("ss"), 5.0, 4.0, 0),
+        labels[labels["condition"].str.startswith("l")],
+    )
+    assert dataset.add(stack, one_side)[1] == [] and not (tmp_path / "d").exists()
+    assert len(dataset.add(stack, labels)[1]) == 5  # a slice of each level
 
 
 @pytest.fixture(scope="module")

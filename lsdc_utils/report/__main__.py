@@ -43,6 +43,7 @@ def write_results(run: tables.Run, root: Path) -> None:
         "table": score_lines(run).partition("\n\n")[2],  # without the sentences
         "scores": score_lines(run),
         "localisation": markdown_table(tables.localisation_table(run.localisation)),
+        "evidence": markdown_table(tables.evidence_table(run.evaluation)),
         "stress": f"{' '.join(sentences(run, 'stress'))}\n\n{settings}",
         "experiments": "\n\n".join(f"{name}:\n\n{markdown_table(table)}" for name, table in experiments.items()),
     }

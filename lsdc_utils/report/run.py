@@ -214,6 +214,14 @@ def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"Sides exchanged": rows["sides_exchanged"].map(number, digits=0).to_numpy()})
 
 
+def evidence_table(evaluation: dict[str, Any]) -> pd.DataFrame:
+    """Shares of pairs in the same company that each model orders right, as text, from evaluation.json."""
+    blocks = evaluation.get("own_evidence", {})
+    rows = {f"{BLOCK_NAMES[name]}: {part}": row for name, parts in blocks.items() for part, row in parts.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename(columns=MODEL_NAMES).rename_axis("Pairs of rows")
+    return table.map(number, digits=2).assign(pairs=table["pairs"].map("{:.0f}".format)) if rows else table
+
+
 def evaluation_table(evaluation: dict[str, Any]) -> pd.DataFrame:
     """Agreement and calibration of the ensemble as text, from evaluation.json: a row for each block and part."""
     lines = {}

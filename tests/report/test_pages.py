@@ -254,6 +254,16 @@ def test_the_model_card_has_scores_limits_and_licence(index, run_dir):
         assert words in text
 
 
+def test_evidence_is_a_line_for_each_block_and_group():
+    own = {
+        "foraminal": {"pairs": 143, "yolo": 0.804, "oracle": 0.902},
+        "spinal": {"pairs": 0, "yolo": None, "oracle": None},
+    }
+    table = tables.evidence_table({"own_evidence": {"test": own}})
+    assert table.loc["Test: foraminal"].tolist() == ["143", "0.80", "0.90"] and table.columns[2] == "Oracle"
+    assert table.loc["Test: spinal", "pairs"] == "0" and tables.evidence_table({}).empty
+
+
 def test_results_go_between_their_markers(index, run_dir, tmp_path):
     (tmp_path / "docs").mkdir()
     names = ("table", "scores", "localisation", "stress", "experiments")

@@ -32,6 +32,13 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def table(text: str) -> Path:
+    """An existing file."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return Path(text)
+
+
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
     if not text.isdigit() or int(text) < 1:
@@ -94,7 +101,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("evaluate", "--out", "DIR", "where results go (default: outputs/[NAME/]evaluation/<folder>)", {"type": Path}),
     ("adapt", "--out", "RUN2", "name of the new run", {"type": run_name, "required": True}),
     ("adapt", "--train", None, "also train its models on the studies, beginning with the run's weights", SWITCH),
-    ("evaluate adapt", "--labels", "CSV", "row_id,severity (default: train.csv or solution.csv)", {"type": Path}),
+    ("evaluate adapt", "--labels", "CSV", "row_id,severity (default: train.csv or solution.csv)", {"type": table}),
     ("evaluate", "--allow-trained", None, "score studies that the models were trained on, marked so", SWITCH),
     ("predict", "--pages", None, "a page per study (default: up to 20 studies)", EITHER),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),

@@ -291,6 +291,9 @@ def main(words: list[str]) -> int:
             raise
         what = f"{error.filename}: {error.strerror}"
         print(f"run_all.sh: {what}; allow this user to write there, or name another folder", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("run_all.sh: stopped; the same command resumes", file=sys.stderr)
+        return 130  # as shells report it
     return 2
 
 

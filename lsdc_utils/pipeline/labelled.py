@@ -49,10 +49,14 @@ def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
         points = pd.concat([points, competition.read_points(file)]).drop_duplicates(competition.KEY)
     labels = labels[labels["severity"] >= 0].drop_duplicates(competition.KEY).reset_index(drop=True)
     labels.insert(0, "row_id", labels["study_id"].astype(str) + "_" + competition.label_names(labels))
-    there = labels["study_id"].isin(comp.series["study_id"])
+    there, place = labels["study_id"].isin(comp.series["study_id"]), labels_csv or f"{root}: train.csv or solution.csv"
+    if labels.empty:
+        raise UsageError(f"{place}: there is no grade; give a table of grades with --labels FILE.csv")
     if not there.any():
-        place = labels_csv or f"{root}: train.csv or solution.csv"
-        raise UsageError(f"{place}: no label of a study with images; expected row_id,severity with ids of its studies")
+        here, asked = (
+            ", ".join(comp.names.get(n, str(n)) for n in t["study_id"].unique()[:3]) for t in (comp.series, labels)
+        )
+        raise UsageError(f"{place}: no graded study has images: grades are of {asked} ..., images of {here} ...")
     points = points[points["study_id"].isin(labels["study_id"][there])].reset_index(drop=True)
     return Labelled(comp, labels[there].reset_index(drop=True), points, labels["study_id"][~there].nunique())
 
@@ -90,6 +94,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
     overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
+    (out / "evaluation.json").unlink(
+        missing_ok=True
+    )  # of an earlier evaluation, which a stop would leave beside new tables
+    shutil.rmtree(out / "report", ignore_errors=True)
     parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))
     basis = "; ".join(filter(None, [grade_basis(trained), overlap[1]]))
     predict.collect(parameters, basis)

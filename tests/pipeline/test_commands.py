@@ -91,6 +91,18 @@ def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys)
     assert ended.value.code == 2 and "no such folder" in capsys.readouterr().err
 
 
+def test_a_stop_is_a_sentence_and_a_missing_table_is_refused_at_once(tmp_path, monkeypatch, capsys) -> None:
+    def stopped(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lsdc_utils.data.checks.main", stopped)
+    assert commands.main(["validate", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "run_all.sh: stopped; the same command resumes\n"
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["evaluate", str(tmp_path), "--labels", str(tmp_path / "none.csv")])
+    assert ended.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
 def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, monkeypatch) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(commands, "git_commit", lambda: "of this tree")

@@ -31,7 +31,7 @@ MODELS = ("yolo", "vit3d", "ensemble")
 
 def test_labels_are_those_of_both_splits_or_of_a_table(tmp_path: Path) -> None:
     tables = write_tables(tmp_path, n_train=3, n_test=2)
-    with pytest.raises(UsageError, match=r"solution\.csv: no label"):
+    with pytest.raises(UsageError, match=r"solution\.csv: there is no grade; give a table"):
         (tmp_path / "train.csv").rename(tmp_path / "later.csv")
         labelled.find(tmp_path, None, 1)
     (tmp_path / "later.csv").rename(tmp_path / "train.csv")
@@ -58,8 +58,25 @@ def test_labels_are_those_of_both_splits_or_of_a_table(tmp_path: Path) -> None:
     assert set(found.points["study_id"]) == {102}
     assert tables["train"].shape == (3, 26)  # nothing was written
     given.write_text("row_id,severity\n" + f"{study_row_ids(999)[0]},0")
-    with pytest.raises(UsageError, match=r"given\.csv: no label of a study with images"):
+    with pytest.raises(
+        UsageError, match=r"given\.csv: no graded study has images: grades are of 999 \.\.\., images of 101"
+    ):
         labelled.find(tmp_path, given, 1)
+    given.write_text("row_id,severity\n" + f"{study_row_ids(101)[0]},")
+    with pytest.raises(UsageError, match=r"given\.csv: there is no grade; give a table"):
+        labelled.find(tmp_path, given, 1)
+
+
+def test_a_stopped_evaluation_leaves_no_earlier_result_beside_new_tables(tmp_path: Path, monkeypatch) -> None:
+    def stopped(*_: object) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(labelled, "grade", stopped)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        labelled.evaluate(None, tmp_path, tmp_path, "demo", ([], ""), 1, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- a folder with a patient's names, graded at random --------------------------------------------------------------

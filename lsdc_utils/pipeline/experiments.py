@@ -114,7 +114,7 @@ def refined_table(base: Path, refined: Path) -> pd.DataFrame:
     """A row for each block with labels and each of vit3d and ensemble: block, model, the total score of both runs, what
     refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
     rows, runs = [], {"unrefined": base, "refined": refined}
-    groups = json.loads((base / "blend.json").read_text())["conditions"]
+    groups = json.loads((refined / "blend.json").read_text())["conditions"]  # which an older base does not name
     scores = {name: _blocks(run) for name, run in runs.items()}
     for block, model in itertools.product(scores["unrefined"], ("vit3d", "ensemble")):
         tables = {name: pd.read_parquet(run / f"predictions/{model}_{block}.parquet") for name, run in runs.items()}

@@ -28,6 +28,11 @@ _SCALE_LENGTHS = (5, 10, 20, 50, 100)  # mm
 _DIRECTIONS = (("L", "R"), ("P", "A"), ("H", "F"))  # where +x, -x, +y, -y, +z, -z of LPS point to
 
 
+def model_colour(model: str) -> str:
+    """The colour of a model; members of the transformers' blend share a paler one."""
+    return MODEL_COLOURS.get(model, "#85B8DB")
+
+
 def use_style() -> None:
     """Set matplotlib's defaults: text of 11 points, 110 dots an inch, light grid, grey images, PDF text as text."""
     colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#1A1A1A"]

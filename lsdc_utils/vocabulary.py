@@ -4,7 +4,7 @@ Orders matter here. `COLUMNS` is the order of the competition's `train.csv`; `SE
 classes 0, 1, 2 and of the three probability columns of every prediction table.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 SEVERITIES = ("normal_mild", "moderate", "severe")  # class 0, 1, 2
@@ -93,6 +93,11 @@ def parse_row_id(row: str) -> tuple[str, str, str]:
 def study_row_ids(study_id: int | str) -> list[str]:
     """The 25 row ids of a study, in the order of `COLUMNS`."""
     return [f"{study_id}_{column}" for column in COLUMNS]
+
+
+def transformers(members: Iterable[str]) -> list[str]:
+    """The names of a run's transformers: one for each member of their blend, or of the only one."""
+    return [f"vit3d-{name}" for name in members] or ["vit3d"]
 
 
 def mirrored(condition: str) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from lsdc_utils.files import sha256
 from lsdc_utils.pipeline import graph
-from lsdc_utils.grading.run_tables import weight_files
+from lsdc_utils.grading.run_tables import tables_of, weight_files
 
 PYTHON = sys.executable
 STEP = "05_ensemble_inference_{shard}"
 RUN = Path(config["run_dir"])
-MODELS = [RUN / name for name in ("blend.json", *weight_files(config["folds"], config["published_method"], config["conditions"]))]
-TABLES = ["yolo", "vit3d", "ensemble", "raw_yolo", "raw_vit3d", "points", "sources", "slices", "findings"]
+MEMBERS = [member["name"] for member in config["vit_members"]]
+WEIGHTS = weight_files(config["folds"], config["published_method"], config["conditions"], MEMBERS)
+MODELS = [RUN / name for name in ("blend.json", *WEIGHTS)]
+TABLES = [*tables_of(MEMBERS), "points", "sources", "slices", "findings"]
 
 for times in Path("logs").glob("*.tsv"):
     os.utime(times, (1, 1))  # so that contents are compared, see Snakefile

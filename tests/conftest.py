@@ -87,6 +87,9 @@ vit_lr: 0.001
 vit_soften: 0.0
 vit_inner_folds: 2
 blend_of: ""
+vit_members: []
+allow_missing_members: false
+missing_members: []
 stress_bodies: 1
 tta: true
 """
@@ -128,18 +131,23 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
         ],
     ),
     "04_train_vit3d": (
-        "fold: int = 0\ninner: int = -1\nfolds: list = [0, 1]\nthreads: int = 1\nvit_lr: float = 0.001\n"
+        "fold: int = 0\nmember: str = ''\ninner: int = -1\nfolds: list = [0, 1]\nthreads: int = 1\n"
+        "vit_lr: float = 0.001\n"
         "vit_batch: int = 2\nvit_size: int = 8\nvit_soften: float = 0.0\nvit_inner_folds: int = 2",
-        "name = f'fold{fold}' + f'_inner{inner}' * (inner >= 0)\nfor k in folds:\n"
+        "name, vit = f'fold{fold}' + f'_inner{inner}' * (inner >= 0), f'vit3d-{member}'.rstrip('-')\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",
         [
-            *(f"weights/vit3d_{{name}}.{e}" for e in ("safetensors", "json")),
-            *(f"predictions/vit3d{t}_{{name}}_oof.parquet" for t in ("", "_at_readers")),
+            *(f"weights/{{vit}}_{{name}}.{e}" for e in ("safetensors", "json")),
+            *(f"predictions/{{vit}}{t}_{{name}}_oof.parquet" for t in ("", "_at_readers")),
         ],
     ),
     "05_ensemble_inference": (
-        'tta: bool = True\nblend_of: str = ""',
+        'tta: bool = True\nblend_of: str = ""\nvit_members: list = []\nallow_missing_members: bool = False\n'
+        "missing_members: list = []",
         "import json\nparts = dict(spinal=.4, foraminal=.6, subarticular=.7, any_severe=None, total=.5)\n"
+        "for k in vit_members:\n    for part in ('oof', 'test'):\n"
+        "        (run / f'predictions/vit3d-{k[\"name\"]}_{part}.parquet').parent.mkdir(exist_ok=True)\n"
+        "        (run / f'predictions/vit3d-{k[\"name\"]}_{part}.parquet').write_text('whole')\n"
         "(run / 'scores.json').write_text(json.dumps({'oof': {'n_studies': 3, 'scores': {'ensemble': parts},\n"
         "    'skill': None, 'interval': {'ensemble': {'total': [.4, .6]}}}, 'test': None}))",
         [
@@ -165,7 +173,8 @@ def write_tiny_notebook(project: Path, name: str, code: str | None = None) -> No
         nbformat.v4.new_code_cell("from pathlib import Path\nrun = Path(run_dir)"),
         nbformat.v4.new_code_cell(own_code if code is None else code),
         nbformat.v4.new_code_cell(
-            f"for file in {files!r}:\n    file = run / file.format(name=globals().get('name'))\n"
+            f"known = {{'vit': '', 'name': '', **globals()}}\n"
+            f"for file in {files!r}:\n    file = run / file.format(**known)\n"
             "    file.parent.mkdir(parents=True, exist_ok=True)\n    file.write_text('whole')"
         ),
     ]

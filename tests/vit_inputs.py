@@ -77,10 +77,10 @@ def records(images: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def draw_inputs(n: int, rng: np.random.Generator, config: VitConfig = SMALL) -> np.ndarray:
     """Squares of noise, their slices 4 mm apart about where each slot looks."""
-    side, k = config.size + 2 * config.margin, config.slices
-    images = rng.integers(20, 60, (n, 5, len(SLOTS) * k, side, side)).astype(np.uint8)
-    places = np.tile(4.0 * np.arange(k) - 1.0, len(SLOTS))
-    return records(images, np.broadcast_to(places, (n, 5, len(SLOTS) * k)))
+    side, count = config.size + 2 * config.margin, len(config.slots)
+    images = rng.integers(20, 60, (n, 5, count, side, side)).astype(np.uint8)
+    places = np.concatenate([np.tile(4.0 * np.arange(k) - 1.0, len(SLOTS)) for _, k in config.scales])
+    return records(images, np.broadcast_to(places, (n, 5, count)))
 
 
 def draw_studies(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ class Problem:
         rows = rows.merge(pd.DataFrame(shrunk_prior(recipe["prior"], counted)), on=["condition", "level"])
         self.scorer, self.natural, self.groups = metric.Scorer(rows), np.empty((len(rows), 3)), []
         for key, places in rows.groupby("group").indices.items():
-            tables = {model: given[model] for model in grade.BLENDS[name]}
+            tables = {model: given[model] for model in grade.blends_of(given)[name]}
             self.groups.append((places, recipe[name][key], blend.log_ratios(tables, rows.iloc[places])))
         few, there = len(self.scorer.studies) < FEW, rows["severity"].unique()
         self.biases = [] if few else [k for k in (1, 2) if k in there]  # that of a grade without a case stays
@@ -71,11 +71,11 @@ def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> d
     (`Problem.misfit`). `adapted` in the recipe: the number of studies, that p by group, and the groups changed."""
     rows = metric.row_keys(labels["row_id"]).merge(labels[["row_id", "severity"]], on="row_id")
     studies, changed, chances = rows["study_id"].nunique(), rows[:0], dict.fromkeys(GROUPS, 1.0)
-    fitted = {name: dict(recipe[name]) for name in grade.BLENDS}
+    fitted = {name: dict(recipe[name]) for name in grade.blends_of(given)}
     for _, unit in rows.groupby("group") if studies >= FEW else [("all", rows)]:
         p = Problem(recipe, "ensemble", given, unit[:0], unit).misfit()
         chances |= dict.fromkeys(unit["group"].unique(), p)
-        mixtures = {name: _fit_unit(recipe, name, given, unit) for name in grade.BLENDS} if p < SURE else {}
+        mixtures = {name: _fit_unit(recipe, name, given, unit) for name in fitted} if p < SURE else {}
         if mixtures.get("ensemble"):
             fitted = {name: mixture | mixtures[name] for name, mixture in fitted.items()}
             changed = pd.concat([changed, unit])
@@ -108,11 +108,11 @@ def shrunk_prior(prior: list[dict[str, Any]], rows: pd.DataFrame) -> list[dict[s
 
 
 def cross_fitted(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame, series: pd.DataFrame) -> Tables:
-    """Every row of the studies of `labels` (row_id, study_id, severity, fold) by each of `grade.BLENDS`, by a recipe
+    """Every row of the studies of `labels` (row_id, study_id, severity, fold) by each of `grade.blends_of`, by a recipe
     that was fitted on the other folds. series: study_id, series_type."""
     rows, parts = grade.rows_of(labels["study_id"].unique()), []
     unseen, fold_of = grade.without_own_series(rows, series), dict(labels[["study_id", "fold"]].astype(str).to_numpy())
     for fold, held_out in rows.groupby(rows["study_id"].map(fold_of)):
         others = fit_recipe(recipe, given, labels[labels["fold"].astype(str) != fold])
         parts.append(grade.blend_rows(others, given, grade.prior_of(others, held_out), unseen)[0])
-    return {name: rows[["row_id"]].merge(pd.concat([part[name] for part in parts])) for name in grade.BLENDS}
+    return {name: rows[["row_id"]].merge(pd.concat([part[name] for part in parts])) for name in parts[0]}

@@ -120,20 +120,27 @@ def finish(blended: Tables, given: Tables, prior: pd.DataFrame, unseen: Collecti
     sources, shares = row_sources(given, prior["row_id"]), prior[PROBABILITIES].to_numpy()
     natural = {name: aligned(table, prior) for name, table in blended.items()}
     unseen = prior["row_id"].isin(list(unseen)).to_numpy()
-    for model, table in given.items():
-        alone = unseen & (sources == model).to_numpy()
-        natural["ensemble"] = np.where(alone[:, None], natural[model], natural["ensemble"])
-        known = prior["row_id"].isin(table["row_id"]).to_numpy()
-        natural[model] = np.where(known[:, None], natural[model], shares)
+    for name in natural.keys() - {"ensemble"}:
+        alone = unseen & (sources == name).to_numpy()
+        natural["ensemble"] = np.where(alone[:, None], natural[name], natural["ensemble"])
+        own = [table["row_id"] for model, table in given.items() if name in (model, family(model))]
+        known = prior["row_id"].isin(pd.concat(own)).to_numpy()
+        natural[name] = np.where(known[:, None], natural[name], shares)
     natural["ensemble"] = np.where((sources == "prior").to_numpy()[:, None], shares, natural["ensemble"])
     return {name: as_table(prior["row_id"], rows) for name, rows in natural.items()}, sources
 
 
 def row_sources(tables: Tables, row_ids: pd.Series) -> pd.Series:
-    """Where each row's probabilities come from, by row id: the models that gave it, joined by +, or `prior`."""
+    """Where each row's probabilities come from, by row id: kinds of models that gave it, joined by +, or `prior`."""
     given = pd.DataFrame({model: row_ids.isin(table["row_id"]) for model, table in tables.items()})
+    given = given.T.groupby(family, sort=False).any().T
     names = ["+".join(given.columns[row]) or "prior" for row in given.to_numpy()]
     return pd.Series(names, index=row_ids.to_numpy(), name="source", dtype=str)
+
+
+def family(model: str) -> str:
+    """The kind of a model: vit3d of a member of the transformers' blend."""
+    return model.partition("-")[0]
 
 
 def mix(parameters: np.ndarray, stacked: np.ndarray, log_prior: np.ndarray) -> np.ndarray:

@@ -21,18 +21,16 @@ from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vit.predict import predict_studies
-from lsdc_utils.vocabulary import GROUP_OF, GROUPS, SEVERITIES, study_row_ids
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS, SEVERITIES, study_row_ids, transformers
 
-BLENDS = {"yolo": ["yolo"], "vit3d": ["vit3d"], "ensemble": ["yolo", "vit3d"]}  # blended table -> models in it
-COLUMNS_OF = {  # of the tables that a study's grading gives, where it gives none
+COLUMNS_OF = {  # of the tables that a study's grading gives besides those of the transformers, where it gives none
     "yolo": ["row_id", *SEVERITIES],
-    "vit3d": ["row_id", *SEVERITIES],
     "points": ["study_id", "level", "side", "X", "Y", "Z", *CONFIDENCES, "condition"],
     "findings": competition.FINDINGS,
     "series": ["study_id", "series_type"],
     "slices": ["study_id"],
 }
-Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF
+Graded = dict[str, pd.DataFrame]  # tables by the keys of COLUMNS_OF and the names of transformers
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Models:
 
     localisers: list[Localiser]
     yolos: dict[str, list[Detector]]
-    vits: list[Any]  # of one kind, such as Vit3d
+    vits: dict[str, list[Any]]  # of each of `transformers`, of one kind, such as Vit3d
     views: int  # that a transformer averages
     predict: Callable[..., pd.DataFrame] = predict_studies
     scheme: Scheme = field(default_factory=Scheme)  # of the detectors
@@ -49,12 +47,13 @@ class Models:
     def grade(self, study_id: int, stacks: Sequence[Stack], findings: pd.DataFrame | None = None) -> Graded:
         """One study's tables, graded from the series that it has; `findings` are those of its files."""
         rows, points = grade_study(self.localisers, self.yolos, study_id, stacks, self.scheme)
-        looked = self.predict(self.vits, [(study_id, list(stacks))], points, self.views)
+        study = [(study_id, list(stacks))]
+        looked = {name: self.predict(vits, study, points, self.views) for name, vits in self.vits.items()}
         types = sorted({stack.series_type for stack in stacks})
         doubts = pd.DataFrame(_doubts(study_id, types, rows, points, self.yolos), columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
-            "vit3d": metric.rows_of_groups(looked, self.yolos),
+            **{name: metric.rows_of_groups(table, self.yolos) for name, table in looked.items()},
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
@@ -74,18 +73,34 @@ def _doubts(
         yield study_id, None, "levels_uncertain", f"{sure:.2f}", "graded; check the levels on its page"
 
 
-def load_models(weights: str | Path, folds: Iterable[int], views: int, conditions: Collection[str] = GROUPS) -> Models:
+def blends_of(models: Iterable[str]) -> dict[str, list[str]]:
+    """Blended table -> models in it, where `models` are yolo and `transformers`: each model alone, all transformers
+    together, and all models."""
+    models = list(models)
+    return {model: [model] for model in models} | {"vit3d": models[1:], "ensemble": models}
+
+
+def models_in(recipe: dict[str, Any]) -> list[str]:
+    """The models whose rows a recipe (blend.json) blends."""
+    return ["yolo", *transformers(recipe.get("members", ()))]
+
+
+def load_models(
+    weights: str | Path, folds: Iterable[int], views: int,
+    conditions: Collection[str] = GROUPS, members: Iterable[str] = (),
+) -> Models:  # fmt: skip
     """The models of these folds and conditions in a folder; errors as `load_detector` and `load_vit` raise them."""
     weights, folds = Path(weights), list(folds)
     yolos = {key: [load_detector(weights / f"yolo_{key}_fold{fold}.pt") for fold in folds] for key in conditions}
     localisers = [load_localiser(weights / f"localiser_fold{fold}.safetensors") for fold in folds]
-    return Models(localisers, yolos, [load_vit(weights / f"vit3d_fold{fold}.safetensors") for fold in folds], views)
+    names = {name: [weights / f"{name}_fold{fold}.safetensors" for fold in folds] for name in transformers(members)}
+    return Models(localisers, yolos, {name: [*map(load_vit, files)] for name, files in names.items()}, views)
 
 
-def join_graded(graded: Sequence[Graded]) -> Graded:
-    """The tables of many studies as one each."""
+def join_graded(graded: Sequence[Graded], vits: Iterable[str] = ("vit3d",)) -> Graded:
+    """The tables of many studies as one each; vits: the transformers that graded them."""
     joined = {}
-    for kind, columns in COLUMNS_OF.items():
+    for kind, columns in (dict.fromkeys(vits, COLUMNS_OF["yolo"]) | COLUMNS_OF).items():
         tables = [study[kind] for study in graded if len(study[kind])]
         joined[kind] = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     return joined
@@ -98,7 +113,7 @@ def grade_studies(models: Models, comp: competition.Competition, split: str, stu
         graded.append(models.grade(study_id, *read_study(comp, split, study_id)))
         if number % 10 == 0 or number == len(studies):
             print(f"graded study {number}/{len(studies)}", flush=True)
-    return join_graded(graded)
+    return join_graded(graded, models.vits)
 
 
 def rows_of(studies: Iterable[int]) -> pd.DataFrame:
@@ -119,19 +134,28 @@ def without_own_series(rows: pd.DataFrame, series: pd.DataFrame) -> set[str]:
 
 
 def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
-    """What a recipe holds of the blend: its kind, and numbers for each of `BLENDS`, fitted on out-of-fold rows."""
-    inputs = {name: {model: given[model] for model in models} for name, models in BLENDS.items()}
-    return {"kind": "fitted"} | {name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}
+    """What a recipe holds of the blend: its kind, and numbers for each of `blends_of`, fitted on out-of-fold rows; for
+    each of several transformers also those of the blends `without` it."""
+    inputs = {name: {model: given[model] for model in models} for name, models in blends_of(given).items()}
+    recipe = {"kind": "fitted"} | {name: blend.choose_blend(of, prior, labels) for name, of in inputs.items()}
+    vits = list(given)[1:]
+    for name in vits if len(vits) > 1 else ():
+        parts = {"vit3d": [vit for vit in vits if vit != name], "ensemble": [model for model in given if model != name]}
+        freely = {part: [key for key, mixture in recipe[part].items() if mixture["kept"] == "fitted"] for part in parts}
+        tables = {part: {model: given[model] for model in models} for part, models in parts.items()}
+        numbers = {part: blend.fit_blend(tables[part], prior, labels, freely[part]) for part in parts}
+        recipe.setdefault("without", {})[name.removeprefix("vit3d-")] = numbers
+    return recipe
 
 
 def blend_rows(
     recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str],
     labels: Any = None, fitted_on: Tables | None = None,
 ) -> tuple[Tables, pd.Series]:  # fmt: skip
-    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows: by the recipe's numbers, or with
-    labels (row_id, study_id, severity), by numbers fitted on other studies (in `fitted_on` if not in `given`)."""
+    """The rows of `prior` by each of `blends_of`, and the sources of the ensemble's rows: by the recipe's numbers, or
+    with labels (row_id, study_id, severity), by numbers fitted on other studies (in `fitted_on` if not in `given`)."""
     tables = {}
-    for name, models in BLENDS.items():
+    for name, models in blends_of(given).items():
         if labels is None:
             tables[name] = blend.apply_blend(recipe[name], given, prior)
             continue
@@ -142,7 +166,7 @@ def blend_rows(
 
 
 def blend_studies(recipe: dict[str, Any], graded: Graded, studies: Iterable[int]) -> tuple[Tables, pd.Series]:
-    """Every row of graded studies by each of `BLENDS`, and the sources of the ensemble's rows."""
+    """Every row of graded studies by each of `blends_of`, and the sources of the ensemble's rows."""
     rows = rows_of(studies)
-    given = {model: graded[model] for model in BLENDS["ensemble"]}
+    given = {model: graded[model] for model in models_in(recipe)}
     return blend_rows(recipe, given, prior_of(recipe, rows), without_own_series(rows, graded["series"]))

@@ -11,7 +11,7 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import Stack, load_study, read_study
-from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, MISSING, SEVERITIES, SIDES, transformers
 
 FORMAT = 4  # of blend.json
 RECIPE_KEYS = ("kind", "folds", "vit_views", "threads", "prior")  # of blend.json, besides its numbers
@@ -28,10 +28,18 @@ class RunError(ValueError):
     """A run that cannot be used: not finished, or made by other code; the message says which, and what to do."""
 
 
-def weight_files(folds: Iterable[int], published: bool = False, conditions: Iterable[str] = GROUPS) -> list[str]:
+def tables_of(members: Iterable[str]) -> list[str]:
+    """The tables of rows that 05 writes of a block: blended ones, and raw_* of each model before the blend."""
+    vits = transformers(members)
+    return [*dict.fromkeys(["yolo", *vits, "vit3d", "ensemble"]), "raw_yolo", *(f"raw_{vit}" for vit in vits)]
+
+
+def weight_files(
+    folds: Iterable[int], published: bool = False, conditions: Iterable[str] = GROUPS, members: Iterable[str] = ()
+) -> list[str]:
     """The weights of the models of these folds, relative to the run's folder; each has a .json beside it."""
     yolos = (f"yolo_{key}_fold{{}}.pt" for key in conditions)
-    names = ["localiser_fold{}.safetensors", *yolos, "vit3d_fold{}.safetensors"]
+    names = ["localiser_fold{}.safetensors", *yolos, *(f"{vit}_fold{{}}.safetensors" for vit in transformers(members))]
     return [f"weights/{name.format(fold)}" for name in names[published:] for fold in folds]
 
 
@@ -42,12 +50,22 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
         remedy = "run it again, or use the version in its provenance.json"
         raise RunError(f"the run in {run} was made by an older version of the code: {remedy}")
-    recipe.setdefault("conditions", list(GROUPS))  # which older recipes do not name
-    weights = weight_files(recipe.get("folds", ()), recipe.get("kind") == "published", recipe["conditions"])
-    needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
-    if missing := [name for name in needed if not (run / name).is_file()]:
+    recipe = {"conditions": list(GROUPS), "members": [], "missing_members": []} | recipe  # not in older ones
+    for name, blends in recipe.get("without", {}).items():  # numbers for the case that one member's weights are gone
+        others = [other for other in recipe["members"] if other != name]
+        if _lacks(run, recipe) and not _lacks(run, recipe | {"members": others}):
+            recipe |= blends | {"members": others, "missing_members": [*recipe["missing_members"], name], "without": {}}
+    if missing := _lacks(run, recipe):
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
     return recipe
+
+
+def _lacks(run: Path, recipe: dict[str, Any]) -> list[str]:
+    """The files of a recipe's models that a run's folder lacks."""
+    published = recipe.get("kind") == "published"
+    weights = weight_files(recipe.get("folds", ()), published, recipe["conditions"], recipe["members"])
+    needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
+    return [name for name in needed if not (run / name).is_file()]
 
 
 def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataFrame:
@@ -56,11 +74,12 @@ def read_folds(run_dir: str | Path, name: str, folds: Iterable[int]) -> pd.DataF
 
 
 def read_models(
-    run_dir: str | Path, folds: Collection[int], conditions: Collection[str] = GROUPS
+    run_dir: str | Path, folds: Collection[int], conditions: Collection[str] = GROUPS, members: Iterable[str] = ()
 ) -> dict[str, pd.DataFrame]:
-    """Each model's out-of-fold rows before they are blended: yolo (all conditions) and vit3d."""
+    """Each model's out-of-fold rows before they are blended: yolo (all conditions) and each of `transformers`."""
     yolo = pd.concat([read_folds(run_dir, f"yolo_{key}", folds) for key in conditions], ignore_index=True)
-    return {"yolo": yolo, "vit3d": metric.rows_of_groups(read_folds(run_dir, "vit3d", folds), conditions)}
+    rows = {vit: read_folds(run_dir, vit, folds) for vit in transformers(members)}
+    return {"yolo": yolo} | {vit: metric.rows_of_groups(table, conditions) for vit, table in rows.items()}
 
 
 def read_points(run_dir: str | Path, folds: Iterable[int], conditions: Iterable[str], least: float = 0) -> pd.DataFrame:

@@ -51,7 +51,7 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     recipe, labels = read_recipe(trained), found.labels
     labelled.grade(found, trained, out / "work", cores, resume)
     tables = out / "work/predictions"
-    given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.BLENDS["ensemble"]}
+    given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.models_in(recipe)}
     order = np.random.default_rng(0).permutation(labels["study_id"].unique())
     labels = labels.assign(fold=labels["study_id"].map({study: k % adapt.PARTS for k, study in enumerate(order)}))
     new = adapt.fit_recipe(recipe, given, labels)

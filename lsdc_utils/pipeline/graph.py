@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import modulefinder
 import os
@@ -28,7 +27,7 @@ import yaml
 from lsdc_utils.costs import measured
 from lsdc_utils.files import sha256
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.vocabulary import GROUPS
+from lsdc_utils.vocabulary import GROUPS, SERIES_TYPES, T2
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -38,7 +37,11 @@ NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_t
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
-STEP_PARAMETERS = ("run_dir", "condition", "fold", "inner")  # set by the run and the step, never by a profile
+STEP_PARAMETERS = ("run_dir", "condition", "fold", "member", "inner")  # set by the run and the step, never by a profile
+MEMBER = {name: f"vit_{name}" for name in ("encoder", "head", "pooling")} | {
+    "weights": "vit_encoder_weights",
+    "seed": "seed",
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,12 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
     steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
     yolo, folds = "03_train_yolo", parameters["folds"]
-    for name in ("03_train_localiser", "04_train_vit3d"):
-        steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
+    name = "03_train_localiser"
+    steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
+    name, inner = "04_train_vit3d", range(parameters["vit_inner_folds"] if parameters["vit_soften"] else 0)
+    vits = [member_parameters(member, parameters) for member in parameters["vit_members"] or [{}]]
+    trainings = [own | {"fold": fold, "inner": k} for own in vits for fold in folds for k in inner]
+    steps[name] = [vit_step(own) for own in trainings + [own | {"fold": fold} for own in vits for fold in folds]]
     trainings = [{"condition": condition, "fold": fold} for condition in parameters["conditions"] for fold in folds]
     steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
     if parameters["data_dir"] or not parameters["phantom"]:
@@ -71,11 +78,27 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         del steps["03_train_localiser"]
     if not parameters["stress_bodies"]:
         del steps["07_stress_tests"]
-    if parameters["vit_soften"]:
-        name, inner = "04_train_vit3d", itertools.product(folds, range(parameters["vit_inner_folds"]))
-        parts = [Step(f"{name}_fold{fold}_inner{k}", name, {"fold": fold, "inner": k}) for fold, k in inner]
-        steps[name] = parts + steps[name]
     return [step for group in steps.values() for step in group]
+
+
+def member_parameters(member: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """What sets the training of one of `vit_members` apart, as parameters of 04. A square is so many mm wide on T2, and
+    on other series in the proportions of `vit_spacing`."""
+    own = {MEMBER.get(key, key): value for key, value in member.items() if key not in ("name", "squares")}
+    if squares := member.get("squares"):
+        (mm, pixels, slices), *wider = squares
+        ratio = mm / pixels / parameters["vit_spacing"][SERIES_TYPES.index(T2)]
+        spacing = [round(ratio * usual, 6) for usual in parameters["vit_spacing"]]
+        own |= {"vit_size": pixels, "vit_spacing": spacing, "vit_slices": slices}
+        own["vit_wider"] = [[other / mm, count] for other, _, count in wider]
+    return own | {"member": member.get("name", "")}
+
+
+def vit_step(given: dict[str, Any]) -> Step:
+    """The training of a transformer, or of one that softens its labels, with these parameters."""
+    name, vit = "04_train_vit3d", f"-{given['member']}" if given["member"] else ""
+    inner = f"_inner{given['inner']}" if "inner" in given else ""
+    return Step(f"{name}{vit}_fold{given['fold']}{inner}", name, given)
 
 
 def select_steps(steps: list[Step], name: str) -> list[Step]:
@@ -114,7 +137,7 @@ def declared(notebook: str) -> dict[str, Any]:
 
 def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> dict[str, Any]:
     """What papermill injects into the step's notebook: the parameters that it declares, and no other."""
-    own = {"run_dir": f"../outputs/{run_name}", "inner": -1}  # a prediction names its run
+    own = {"run_dir": f"../outputs/{run_name}", "member": "", "inner": -1}  # a prediction names its run
     values = {**own, **parameters, **step.given}
     return {name: values[name] for name in declared(step.notebook)}
 

@@ -16,14 +16,11 @@ from lsdc_utils.data.tables import Findings, read_grades
 from lsdc_utils.files import write_json, write_table
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
-from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.grading.run_tables import read_recipe, tables_of
 from lsdc_utils.pipeline import predict
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import Step, execute
 from lsdc_utils.pipeline.run import Run, work
-
-# raw_*: each model's own rows before the blend; a row without evidence is not there.
-TABLES = ("ensemble", "yolo", "vit3d", "raw_yolo", "raw_vit3d", "points", "sources", "slices")
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,14 @@ def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> 
 
 def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:
     """Grade the studies of `found` by the models of the run, or of the unpacked archive, in folder `trained`; returns
-    the parameters of the prediction. They are graded in `out`/work, which may be deleted afterwards; `TABLES` go to
+    the parameters of the prediction. They are graded in `out`/work, which may be deleted afterwards; tables go to
     `out`/predictions. Errors as of `predict.prepare`; SystemExit where a step failed or was stopped."""
     place, studies = out / "work", sorted(found.labels["study_id"].unique().tolist())
     parameters = predict.prepare(found.comp.root, trained.resolve(), place, cores, (found.comp, studies))
     if status := work(Run(place, parameters, resume, cores, snakefile="predict.smk")):
         raise SystemExit(status)
-    for name in TABLES:
+    members = [member["name"] for member in parameters["vit_members"]]
+    for name in (*tables_of(members), "points", "sources", "slices"):
         write_table(out / f"predictions/{name}_test.parquet", predict.joined(parameters, name))
     return parameters
 

@@ -25,7 +25,7 @@ FORMAT = 1
 LARGEST = 16 * 2**30  # bytes of all files together; fifteen YOLOv10x and five ViTs take 1.5 GiB
 MOST = 500  # files
 READY_SIZE = 25_000_000  # bytes of all ready-made models, which are committed
-NAME = re.compile(r"(weights/)?[A-Za-z0-9]\w*(\.\w+)+")
+NAME = re.compile(r"(weights/)?[A-Za-z0-9][\w-]*(\.\w+)+")
 
 
 def pack_run(run: Path, out: Path) -> list[str]:
@@ -68,7 +68,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
     from lsdc_utils.report.run import Run
 
-    weights = weight_files(recipe["folds"], recipe["kind"] == "published", recipe["conditions"])
+    weights = weight_files(recipe["folds"], recipe["kind"] == "published", recipe["conditions"], recipe["members"])
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
@@ -111,7 +111,7 @@ def check_ready(folder: Path) -> None:
 
     recipe = read_recipe(folder)
     try:
-        load_models(folder / "weights", recipe["folds"], recipe["vit_views"], recipe["conditions"])
+        load_models(folder / "weights", *(recipe[name] for name in ("folds", "vit_views", "conditions", "members")))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(f"this version of the code cannot load the models in {folder}: {error!r}") from error
 

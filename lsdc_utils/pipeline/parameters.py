@@ -2,18 +2,21 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lsdc_utils.pipeline import graph
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, STEP_PARAMETERS, declared, read_parameters
 from lsdc_utils.vocabulary import GROUPS, groups_of
 
 PROFILES = NOTEBOOKS / "profiles"
 ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
-    "size", "slices", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "context", "head",
+    "size", "slices", "wider", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "pooling", "head",
+    "members",
 )))  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
 STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
@@ -74,7 +77,50 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise UsageError(f"profile demo and the parameters cells of the notebooks differ in: {differing}")
     if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
         raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
+    check_members(parameters)
     return parameters
+
+
+def check_members(parameters: dict[str, Any]) -> None:
+    """UsageError unless `vit_members` are mappings with names of their own and settings that a transformer can have."""
+    members, known = parameters["vit_members"], declared("04_train_vit3d") | {"squares": [], "name": ""}
+    keys = ["name", "squares", *graph.MEMBER, *(name for name in known if name.startswith("vit_"))]
+    if members and parameters["published_method"]:
+        raise UsageError("vit_members: published_method has one transformer")
+    for number, member in enumerate(members, start=1):
+        name = member.get("name") if isinstance(member, dict) else None
+        if not isinstance(name, str) or not re.fullmatch("[a-z0-9]+", name):
+            raise UsageError(f"vit_members, number {number}: needs a name of small letters and digits: {member!r}")
+        if [other.get("name") for other in members].count(name) > 1:
+            raise UsageError(f"vit_members: the name {name} is there twice")
+        if unknown := [key for key in member if key not in keys]:
+            raise UsageError(f"vit_members, {name}: unknown key {unknown[0]!r}; keys are: {', '.join(keys)}")
+        try:
+            check_member(parameters | {k: converted(k, v, known[k]) for k, v in _settings(member, parameters).items()})
+        except ValueError as error:
+            raise UsageError(f"vit_members, {name}: {error}") from error
+
+
+def _settings(member: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    squares = member.get("squares", [[1, 1, 1]])
+    if not all(isinstance(square, list) and len(square) == 3 and min(square) > 0 for square in squares):
+        raise ValueError(f"squares is {squares!r}; expected a list of [mm, pixels, slices]")
+    if len({pixels for _, pixels, _ in squares}) > 1:
+        raise ValueError("all squares of a member have as many pixels as the first, since they share an encoder")
+    return graph.member_parameters(member, parameters)
+
+
+def check_member(own: dict[str, Any]) -> None:
+    """ValueError if 04 could not train a transformer with these parameters."""
+    import timm  # takes a second, as the others
+
+    from lsdc_utils.vit.augment import Augmentation, check_margin
+    from lsdc_utils.vit.model import VitConfig
+
+    config = VitConfig(**{name: own[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
+    check_margin(config, Augmentation(**own["vit_augment"]))
+    if own["vit_encoder"] != "conv" and not timm.is_model(own["vit_encoder"]):
+        raise ValueError(f"timm has no encoder {own['vit_encoder']!r}")
 
 
 def resolve_conditions(parameters: dict[str, Any]) -> None:
@@ -108,7 +154,7 @@ def check_start(parameters: dict[str, Any]) -> None:
         place = Path(parameters[name])
         if not (place / "parameters.yml").is_file() or not (place / "weights").is_dir():
             raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
-        theirs = read_parameters(place)
+        theirs = load_parameters("demo") | read_parameters(place)  # which may be older
         # Names alone: models may have moved, and packed ones have no folders.
         there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
         differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}

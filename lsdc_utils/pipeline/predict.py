@@ -49,6 +49,8 @@ def prepare(root: Path, run: Path, out: Path, cores: int, chosen: Chosen | None 
         record.unlink(missing_ok=True)
         listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores, chosen)}
         write_json(record, listed)
+    if missing := recipe["missing_members"]:
+        print(f"graded without the transformers {', '.join(missing)}, by a blend that was fitted without them")
     places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}
     known = {name: str(place) for name, place in places.items()} | {"n_shards": listed["n_shards"]}
     return declared("05_ensemble_inference") | known | grading_parameters(recipe)
@@ -57,7 +59,8 @@ def prepare(root: Path, run: Path, out: Path, cores: int, chosen: Chosen | None 
 def grading_parameters(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parameters of 05 that grade new studies with the models and the blend of `recipe`, a run's blend.json."""
     same = {name: recipe[name] for name in ("conditions", "folds", "vit_views", "threads")}
-    return {"fit_blend": False, "published_method": recipe["kind"] == "published", **same}
+    members = [{"name": name} for name in recipe["members"]]
+    return {"fit_blend": False, "published_method": recipe["kind"] == "published", "vit_members": members, **same}
 
 
 def _digest(root: Path) -> str:

@@ -57,6 +57,7 @@ class Progress:
                 reason = self.block.get("message", "None")  # of a cluster, e.g. that its time ran out
                 return f"{step} failed" if reason == "None" else f"{step} failed: {reason}"
             self.jobs[self.block["jobid"]] = step
+            self.failed = [other for other in self.failed if other != step]  # it is tried again
             self.reasons[step] = self.block["reason"]
             self.running[step], self.rules[step] = time.time(), self.block["rule"]
             return f"[{len(self.spans) + len(self.running)}/{self.total}] {step}"

@@ -122,8 +122,8 @@ def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:
         command += ["--resources", f"gpu={gpus}", f"mem_mb={psutil.virtual_memory().total // 2**20}"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--nolock", "--nocolor"]
     command += ["--max-checksum-file-size", 2**50]  # a file rewritten with the same bytes re-runs nothing
-    if run.snakefile == "predict.smk":
-        command += ["--keep-going"]  # other shards do not wait for one that fails
+    if run.snakefile == "predict.smk" or run.parameters["allow_missing_members"]:
+        command += ["--keep-going"]  # other shards, or trainings, do not wait for one that fails
     forced = [step for name in run.force for step in select_steps(run.steps, name)]
     record = run.folder / "data.json"
     if record.is_file() and not (run.folder / json.loads(record.read_text())["data_dir"]).is_dir():
@@ -176,6 +176,16 @@ def past_shares(run: Run) -> dict[str, float]:
     return lines | own
 
 
+def without_failed(run: Run, failed: list[str]) -> Run | None:
+    """The run without the members whose trainings failed, if it allows that, no other step failed, and one is left."""
+    names = {step.given.get("member") for step in run.steps if step.name in failed}
+    left = [member for member in run.parameters["vit_members"] if member["name"] not in names]
+    if not (run.parameters["allow_missing_members"] and names and all(names) and left):
+        return None
+    missing = sorted(names.union(run.parameters["missing_members"]))
+    return replace(run, parameters=run.parameters | {"vit_members": left, "missing_members": missing})
+
+
 def work(run: Run) -> int:
     """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status."""
     gpus = [] if run.slurm else visible_gpus()
@@ -206,6 +216,10 @@ def work(run: Run) -> int:
         print(f"{len(progress.spans)} steps run" if progress.spans else "nothing to do: every step is up to date")
         return 0
     lines = [failure(output.parent, step) for step in run.steps if step.name in progress.failed]
+    if without := without_failed(run, progress.failed):
+        lines.append(f"\ncontinues without the transformer {', '.join(without.parameters['missing_members'])}")
+        print(*lines, sep="\n", file=sys.stderr)
+        return work(without)
     lines = lines or [f"\nSnakemake stopped; last lines of {shown(output)}:", *last_lines(output, 15)]
     print(*lines, f"\nResume with:\n  {run.resume}", sep="\n", file=sys.stderr)
     return process.returncode if process.returncode > 0 else 1

@@ -26,7 +26,8 @@ Part = tuple[Tables, pd.DataFrame]  # of a population: the models' rows, and lab
 
 def temper_run(run: Path, recipe: dict[str, Any], workers: int) -> tuple[dict[str, Any], pd.DataFrame]:
     """`temper` with the models of a run, which grade `STUDIES` new studies of each of `POPULATIONS`."""
-    models, parts = grade.load_models(run / "weights", recipe["folds"], recipe["vit_views"]), {}
+    weights, parts = run / "weights", {}
+    models = grade.load_models(weights, recipe["folds"], recipe["vit_views"], members=recipe["members"])
     for number, (name, (choices, factor)) in enumerate(POPULATIONS.items()):
         narrowing = factor * labels.draw_grades(STUDIES, [SEED, number]).narrowing
         print(f"population {name}: {STUDIES} studies are drawn and graded", flush=True)
@@ -35,7 +36,7 @@ def temper_run(run: Path, recipe: dict[str, Any], workers: int) -> tuple[dict[st
             comp = competition.read(write_phantom(Path(folder) / "phantom", STUDIES, 0, SEED + number, **options))
             graded = grade.grade_studies(models, comp, "train", sorted(comp.labels["study_id"].unique()))
         names = [row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].itertuples(index=False)]
-        parts[name] = {model: graded[model] for model in grade.BLENDS["ensemble"]}, comp.labels.assign(row_id=names)
+        parts[name] = {model: graded[model] for model in grade.models_in(recipe)}, comp.labels.assign(row_id=names)
     return temper(recipe, parts)
 
 
@@ -56,8 +57,9 @@ def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, An
 def _fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
     """The recipe with all numbers of its blends fitted on these populations together."""
     read = pd.concat([part[1] for part in parts.values()], ignore_index=True)
-    tables = {model: pd.concat([part[0][model] for part in parts.values()]) for model in grade.BLENDS["ensemble"]}
-    inputs, prior = {name: {key: tables[key] for key in of} for name, of in grade.BLENDS.items()}, _prior(recipe, read)
+    tables = {model: pd.concat([part[0][model] for part in parts.values()]) for model in grade.models_in(recipe)}
+    inputs = {name: {key: tables[key] for key in of} for name, of in grade.blends_of(tables).items()}
+    prior = _prior(recipe, read)
     return recipe | {name: blend.fit_blend(of, prior, read) for name, of in inputs.items()}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils.grading.blend import Tables, aligned, as_table, row_sources
-from lsdc_utils.grading.grade import BLENDS, Models
+from lsdc_utils.grading.grade import Models, blends_of
 from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.published.detector import SCHEME, load_detectors
 from lsdc_utils.published.vit import load_vits, predict_studies
@@ -16,10 +16,11 @@ from lsdc_utils.published.vit import load_vits, predict_studies
 WEIGHTS = {"yolo": 0.65, "vit3d": 0.35}  # of the arithmetic mean
 
 
-def load_models(weights: str | Path, folds: Iterable[int], views: int, conditions: Collection[str] = ()) -> Models:
+def load_models(weights: str | Path, folds: Iterable[int], views: int, *_: Collection[str]) -> Models:
     """The published models of these folds in a folder of weights; they are always of all conditions."""
     folds = list(folds)
-    return Models([], load_detectors(weights, folds), load_vits(weights, folds), views, predict_studies, SCHEME)
+    vits = {"vit3d": load_vits(weights, folds)}
+    return Models([], load_detectors(weights, folds), vits, views, predict_studies, SCHEME)
 
 
 def published_mean(tables: Tables, prior: pd.DataFrame) -> pd.DataFrame:
@@ -39,6 +40,7 @@ def fit_blends(given: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> dict
 def blend_rows(
     recipe: dict[str, Any], given: Tables, prior: pd.DataFrame, unseen: Collection[str] = (), *_: Any, **__: Any
 ) -> tuple[Tables, pd.Series]:
-    """The rows of `prior` by each of `BLENDS`, and the sources of the ensemble's rows."""
-    tables = {name: published_mean({model: given[model] for model in models}, prior) for name, models in BLENDS.items()}
+    """The rows of `prior` by each of `blends_of`, and the sources of the ensemble's rows."""
+    blends = blends_of(given)
+    tables = {name: published_mean({model: given[model] for model in models}, prior) for name, models in blends.items()}
     return tables, row_sources(given, prior["row_id"])

@@ -17,7 +17,7 @@ from lsdc_utils.grading.run_tables import read_graded
 from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.card import sentences
-from lsdc_utils.report.run import BLOCK_NAMES, MODEL_NAMES, PART_NAMES, Run, value
+from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, value
 from lsdc_utils.vocabulary import GROUPS, SEVERITY_NAMES
 
 BLACK = figures.MODEL_COLOURS["ensemble"]
@@ -75,7 +75,7 @@ def plot_doses(run: Run) -> Picture | None:
         return None
     caption = " ".join(sentences(run, "doses", bodies=run.doses["body"].nunique()))
     ends = run.doses[run.doses["dose"] == run.doses["dose"].max()].groupby("model")["severe"].mean()
-    texts = ", ".join(f"{MODEL_NAMES[model]} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
+    texts = ", ".join(f"{tables.model_name(model)} {ends[model]:.2f}" for model in ("oracle", "ensemble"))
     figure = Figure(figsize=(12, 4.4))
     show_doses(figure, run.doses)
     alt = f"Probability against narrowing, a panel for each condition group. Severe at full narrowing: {texts}."
@@ -88,15 +88,15 @@ def plot_totals(scores: dict[str, Any]) -> Picture:
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(shown)))
     ax = figure.add_subplot()
     for k, (name, block) in enumerate(tables.blocks(scores).items()):
-        totals[BLOCK_NAMES[name]] = {MODEL_NAMES[model]: value(block, "scores", model) for model in shown[::-1]}
+        totals[BLOCK_NAMES[name]] = {tables.model_name(model): value(block, "scores", model) for model in shown[::-1]}
         style = {"marker": "os"[k], "linestyle": "none", "markersize": 8}
         for y, model in enumerate(shown):
-            total, colour = value(block, "scores", model), figures.MODEL_COLOURS[model]
+            total, colour = value(block, "scores", model), figures.model_colour(model)
             if total is not None:
                 ax.plot(value(block, "interval", model) or [total] * 2, [y - 0.32 * k] * 2, color=colour, linewidth=2)
                 ax.plot(total, y - 0.32 * k, color=colour, markerfacecolor=[colour, "white"][k], **style)
         ax.plot([], [], color=BLACK, markerfacecolor=[BLACK, "white"][k], label=BLOCK_NAMES[name], **style)
-    ax.set_yticks(range(len(shown)), [MODEL_NAMES[model] for model in shown])
+    ax.set_yticks(range(len(shown)), [tables.model_name(model) for model in shown])
     name = "Total score" if overall == "total" else PART_NAMES[overall]
     ax.set(xlabel=LOSS, title=f"{name} of each model", ylim=(-0.8, len(shown) - 0.5))
     figure.legend(**OUTSIDE)
@@ -118,10 +118,10 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
         caption = "Skill is 0 for the label-frequency baseline and 1 (dashed) for the oracle."
     shown = [model for model in tables.models(scores) if model in block[kind] and model not in left_out]
     parts = (*PARTS[:-1], tables.overall(block))
-    values = {MODEL_NAMES[model]: {PART_NAMES[p]: value(block, kind, model, p) for p in parts} for model in shown}
+    values = {tables.model_name(model): {PART_NAMES[p]: value(block, kind, model, p) for p in parts} for model in shown}
     figure = Figure(figsize=(6, 4.6))
     ax = figure.add_subplot()
-    colours = [figures.MODEL_COLOURS[model] for model in shown]
+    colours = [figures.model_colour(model) for model in shown]
     pd.DataFrame(values, dtype=float).plot.bar(ax=ax, width=0.8, rot=0, color=colours, legend=False)
     if kind == "skill":
         ax.axhline(0, color=BLACK, linewidth=1)
@@ -145,7 +145,8 @@ def plot_curve(curve: pd.DataFrame, scores: dict[str, Any]) -> Picture:
     for model in ("prior", "oracle"):
         total = value(scores.get("test") or {}, "scores", model)
         if total is not None:
-            ax.axhline(total, color=figures.MODEL_COLOURS[model], linewidth=1.2, label=f"{MODEL_NAMES[model]}, test")
+            name = f"{tables.model_name(model)}, test"
+            ax.axhline(total, color=figures.MODEL_COLOURS[model], linewidth=1.2, label=name)
     ax.set(xscale="log", xlabel="Training studies", ylabel=LOSS, title="Learning curve")
     sizes = sorted(curve["n_train"].unique())
     ax.set_xticks(sizes, sizes)

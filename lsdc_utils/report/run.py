@@ -17,6 +17,7 @@ import yaml
 from lsdc_utils.costs import step_table
 from lsdc_utils.files import git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
+from lsdc_utils.grading.blend import family
 from lsdc_utils.grading.evaluation import judge
 from lsdc_utils.metric import GROUP_PARTS, MEAN, PARTS, only_groups, solution_of
 from lsdc_utils.parallel import usable_cores
@@ -144,8 +145,14 @@ def blocks(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def models(scores: dict[str, Any]) -> list[str]:
-    """Models that any block scores, in the order of `MODEL_NAMES`."""
-    return [model for model in MODEL_NAMES if any(model in block["scores"] for block in blocks(scores).values())]
+    """Models that any block scores, in the order of `MODEL_NAMES`, members of a blend before it."""
+    scored = dict.fromkeys(model for block in blocks(scores).values() for model in block["scores"])
+    return [model for kind in MODEL_NAMES for model in scored if kind in (model, family(model))]
+
+
+def model_name(model: str) -> str:
+    """A model's name in words; a member of the transformers' blend has its own behind that of its kind."""
+    return MODEL_NAMES.get(model, f"3D ViT {model.removeprefix('vit3d-')}" if family(model) != model else model)
 
 
 def overall(block: dict[str, Any]) -> str:
@@ -167,7 +174,7 @@ def number(amount: float | None, digits: int = 3) -> str:
 
 def score_columns(block: dict[str, Any], shown: list[str]) -> pd.DataFrame:
     """Overall score, skill (if there is an oracle) and 95 % interval of models in a block, as text."""
-    table = pd.DataFrame(index=pd.Index([MODEL_NAMES[model] for model in shown], name="Model"))
+    table = pd.DataFrame(index=pd.Index([model_name(model) for model in shown], name="Model"))
     title = "Score" if overall(block) == PARTS[-1] else PART_NAMES[MEAN]
     table[title] = [number(value(block, "scores", model)) for model in shown]
     if block.get("skill"):
@@ -188,7 +195,7 @@ def parts_table(block: dict[str, Any]) -> pd.DataFrame:
     if block.get("skill"):
         skills = pd.DataFrame(block["skill"]).T[table.columns]
         table += skills.map(lambda skill: "" if pd.isna(skill) else f" ({skill:.2f})")
-    return table.rename(index=MODEL_NAMES, columns=PART_NAMES).rename_axis("Model")
+    return table.rename(index=model_name, columns=PART_NAMES).rename_axis("Model")
 
 
 def other_runs(run: Run) -> pd.DataFrame:
@@ -218,7 +225,7 @@ def evidence_table(evaluation: dict[str, Any]) -> pd.DataFrame:
     """Shares of pairs in the same company that each model orders right, as text, from evaluation.json."""
     blocks = evaluation.get("own_evidence", {})
     rows = {f"{BLOCK_NAMES[name]}: {part}": row for name, parts in blocks.items() for part, row in parts.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename(columns=MODEL_NAMES).rename_axis("Pairs of rows")
+    table = pd.DataFrame.from_dict(rows, orient="index").rename(columns=model_name).rename_axis("Pairs of rows")
     return table.map(number, digits=2).assign(pairs=table["pairs"].map("{:.0f}".format)) if rows else table
 
 

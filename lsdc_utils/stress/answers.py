@@ -58,7 +58,7 @@ def answer(cases: Sequence[Case], run: Path, recipe: dict[str, Any], seed: int, 
 
 def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Sequence[tuple[int, Case]]) -> Answers:
     times = tuple(file.stat().st_mtime_ns for file in sorted(weights.iterdir()))
-    models = _models(weights, tuple(recipe["folds"]), recipe["vit_views"], times)
+    models = _models(weights, tuple(recipe["folds"]), recipe["vit_views"], tuple(recipe.get("members", ())), times)
     rows, looks, moves = [], [], []
     with threadpool_limits(1, "blas"), tempfile.TemporaryDirectory() as temporary:
         drawing = Drawing(Path(temporary) / "series")
@@ -78,9 +78,9 @@ def _answer_chunk(weights: Path, recipe: dict[str, Any], seed: int, cases: Seque
 
 
 @lru_cache(maxsize=1)
-def _models(weights: Path, folds: tuple[int, ...], views: int, _: tuple[int, ...]) -> Models:
+def _models(weights: Path, folds: tuple[int, ...], views: int, members: tuple[str, ...], _: tuple[int, ...]) -> Models:
     """The frozen models, loaded once in each process; the last argument, times of their files, reloads changed ones."""
-    return load_models(weights, folds, views)
+    return load_models(weights, folds, views, members=members)
 
 
 def _rows(tables: Tables) -> pd.DataFrame:
@@ -102,7 +102,7 @@ class _Study:
 
     def blend(self, graded: Graded) -> Tables:
         """Each blended table of the study, from its graded tables."""
-        return blend_studies(self.recipe, join_graded([graded]), [self.plan.study_id])[0]
+        return blend_studies(self.recipe, join_graded([graded], self.models.vits), [self.plan.study_id])[0]
 
     def reduced(self, seed: int) -> Iterator[tuple[str, str, Tables]]:
         """The study graded without each type of series, and with crop centres beside the detected points."""
@@ -114,11 +114,13 @@ class _Study:
         for error in CENTRE_MM:
             beside = points.copy()
             beside[[*"XYZ"]] += error * directions
-            rows = predict_studies(self.models.vits, [(self.plan.study_id, self.stacks)], beside, self.models.views)
-            yield "error of the centres", f"{error:g} mm", self.blend(self.graded | {"vit3d": rows})
+            study = [(self.plan.study_id, self.stacks)]
+            vits, views = self.models.vits, self.models.views
+            rows = {name: predict_studies(of, study, beside, views) for name, of in vits.items()}
+            yield "error of the centres", f"{error:g} mm", self.blend(self.graded | rows)
 
     def looks(self, case: Case) -> Iterator[dict[str, Any]]:
-        """Where the first fold's transformer and detector look for the case's row, trained and shuffled."""
+        """Where the first fold's (first) transformer and detector look for the case's row, trained and shuffled."""
         condition, level = case.row
         group = GROUPS[CONDITIONS[condition].group]
         anatomy = pd.DataFrame(make_study(None, self.plan)["anatomy"])
@@ -126,7 +128,7 @@ class _Study:
         if here.empty:
             return
         place, points = here[list("XYZ")].to_numpy(float).mean(axis=0), self.graded["points"]
-        detector, vit = self.models.yolos[group.key][0], self.models.vits[0]
+        detector, vit = self.models.yolos[group.key][0], next(iter(self.models.vits.values()))[0]
         for weights in ("trained", "shuffled"):
             if weights == "shuffled":
                 detector = replace(detector, model=occlusion.shuffled(detector.model, case.body))
@@ -146,7 +148,8 @@ class _Study:
         for version in symmetry.VERSIONS:
             study_id = symmetry.id_of(self.plan.study_id, version)
             graded = self.models.grade(study_id, read_study(comp, "test", study_id)[0])
-            table = blend_studies(self.recipe, join_graded([graded]), [study_id])[0]["ensemble"].set_index("row_id")
+            joined = join_graded([graded], self.models.vits)
+            table = blend_studies(self.recipe, joined, [study_id])[0]["ensemble"].set_index("row_id")
             keys = [parse_row_id(row)[1:] for row in table.index]
             same = [row_id(study_id, mirrored(c) if version == "mirrored" else c, level) for c, level in keys]
             natural[version] = table.loc[same, list(SEVERITIES)].to_numpy()

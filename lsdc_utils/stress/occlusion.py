@@ -17,8 +17,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.detections import forward, patient_points
 from lsdc_utils.detector.images import network_inputs, windows
-from lsdc_utils.vit.crops import SLOTS, level_cuts
-from lsdc_utils.vit.inputs import study_input
+from lsdc_utils.vit.inputs import cuts, study_input
 from lsdc_utils.vit.model import Vit3d, VitConfig
 from lsdc_utils.vit.predict import probabilities
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, LEVELS
@@ -73,13 +72,13 @@ def look_vit(
 
 
 def _pixel_places(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray:
-    """LPS mm (5, slots * n, h, w, 3) of every pixel of what `study_input` gives, NaN where there is no slice."""
+    """LPS mm (5, n, h, w, 3) of every pixel of what `study_input` gives, NaN where there is no slice."""
     side = config.size + 2 * config.margin
-    places = np.full((len(LEVELS), len(SLOTS), config.slices, side, side, 3), np.nan)
+    places = np.full((len(LEVELS), len(config.slots), side, side, 3), np.nan)
     steps = np.arange(side)[:, None]
-    for level, slot, k, cut in level_cuts(stacks, points, side, config.spacing, config.slices):
-        places[level, slot, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
-    return places.reshape(len(LEVELS), -1, side, side, 3)
+    for level, k, cut in cuts(stacks, points, config):
+        places[level, k] = cut.origin + steps * cut.columns + (steps * cut.rows)[:, None]
+    return places
 
 
 def look_detector(network: Detector, stacks: Sequence[Stack], points: pd.DataFrame, place: np.ndarray) -> pd.DataFrame:

@@ -74,12 +74,13 @@ def augment(
     exchanged = np.array([rng.random(len(LEVELS)) < strength.recombine for rng in rngs])
     bends = (*slots, 2, WARP_GRID, WARP_GRID)
     warps = np.stack([strength.bounded(rng, strength.warp, bends) for rng in rngs]) if strength.warp else None
-    inputs, targets = recombined(inputs, targets, exchanged)
-    gain, gamma, kept = (np.stack(drawn)[:, KINDS].repeat(config.slices, axis=1) for drawn in zip(*series, strict=True))
+    inputs, targets = recombined(inputs, targets, exchanged, config.slots)
+    kinds = np.take(KINDS, config.slots)
+    gain, gamma, kept = (np.stack(drawn)[:, kinds] for drawn in zip(*series, strict=True))
     images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns), warps)
     images = vary(images.transpose(1, 2), gain, gamma).transpose(1, 2)
     for image, rng in zip(images, rngs, strict=True):
-        disturb(image, strength, config.slices, rng)
+        disturb(image, strength, config.slots, rng)
     blank = torch.from_numpy(~kept).to(places.device)[:, None].expand_as(places)
     seen = images, places.masked_fill(blank, math.nan)
     if strength.mixup:
@@ -88,14 +89,15 @@ def augment(
     return seen, targets
 
 
-def recombined(inputs: np.ndarray, targets: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def recombined(
+    inputs: np.ndarray, targets: np.ndarray, exchanged: np.ndarray, slots: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Records and targets of a batch; where `exchanged` (B, 5), a level's right half comes from the next study of the
-    batch, so that one side tells nothing of the other.
+    batch, so that one side tells nothing of the other. slots (n,): of a level's images.
 
     T2, which shows both halves, stays, and the canal has a label only where both studies have the same grade.
     """
-    inputs, k = inputs.copy(), inputs["places"].shape[2] // len(SLOTS)
-    right = np.repeat([side == SIDES[1] for _, side in SLOTS], k)
+    inputs, right = inputs.copy(), np.array([side == SIDES[1] for _, side in SLOTS])[slots]
     for name in inputs.dtype.names:
         own, other = inputs[name], np.roll(inputs[name], -1, axis=0)
         takes = (exchanged[..., None] & right).reshape(*exchanged.shape, -1, *[1] * (own.ndim - 3))
@@ -125,10 +127,10 @@ def mixed(seen: Seen, targets: np.ndarray, shares: np.ndarray, ordered: bool) ->
     return (images, torch.where(both, moved, places)), result
 
 
-def disturb(image: torch.Tensor, strength: Augmentation, slices: int, rng: np.random.Generator) -> None:
-    """Blur a study's squares (5, slots * slices, h, w), add noise and paint holes, in place. Slices of a slot share a
-    hole's place."""
-    size, kinds = image.shape[-1], np.repeat(KINDS, slices)
+def disturb(image: torch.Tensor, strength: Augmentation, slots: np.ndarray, rng: np.random.Generator) -> None:
+    """Blur a study's squares (5, n, h, w), add noise and paint holes, in place. Images of one of `slots` (n,) share the
+    place of a hole."""
+    size, kinds = image.shape[-1], np.take(KINDS, slots)
     if strength.blur:
         radius = min(math.ceil(3 * strength.blur), size - 1)
         for kind, sd in enumerate(rng.uniform(1e-3, strength.blur, len(SERIES_TYPES))):
@@ -141,8 +143,8 @@ def disturb(image: torch.Tensor, strength: Augmentation, slices: int, rng: np.ra
         sides = rng.integers(max(size // 8, 1), size // 2 + 1, 2)
         starts = rng.integers(size - sides + 1)
         rows, cols = map(slice, starts, starts + sides)
-        squares = image[level, slot * slices : (slot + 1) * slices]
-        squares[:, rows, cols] = squares.mean(dim=(1, 2), keepdim=True)
+        own = torch.from_numpy(np.flatnonzero(slots == slot))
+        image[level, own, rows, cols] = image[level, own].mean(dim=(1, 2), keepdim=True)
 
 
 def draw_series(strength: Augmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """What the network sees of a study: squares and their centres, labels as arrays, and shifted views."""
 
+import fcntl
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +19,32 @@ from lsdc_utils.vit.model import KINDS, VitConfig
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, GROUPS, LEVELS, MISSING, SERIES_TYPES, SIDES, T2
 
 AXES = ("outwards", "posterior", "head")  # of a level's frame
-VIEW_STEP = 1.5  # mm that a view at prediction is shifted
+VIEW_MOVES = (1.5, 1.5, 1.5, 0.09, 0.06)  # of views at prediction: mm along each axis, radians, logarithm of the size
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Seen = tuple[torch.Tensor, ...]  # what the network is called with
 Studies = Iterable[tuple[int, list[Stack]]]  # ids and stacks
 
 
 def study_input(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> np.ndarray | None:
-    """A record of one study, the squares of `level_cuts` slot by slot: `images` uint8 (5, slots * n, h, w) with margin,
-    `places` float32 (5, slots * n) in mm, NaN where there is no slice. None without a series or a canal point."""
+    """A record of one study, the squares of `cuts`: `images` uint8 (5, n, h, w) with margin, `places` float32 (5, n) in
+    mm, NaN where there is no slice; n as the config's `slots`. None without a series or a canal point."""
     if not stacks or not (points["side"] == "").any():
         return None
-    side, shape = config.size + 2 * config.margin, (len(LEVELS), len(crops.SLOTS) * config.slices)
+    side, shape = config.size + 2 * config.margin, (len(LEVELS), len(config.slots))
     record = np.zeros((), dtype=[("images", np.uint8, (*shape, side, side)), ("places", np.float32, shape)])
     record["places"] = np.nan
-    for level, slot, k, cut in crops.level_cuts(stacks, points, side, config.spacing, config.slices):
-        place = level, slot * config.slices + k
-        record["images"][place], record["places"][place] = cut.sample(side), cut.place
+    for level, k, cut in cuts(stacks, points, config):
+        record["images"][level, k], record["places"][level, k] = cut.sample(side), cut.place
     return record
+
+
+def cuts(stacks: list[Stack], points: pd.DataFrame, config: VitConfig) -> Iterator[tuple[int, int, crops.Cut]]:
+    """The squares of `level_cuts` at each of the config's scales: level, number among a level's images, and square."""
+    side, first = config.size + 2 * config.margin, 0
+    for spacing, slices in config.scales:
+        for level, slot, k, cut in crops.level_cuts(stacks, points, side, spacing, slices):
+            yield level, first + slot * slices + k, cut
+        first += len(crops.SLOTS) * slices
 
 
 def seen_studies(
@@ -49,20 +59,45 @@ def seen_studies(
 
 
 def study_inputs(
-    studies: Studies, points: pd.DataFrame, config: VitConfig, file: Path, see: Callable = study_input
+    studies: Studies, points: pd.DataFrame, config: VitConfig, file: Path, count: int, see: Callable = study_input
 ) -> tuple[list[int], np.ndarray]:
-    """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none.
+    """Ids (n,) and inputs (n, ...) of `seen_studies`; ValueError where there are none. count: of `studies`, at least.
 
-    They are written to `file` study by study, and mapped read-only, so that memory does not grow with them.
+    The first process that asks writes them to `file` (.npy), study by study; others wait for it. They are mapped
+    read-only, so that memory does not grow with them.
     """
-    ids, seen = [], None
-    with atomic(file) as temporary, temporary.open("wb") as target:
-        for study_id, seen in seen_studies(studies, points, config, see):
-            ids.append(study_id)
-            target.write(seen.tobytes())
-        if seen is None:
-            raise ValueError("no study has a readable series and a canal point to show the network")
-    return ids, np.asarray(np.memmap(file, seen.dtype, "r", shape=(len(ids), *seen.shape)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        if not file.is_file():
+            with atomic(file) as temporary:
+                stored = None
+                for k, (study_id, seen) in enumerate(seen_studies(studies, points, config, see)):
+                    if stored is None:
+                        dtype = [("study", np.int64), ("seen", seen.dtype, seen.shape)]
+                        stored = np.lib.format.open_memmap(temporary, "w+", dtype, (count,))
+                        stored["study"] = MISSING
+                    stored[k] = study_id, seen
+                if stored is None:
+                    raise ValueError("no study has a readable series and a canal point to show the network")
+                stored.flush()
+    stored = np.load(file, mmap_mode="r")
+    ids = stored["study"][stored["study"] != MISSING]
+    return ids.tolist(), np.asarray(stored["seen"][: len(ids)])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an array that stays on disk, in an order; those that an index takes are read."""
+
+    stored: np.ndarray  # (n, ...)
+    order: np.ndarray  # (k,)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self.stored[self.order[rows]]
 
 
 def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
@@ -113,39 +148,41 @@ def cut_views(
     inputs: np.ndarray, config: VitConfig, shifts: np.ndarray,
     turns: np.ndarray | None = None, warps: np.ndarray | None = None,
 ) -> Seen:  # fmt: skip
-    """Images (B, 5, slots * n, h, w) cut from records with margin, and places, of slots moved by `shifts`.
+    """Images (B, 5, n, h, w) cut from records with margin, and places, of slots moved by `shifts`.
 
     shifts: (B, 5, slots, 3) mm to the left, to posterior and to the head: in the plane the square moves, across it the
     places of the slices do. turns: (B, 5, slots, 2) radians and relative sizes of the squares of a slot's slices.
     warps: (B, 5, slots, 2, g, g) pixels, across and down, by which a grid of points bends squares, smooth between.
     """
-    shape = (*inputs["places"].shape[:2], len(crops.SLOTS), config.slices)
-    turns = np.broadcast_to((0.0, 1.0), (*shape[:3], 2)) if turns is None else turns
+    shape, slots = (*inputs["places"].shape[:2], len(crops.SLOTS)), config.slots
+    turns = np.broadcast_to((0.0, 1.0), (*shape, 2)) if turns is None else turns
     across, down, through = np.einsum("sac,blsc->abls", crops.SLOT_AXES, shifts)
     images = torch.from_numpy(inputs["images"]).to(DEVICE).float()
     stored = images.shape[-1]
-    angle, size = turns[..., 0], turns[..., 1] * config.size / stored
-    cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * np.take(config.spacing, KINDS))
-    theta = np.stack([cosine, -sine, across * to_share, sine, cosine, down * to_share], axis=-1)
-    theta = torch.from_numpy(np.repeat(theta.reshape(-1, 2, 3), config.slices, axis=0)).float().to(DEVICE)
+    pixel = np.concatenate([np.take(mm, KINDS).repeat(slices) for mm, slices in config.scales])  # mm (n,)
+    angle, size = turns[..., slots, 0], turns[..., slots, 1] * config.size / stored
+    cosine, sine, to_share = np.cos(angle) * size, np.sin(angle) * size, 2 / (stored * pixel)
+    theta = [cosine, -sine, across[..., slots] * to_share, sine, cosine, down[..., slots] * to_share]
+    theta = torch.from_numpy(np.stack(theta, axis=-1).reshape(-1, 2, 3)).float().to(DEVICE)
     grid = F.affine_grid(theta, (len(theta), 1, config.size, config.size), align_corners=False)
     if warps is not None:
-        points = torch.from_numpy(warps.reshape(-1, *warps.shape[3:]).repeat(config.slices, axis=0)).float().to(DEVICE)
+        points = torch.from_numpy(warps[:, :, slots].reshape(-1, *warps.shape[3:])).float().to(DEVICE)
         bent = F.interpolate(points, size=(config.size, config.size), mode="bicubic", align_corners=True)
         grid = grid + bent.permute(0, 2, 3, 1) * 2 / stored
     squares = F.grid_sample(images.reshape(-1, 1, stored, stored), grid, align_corners=False)
-    places = (inputs["places"].reshape(shape) - through[..., None]).reshape(inputs["places"].shape)
+    places = inputs["places"] - through[..., slots]
     squares = squares.reshape(*images.shape[:3], config.size, config.size)
     return squares, torch.from_numpy(places).float().to(DEVICE)
 
 
 def prediction_views(inputs: np.ndarray, config: VitConfig, count: int) -> Iterator[tuple[Seen, list[int]]]:
     """The first `count` views of a batch for test-time augmentation, each with the order of its 25 columns: the middle,
-    then shifted by `VIEW_STEP` mm to either side, back and forth, up and down."""
-    steps = [np.zeros(3), *(sign * VIEW_STEP * axis for axis in np.eye(3) for sign in (1, -1))]
-    for shift in steps[:count]:
-        moved = np.broadcast_to(shift, (len(inputs), len(LEVELS), len(crops.SLOTS), 3))
-        yield cut_views(inputs, config, moved), list(range(len(COLUMNS)))
+    then by `VIEW_MOVES` to either side, back and forth, up and down, turned both ways, larger and smaller. A mirrored
+    patient would not be another view, since right halves are mirrored."""
+    moves = [np.zeros(5), *(sign * move for move in np.diag(VIEW_MOVES) for sign in (1, -1))]
+    for move in moves[:count]:
+        slots = np.broadcast_to(np.append(move[:4], np.exp(move[4])), (len(inputs), len(LEVELS), len(crops.SLOTS), 5))
+        yield cut_views(inputs, config, slots[..., :3], slots[..., 3:]), list(range(len(COLUMNS)))
 
 
 def shown_slices(
@@ -157,7 +194,7 @@ def shown_slices(
     images, places = (part[study, level].cpu().numpy() for part in seen)
     for kind in SERIES_TYPES:
         slot = [of_slot for of_slot, _ in crops.SLOTS].index(kind)  # the left side's
-        off = np.abs(places.reshape(-1, config.slices)[slot])
+        off = np.abs(places[slot * config.slices : (slot + 1) * config.slices])  # at the first scale
         nearest = slot * config.slices + int(np.argsort(off)[0])  # a missing slice is sorted last
         image = images[nearest] * np.isfinite(places[nearest])
         across, down = crops.CANAL_MIDDLE if kind == T2 else (0.0, 0.0)

@@ -9,7 +9,7 @@ write its class into this file with the constructor and shapes of the one that i
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ class VitConfig:
     spacing: tuple[float, float, float] = (0.8, 1.0, 0.5)  # mm a pixel on each of SERIES_TYPES
     margin: int = 8  # pixels kept all round, to cut shifted and turned squares from
     slices: int = 3  # of a series, a level and a side
+    wider: tuple[tuple[float, int], ...] = ()  # further squares about the same places: times as wide, slices
     encoder: str = "conv"  # of a slice: conv, a small one from scratch, or the name of a timm model
     channels: tuple[int, ...] = (24, 48, 96, 128)  # of its stages; all but the last halve the sides (conv)
     patch: int = 16  # a side, in voxels (published)
@@ -52,15 +53,35 @@ class VitConfig:
     dropout: float = 0.5  # share of an encoder's features left out in training
     drop_path: float = 0.0  # share of samples that skip a block in training; in a timm encoder it rises to this
     mix: int = 1  # blocks over the slices of a half level
+    pooling: str = "attention"  # of the slices of a half level; or gru
     head: str = "ordinal"  # or softmax
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(f"vit_head is {self.head!r}; choose one of {', '.join(HEADS)}")
+        for name, known in (("head", HEADS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"vit_{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if len(self.spacing) != len(SERIES_TYPES) or min(self.spacing) <= 0:
             raise ValueError(f"vit_spacing is {list(self.spacing)}; give mm a pixel for {', '.join(SERIES_TYPES)}")
+        if not all(len(scale) == 2 and min(scale) > 0 and int(scale[1]) == scale[1] for scale in self.wider):
+            raise ValueError(f"vit_wider is {list(self.wider)}; give pairs: times as wide, slices")
         if self.encoder == "conv" and self.size % (step := 2 ** (len(self.channels) - 1)):
             raise ValueError(f"vit_size {self.size} is not a multiple of {step}, the pixels of a place")
+
+    @property
+    def scales(self) -> list[tuple[np.ndarray, int]]:
+        """Of each square of a slice: mm a pixel on each of SERIES_TYPES (3,), and how many slices have it."""
+        scales = ((1.0, self.slices), *self.wider)
+        return [(np.multiply(times, self.spacing), int(slices)) for times, slices in scales]
+
+    @property
+    def slots(self) -> np.ndarray:
+        """Which of `SLOTS` (n,) each image of a level belongs to: slot by slot of the first scale, then of the next."""
+        return np.concatenate([np.arange(len(SLOTS)).repeat(slices) for _, slices in self.scales])
+
+    def split(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Values (B, 5, n, ...) of a level's images as (B, 5, slots, slices, ...) for each scale."""
+        parts = images.split([len(SLOTS) * slices for _, slices in self.scales], dim=2)
+        return [part.unflatten(2, (len(SLOTS), -1)) for part in parts]
 
 
 class SliceConv(nn.Module):
@@ -109,8 +130,8 @@ def slice_encoder(config: VitConfig, weights: str = "") -> nn.Module:
 
 
 class PlaceReader(nn.Module):
-    """Features (B, 5, slots, n, features) and places (B, 5, slots, n), NaN where there is no slice -> tokens (B, 5, 2,
-    slices, width) of the half levels, and whether there is a slice (B, 5, 2, slices).
+    """Features (B, 5, slots, n, features) and places (B, 5, slots, n) of a scale, NaN where there is no slice -> tokens
+    (B, 5, 2, slices, width) of the half levels, and whether there is a slice (B, 5, 2, slices).
 
     What a slice shows depends on its place, so matrices are interpolated between nodes in mm: a resampling between
     slices, but of features. Attention does not learn it from few studies.
@@ -119,18 +140,18 @@ class PlaceReader(nn.Module):
     def __init__(self, config: VitConfig, features: int):
         super().__init__()
         self.register_buffer("nodes", torch.arange(-12, 13, NODE_STEP), persistent=False)
-        series, nodes, width = len(SERIES_TYPES), len(self.nodes), config.width
+        series, nodes, width = len(SERIES_TYPES) * len(config.scales), len(self.nodes), config.width
         self.read = nn.Parameter(torch.randn(series, features, width) / math.sqrt(features))
         matrices = torch.randn(series, nodes, width, width) / math.sqrt(width) + 0.5 * torch.eye(width)
         self.place = nn.Parameter(matrices)
         self.place_bias = nn.Parameter(torch.zeros(series, nodes, width))
 
-    def forward(self, features: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor, places: torch.Tensor, scale: int = 0) -> tuple[torch.Tensor, ...]:
         present, places = ~places.isnan(), places.nan_to_num()
         tokens = []
         for slots, lateral in zip(SLOTS_OF_SIDE, LATERAL.tolist(), strict=True):
             for slot in slots:
-                kind = KINDS[slot]
+                kind = KINDS[slot] + scale * len(SERIES_TYPES)
                 outward = lateral if SLOTS[slot][0] == T2 else 1.0  # both sides share T2, whose places are to the left
                 place = (places[:, :, slot] * outward).clamp(self.nodes[0], self.nodes[-1])
                 share = (1 - (place[..., None] - self.nodes).abs() / NODE_STEP).clamp(min=0)  # (..., nodes), sums to 1
@@ -150,8 +171,9 @@ class SliceBlocks(nn.Module):
 
     def __init__(self, config: VitConfig):
         super().__init__()
-        self.count = config.slices
-        kinds = np.repeat([SLOTS[slot][0] for slot in SLOTS_OF_SIDE[0]], config.slices)
+        self.count = sum(slices for _, slices in config.scales)
+        of_slot = [SLOTS[slot][0] for slot in SLOTS_OF_SIDE[0]]
+        kinds = np.concatenate([np.repeat(of_slot, slices) for _, slices in config.scales])
         own = torch.from_numpy(np.stack([np.isin(kinds, shown) for shown in SHOWN_ON.values()]))
         self.register_buffer("own", own, persistent=False)
         self.ask = nn.Parameter(torch.zeros(len(HALF_OUTPUTS), 1, config.width))
@@ -162,12 +184,31 @@ class SliceBlocks(nn.Module):
         present = torch.where(own.any(dim=-1, keepdim=True), own, present[:, None]).flatten(0, 1)
         tokens = (tokens[:, None] + self.ask).flatten(0, 1)
         pooled = (tokens * present[..., None]).sum(dim=1, keepdim=True) / math.sqrt(self.count)
+        return self.attend(pooled, tokens, present).unflatten(0, (-1, len(HALF_OUTPUTS)))
+
+    def attend(self, pooled: torch.Tensor, tokens: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Vectors (n, width) from the sum of tokens (n, 1, width), tokens (n, slices, width), and which are there."""
         tokens = torch.cat([pooled, tokens], dim=1)
         present = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
         mask = torch.zeros_like(present, dtype=tokens.dtype).masked_fill(~present, -1e4)[:, None, None]
         for block in self.blocks:
             tokens = block(tokens, attn_mask=mask)
-        return tokens[:, 0].unflatten(0, (-1, len(HALF_OUTPUTS)))
+        return tokens[:, 0]
+
+
+class SliceGru(SliceBlocks):
+    """As `SliceBlocks`; what a recurrent network adds that reads the slices of each slot from the farthest to the
+    nearest, instead of blocks that attend over them. Slices that are not there leave its state as it is."""
+
+    def __init__(self, config: VitConfig):
+        super().__init__(replace(config, mix=0))
+        self.cell = nn.GRUCell(config.width, config.width)
+
+    def attend(self, pooled: torch.Tensor, tokens: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros_like(tokens[:, 0])
+        for token, there in zip(tokens.flip(1).unbind(1), present.flip(1).unbind(1), strict=True):
+            state = torch.where(there[:, None], self.cell(token, state), state)
+        return pooled[:, 0] + state
 
 
 def attention_blocks(config: VitConfig, depth: int) -> nn.Sequential:
@@ -249,11 +290,12 @@ class SoftmaxHead(OrdinalHead):
 
 PARTS = ("encoder", "reader", "slice_blocks", "head")  # of a network, which a person may exchange
 HEADS = {"ordinal": OrdinalHead, "softmax": SoftmaxHead}
+POOLINGS = {"attention": SliceBlocks, "gru": SliceGru}
 
 
 class Vit3d(nn.Module):
-    """Images (B, 5, slots * n, h, w), 0..255, at places (B, 5, slots * n) in mm, NaN where there is no slice -> natural
-    log-probabilities (B, 25, 3) in COLUMNS order. Parts that are not given are those that the config names."""
+    """Images (B, 5, n, h, w), 0..255, at places (B, 5, n) in mm, NaN where there is no slice, n as the config's `slots`
+    -> natural log-probabilities (B, 25, 3) in COLUMNS order. Parts not given are those that the config names."""
 
     def __init__(
         self, config: VitConfig, encoder: nn.Module | None = None, reader: nn.Module | None = None,
@@ -263,22 +305,26 @@ class Vit3d(nn.Module):
         self.config = config
         self.encoder = encoder or slice_encoder(config)
         self.reader = reader or PlaceReader(config, self.encoder.num_features)
-        self.slice_blocks = slice_blocks or SliceBlocks(config)
+        self.slice_blocks = slice_blocks or POOLINGS[config.pooling](config)
         self.dropout = nn.Dropout(config.dropout)
         self.head = head or HEADS[config.head](config)
 
     def forward(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        slots = (len(images), len(LEVELS), len(SLOTS), self.config.slices)
-        places = places.reshape(slots)
+        split = self.config.split
+        parts = [self.tokens(*part, scale) for scale, part in enumerate(zip(split(images), split(places), strict=True))]
+        tokens, present = (torch.cat(values, dim=3).flatten(0, 2) for values in zip(*parts, strict=True))
+        halves = self.slice_blocks(tokens, present)
+        return self.head(halves.unflatten(0, (len(images), len(LEVELS), len(SIDES))))
+
+    def tokens(self, images: torch.Tensor, places: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the reader makes of the images (B, 5, slots, n, h, w) of a scale."""
         there = ~places.isnan()  # the encoder, which may keep statistics, sees no missing slices
-        seen = normalise(images.reshape(*slots, *images.shape[3:]), there)
-        features = seen.new_zeros(*slots, self.encoder.num_features)
+        seen = normalise(images, there)
+        features = seen.new_zeros(*places.shape, self.encoder.num_features)
         if there.any():
             encoded = self.encoder(seen[there][:, None])
             features = features.to(encoded.dtype).masked_scatter(there[..., None], self.dropout(encoded))
-        tokens, present = self.reader(features, places)
-        halves = self.slice_blocks(tokens.flatten(0, 2), present.flatten(0, 2))
-        return self.head(halves.unflatten(0, (len(images), len(LEVELS), len(SIDES))))
+        return self.reader(features, places, scale)
 
 
 def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:

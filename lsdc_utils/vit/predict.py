@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lsdc_utils.vit.augment import augment
-from lsdc_utils.vit.inputs import DEVICE, Studies, prediction_views, seen_studies, shown_slices, study_input
+from lsdc_utils.vit.inputs import DEVICE, Rows, Studies, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
 
@@ -27,7 +27,11 @@ class Classifier:
 
 @torch.inference_mode()
 def probabilities(
-    models: list[nn.Module], inputs: np.ndarray, n_views: int = 1, batch: int = 8, views: Callable = prediction_views
+    models: list[nn.Module],
+    inputs: np.ndarray | Rows,
+    n_views: int = 1,
+    batch: int = 8,
+    views: Callable = prediction_views,
 ) -> np.ndarray:
     """Natural probabilities float64 (n, 25, 3) of inputs (n, ...): the mean over models of one config and views."""
     total = np.zeros((len(inputs), len(COLUMNS), len(SEVERITIES)))
@@ -37,7 +41,9 @@ def probabilities(
         seen, orders = zip(*views(part, models[0].config, n_views), strict=True)
         stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
         for model in models:
-            natural = np.split(model(*stacked).exp().cpu().numpy(), len(orders))
+            with torch.autocast(DEVICE.type, torch.float16, enabled=DEVICE.type == "cuda"):
+                log_natural = model(*stacked)
+            natural = np.split(log_natural.float().exp().cpu().numpy(), len(orders))
             for order, of_view in zip(orders, natural, strict=True):
                 total[start : start + batch] += of_view[:, order]
     return total / total.sum(-1, keepdims=True)

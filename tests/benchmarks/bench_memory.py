@@ -120,7 +120,7 @@ def train(root: Path, count: int) -> float:
     watcher.start()
     for name, ids in (("training", range(1, count + 1)), ("held_out", range(1, count // 4 + 1))):
         read = ((study, read_study(comp, "test", study)[0]) for study in ids)
-        _, inputs = study_inputs(read, points, config, root / name)
+        _, inputs = study_inputs(read, points, config, root / f"{name}.npy", len(ids))
         studies.append((inputs, np.random.default_rng(0).choice(3, (len(inputs), len(COLUMNS))).astype(np.int8)))
     run_cells(root, studies[0], config, held_out=studies[1], vit_epochs=1, vit_batch=2)
     done.set()

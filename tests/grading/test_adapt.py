@@ -12,6 +12,7 @@ from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SEVERITIE
 
 NATURAL = np.array([0.8, 0.14, 0.06])
 MODELS = ("yolo", "vit3d")
+BLENDS = grade.blends_of(MODELS)
 Part = tuple[dict[str, pd.DataFrame], pd.DataFrame]  # the models' rows, and the labels
 
 
@@ -21,7 +22,7 @@ def recipe() -> dict:
         {"condition": c, "level": v, **dict(zip(SEVERITIES, NATURAL, strict=True))} for c in CONDITIONS for v in LEVELS
     ]
     blends = {}
-    for name, models in grade.BLENDS.items():
+    for name, models in BLENDS.items():
         mixture = {"weights": dict.fromkeys(models, 1 / len(models)), "bias": [0.0, 0.0], "kept": "simple", "gain": []}
         blends[name] = dict.fromkeys(GROUPS, mixture)
     return {"format": 4, "kind": "fitted", "folds": [0], "vit_views": 1, "threads": 1, "prior": prior, **blends}
@@ -51,7 +52,7 @@ def test_nothing_changes_where_the_runs_own_numbers_are_right(recipe: dict) -> N
         fitted = adapt.fit_recipe(recipe, *population(n, seed))
         assert fitted["adapted"]["changed"] == [] and fitted["adapted"]["studies"] == n
         assert min(fitted["adapted"]["p"].values()) >= adapt.SURE
-        assert {name: fitted[name] for name in grade.BLENDS} == {name: recipe[name] for name in grade.BLENDS}
+        assert {name: fitted[name] for name in BLENDS} == {name: recipe[name] for name in BLENDS}
         before, after = (pd.DataFrame(one["prior"])[list(SEVERITIES)] for one in (recipe, fitted))
         np.testing.assert_allclose(after, before)
 
@@ -60,9 +61,7 @@ def test_nothing_changes_where_the_runs_own_numbers_are_right(recipe: dict) -> N
 def test_a_shift_is_recovered(recipe: dict, n: int, least: float) -> None:
     """Of a population whose reader calls fewer rows severe and more moderate, most of what can be gained."""
     shift, unseen = (0.6, -1.2), population(400, 90, (0.6, -1.2))
-    known = {
-        name: {key: mixture | {"bias": list(shift)} for key, mixture in recipe[name].items()} for name in grade.BLENDS
-    }
+    known = {name: {key: mixture | {"bias": list(shift)} for key, mixture in recipe[name].items()} for name in BLENDS}
     fitted = adapt.fit_recipe(recipe, *population(n, 5, shift))
     assert set(fitted["adapted"]["changed"]) == set(GROUPS)
     possible = total(recipe, unseen) - total(recipe | known, unseen)

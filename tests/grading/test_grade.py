@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lsdc_utils import metric
 from lsdc_utils.data import checks, competition
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.grading import grade
 from lsdc_utils.grading.grade import (
-    BLENDS,
     COLUMNS_OF,
     blend_studies,
     grade_studies,
@@ -59,7 +59,7 @@ def test_rows_without_the_series_that_they_are_read_on():
 
 def test_a_study_that_nothing_graded_has_the_prior():
     tables, sources = blend_studies(FITTED, join_graded([]), [7])
-    assert set(tables) == set(BLENDS) and (sources == "prior").all()
+    assert set(tables) == {"yolo", "vit3d", "ensemble"} and (sources == "prior").all()
     for table in tables.values():
         assert len(table) == 25
         assert np.allclose(table[list(SEVERITIES)], PRIOR)
@@ -123,3 +123,35 @@ def test_a_study_is_graded_from_the_series_that_it_has(run: Path):
         left = [stack for stack in stacks if lacking and stack.series_type != lacking]
         tables, _ = blend_studies(recipe, join_graded([models.grade(study, left)]), [study])
         assert len(tables["ensemble"]) == 25 and tables["ensemble"][list(SEVERITIES)].notna().all(axis=None)
+
+
+def test_members_are_blended_together_and_left_out_one_by_one():
+    rng = np.random.default_rng(0)
+    rows = grade.rows_of(range(1, 101))
+    logits = rng.normal(size=(len(rows), 3)) + np.array([1.0, 0, -0.5])
+    natural = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    severity = (rng.random(len(rows))[:, None] > natural.cumsum(axis=1)).sum(axis=1)
+    labels = rows[["row_id", "study_id", "condition", "level"]].assign(severity=severity, fold=0)
+
+    def told(noise: float) -> pd.DataFrame:
+        seen = np.exp(logits + noise * rng.normal(size=logits.shape))
+        return rows[["row_id"]].assign(**dict(zip(SEVERITIES, (seen / seen.sum(axis=1, keepdims=True)).T, strict=True)))
+
+    given = {"yolo": told(2.0)[5:], "vit3d-a": told(1.0)[:-5], "vit3d-b": told(1.0)[:-5]}
+    prior = metric.prior(labels, pool_sides=True)
+    prior = rows.merge(prior, on=["condition", "level"])[["row_id", *SEVERITIES]]
+    recipe = {"members": ["a", "b"]} | grade.fit_blends(given, prior, labels)
+    assert grade.models_in(recipe) == list(given)
+    assert list(recipe["ensemble"]["scs"]["weights"]) == list(given) and set(recipe["without"]) == {"a", "b"}
+    others = {"yolo", "vit3d-a"}
+    assert {key: set(recipe["without"]["b"][key]["ss"]["weights"]) for key in recipe["without"]["b"]} == {
+        "vit3d": others - {"yolo"}, "ensemble": others,
+    }  # fmt: skip
+    tables, sources = grade.blend_rows(recipe, given, prior, unseen=rows["row_id"][-5:])
+    assert list(tables) == ["yolo", "vit3d-a", "vit3d-b", "vit3d", "ensemble"]
+    assert list(sources.unique()) == ["vit3d", "yolo+vit3d", "yolo"]
+    pd.testing.assert_frame_equal(tables["ensemble"][-5:], tables["yolo"][-5:])  # unseen, and of one kind alone
+    pd.testing.assert_frame_equal(tables["vit3d-a"][-5:].reset_index(drop=True), prior[-5:].reset_index(drop=True))
+    solution = metric.solution_of(labels)
+    total = {name: metric.score(solution, metric.weight_table(table))["total"] for name, table in tables.items()}
+    assert total["ensemble"] < total["vit3d"] < min(total[name] for name in given) - 0.01

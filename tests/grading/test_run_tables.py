@@ -29,7 +29,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_recipe_of_a_finished_run_is_read(run):
-    assert read_recipe(run) == RECIPE | {"conditions": list(GROUPS)}  # which an older recipe does not name
+    usual = {"conditions": list(GROUPS), "members": [], "missing_members": []}  # which older recipes do not name
+    assert read_recipe(run) == RECIPE | usual
     assert len(list((run / "weights").iterdir())) == 20  # a localiser, three detectors, a transformer a fold
 
 
@@ -94,3 +95,20 @@ def test_canal_points_are_the_localisers_where_no_canal_detector_was_trained(tmp
     assert found[["from", "condition"]].drop_duplicates().to_numpy().tolist() == [["nfn", "nfn"], ["canal", "scs"]]
     assert set(run_tables.read_points(tmp_path, [0], ["nfn", "scs"])["from"]) == {"nfn", "scs"}
     assert set(run_tables.read_points(tmp_path, [0, 1], ["nfn"], 0.8)["study_id"]) == {1}
+
+
+def test_where_a_members_weights_are_gone_the_numbers_without_it_are_used(tmp_path):
+    without = {name: {"ensemble": f"without {name}", "vit3d": 1} for name in ("a", "b")}
+    recipe = RECIPE | {"folds": [0], "members": ["a", "b"], "ensemble": "of both", "without": without}
+    (tmp_path / "blend.json").write_text(json.dumps(recipe))
+    (tmp_path / "weights").mkdir()
+    for name in run_tables.weight_files([0], members=["a", "b"]):
+        for file in (tmp_path / name, (tmp_path / name).with_suffix(".json")):
+            file.touch()
+    assert read_recipe(tmp_path)["ensemble"] == "of both"
+    (tmp_path / "weights/vit3d-a_fold0.safetensors").unlink()
+    found = read_recipe(tmp_path)
+    assert (found["ensemble"], found["members"], found["missing_members"]) == ("without a", ["b"], ["a"])
+    (tmp_path / "weights/vit3d-b_fold0.json").unlink()
+    with pytest.raises(RunError, match=r"it lacks weights/vit3d-a_fold0\.safetensors, weights/vit3d-b_fold0\.json$"):
+        read_recipe(tmp_path)

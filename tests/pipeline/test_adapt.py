@@ -21,6 +21,8 @@ from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.parameters import check_start, load_parameters
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SERIES_TYPES, SEVERITIES
 
+BLENDS = grade.blends_of(["yolo", "vit3d"])
+
 SECRET = "hospital-xq"
 
 
@@ -35,7 +37,7 @@ def trained(tmp_path: Path) -> Path:
             key: {"weights": dict.fromkeys(models, 1 / len(models)), "bias": [0.0, 0.0], "kept": "simple", "gain": []}
             for key in GROUPS
         }
-        for name, models in grade.BLENDS.items()
+        for name, models in BLENDS.items()
     }
     used = {"format": FORMAT, "kind": "fitted", "folds": [0], "vit_views": 1, "threads": 1, "prior": prior}
     write_json(run / "blend.json", used | {"conditions": list(GROUPS)} | blends)
@@ -92,7 +94,7 @@ def test_the_new_run_is_a_run_like_any_other(trained: Path, graded: dict, tmp_pa
     assert recipe["ensemble"]["scs"]["bias"][1] < -0.3 < before["ensemble"]["scs"]["bias"][1]
     scores = json.loads((out / "scores.json").read_text())
     assert scores["test"] is None and scores["oof"]["skill"] is None and scores["oof"]["n_studies"] == 60
-    assert list(scores["oof"]["scores"]) == ["prior", *grade.BLENDS]
+    assert list(scores["oof"]["scores"]) == ["prior", *BLENDS]
     assert scores["oof"]["scores"]["ensemble"]["total"] == pytest.approx(about["after"]["total"])
     assert about["after"]["total"] < about["before"]["total"] - 0.02
     for name in weight_files([0]):

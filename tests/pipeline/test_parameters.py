@@ -104,3 +104,31 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
     data_folders.save(tmp_path, {"train": train})
     with pytest.raises(UsageError, match="no training study has a grade"):
         resolved(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ("[{name: A}]", "number 1: needs a name of small letters and digits"),
+        ("[{encoder: conv}]", "number 1: needs a name"),
+        ("[a]", "number 1: needs a name"),
+        ("[{name: a}, {name: a}]", "the name a is there twice"),
+        ("[{name: a, layers: 3}]", "a: unknown key 'layers'; keys are: name, squares, encoder"),
+        ("[{name: a, head: linear}]", "a: vit_head is 'linear'; choose one of ordinal, softmax"),
+        ("[{name: a, pooling: max}]", "a: vit_pooling is 'max'; choose one of attention, gru"),
+        ("[{name: a, encoder: resnet1}]", "a: timm has no encoder 'resnet1'"),
+        ("[{name: a, seed: x}]", "a: seed: 'x' is str, expected int"),
+        ("[{name: a, squares: [32, 32, 3]}]", "expected a list of .mm, pixels, slices"),
+        ("[{name: a, squares: [[32, 32, 3], [64, 16, 3]]}]", "as many pixels as the first"),
+        ("[{name: a, squares: [[32, 30, 3]]}]", "vit_size 30 is not a multiple of 8"),
+        ("[{name: a, vit_augment: {rotation: 1.0}}]", "vit_augment: has the keys"),
+    ],
+)
+def test_a_member_that_cannot_be_trained_is_refused_before_anything_runs(members: str, words: str) -> None:
+    with pytest.raises(UsageError, match=f"vit_members.*{words}"):
+        load_parameters("demo", [f"vit_members={members}"])
+
+
+def test_members_are_not_of_the_published_method() -> None:
+    with pytest.raises(UsageError, match="published_method has one transformer"):
+        load_parameters("original", ["vit_members=[{name: a}]"])

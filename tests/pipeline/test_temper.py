@@ -11,12 +11,14 @@ from lsdc_utils.grading import grade
 from lsdc_utils.pipeline import temper
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, parse_row_id
 
+BLENDS = grade.blends_of(["yolo", "vit3d"])
+
 PRIOR = dict(zip(SEVERITIES, (0.7, 0.2, 0.1), strict=True))
 EQUAL = {"weights": {"yolo": 0.5, "vit3d": 0.5}, "bias": [0.0, 0.0], "gain": [], "kept": "simple"}
 
 
 def recipe_of() -> dict:
-    blends = {name: dict.fromkeys(("nfn", "scs", "ss"), EQUAL) for name in grade.BLENDS}
+    blends = {name: dict.fromkeys(("nfn", "scs", "ss"), EQUAL) for name in BLENDS}
     for name in ("yolo", "vit3d"):
         blends[name] = dict.fromkeys(("nfn", "scs", "ss"), EQUAL | {"weights": {name: 1.0}})
     prior = [{"condition": c, "level": v, **PRIOR} for c in CONDITIONS for v in LEVELS]
@@ -41,7 +43,7 @@ def test_blends_are_fitted_where_training_never_was_and_judged_on_another_popula
     tempered, table = temper.temper(recipe, parts)
     assert list(table["population"]) == ["a", "b", "c"] and (table["studies"] == 60).all()
     assert (table["tempered"] < table["trained"] - 0.02).all() and (table["tempered"] < table["prior"]).all()
-    for name in grade.BLENDS:
+    for name in BLENDS:
         for mixture in tempered[name].values():
             assert 0.1 < sum(mixture["weights"].values()) < 0.6  # p^4: a quarter undoes it, noise takes some
     assert tempered["tempered_on"] == ["a", "b", "c"]

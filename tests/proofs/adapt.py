@@ -90,7 +90,7 @@ def population(
 
 def measure(recipe: dict, given: dict, read: pd.DataFrame) -> pd.DataFrame:
     """A line for each draw: studies, total of the run's own blend (none) and of the adapted one on the test studies."""
-    models = {model: given[model] for model in grade.BLENDS["ensemble"]}
+    models = {model: given[model] for model in grade.models_in(recipe)}
     read = read[read["severity"] != MISSING]
     studies = read["study_id"].unique()
     test = read[read["study_id"].isin(studies[LABELLED:])]

@@ -86,7 +86,7 @@ def squares(slices: int = 2, size: int = 16) -> torch.Tensor:
 
 def test_a_hole_touches_its_rectangle_only_and_is_the_mean():
     before, after = squares(), squares()
-    disturb(after, replace(STILL, holes=0.5), 2, np.random.default_rng(0))
+    disturb(after, replace(STILL, holes=0.5), SMALL.slots, np.random.default_rng(0))
     painted = 0
     for level, slot in np.ndindex(5, len(SLOTS)):
         pair = slice(2 * slot, 2 * slot + 2)
@@ -110,7 +110,7 @@ def test_a_hole_touches_its_rectangle_only_and_is_the_mean():
 @pytest.mark.parametrize("kind", [{"blur": 1.5}, {"noise": 0.1}])
 def test_blur_and_noise_keep_the_mean(kind):
     before, after = squares(), squares()
-    disturb(after, replace(STILL, **kind), 2, np.random.default_rng(0))
+    disturb(after, replace(STILL, **kind), SMALL.slots, np.random.default_rng(0))
     assert not torch.equal(before, after)
     assert after.mean() == pytest.approx(before.mean(), abs=0.5)
     spread = (
@@ -119,7 +119,7 @@ def test_blur_and_noise_keep_the_mean(kind):
     )
     assert spread[0] < spread[1] if "blur" in kind else spread[1] < spread[0] < spread[1] + 26
     flat = torch.full((5, len(SLOTS) * 2, 16, 16), 77.0)
-    disturb(flat, replace(STILL, blur=1.5), 2, np.random.default_rng(0))
+    disturb(flat, replace(STILL, blur=1.5), SMALL.slots, np.random.default_rng(0))
     torch.testing.assert_close(flat, torch.full_like(flat, 77.0), atol=1e-3, rtol=0)
 
 

@@ -185,3 +185,30 @@ def test_a_repeated_series_gives_no_slice_twice_and_far_slices_none():
     one = level_slices(stacks, points, 12, 2.0, 5)
     np.testing.assert_array_equal(level_slices(stacks + again, points, 12, 2.0, 5)[1], one[1])
     assert np.isnan(one[1][0, 15:]).all() and np.isfinite(one[1][:, :15]).all()
+
+
+def test_a_wider_square_shows_the_same_place_in_larger_pixels():
+    config = VitConfig(size=9, spacing=(2.0, 2.0, 2.0), margin=1, slices=3, channels=(8,), wider=((3.0, 1),))
+    stacks, points = noisy_study(), spine(x=3.9)
+    stacks = [replace(stack, pixels=ramped(stack)) for stack in stacks]
+    seen, slots, side = study_input(stacks, points, config), config.slots, config.size + 2 * config.margin
+    assert seen["images"].shape == (len(LEVELS), len(SLOTS) * 4, side, side) and list(slots[15:]) == [0, 1, 2, 3, 4]
+    compared = 0
+    for level, slot in np.ndindex(len(LEVELS), len(SLOTS)):
+        (first, *_), (wide,) = np.flatnonzero(slots[:15] == slot), 15 + np.flatnonzero(slots[15:] == slot)
+        if np.isnan(seen["places"][level, first]):
+            continue
+        assert seen["places"][level, wide] == pytest.approx(seen["places"][level, first])  # of the nearest slice
+        small, large = (seen["images"][level, k].astype(int) for k in (first, wide))
+        inner = small[2::3, 2::3], large[4:7, 4:7]  # pixel 3 j - 10 of the first is pixel j of the other
+        if (inner[0] > 0).all() and (inner[1] > 0).all():
+            assert np.abs(inner[0] - inner[1]).max() <= 2
+            compared += 1
+    assert compared >= 15
+
+
+def ramped(stack):
+    """A stack's pixels as the linear `ramp`, which averaging pixels does not change."""
+    rows, cols = np.indices(stack.pixels.shape[1:])
+    pixel = np.stack([cols, rows, np.zeros_like(rows), np.ones_like(rows)], axis=-1)
+    return np.clip(np.rint(ramp(np.einsum("nij,rcj->nrci", stack.affines, pixel)[..., :3])), 0, 255).astype(np.uint8)

@@ -19,17 +19,20 @@ from lsdc_utils.vit import model as vit_model
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import AXES, Seen, centre_errors, crop_centres, cut_views, label_matrix, prediction_views
 from lsdc_utils.vit.loss import row_losses, row_weights, target_matrix
-from lsdc_utils.vit.model import COLUMN_GROUP, HEADS, OrdinalHead, Vit3d, VitConfig, load_vit, save_vit
+from lsdc_utils.vit.model import COLUMN_GROUP, HEADS, POOLINGS, OrdinalHead, Vit3d, VitConfig, load_vit, save_vit
 from lsdc_utils.vit.predict import predict_studies, prediction_rows, probabilities
 from lsdc_utils.vocabulary import COLUMNS, LEVELS, SEVERITIES, study_row_ids
 
 
 def exchanged(inputs: np.ndarray, config: VitConfig = SMALL) -> np.ndarray:
     """The same inputs of the mirrored studies."""
-    k, result = config.slices, inputs.copy()
-    order = np.concatenate([np.arange(slot * k, (slot + 1) * k) for slot in (0, 2, 1, 4, 3)])
+    result, order, first = inputs.copy(), [], 0
+    for _, k in config.scales:
+        order += [first + np.arange(slot * k, (slot + 1) * k) for slot in (0, 2, 1, 4, 3)]
+        first += len(SLOTS) * k
+    order = np.concatenate(order)
     result["images"], result["places"] = inputs["images"][:, :, order], inputs["places"][:, :, order]
-    result["places"][:, :, :k] *= -1  # T2 lies to the left, all else outwards or to the head
+    result["places"][:, :, config.slots == 0] *= -1  # T2 lies to the left, all else outwards or to the head
     return result
 
 
@@ -93,14 +96,16 @@ def test_label_matrix_follows_the_columns_and_keeps_studies_with_gaps():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_exchanged_sides_exchange_left_and_right_columns(head):
+@pytest.mark.parametrize("part", [{}, {"pooling": "gru"}, {"wider": ((2.0, 1), (3.0, 3))}])
+def test_exchanged_sides_exchange_left_and_right_columns(head, part):
     """A mirrored study gives the same squares with the sides exchanged: mirror symmetry by construction."""
     torch.manual_seed(0)
-    model = Vit3d(dataclasses.replace(SMALL, head=head)).eval()
+    config = dataclasses.replace(SMALL, head=head, **part)
+    model = Vit3d(config).eval()
     torch.nn.init.normal_(model.head.linear.weight)
-    inputs = draw_inputs(2, np.random.default_rng(0))
+    inputs = draw_inputs(2, np.random.default_rng(0), config)
     inputs["places"][0, 3, 2:5] = np.nan
-    found, turned = model(*seen(inputs)), model(*seen(exchanged(inputs)))
+    found, turned = model(*seen(inputs, config)), model(*seen(exchanged(inputs, config), config))
     assert torch.allclose(found.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
     torch.testing.assert_close(turned, found[:, list(MIRROR)], atol=1e-5, rtol=1e-4)
 
@@ -127,6 +132,40 @@ def test_a_place_is_graded_by_the_slices_that_show_it_and_by_others_only_without
     assert moved(False, [0, 2, 3, 4], [level]) < 1e-6 and moved(False, [0, 1, 2, 3, 4], others) < 1e-6
     assert moved(True, [0], [level]) > 1e-3 and moved(True, [3], [level]) > 1e-3
     assert moved(True, [2, 4], [level]) < 1e-6  # the other side's
+
+
+@pytest.mark.parametrize("part", [{"pooling": "gru"}, {"wider": ((2.0, 1),)}])
+def test_members_of_other_parts_keep_conditions_apart_and_come_back_from_their_files(tmp_path, part):
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, **part)
+    model = Vit3d(config).eval()
+    torch.nn.init.normal_(model.head.linear.weight)
+    inputs = draw_inputs(1, np.random.default_rng(0), config)
+    before = model(*seen(inputs, config))
+    for kind, moving in ((1, "left_neural"), (4, "right_subarticular")):
+        after = inputs.copy()
+        after["images"][:, :, config.slots == kind, :4] = 250
+        change = (model(*seen(after, config)) - before).abs().amax(dim=(0, 2)).detach().numpy()
+        shown = {"left_neural": ("left_neural",), "right_subarticular": ("right_subarticular", "spinal")}[moving]
+        moves = np.array([name.startswith(shown) for name in COLUMNS])
+        assert (change[moves] > 1e-4).all() and (change[~moves] < 1e-6).all()
+    save_vit(model, tmp_path / "vit3d-a_fold0.safetensors", 0, {})
+    again = load_vit(tmp_path / "vit3d-a_fold0.safetensors")
+    assert type(again.slice_blocks) is POOLINGS[config.pooling]
+    torch.testing.assert_close(again(*seen(inputs, config)), before)
+
+
+def test_a_gru_reads_far_slices_first_and_passes_over_missing_ones():
+    torch.manual_seed(0)
+    part = POOLINGS["gru"](dataclasses.replace(SMALL, pooling="gru"))
+    tokens, there = torch.randn(1, 6, SMALL.width), torch.ones(1, 6, dtype=bool)
+    there[0, 3] = False
+    whole = part(tokens, there)
+    changed = tokens.clone()
+    changed[0, 3] = 9.0
+    torch.testing.assert_close(part(changed, there), whole)
+    swapped = tokens[:, [1, 0, 2, 3, 4, 5]]  # the two slices of T2
+    assert (part(swapped, there) - whole).abs().max() > 1e-3  # their order counts
 
 
 def test_order_of_slices_and_what_lies_in_missing_ones_change_nothing():

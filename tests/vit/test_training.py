@@ -25,7 +25,7 @@ from lsdc_utils.data.stacks import save_stack
 from lsdc_utils.downloads import WeightsNotFound
 from lsdc_utils.vit.augment import Augmentation, augment, recombined
 from lsdc_utils.vit.crops import SLOTS
-from lsdc_utils.vit.inputs import prediction_views, shown_slices, study_input, study_inputs
+from lsdc_utils.vit.inputs import Rows, prediction_views, shown_slices, study_input, study_inputs
 from lsdc_utils.vit.loss import row_losses, row_weights, target_grades, target_matrix
 from lsdc_utils.vit.model import Vit3d, load_vit
 from lsdc_utils.vit.predict import probabilities
@@ -176,7 +176,7 @@ def test_right_halves_are_exchanged_with_their_labels_and_the_canal_loses_a_labe
     labels[:, :5] = [[0, 1, 2, 0, 0], [0, 1, 1, 0, 0], [0, 1, 2, 2, 0]]  # the canal's columns
     exchanged = np.zeros((3, 5), bool)
     exchanged[0, 1:3] = True  # of the first study, L2/L3 and L3/L4 from the second one
-    seen, targets = recombined(inputs, target_matrix(labels), exchanged)
+    seen, targets = recombined(inputs, target_matrix(labels), exchanged, SMALL.slots)
     k = SMALL.slices
     for slot, (_, side) in enumerate(SLOTS):
         own = inputs["images"][0, :, slot * k : (slot + 1) * k].copy()
@@ -191,10 +191,10 @@ def test_right_halves_are_exchanged_with_their_labels_and_the_canal_loses_a_labe
 
 
 def test_inputs_are_mapped_from_a_file_that_is_complete_or_absent(tmp_path):
-    stacks, file = noisy_study(), tmp_path / "work/training"
+    stacks, file = noisy_study(), tmp_path / "work/crops.npy"
     points = pd.concat([spine(x=3.9).assign(study_id=study) for study in (7, 9)])
-    ids, inputs = study_inputs([(7, stacks), (8, stacks), (9, stacks)], points, SMALL, file)
-    assert ids == [7, 9] and inputs.shape == (2,) and file.stat().st_size == inputs.nbytes
+    ids, inputs = study_inputs([(7, stacks), (8, stacks), (9, stacks)], points, SMALL, file, 3)
+    assert ids == [7, 9] and inputs.shape == (2,)
     np.testing.assert_array_equal(inputs[1]["images"], study_input(stacks, spine(x=3.9), SMALL)["images"])
     assert not inputs.flags.writeable and not inputs.flags.owndata
     assert np.isfinite(probabilities([Vit3d(SMALL)], inputs)).all()
@@ -204,10 +204,24 @@ def test_inputs_are_mapped_from_a_file_that_is_complete_or_absent(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study_inputs(stops(), points, SMALL, tmp_path / "other")
+        study_inputs(stops(), points, SMALL, tmp_path / "other.npy", 3)
     with pytest.raises(ValueError, match="no study has a readable series and a canal point"):
-        study_inputs([(7, [])], points, SMALL, tmp_path / "none")
-    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+        study_inputs([(7, [])], points, SMALL, tmp_path / "none.npy", 1)
+    assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob(".writing-*"))
+
+
+def test_the_first_training_cuts_and_the_others_read_what_it_wrote(tmp_path):
+    stacks, points = noisy_study(), spine(x=3.9).assign(study_id=7)
+    ids, first = study_inputs([(7, stacks)], points, SMALL, tmp_path / "crops.npy", 1)
+
+    def never():
+        raise AssertionError("crops are cut again")
+        yield
+
+    again, second = study_inputs(never(), points, SMALL, tmp_path / "crops.npy", 1)
+    assert again == ids == [7] and np.array_equal(first, second)
+    rows = Rows(np.arange(10) * 3, np.array([4, 1, 7]))
+    assert len(rows) == 3 and rows[1:].tolist() == [3, 21] and rows[np.array([2, 0])].tolist() == [21, 12]
 
 
 # ---- the notebook in a kernel ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the network sees of a study: squares and their centres, labels as arrays, and shifted views."""
 
 import fcntl
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from lsdc_utils.checkpoint import fingerprint
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import readers_canal
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
@@ -84,6 +86,14 @@ def study_inputs(
     stored = np.load(file, mmap_mode="r")
     ids = stored["study"][stored["study"] != MISSING]
     return ids.tolist(), np.asarray(stored["seen"][: len(ids)])
+
+
+def crops_name(config: VitConfig, points: pd.DataFrame, slices: Path, see: Callable) -> str:
+    """The name of a file for `study_inputs`, which other squares, points, code or files in folder `slices` change."""
+    files = [(str(file), file.stat().st_mtime_ns) for file in sorted(slices.glob("*/*"))]
+    squares = [getattr(config, name) for name in ("size", "spacing", "margin", "slices", "wider")]
+    code = [inspect.getsource(part) for part in (inspect.getmodule(see), inspect.getmodule(study_inputs), crops)]
+    return f"{fingerprint(squares, points.to_csv(), files, code)}.npy"
 
 
 @dataclass(frozen=True)

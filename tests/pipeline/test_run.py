@@ -308,3 +308,37 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     }.items():  # fmt: skip
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", words)
         assert run.visible_gpus() == devices, words
+
+
+FAILS = "\n(run / 'tries').open('a').write(member)\nassert member != 'b' or {ok}, 'no luck'"
+
+
+@pytest.fixture
+def with_members(tiny_project: Path) -> list[str]:
+    """What asks for a run of the members a and b, in a project that does not know what a transformer can be."""
+    module = tiny_project / "lsdc_utils/pipeline/parameters.py"
+    text = module.read_text()
+    assert "            check_member(" in text
+    module.write_text(text.replace("            check_member(", "            dict("))
+    shutil.copytree(tiny_project / "outputs/demo", tiny_project / "outputs/two")
+    return ["--run", "two", "vit_members=[{name: a}, {name: b}]", "--until", "05"]
+
+
+def test_a_member_that_fails_is_tried_again_and_then_the_run_stops_or_goes_on_without_it(tiny_project, with_members):
+    code = code_of("04_train_vit3d")
+    folder = tiny_project / "outputs/two"
+    second = "(run / 'tries').read_text().count('b') > 1"
+    write_tiny_notebook(tiny_project, "04_train_vit3d", code + FAILS.format(ok=second))
+    done = run_all(tiny_project, *with_members)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "weights/vit3d-b_fold0.json").is_file() and "05_ensemble_inference done" in done.stdout
+    (folder / "tries").unlink()
+    write_tiny_notebook(tiny_project, "04_train_vit3d", code + FAILS.format(ok="False"))
+    done = run_all(tiny_project, *with_members)
+    assert done.returncode == 1 and "no luck" in done.stderr and "Resume with" in done.stderr
+    tries = (folder / "tries").read_text()
+    done = run_all(tiny_project, *with_members, "allow_missing_members=true")
+    assert done.returncode == 0 and "continues without the transformer b" in done.stderr
+    parameters = graph.read_parameters(folder)
+    assert parameters["vit_members"] == [{"name": "a"}] and parameters["missing_members"] == ["b"]
+    assert tries.count("b") >= 2 and "05_ensemble_inference done" in done.stdout

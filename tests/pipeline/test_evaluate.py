@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 
 import dicom_files
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import copy_project
 from data_folders import write_tables
+from nbclient import NotebookClient
 from private import SECRETS, WORDS, leaks, plant
 
 from lsdc_utils import metric, phantom
@@ -18,7 +21,7 @@ from lsdc_utils.data import cohort, competition
 from lsdc_utils.data.tables import number_of
 from lsdc_utils.files import write_json, write_table
 from lsdc_utils.grading import evaluation, run_tables
-from lsdc_utils.pipeline import arguments, commands, graph, labelled, pack
+from lsdc_utils.pipeline import commands, graph, labelled
 from lsdc_utils.pipeline.arguments import READY, UsageError
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, T2, study_row_ids
 
@@ -272,7 +275,7 @@ def test_calibration_and_distances_have_intervals_over_patients(tmp_path: Path) 
     write_table(tmp_path / "solution.csv", rows[["row_id", "severity"]])
     about = {"models": "demo", "grade_basis": "phantom_only", "trained_on": 0, "cut_offs": {}, "overlap": ""}
     write_json(tmp_path / "about.json", about | {"studies_without_images": [7, 8, 9, 10]})
-    graph.execute(graph.Step("evaluate", "evaluate", {"evaluation_dir": "."}, cwd=tmp_path), {})
+    graph.execute(tmp_path, graph.Step("evaluate", "evaluate", {"evaluation_dir": "."}, cwd=tmp_path), {})
     numbers = json.loads((tmp_path / "evaluation.json").read_text())
     [line] = numbers["localisation"]
     medians = [np.median(rng.choice(12, 12) + 1.0) for rng in map(np.random.default_rng, range(1000))]
@@ -305,22 +308,22 @@ def test_where_nothing_was_recorded_it_is_said_unless_the_models_saw_no_patient(
 # ---- the whole way --------------------------------------------------------------------------------------------------
 
 
-def test_the_committed_models_are_scored_with_the_readers_points(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """A phantom's two test studies: the command gives the score of the rows that 05 gives, and distances in mm."""
-    root = phantom.write_phantom(tmp_path / "phantom", 0, 2, seed=31)
-    outputs = tmp_path / "outputs"
-    outputs.mkdir()
-    (outputs / READY).symlink_to(COMMITTED)
-    for module in (arguments, commands, pack):
-        monkeypatch.setattr(module, "OUTPUTS", outputs, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(graph.ROOT))
-    assert commands.main(["evaluate", str(root), "--cores", "1"]) == 0
-    out = outputs / "evaluation" / "phantom"
-    said, numbers = capsys.readouterr().out, json.loads((out / "evaluation.json").read_text())
-    assert "2 labelled studies" in said and f"report: {out}/report/index.html" in said
-    solution = pd.read_csv(root / "solution.csv")
+def test_the_form_of_the_start_page_scores_the_committed_models(tmp_path: Path) -> None:
+    """A phantom's test study, checked, graded and scored by its cells: the score of the rows, and distances in mm."""
+    project = copy_project(tmp_path / "project")
+    (project / "outputs").mkdir()
+    (project / "outputs" / READY).symlink_to(COMMITTED)
+    root = phantom.write_phantom(project / "clinic", 0, 1, seed=31)
+    notebook = nbformat.read(project / "notebooks/start.ipynb", as_version=4)
+    [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    cell.source += '\nmy_folder = "../clinic"'
+    NotebookClient(notebook, resources={"metadata": {"path": project / "notebooks"}}, timeout=1200).execute()
+    [form] = [cell for cell in notebook.cells if "def run_all" in cell.source]
+    said, out = "".join(output["text"] for output in form.outputs), project / "outputs/evaluation/clinic"
+    assert "usable for: " in said and "test: 1 study," in said, said
+    assert "ensemble" in said and f"report: {out}/report/index.html" in said and said.endswith("done\n"), said
+    numbers, solution = json.loads((out / "evaluation.json").read_text()), pd.read_csv(root / "solution.csv")
+    assert "Weighted log loss, 1 labelled study; lower is better" in said
     submission = metric.weight_table(pd.read_parquet(out / "predictions/ensemble_test.parquet"))
     assert numbers["test"]["scores"]["ensemble"] == pytest.approx(metric.score(solution, submission), abs=1e-9)
     assert len(numbers["localisation"]) == 5 and all(line["median_mm"] < 10 for line in numbers["localisation"])

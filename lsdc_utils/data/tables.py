@@ -102,8 +102,8 @@ def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
         lines = {number: row for number, row in rows if any(row)}
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
-    named = lines.pop(min(lines, default=0), [])
-    header = [re.sub(r"^(study|series|row|patient)id$", r"\1_id", plain(name)) for name in named]
+    header = map(plain, lines.pop(min(lines, default=0), []))
+    header = [re.sub(r"^(study|series|row|patient)id$", r"\1_id", name) for name in header]
     for number, row in lines.items():
         if any(row[len(header) :]):
             raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")

@@ -53,9 +53,7 @@ def run_of(asked: Namespace) -> Run:
 def run(asked: Namespace) -> int:
     """Run what is not up to date and print scores and the report's path, or list what would run."""
     planned, began = run_of(asked), time.time()
-    if not asked.dry_run:
-        return finish(planned, began)
-    if folder := planned.parameters["data_dir"]:
+    if asked.dry_run and (folder := planned.parameters["data_dir"]):
         from lsdc_utils.checkpoint import points_source
         from lsdc_utils.data import checks, competition
 
@@ -65,7 +63,7 @@ def run(asked: Namespace) -> int:
         groups = checks.wanted(labels, planned.parameters["conditions"], lender)[0]
         if fault := checks.untrainable(labels, groups, lender, source, comp.series["series_type"]):
             raise UsageError(f"{folder}: {fault}; ./run_all.sh validate tells more")  # as 02 would
-    return dry_run(planned)
+    return dry_run(planned) if asked.dry_run else finish(planned, began)
 
 
 def finish(planned: Run, began: float) -> int:

@@ -75,9 +75,9 @@ def _check_ids(comp: competition.Competition, asked: list[int], place: Path | st
     studies = {}  # PatientID -> study_id -> StudyInstanceUIDs, or id in a table
     for key in comp.series[["split", "study_id", "series_id"]].itertuples(index=False, name=None):
         with contextlib.suppress(DicomError), opened(series_files(comp.source(*key))[1][0].file) as file:
-            uid = text(file.dataset, "StudyInstanceUID") if key[1:] in comp.files else ""
-            of_patient = studies.setdefault(text(file.dataset, "PatientID"), {})
-            of_patient.setdefault(key[1], set()).add(uid or comp.names.get(key[1], str(key[1])))
+            own = text(file.dataset, "StudyInstanceUID") if key[1:] in comp.files else ""
+            name = own or comp.names.get(key[1], str(key[1]))
+            studies.setdefault(text(file.dataset, "PatientID"), {}).setdefault(key[1], set()).add(name)
     for number in asked:
         own = studies.get(name := comp.names.get(number, str(number)), {})
         if len(own.get(number, ())) > 1 or (own and number not in {*comp.series["study_id"]}):

@@ -49,6 +49,11 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def count_studies(number: int, kind: str = "") -> str:
+    """A number of studies in words, e.g. 1 study, 3 labelled studies."""
+    return f"{number} {kind}{' ' if kind else ''}stud{'y' if number == 1 else 'ies'}"
+
+
 def readable(text: object) -> str:
     """Text that tables can hold: bytes of a file's name that are not UTF-8 become question marks."""
     return str(text).encode(errors="replace").decode()

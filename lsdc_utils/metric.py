@@ -186,9 +186,12 @@ def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, fl
     return {part: (prior[part] - model[part]) / (prior[part] - oracle[part]) for part in model}
 
 
-def resampled_scores(losses: dict[str, StudyLosses]) -> dict[str, np.ndarray]:
-    """Scores (draws, 5 or 6) of each model in the order of its `parts`, on the same bootstrap draws for all."""
-    counts = bootstrap(len(next(iter(losses.values())).studies))
+def resampled_scores(losses: dict[str, StudyLosses], patients: pd.Series | None = None) -> dict[str, np.ndarray]:
+    """Scores (draws, 5 or 6) of each model in the order of its `parts`, on the same bootstrap draws for all. patients:
+    the patient of each study by its id, as text; the studies of one are drawn together."""
+    studies = next(iter(losses.values())).studies
+    codes, people = pd.factorize(studies if patients is None else patients[studies])
+    counts = bootstrap(len(people))[:, codes]
     return {model: of_study.resampled(counts) for model, of_study in losses.items()}
 
 
@@ -203,15 +206,15 @@ def interval(samples: np.ndarray) -> list[list[float]]:
     return finite.quantile([0.025, 0.975]).T.to_numpy().tolist()
 
 
-def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals over studies.
+def score_block(solution: pd.DataFrame, tables: dict[str, pd.DataFrame], patients: Any = None) -> dict[str, Any]:
+    """One block of `scores.json`: every model's scores and skill, with 95 % bootstrap intervals (`resampled_scores`).
 
     `tables`: model to its natural rows; skill needs `prior` and `oracle` among them and is None otherwise. Parts of a
     group without a labelled row are None; then `MEAN` stands beside them, and `groups` names those that have rows.
     """
     losses = {model: study_losses(solution, weight_table(table)) for model, table in tables.items()}
     scores = {model: of_study.score() for model, of_study in losses.items()}
-    samples, skills = resampled_scores(losses), None
+    samples, skills = resampled_scores(losses, patients), None
     if "oracle" in scores:
         skills = {model: skill(parts, scores["prior"], scores["oracle"]) for model, parts in scores.items()}
     first = next(iter(losses.values()))

@@ -101,7 +101,7 @@ def show(read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm
         still = draw_still(read(int(worst)), rows[rows["study_id"] == worst], f"Study {worst}")
     viewer = None if os.environ.get(RUN_MARK) else Viewer(read, rows, boxes_mm)
     live = viewer.box._repr_mimebundle_() if viewer else {}
-    words = f"Slices of {rows['study_id'].nunique()} studies; in JupyterLab they can be scrolled."
+    words = f"Studies shown: {rows['study_id'].nunique()}; in JupyterLab their slices can be scrolled."
     bundle = live | {"image/png": print_figure(still, bbox_inches=None, base64=True), "text/plain": words}
     display(bundle, raw=True, metadata={"image/png": {"alt": still.get_suptitle() or words}})
     return viewer

@@ -19,7 +19,7 @@ from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
 from lsdc_utils.data.stacks import spacing_fault
 from lsdc_utils.data.tables import number_of
-from lsdc_utils.files import atomic, readable
+from lsdc_utils.files import atomic, count_studies, readable
 from lsdc_utils.parallel import each, usable_cores
 
 # rule -> what a finding of it means: rules of tables, of folders and files, of points in images and in the patient
@@ -169,7 +169,7 @@ def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") ->
     if trained:
         n, placed = (part.groupby("group").study_id.nunique() for part in (graded, graded.dropna(subset="X")))
         points = {key: f", {placed[key]} with points" if 0 < placed.get(key, 0) < n[key] else "" for key in trained}
-        can.insert(0, "training " + ", ".join(f"{key} ({n[key]} studies{points[key]})" for key in trained))
+        can.insert(0, "training " + ", ".join(f"{key} ({count_studies(n[key])}{points[key]})" for key in trained))
         notes += [f"train with conditions={','.join(trained)}"] if trained != keys else []
     for kind in absent:
         other = [SHORT[name] for name in (words.T1, words.T2) if kind in SHORT and name not in absent]
@@ -178,7 +178,8 @@ def uses(series: pd.DataFrame, labels: pd.DataFrame, source: str | Path = "") ->
     notes += [f"levels {'and points ' * ('yolo' in taken)}from {models}"] if taken else []
     notes += [f"{key} with conditions={key}: levels and points from {models}" for key in alone if key not in trained]
     notes += [fault.replace("train:", f"train {key}:") for key, fault in faults.items() if fault]
-    return "; ".join([f"usable for: {', '.join([*can, f'predicting ({series.study_id.nunique()} studies)'])}", *notes])
+    can += [f"predicting ({count_studies(series.study_id.nunique())})"]
+    return "; ".join([f"usable for: {', '.join(can)}", *notes])
 
 
 def _on_disk(comp: Competition, findings: Findings) -> pd.DataFrame:
@@ -298,7 +299,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
             findings.to_csv(file, index=False)
         comp.write_ids(Path(out).parent)
     for split, part in series.groupby("split"):
-        print(f"{split}: {part.study_id.nunique()} studies, {len(part)} series, {part.n_slices.sum()} images")
+        print(f"{split}: {count_studies(part.study_id.nunique())}, {len(part)} series, {part.n_slices.sum()} images")
     if len(labels):
         print(f"labels: {(labels.severity >= 0).sum()} grades, {labels.X.notna().sum()} usable points")
     for row in summary(findings).itertuples():

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import pandas as pd
 import yaml
 
 from lsdc_utils import dicom, vocabulary
-from lsdc_utils.data.competition import Competition, read_required_table
+from lsdc_utils.data.competition import Competition
+from lsdc_utils.data.tables import IDS, CompetitionError, read_required_table, row_keys
 from lsdc_utils.dicom.headers import first_number, frame_datasets, opened, text
 from lsdc_utils.parallel import each
 
@@ -27,16 +28,20 @@ FEW_STUDIES = 20  # below this, starting processes takes longer than reading
 REAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){4,}")
 
 
-def describe(comp: Competition, studies: Sequence[int], workers: int = 1) -> pd.DataFrame:
+def describe(comp: Competition, studies: Sequence[int], workers: int = 1, graded: Iterable[Path] = ()) -> pd.DataFrame:
     """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown. A
-    patients.csv in the folder (study_id, and any of these) takes precedence over headers. Without an identifier, or
-    where several studies all have the same, each study is a patient of its own."""
+    patients.csv in the folder (study_id, and any of these) takes precedence over the patients in tables `graded`, these
+    over headers. Without an identifier, or where several studies all have the same, each is a patient of its own."""
     facts = list(_of_studies(_facts, comp, studies, workers))
     table = pd.DataFrame(facts, pd.Index(studies, name="study_id"), ["patient", *TRAITS], dtype=object)
-    if (file := comp.root / "patients.csv").is_file():
-        header = pd.read_csv(file, sep=None, engine="python", nrows=0).columns.str.strip().str.lower()
-        columns = ["study_id", *header.intersection(table.columns)]
-        table.update(read_required_table(file, columns, ["study_id"]).drop_duplicates("study_id").set_index("study_id"))
+    for file, columns in [*((file, ["patient"]) for file in graded), (comp.root / "patients.csv", [*table])]:
+        if file.is_file():
+            given, ids = read_required_table(file, ()).rename(columns=dict.fromkeys(IDS[2:], "patient")), ["study_id"]
+            rows = row_keys(file, given["row_id"], {}) if "row_id" in given else read_required_table(file, ids, ids)
+            of_study = given[given.columns.intersection(columns)].groupby(rows["study_id"])
+            if (of_study.nunique() > 1).any(axis=None):
+                raise CompetitionError(f"{file}: a study has lines with different values of {', '.join(columns)}")
+            table.update(of_study.first())
     if table["patient"].nunique() == 1:  # a word that stands for everyone
         table["patient"] = None
     own = pd.Series([f"study {study}" for study in studies], table.index)

@@ -19,7 +19,7 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     counts = pd.crosstab(labels.study_id, [group, labels.severity])
     counts = counts.reindex(columns=pd.MultiIndex.from_product([words.GROUPS, (1, 2)]), fill_value=0).astype(float)
     if not 2 <= n_splits <= len(counts):
-        raise CompetitionError(f"cannot cut {len(counts)} studies into {n_splits} folds")
+        raise CompetitionError(f"cannot cut the studies ({len(counts)}) into {n_splits} folds")
     counts["any_severe", ""] = (counts["scs", 2] > 0).astype(float)
     share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each study's share of the total of each trait
     order = np.random.default_rng(seed).permutation(len(share))

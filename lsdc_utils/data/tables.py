@@ -16,6 +16,7 @@ import pandas as pd
 from lsdc_utils import vocabulary as words
 
 KEY = ["study_id", "condition", "level"]  # identify a label, and its point
+IDS = ("row_id", "study_id", "patient_id", "patient")  # columns; the last two say whose a study is
 FINDINGS = ["study_id", "series_id", "rule", "value", "action"]
 ABSENT = ("NA", "N/A", "#N/A", "nan", "NaN", "NULL", "null", "None", "<NA>")  # cells that hold nothing
 # Words for a part of a label -> the part and its value; longer words first.
@@ -68,8 +69,8 @@ def read_required_table(
     except (ValueError, OSError) as error:
         raise CompetitionError(f"{file}: cannot be read as a table ({error})") from None
     if lacking := [column for column in columns if column not in header]:
-        found = ", ".join(header)[:300]
-        raise CompetitionError(f"{file}: lacks the column(s) {', '.join(lacking)}; the header has: {found}")
+        found = f"{', '.join(lacking)}; the header has: {', '.join(header)[:300]}"
+        raise CompetitionError(f"{file}: lacks the column(s) {found}")
     if twice := [column for column in columns if header.count(column) > 1]:
         raise CompetitionError(f"{file}: has several columns {twice[0]}; keep the right one")
     table = pd.DataFrame(lines.values(), list(lines), header, dtype="str")
@@ -101,8 +102,8 @@ def _cells(file: Path) -> tuple[dict[int, list[str]], list[str]]:
         lines = {number: row for number, row in rows if any(row)}
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
-    header = [plain(name) for name in lines.pop(min(lines, default=0), [])]
-    header = [re.sub(r"^(study|series|row)id$", r"\1_id", name) for name in header]
+    header = map(plain, lines.pop(min(lines, default=0), []))
+    header = [re.sub(r"^(study|series|row|patient)id$", r"\1_id", name) for name in header]
     for number, row in lines.items():
         if any(row[len(header) :]):
             raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")
@@ -223,7 +224,7 @@ def _grade_rows(file: Path, names: dict[int, str]) -> tuple[Table, str]:
                 expected = f"condition, side (not of the canal) and level, e.g. Left {words.FORAMINAL}, L1/L2"
                 raise CompetitionError(f"{file}: line {line} names {text!r}, expected {expected}")
             rows.append((line, study, *label, cells[k]))
-    others = [n for k, n in enumerate(header) if n not in ("", "study_id", "row_id", *said) and k not in columns]
+    others = [n for k, n in enumerate(header) if n not in ("", *IDS, *said) and k not in columns]
     form += f"; not read: {', '.join(others)[:200]}" * bool(others)
     return pd.DataFrame(rows, columns=["line", *KEY, "grade"]), form * (set(columns.values()) != set(words.COLUMNS))
 

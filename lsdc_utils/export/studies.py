@@ -37,10 +37,11 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
     if not synthetic and grade_basis(run) == PHANTOM_ONLY:
         grades = f"grades by the models in {run} are {PHANTOM_ONLY}"
         raise ExportError(f"{grades}: no DICOM SR of a patient is made from them")
-    read_recipe(run)
+    adapted = "adapted" in read_recipe(run)
     tables = {key: read_graded(run, key) for key in BLOCKS if (run / f"predictions/sources_{key}.parquet").is_file()}
     if not tables:
-        raise ExportError(f"the run in {run} has no grades: run it to 05_ensemble_inference")
+        remedy = "it was adapted and keeps no study; use predict" if adapted else "run it to 05_ensemble_inference"
+        raise ExportError(f"the run in {run} has no grades to export: {remedy}")
     comp, folder = read_data(run), out or run / "exports"
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
     last = max(known.values(), default="")  # "test" comes after "oof"

@@ -17,7 +17,7 @@ from lsdc_utils.grading.blend import Blend, Tables
 from lsdc_utils.metric import PROBABILITIES
 from lsdc_utils.vocabulary import GROUP_OF, GROUPS
 
-FEW = 35  # studies; with fewer, one temperature for all groups and no bias
+FEW = 35  # patients; with fewer, one temperature for all groups and no bias
 STRENGTHS = (3.0, 10.0, 30.0, np.inf)  # of the ridge, in studies; infinite: the run's own numbers
 RIDGE = np.array([10.0, 1.0, 1.0])  # on the temperature's logarithm and the biases
 PSEUDO = 100.0  # labels of a level, both sides, that the run's prior counts as: 50 studies move it half way
@@ -27,8 +27,8 @@ STEP = 0.01  # of the numeric gradient
 
 
 class Problem:
-    """Labelled `rows` (as `metric.row_keys`, and severity) graded by a recipe's blend `name` but for three numbers: the
-    logarithm of the temperature, and what is added to the biases. The prior is that after the labels of `counted`."""
+    """Labelled `rows` (as `metric.row_keys`, severity, patient) graded by a recipe's blend `name` but for three
+    numbers: the logarithm of the temperature, and what is added to the biases. Prior: after the labels of `counted`."""
 
     def __init__(self, recipe: dict[str, Any], name: str, given: Tables, counted: pd.DataFrame, rows: pd.DataFrame):
         rows = rows.merge(pd.DataFrame(shrunk_prior(recipe["prior"], counted)), on=["condition", "level"])
@@ -36,7 +36,8 @@ class Problem:
         for key, places in rows.groupby("group").indices.items():
             tables = {model: given[model] for model in grade.blends_of(given)[name]}
             self.groups.append((places, recipe[name][key], blend.log_ratios(tables, rows.iloc[places])))
-        few, there = len(self.scorer.studies) < FEW, rows["severity"].unique()
+        self.patients, people = pd.factorize(rows.groupby("study_id")["patient"].first()[self.scorer.studies])
+        few, there = len(people) < FEW, rows["severity"].unique()
         self.biases = [] if few else [k for k in (1, 2) if k in there]  # that of a grade without a case stays
 
     def losses(self, numbers: np.ndarray) -> np.ndarray:
@@ -49,10 +50,11 @@ class Problem:
 
     def misfit(self) -> float:
         """p that no small change of the biases (of the temperature, if these stay) is better: that of Hotelling's T2
-        (Ann. Math. Stat. 2, 1931) of the studies' gradients. An interval of the cross-fitted gain above 0 would be less
-        sensitive: on 50 phantom studies it kept a tenth of the gain, this three quarters."""
+        (Ann. Math. Stat. 2, 1931) of the patients' gradients. An interval of the cross-fitted gain above 0 would be
+        less sensitive: on 50 phantom studies it kept a tenth of the gain, this three quarters."""
         steps = STEP * np.eye(3)[self.biases or [0]]
-        slopes = np.array([self.losses(step) - self.losses(-step) for step in steps])
+        changes = [self.losses(step) - self.losses(-step) for step in steps]
+        slopes = np.array([np.bincount(self.patients, change) for change in changes])
         (k, n), mean = slopes.shape, slopes.mean(axis=1)
         t2 = n * mean @ np.linalg.pinv(np.atleast_2d(np.cov(slopes))) @ mean
         return float(f_distribution.sf(t2 * (n - k) / (k * (n - 1)), k, n - k))
@@ -66,28 +68,29 @@ class Problem:
 
 
 def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> dict[str, Any]:
-    """A recipe (blend.json) for the population of `labels` (row_id, severity in {0, 1, 2}) of 20 studies or more.
-    given: the models' rows before any blend. A group changes only where its ensemble surely does not fit
+    """A recipe (blend.json) for the population of `labels` (row_id, severity in {0, 1, 2}, any patient) of 20 patients
+    or more. given: the models' rows before any blend. A group changes only where its ensemble surely does not fit
     (`Problem.misfit`). `adapted` in the recipe: the number of studies, that p by group, and the groups changed."""
-    rows = metric.row_keys(labels["row_id"]).merge(labels[["row_id", "severity"]], on="row_id")
-    studies, changed, chances = rows["study_id"].nunique(), rows[:0], dict.fromkeys(GROUPS, 1.0)
+    rows = metric.row_keys(labels["row_id"]).assign(severity=labels["severity"].to_numpy())
+    rows["patient"] = labels["patient"].to_numpy() if "patient" in labels else rows["study_id"]
+    changed, chances = rows[:0], dict.fromkeys(GROUPS, 1.0)
     fitted = {name: dict(recipe[name]) for name in grade.blends_of(given)}
-    for _, unit in rows.groupby("group") if studies >= FEW else [("all", rows)]:
+    for _, unit in rows.groupby("group") if rows["patient"].nunique() >= FEW else [("all", rows)]:
         p = Problem(recipe, "ensemble", given, unit[:0], unit).misfit()
         chances |= dict.fromkeys(unit["group"].unique(), p)
         mixtures = {name: _fit_unit(recipe, name, given, unit) for name in fitted} if p < SURE else {}
         if mixtures.get("ensemble"):
             fitted = {name: mixture | mixtures[name] for name, mixture in fitted.items()}
             changed = pd.concat([changed, unit])
-    about = {"studies": studies, "p": chances, "changed": changed["group"].unique().tolist()}
+    about = {"studies": rows["study_id"].nunique(), "p": chances, "changed": changed["group"].unique().tolist()}
     return recipe | fitted | {"prior": shrunk_prior(recipe["prior"], changed), "adapted": about}
 
 
 def _fit_unit(recipe: dict[str, Any], name: str, given: Tables, rows: pd.DataFrame) -> Blend:
     """The mixtures of the groups of `rows`, which share a temperature; none where the run's own are the best."""
-    studies, losses = np.random.default_rng(0).permutation(rows["study_id"].unique()), np.zeros(len(STRENGTHS))
-    for part in np.array_split(studies, PARTS):
-        held_out = rows["study_id"].isin(part)
+    patients, losses = np.random.default_rng(0).permutation(rows["patient"].unique()), np.zeros(len(STRENGTHS))
+    for part in np.array_split(patients, PARTS):
+        held_out = rows["patient"].isin(part)
         fitting, trial = (Problem(recipe, name, given, rows[~held_out], rows[at]) for at in (~held_out, held_out))
         losses += [trial.losses(fitting.fit(strength)).sum() for strength in STRENGTHS]
     factor, *bias = Problem(recipe, name, given, rows, rows).fit(STRENGTHS[int(losses.argmin())])

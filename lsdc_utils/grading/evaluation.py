@@ -125,13 +125,12 @@ def reference(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame], draws: int = 300) -> list[Any]:
     """The low and the high end, two tables like `measure(rows)`, of 95 % intervals from bootstrap samples of patients
-    (a column of judged `rows`); NaN under `FEWEST` patients. `measure` sees groups, severities and probabilities."""
-    rows = rows[["group", "severity", *PROBABILITIES, "patient"]].astype({"group": "category"})  # which is fast
+    (a column of `rows`); NaN under `FEWEST` patients. `measure` sees texts as categories."""
+    rows = rows.astype(dict.fromkeys(rows.select_dtypes(["object", "str"]), "category"))  # which is fast
     table, places = measure(rows), list(rows.groupby("patient").indices.values())
-    draw, drawn = np.random.default_rng(0), []
-    for _ in range(draws if len(places) >= FEWEST else 0):
-        sample = np.concatenate([places[k] for k in draw.integers(len(places), size=len(places))])
-        drawn.append(measure(rows.iloc[sample]).reindex_like(table).to_numpy(float).ravel())
+    drawn = np.random.default_rng(0).integers(len(places), size=(draws if len(places) >= FEWEST else 0, len(places)))
+    samples = (rows.iloc[np.concatenate([places[k] for k in draw])] for draw in drawn)
+    drawn = [measure(sample).reindex_like(table).to_numpy(float).ravel() for sample in samples]
     ends = np.array(metric.interval(np.array(drawn).reshape(-1, table.size))).T.reshape(2, *table.shape)
     return [pd.DataFrame(end, table.index, table.columns) for end in ends]
 

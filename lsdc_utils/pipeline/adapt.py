@@ -18,15 +18,15 @@ from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import read_parameters
 from lsdc_utils.pipeline.parameters import load_parameters
 
-FEWEST, THAWED = 20, 100  # labelled studies: to adapt; to train the transformer's encoder too
+FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train the transformer's encoder too
 SHORTER = 3  # further training takes this share of a training's steps
 OTHERS = ("exclude_csv", "points_csv", "folds_csv", "weights_dir", "out_dir", "studies_table", "fit_blend", "workers")
 
 
 def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
-    """UsageError where studies are too few, or the models in folder `trained` know some of them or have no blend."""
-    if (count := found.labels["study_id"].nunique()) < FEWEST:
-        raise UsageError(f"adapt needs {FEWEST} or more labelled studies with images; {found.comp.root} has {count}")
+    """UsageError where patients are too few, or the models in folder `trained` know some of them or have no blend."""
+    if (count := found.people["patient"].nunique()) < FEWEST:
+        raise UsageError(f"adapt needs {FEWEST} or more patients with labels and images; {found.comp.root} has {count}")
     if read_recipe(trained)["kind"] != "fitted":
         raise UsageError(f"the run in {trained} is by the published method, which has no blend to adapt")
     labelled.check_overlap(found, trained, False, cores)
@@ -52,25 +52,27 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     labelled.grade(found, trained, out / "work", cores, resume)
     tables = out / "work/predictions"
     given = {model: pd.read_parquet(tables / f"raw_{model}_test.parquet") for model in grade.models_in(recipe)}
-    order = np.random.default_rng(0).permutation(labels["study_id"].unique())
-    labels = labels.assign(fold=labels["study_id"].map({study: k % adapt.PARTS for k, study in enumerate(order)}))
+    patients = found.people.set_index(found.people["study_id"].astype(str))["patient"]
+    labels = labels.assign(patient=labels["study_id"].astype(str).map(patients))
+    order = np.random.default_rng(0).permutation(labels["patient"].unique())
+    labels["fold"] = labels["patient"].map({patient: k % adapt.PARTS for k, patient in enumerate(order)})
     new = adapt.fit_recipe(recipe, given, labels)
     graded = adapt.cross_fitted(recipe, given, labels, found.comp.series)
     solution, own = metric.solution_of(labels), pd.read_parquet(tables / "ensemble_test.parquet")
     for name, table in (("before", own), ("after", graded["ensemble"])):
-        new["adapted"][name] = metric.without_nan(metric.score(solution, metric.weight_table(table)))
+        new["adapted"][name] = metric.without_nan(metric.study_losses(solution, metric.weight_table(table)).score())
     for name, table in graded.items():
         write_table(out / f"predictions/{name}_oof.parquet", table)
     write_table(out / "tables/labels.parquet", labels)
     shutil.copytree(trained / "weights", out / "weights", dirs_exist_ok=True)
     for file in (trained / name for name in ("parameters.yml", "data.json") if (trained / name).is_file()):
         shutil.copyfile(file, out / file.name)
-    known = cohort.fingerprints(found.comp, sorted(order.tolist()), cores)
+    known = cohort.fingerprints(found.comp, sorted(found.people["study_id"]), cores)
     write_json(out / cohort.TRAINED_ON, cohort.trained_on(trained) + known)
     about = {"adapted": new["adapted"] | {"run": trained.name, "commit": git_commit()}}
     write_json(out / "provenance.json", json.loads((trained / "provenance.json").read_text()) | about)
     write_json(out / "blend.json", new)
-    scores = metric.score_block(solution, {"prior": metric.prior_out_of_fold(labels), **graded})
+    scores = metric.score_block(solution, {"prior": metric.prior_out_of_fold(labels), **graded}, patients)
     shutil.rmtree(out / "work")
     write_json(out / "scores.json", {"oof": scores, "test": None})  # last: with it the run is finished
     return new["adapted"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
@@ -25,17 +27,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"run_all.sh: {message}\nhelp: {self.prog} --help\n")
 
 
-def folder(text: str) -> Path:
-    """An existing folder."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    return Path(text)
-
-
-def table(text: str) -> Path:
-    """An existing file."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
+def existing(kind: str, text: str) -> Path:
+    """An existing folder or file, as `kind` says."""
+    if not (Path(text).is_dir() if kind == "folder" else Path(text).is_file()):
+        raise argparse.ArgumentTypeError(f"{text}: no such {kind}")
     return Path(text)
 
 
@@ -81,10 +76,11 @@ NOTES = {  # at the end of a command's --help
     "kaggle-bundle": "needs the network: pip downloads wheels that Kaggle's image lacks; wheels already there are kept",
 }
 SWITCH, EITHER = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
+FOLDER, FILE = ({"type": partial(existing, kind)} for kind in ("folder", "file"))
 FINISHED, COUNT = {"default": "demo", "type": finished_run}, {"type": at_least_one}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
-    ("validate predict evaluate adapt", "folder", "DIR", "competition's layout, or DICOM files", {"type": folder}),
+    ("validate predict evaluate adapt", "folder", "DIR", "competition's layout, or DICOM files", FOLDER),
     ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
     ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),
     ("curve", "sizes", "N", "training studies (default: 40 80 160 320)", COUNT | {"nargs": "*"}),
@@ -92,7 +88,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("bench", "name", "NAME", "only benchmarks with this in their name", {"nargs": "?", "default": ""}),
     ("test", "--all", None, "the slow proofs too", SWITCH),
     ("run", "--profile", "PROFILE", "values in notebooks/profiles/PROFILE.yml (default: demo)", {"default": "demo"}),
-    ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", {"type": folder}),
+    ("run", "--data", "DIR", "a folder in the competition's layout (default: write a phantom)", FOLDER),
     ("run", "--run", "NAME", "results go to outputs/NAME (default: the profile's name)", {"type": run_name}),
     ("predict evaluate", "--run", "NAME", f"a run or `pack`'s archive (default: outputs/{READY})", {"default": READY}),
     ("adapt export pack kaggle-bundle ablate curve", "--run", "NAME", "a finished run (default: demo)", FINISHED),
@@ -101,7 +97,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("evaluate", "--out", "DIR", "where results go (default: outputs/[NAME/]evaluation/<folder>)", {"type": Path}),
     ("adapt", "--out", "RUN2", "name of the new run", {"type": run_name, "required": True}),
     ("adapt", "--train", None, "also train its models on the studies, beginning with the run's weights", SWITCH),
-    ("evaluate adapt", "--labels", "CSV", "row_id,severity (default: train.csv or solution.csv)", {"type": table}),
+    ("evaluate adapt", "--labels", "CSV", "row_id,severity (default: train.csv or solution.csv)", FILE),
     ("evaluate", "--allow-trained", None, "score studies that the models were trained on, marked so", SWITCH),
     ("predict", "--pages", None, "a page per study (default: up to 20 studies)", EITHER),
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
@@ -119,8 +115,8 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The arguments, with `command` and, for lab, `rest`; prints and exits on --help (status 0) and on errors (2)."""
-    named = bool(words) and words[0] in COMMANDS
+    """The arguments, with `command`, `typed` and, for lab, `rest`; exits on --help (status 0) and on errors (2)."""
+    named, typed = bool(words) and words[0] in COMMANDS, shlex.join(["./run_all.sh", *words])
     name, words = (words[0], words[1:]) if named else ("run", words)
     note, does = NOTES.get(name, ""), COMMANDS[name][1]
     if not named:  # --help lists all commands
@@ -133,7 +129,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         if name in takers.split():
             parser.add_argument(option, help=text, **({"metavar": metavar} if metavar else {}), **settings)
     asked, rest = parser.parse_known_args(words) if name == "lab" else (parser.parse_intermixed_args(words), [])
-    return argparse.Namespace(**vars(asked), command=name, rest=rest)
+    return argparse.Namespace(**vars(asked), command=name, typed=typed, rest=rest)
 
 
 if __name__ == "__main__":

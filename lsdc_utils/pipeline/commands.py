@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from lsdc_utils.files import git_commit
+from lsdc_utils.files import count_studies, git_commit
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
@@ -53,6 +53,16 @@ def run_of(asked: Namespace) -> Run:
 def run(asked: Namespace) -> int:
     """Run what is not up to date and print scores and the report's path, or list what would run."""
     planned, began = run_of(asked), time.time()
+    if asked.dry_run and (folder := planned.parameters["data_dir"]):
+        from lsdc_utils.checkpoint import points_source
+        from lsdc_utils.data import checks, competition
+
+        exclude, points, lender = map(planned.parameters.get, ("exclude_csv", "points_csv", "points_from"))
+        comp = competition.read(folder, exclude, points, planned.cores)
+        labels, source = checks.label_table(comp, planned.cores), points_source(planned.folder, lender)
+        groups = checks.wanted(labels, planned.parameters["conditions"], lender)[0]
+        if fault := checks.untrainable(labels, groups, lender, source, comp.series["series_type"]):
+            raise UsageError(f"{folder}: {fault}; ./run_all.sh validate tells more")  # as 02 would
     return dry_run(planned) if asked.dry_run else finish(planned, began)
 
 
@@ -110,31 +120,23 @@ def models_in(trained: Path, unpacked: Path) -> Path:
 def predict(asked: Namespace) -> int:
     """Grade every study in a folder with a run, an archive or the ready-made models."""
     (trained, out, name), folder = grading(asked, "predict"), asked.folder.resolve()
-    from lsdc_utils.data.competition import CompetitionError
     from lsdc_utils.grading.basis import grade_basis
-    from lsdc_utils.grading.run_tables import RunError
     from lsdc_utils.pipeline import predict
 
     began, cores = time.time(), asked.cores or usable_cores()
-    resume = ["./run_all.sh", "predict", folder, "--run", asked.run, "--out", out, "--cores", cores]
-    resume += [] if asked.pages is None else ["--pages" if asked.pages else "--no-pages"]
     with locked(out):
-        try:
-            trained = models_in(trained, out / "models")
-            parameters = predict.prepare(folder, trained, out, cores)
-        except (CompetitionError, RunError, UsageError) as error:
-            print(f"run_all.sh: {error}", file=sys.stderr)
-            return 1
-        if status := work(Run(out, parameters, shlex.join(map(str, resume)), cores, snakefile="predict.smk")):
+        trained = models_in(trained, out / "models")
+        parameters = predict.prepare(folder, trained, out, cores)
+        if status := work(Run(out, parameters, asked.typed, cores, snakefile="predict.smk")):
             return status
         basis = grade_basis(trained)
         summary, studies, uncertain = predict.collect(parameters, basis)
         print(f"\n{summary}\n\ngrades: {out}/grades.csv")
         if pages := asked.pages or (asked.pages is None and studies <= predict.FEW_PAGES):
             print(f"pages: {predict.write_pages(parameters, name, basis)}")
-    device = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
+    place = f"{cores} cores" if not (gpus := len(visible_gpus())) else f"{gpus} GPU{'s' * (gpus > 1)}"
     check = ": check these on their pages" if pages and uncertain else ""
-    print(f"{studies} studies in {time.time() - began:.0f} s on {device}; levels uncertain in {uncertain}{check}")
+    print(f"{count_studies(studies)} in {time.time() - began:.0f} s on {place}; levels uncertain in {uncertain}{check}")
     return 0
 
 
@@ -143,27 +145,24 @@ def evaluate(asked: Namespace) -> int:
     (trained, out, name), cores = grading(asked, "evaluation"), asked.cores or usable_cores()
     from lsdc_utils.pipeline import labelled
 
-    resume = ["./run_all.sh", "evaluate", asked.folder, "--run", asked.run, "--out", out, "--cores", cores]
-    resume += [*(["--labels", asked.labels] if asked.labels else []), *["--allow-trained"] * asked.allow_trained]
+    found = labelled.find(asked.folder.resolve(), asked.labels, cores)
     with locked(out):
         trained = models_in(trained, out / "work" / "models")
-        found = labelled.find(asked.folder.resolve(), asked.labels, cores)
         overlap = labelled.check_overlap(found, trained, asked.allow_trained, cores)
-        numbers = labelled.evaluate(found, trained, out, name, overlap, cores, shlex.join(map(str, resume)))
-    print(score_table(numbers).replace("test studies", "labelled studies"))
+        numbers = labelled.evaluate(found, trained, out, name, overlap, cores, asked.typed)
+    print(score_table(numbers).replace(" test stud", " labelled stud"))
     print("", *numbers["notes"], "", f"numbers: {out}/evaluation.json", f"report: {out}/report/index.html", sep="\n")
     return 0
 
 
 def adapt(asked: Namespace) -> int:
     """Fit a finished run to the population of a labelled folder."""
+    from lsdc_utils import metric
     from lsdc_utils.pipeline import adapt, labelled
 
     out, cores, began = OUTPUTS / asked.out, asked.cores or usable_cores(), time.time()
     if asked.run.name == asked.out or (not asked.train and (out / "weights").is_dir()):
         raise UsageError(f"--out {asked.out}: there is such a run; give another name, or delete {shown(out)}")
-    resume = ["./run_all.sh", "adapt", asked.folder, "--run", asked.run.name, "--out", asked.out, "--cores", cores]
-    resume = shlex.join(map(str, resume + (["--labels", asked.labels] if asked.labels else ["--train"] * asked.train)))
     if asked.train and asked.labels:
         raise UsageError("adapt: --labels cannot be used with --train, which reads train.csv")
     found = labelled.find(asked.folder.resolve(), asked.labels, cores)
@@ -172,12 +171,13 @@ def adapt(asked: Namespace) -> int:
         parameters = adapt.training_parameters(found, asked.run)
         resolve_conditions(parameters)
         check_start(parameters)
-        return finish(Run(out, parameters, resume, cores), began)
+        return finish(Run(out, parameters, asked.typed, cores), began)
     with locked(out):
-        about = adapt.adapt_run(found, asked.run, out, cores, resume)
+        about = adapt.adapt_run(found, asked.run, out, cores, asked.typed)
     print(score_table(json.loads((out / "scores.json").read_text())))
     kept = ", ".join(group.score for key, group in GROUPS.items() if key not in about["changed"]) or "none"
-    print(f"\ntotal by the run's own blend: {about['before']['total']}; kept as it is: {kept}\nrun: {shown(out)}")
+    before = about["before"][metric.overall(about["before"])]
+    print(f"\nensemble by the run's own blend: {before:.3f}; kept as it is: {kept}\nrun: {shown(out)}")
     return 0
 
 
@@ -189,8 +189,7 @@ def export(asked: Namespace) -> int:
     written = studies.export_studies(asked.run, asked.studies or None, out)
     for study, problem in written.loc[written["problem"] != "", ["study_id", "problem"]].to_numpy():
         print(f"study {study}: {problem}", file=sys.stderr)
-    count = f"{len(written)} {'study' if len(written) == 1 else 'studies'}"
-    print(f"{count} exported to {shown(out)}, with {written['images_written'].sum()} key images")
+    print(f"{count_studies(len(written))} exported to {shown(out)}, with {written['images_written'].sum()} key images")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The labelled studies of any folder, graded by a run's models and scored, for `evaluate` and `adapt`. They are graded
 in work/ in the folder of results. What `evaluate` leaves there names neither the folder nor a file."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ import pandas as pd
 from lsdc_utils import metric
 from lsdc_utils.data import checks, cohort, competition
 from lsdc_utils.data.tables import Findings, read_grades
-from lsdc_utils.files import write_json, write_table
+from lsdc_utils.dicom import DicomError, series_files
+from lsdc_utils.dicom.headers import opened, text
+from lsdc_utils.files import count_studies, write_json, write_table
 from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, tables_of
@@ -30,13 +33,14 @@ class Labelled:
     comp: competition.Competition  # the whole folder
     labels: pd.DataFrame  # row_id, study_id (int), condition, level, severity (0, 1, 2): rows with a label and images
     points: pd.DataFrame  # readers' points of these studies, as `Competition.coordinates`; may be empty
-    lost: int  # studies with a label and without images
+    people: pd.DataFrame  # what `cohort.describe` tells of these studies; patients by a column of the labels too
+    lost: list[int]  # studies with a label and without images
 
 
 def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
     """The studies of folder `root` that have images and a label. Labels are those of `labels_csv` (row_id and severity,
     or any form of `tables.read_grades`), else those of train.csv and, of test studies, of a solution.csv beside the
-    tables. UsageError where no study has one, CompetitionError where a table cannot be read."""
+    tables. UsageError where no study has one or patients are named instead, CompetitionError for a wrong table."""
     comp = competition.read(root, workers=cores, labels_csv=labels_csv or "")
     comp = replace(comp, findings=comp.findings[comp.findings["rule"] != "grade_without_point"])  # matters to training
     labels, points = comp.labels, comp.coordinates
@@ -49,28 +53,51 @@ def find(root: Path, labels_csv: Path | None, cores: int) -> Labelled:
     there, place = labels["study_id"].isin(comp.series["study_id"]), labels_csv or f"{root}: train.csv or solution.csv"
     if labels.empty:
         raise UsageError(f"{place}: there is no grade; give a table of grades with --labels FILE.csv")
+    here, asked, lost = (t["study_id"].unique().tolist() for t in (comp.series, labels, labels[~there]))
+    _check_ids(comp, asked, place)
+    first = [", ".join(comp.names.get(n, str(n)) for n in ids[:3]) for ids in (here, asked, lost)]
     if not there.any():
-        here, asked = (
-            ", ".join(comp.names.get(n, str(n)) for n in t["study_id"].unique()[:3]) for t in (comp.series, labels)
-        )
-        raise UsageError(f"{place}: no graded study has images: grades are of {asked} ..., images of {here} ...")
+        raise UsageError(f"{place}: no graded study has images: grades are of {first[1]} ..., images of {first[0]} ...")
+    if lost:
+        print(f"{place}: {count_studies(len(lost), 'labelled')} without images, e.g. {first[2]}")
     points = points[points["study_id"].isin(labels["study_id"][there])].reset_index(drop=True)
-    return Labelled(comp, labels[there].reset_index(drop=True), points, labels["study_id"][~there].nunique())
+    graded = [labels_csv] if labels_csv else [root / "train.csv", root / "solution.csv"]
+    people = cohort.describe(comp, sorted({*asked} - {*lost}), cores, graded)
+    return Labelled(comp, labels[there].reset_index(drop=True), points, people, lost)
+
+
+def _check_ids(comp: competition.Competition, asked: list[int], place: Path | str) -> None:
+    """UsageError where one of the ids `asked`, of labelled studies, is a patient's: of one whose studies have other
+    ids, or of one whose studies lie in a folder named so, which would be taken for one study."""
+    studies = {}  # PatientID -> study_id -> StudyInstanceUIDs, or id in a table
+    for key in comp.series[["split", "study_id", "series_id"]].itertuples(index=False, name=None):
+        with contextlib.suppress(DicomError), opened(series_files(comp.source(*key))[1][0].file) as file:
+            own = text(file.dataset, "StudyInstanceUID") if key[1:] in comp.files else ""
+            name = own or comp.names.get(key[1], str(key[1]))
+            studies.setdefault(text(file.dataset, "PatientID"), {}).setdefault(key[1], set()).add(name)
+    for number in asked:
+        own = studies.get(name := comp.names.get(number, str(number)), {})
+        if len(own.get(number, ())) > 1 or (own and number not in {*comp.series["study_id"]}):
+            ids = ", ".join(sorted(set().union(*own.values()))[:3])
+            remedy = f"write the ids of studies there ({ids} ...), and those of patients in a column patient_id"
+            raise UsageError(f"{place}: study_id holds PatientIDs, e.g. {name}: {remedy}")
 
 
 def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> tuple[list[int], str]:
-    """The studies on which the models in folder `trained` were trained, and words on that, '' if there are none.
+    """The studies on whose patients the models in folder `trained` were trained, and words on that, '' without any.
     UsageError where there are some and `allowed` is False."""
     studies, blocks = sorted(found.labels["study_id"].unique().tolist()), cohort.trained_on(trained)
     if not blocks:
         phantom = grade_basis(trained) == PHANTOM_ONLY
         return [], "" if phantom else "overlap not checked, since these models record no training images"
-    known = cohort.overlap(blocks, found.comp, studies, cores)
-    words = f"trained on {len(known)} of these {len(studies)} studies"
+    known, people = cohort.overlap(blocks, found.comp, studies, cores), found.people
+    words = f"trained on {len(known)} of these {count_studies(len(studies))}"
+    kin = people["study_id"][people["patient"].isin(people["patient"][people["study_id"].isin(known)])].tolist()
+    words += f" and on the patients of {len(kin) - len(known)} more" * (len(kin) > len(known))
     if known and not allowed:
         remedy = "leave them out, or add --allow-trained, with which every page is marked"
         raise UsageError(f"these models were {words}, e.g. {known[0]}, on which scores are too good: {remedy}")
-    return known, f"{words}: the scores are too good" if known else ""
+    return kin, f"{words}: the scores are too good" if known else ""
 
 
 def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:
@@ -92,9 +119,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
     overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
-    (out / "evaluation.json").unlink(
-        missing_ok=True
-    )  # of an earlier evaluation, which a stop would leave beside new tables
+    (out / "evaluation.json").unlink(missing_ok=True)  # an earlier one, which a stop would leave beside new tables
     shutil.rmtree(out / "report", ignore_errors=True)
     parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))
     basis = "; ".join(filter(None, [grade_basis(trained), overlap[1]]))
@@ -106,9 +131,8 @@ def evaluate(
     series = listed.series.assign(split="train")  # those that have labels
     comp = replace(found.comp, series=series, files=listed.files, labels=labels, coordinates=found.points)
     write_table(out / "tables/labels.parquet", checks.label_table(comp, cores))  # with the places of readers' points
-    people = cohort.describe(found.comp, sorted(found.labels["study_id"].unique().tolist()), cores)
-    people["trained_on"] = people["study_id"].isin(overlap[0])
-    write_table(out / "tables/studies.parquet", people)
+    known_to = found.people["study_id"].isin(overlap[0])
+    write_table(out / "tables/studies.parquet", found.people.assign(trained_on=known_to))
     write_table(out / "solution.csv", found.labels[["row_id", "severity"]])
     about = {"models": models, "grade_basis": basis, "trained_on": len(overlap[0]), "cut_offs": known["cut_offs"]}
     write_json(out / "about.json", about | {"overlap": overlap[1], "studies_without_images": found.lost})

@@ -127,6 +127,8 @@ def resolve_conditions(parameters: dict[str, Any]) -> None:
     """Replace `conditions` by the keys of the groups to train; UsageError for a wrong one, or one without any grade.
     Without all three there are no stress tests, whose phantom narrows each; a line is printed then."""
     folder, graded = parameters["data_dir"], GROUPS
+    if not parameters["conditions"]:
+        raise UsageError(f"conditions= has no value; write conditions=all, or some of {', '.join(GROUPS)}")
     if folder and Path(folder, "train.csv").is_file():
         from lsdc_utils.data import competition  # takes a second
 
@@ -134,7 +136,7 @@ def resolve_conditions(parameters: dict[str, Any]) -> None:
     try:
         parameters["conditions"] = groups_of(parameters["conditions"], graded)
     except ValueError as error:
-        raise UsageError(f"{folder or 'the data'}: {error}") from error
+        raise UsageError(f"{folder}: {error}" if folder else str(error)) from error
     if not parameters["conditions"]:
         raise UsageError(f"{folder}: no training study has a grade")
     if len(parameters["conditions"]) == len(GROUPS):

@@ -21,7 +21,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.stacks import read_study
 from lsdc_utils.data.unsorted import walk
 from lsdc_utils.dicom import Frames
-from lsdc_utils.files import readable, sha256, write_json, write_table
+from lsdc_utils.files import count_studies, readable, sha256, write_json, write_table
 from lsdc_utils.grading.basis import basis_words
 from lsdc_utils.grading.run_tables import read_graded, read_recipe
 from lsdc_utils.pipeline.arguments import UsageError
@@ -96,10 +96,10 @@ def _list_studies(root: Path, out: Path, workers: int, chosen: Chosen | None) ->
     findings = comp.findings[comp.findings["study_id"].isna() | comp.findings["study_id"].isin(studies)]
     write_table(out / "tables/findings.parquet", findings)
     comp.write_ids(out)
-    print(f"{len(studies)} studies with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
+    print(f"{count_studies(len(studies))} with {len(series)} series, in {count} shard{'s' * (count > 1)}", flush=True)
     others = 0 if chosen else comp.series["study_id"].nunique() - series["study_id"].nunique()
     if others:
-        print(f"{others} training studies of the tables are skipped; to grade them, give their folder of images")
+        print(f"skipped: {count_studies(others, 'training')} of the tables; to grade them, give their folder of images")
     return count
 
 
@@ -136,7 +136,7 @@ def collect(parameters: dict[str, Any], basis: str) -> tuple[str, int, int]:
     findings["value"] = without_names(findings["value"], Path(parameters["data_dir"]))
     for name, table in zip(RESULTS, (metric.weight_table(natural), grades, findings), strict=True):
         write_table(out / name, table, float_format="%.9f")
-    lines = [f"{grades['study_id'].nunique()} studies graded, {len(grades)} rows:"]
+    lines = [f"{count_studies(grades['study_id'].nunique())} graded, {len(grades)} rows:"]
     lines += [f"  {count:>8} by {source}" for source, count in grades["source"].value_counts().items()]
     if count := int((~grades["own_series"]).sum()):
         lines += [f"  {count:>8} of them without the series that the condition is read on"]
@@ -168,10 +168,8 @@ def write_pages(parameters: dict[str, Any], name: str, basis: str, evaluated: Pa
     for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
     weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comp, "test", study)[0]
-    folder, notebook = out / "pages", None
-    if evaluated:
-        folder, notebook = evaluated / "report", evaluated / "notebooks/evaluate.ipynb"
-    return write_study_pages(folder, name, rows, read, weights, basis, findings, notebook)
+    shown = (evaluated / "report", evaluated / "notebooks/evaluate.ipynb") if evaluated else (out / "pages", None)
+    return write_study_pages(shown[0], name, rows, read, weights, basis, findings, shown[1])
 
 
 def files_of(comp: competition.Competition, series: pd.DataFrame, studies: Iterable[int]) -> pd.DataFrame:

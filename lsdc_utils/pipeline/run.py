@@ -96,7 +96,8 @@ def cancel_jobs(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the run's folder; UsageError if another runner has it. The lock ends with the process, however it ends."""
+    """Lock the run's folder until the process ends; UsageError if another has it. A new one that stays empty goes."""
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -108,7 +109,12 @@ def locked(folder: Path) -> Iterator[None]:
         left = (*folder.glob(".writing-*"), *folder.glob("*/.writing-*"))  # by a process that was killed
         for file in filter(Path.is_file, left):
             file.unlink()
-        yield
+        try:
+            yield
+        finally:
+            files = (file.relative_to(folder).parts for file in folder.rglob("*") if file.is_file())
+            if new and all({".lock", "models"} & {*parts} for parts in files):  # refused; models are an archive's
+                shutil.rmtree(folder)
 
 
 def snakemake_command(run: Run, config: Path, gpus: int) -> list[str]:

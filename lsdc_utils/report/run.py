@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from lsdc_utils.costs import step_table
-from lsdc_utils.files import git_commit, write_json
+from lsdc_utils.files import count_studies, git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.grading.blend import family
 from lsdc_utils.grading.evaluation import judge
@@ -185,7 +185,7 @@ def score_columns(block: dict[str, Any], shown: list[str]) -> pd.DataFrame:
 
 def score_table(scores: dict[str, Any]) -> pd.DataFrame:
     """Total scores as text: a row for each model, columns for each block."""
-    titles = {name: f"{BLOCK_NAMES[name]}, {block['n_studies']} studies" for name, block in blocks(scores).items()}
+    titles = {name: f"{BLOCK_NAMES[name]}, {count_studies(b['n_studies'])}" for name, b in blocks(scores).items()}
     return pd.concat({title: score_columns(scores[k], models(scores)) for k, title in titles.items()}, axis=1)
 
 

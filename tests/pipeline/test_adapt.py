@@ -65,7 +65,8 @@ def found_in(folder: Path, n: int, seed: int = 1) -> tuple[labelled.Labelled, di
     table = pd.DataFrame(said, columns=list(SEVERITIES)).assign(row_id=rows)
     comp = SimpleNamespace(root=folder, series=series)
     names = ("raw_yolo", "raw_vit3d", "ensemble")
-    return labelled.Labelled(comp, labels, pd.DataFrame(), 0), dict.fromkeys(names, table)
+    people = pd.DataFrame({"study_id": [1000 + study for study in range(n)], "patient": range(n)})
+    return labelled.Labelled(comp, labels, pd.DataFrame(), people, []), dict.fromkeys(names, table)
 
 
 @pytest.fixture
@@ -110,9 +111,26 @@ def test_the_new_run_is_a_run_like_any_other(trained: Path, graded: dict, tmp_pa
         assert SECRET.encode() not in file.read_bytes() and SECRET not in str(file)
 
 
+def test_studies_of_a_patient_are_never_fitted_and_graded_apart(trained: Path, graded: dict, tmp_path: Path) -> None:
+    found, tables = found_in(tmp_path / SECRET, 60)
+    graded |= tables
+    found.people["patient"] //= 2
+    adapt.adapt_run(found, trained, trained.with_name("second"), 1, "")
+    labels = pd.read_parquet(trained.with_name("second") / "tables/labels.parquet")
+    assert (labels.groupby("patient")["fold"].nunique() == 1).all() and labels["patient"].nunique() == 30
+    scores = json.loads((trained.with_name("second") / "scores.json").read_text())["oof"]
+    found.people["patient"] = found.people["study_id"]
+    adapt.adapt_run(found, trained, trained.with_name("third"), 1, "")
+    alone = json.loads((trained.with_name("third") / "scores.json").read_text())["oof"]
+    assert alone["interval"]["prior"]["total"] != scores["interval"]["prior"]["total"]
+    found.people["patient"] //= 10
+    with pytest.raises(UsageError, match=r"20 or more patients .* has [67]$"):
+        adapt.check(found, trained, 1)
+
+
 def test_too_few_known_or_published(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found, _ = found_in(tmp_path, 19)
-    with pytest.raises(UsageError, match=r"20 or more labelled studies .* has 19"):
+    with pytest.raises(UsageError, match=r"20 or more patients .* has 19"):
         adapt.check(found, trained, 1)
     found, _ = found_in(tmp_path, 20)
     monkeypatch.setattr(labelled, "check_overlap", lambda *_: ([], ""))

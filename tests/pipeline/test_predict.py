@@ -262,13 +262,13 @@ def test_mistakes_are_errors(finished: Path, tmp_path: Path, capsys: pytest.Capt
     assert asked(garbage, "--run", "demo", "--out", tmp_path / "taken") == 2
     assert "is a file" in capsys.readouterr().err
     (finished / "weights/vit3d_fold0.json").unlink()
-    assert asked(garbage, "--run", "demo") == 1
+    assert asked(garbage, "--run", "demo") == 2
     assert "vit3d_fold0.json" in capsys.readouterr().err
     (finished / "weights/vit3d_fold0.safetensors").unlink()
-    assert asked(garbage, "--run", "demo") == 1
+    assert asked(garbage, "--run", "demo") == 2
     assert "vit3d_fold0.safetensors" in capsys.readouterr().err
     (finished / "blend.json").unlink()
-    assert asked(garbage, "--run", "demo") == 1
+    assert asked(garbage, "--run", "demo") == 2
     assert "blend.json" in capsys.readouterr().err
 
 
@@ -289,9 +289,9 @@ def test_a_folder_of_garbage_is_said_to_hold_nothing(finished: Path, tmp_path: P
     (garbage / "deep").mkdir(parents=True)
     (garbage / "deep" / "1.dcm").write_text("no image")
     (garbage / "photo.jpg").write_bytes(bytes(1000))
-    assert asked(garbage, "--run", "demo") == 1
+    assert asked(garbage, "--run", "demo") == 2
     assert str(garbage) in capsys.readouterr().err
-    assert not list((finished / "predict").rglob("*.csv"))
+    assert not (finished / "predict/garbage").exists()
 
 
 def write_listing(root: Path, studies: int) -> None:

@@ -56,8 +56,8 @@ def test_the_proof_of_the_docs_knows_every_command_and_no_other(monkeypatch, tmp
 
 
 def test_what_the_proof_runs_is_the_command_that_the_docs_name() -> None:
-    for command, (run, expected) in docs.COMMANDS.items():
-        said, done = command.split(), (run or command).split()
+    for command, (_, expected) in docs.COMMANDS.items():
+        said, done = command.split(), docs.as_run(command).split()
         named = 1 if len(said) == 1 or said[1].startswith("-") else 2  # program, and command or script
         assert done[:named] == said[:named] and expected, command
 

@@ -94,9 +94,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
     overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
-    (out / "evaluation.json").unlink(
-        missing_ok=True
-    )  # of an earlier evaluation, which a stop would leave beside new tables
+    (out / "evaluation.json").unlink(missing_ok=True)  # an earlier one, which a stop would leave beside new tables
     shutil.rmtree(out / "report", ignore_errors=True)
     parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))
     basis = "; ".join(filter(None, [grade_basis(trained), overlap[1]]))

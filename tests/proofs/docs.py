@@ -56,7 +56,6 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
         "03_train_yolo_nfn_fold0",
     ),
     "./run_all.sh validate DIR": ("", "usable for: "),
-    "./run_all.sh validate DIR --out findings.csv": ("./run_all.sh validate DIR --out ../findings.csv", "usable for: "),
     "./run_all.sh validate DIR [--out findings.csv]": (
         "./run_all.sh validate DIR --out ../findings.csv",
         "usable for: ",
@@ -68,7 +67,6 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     ),
     "./run_all.sh predict DIR --run demo": ("", "outputs/demo/predict/some studies/grades.csv"),
     "./run_all.sh predict DIR --run demo.zip": ("./run_all.sh predict DIR --run outputs/demo/demo.zip", "grades: "),
-    "./run_all.sh evaluate DIR --run demo": ("", "numbers: "),
     "./run_all.sh evaluate DIR --run demo --labels FILE.csv": ("", "numbers: "),
     "./run_all.sh evaluate DIR --run NAME|FILE.zip [--labels FILE.csv] [--out DIR] [--allow-trained]": (
         "./run_all.sh evaluate DIR --run demo --labels FILE.csv --out ../evaluation --allow-trained",
@@ -100,7 +98,7 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     ),
     "./run_all.sh --force 00": ("./run_all.sh SMALL --run softmax --force 00 --until 00_get_data", "00_get_data done"),
     "./run_all.sh ablate [NAME ...]": ("./run_all.sh ablate one_crop_view", "worse_by"),
-    "./run_all.sh curve [N ...]": ("./run_all.sh curve 12", "n_train"),
+    "./run_all.sh curve [N ...]": ("./run_all.sh curve 10", "n_train"),
     "./run_all.sh refine [--run NAME]": ("./run_all.sh refine", "unrefined"),
     "./run_all.sh refine --run demo": ("", "unrefined"),
     "./run_all.sh bench training": ("", "bench_training"),
@@ -125,6 +123,7 @@ NOT_RUN = {  # command of the docs -> why it is not run here
     "pip-audit --requirement requirements.txt --no-deps": "asks a database on the network",
     "python tests/proofs/docs.py": "this proof",
     "python tests/proofs/kaggle.py outputs/demo": "downloads an environment",
+    "python tests/proofs/lab.py RUN": "a proof of its own, with a browser",
     "python tests/proofs/spider.py DIR [--run RUN] [--out CSV]": "needs the SPIDER data set",
     "python tests/proofs/spider.py SPIDER --run pretrained-run --out real.csv": "needs the SPIDER data set",
     "tests/proofs/slurm.sh": "needs root and SLURM",
@@ -194,7 +193,7 @@ def put_setting(project: Path) -> None:
     file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
-def execute(project: Path, command: str, log: Path) -> tuple[int, float]:
+def execute(project: Path, command: str, log: Path) -> tuple[int, int]:
     """Run what stands for a command in the project; its exit status (1 where expected words lack) and seconds."""
     began, (_, expected) = time.time(), COMMANDS[command]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -213,12 +212,16 @@ def execute(project: Path, command: str, log: Path) -> tuple[int, float]:
             status = subprocess.run(["bash", "-c", as_run(command)], cwd=project, **options).returncode
     if not status and not re.search(expected, log.read_text()):
         status = 1
-    return status, time.time() - began
+    return status, round(time.time() - began)
 
 
 def set_up(folder: Path) -> Path:
     """A clone of HEAD with a link to this environment, and beside it the folders of studies; the clone."""
     project = folder / "a clean clone"
+    if project.is_dir():
+        subprocess.run(["git", "pull", "--quiet", "--ff-only"], cwd=project, check=True)
+        return project
+    (folder / "logs").mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     (project / ".venv").symlink_to(sys.prefix)  # set-up of an environment is not repeated
     for name, studies in (("some studies", 3), ("twenty studies", 20)):
@@ -226,10 +229,34 @@ def set_up(folder: Path) -> Path:
     return project
 
 
+def run_all(folder: Path) -> pd.DataFrame:
+    """Run all commands in a folder, but those that were run there before without a failure; their list."""
+    project, table = set_up(folder), folder / "commands.csv"
+    done = pd.read_csv(table, keep_default_na=False).to_dict("records") if table.is_file() else []
+    done, lines = [line for line in done if str(line["status"]) == "0"], []
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=project, capture_output=True, text=True)
+    for number, (page, command) in enumerate(all_commands()):
+        line = {"page": page, "command": command, "run": "", "status": "", "seconds": "", "commit": head.stdout.strip()}
+        if command in NOT_RUN:
+            line["status"] = f"not run: {NOT_RUN[command]}"
+        else:
+            line["run"] = as_run(command)
+            earlier = [old for old in done if all(old[key] == line[key] for key in ("page", "command", "run"))]
+            if earlier:
+                line = earlier[0]
+                done.remove(line)
+            else:
+                line["status"], line["seconds"] = execute(project, command, folder / f"logs/{number:02d}.txt")
+        lines.append(line)
+        print(*line.values(), sep=" | ", flush=True)
+        pd.DataFrame([*lines, *done]).to_csv(table, index=False)
+    return pd.DataFrame(lines)
+
+
 def main() -> int:
     """Run all commands, print and write their list; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where clone, studies and logs are kept (default: deleted)")
+    parser.add_argument("--folder", type=Path, help="where clone, studies and logs are kept, to resume there")
     folder = parser.parse_args().folder
     if wrong := differences():
         print(*wrong, sep="\n")
@@ -237,26 +264,13 @@ def main() -> int:
     for word, stand_in in {**SUBSTITUTES, "SMALL": SMALL}.items():
         print(f"{word}: {stand_in}")
     with contextlib.ExitStack() as stack:
-        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "logs").mkdir(parents=True)
-        project, lines = set_up(folder), []
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=project, capture_output=True, text=True)
-        for number, (page, command) in enumerate(all_commands()):
-            line = {"page": page, "command": command, "run": "", "status": "", "seconds": ""}
-            if command in NOT_RUN:
-                line["status"] = f"not run: {NOT_RUN[command]}"
-            else:
-                line["run"] = as_run(command)
-                line["status"], seconds = execute(project, command, folder / f"logs/{number:02d}.txt")
-                line["seconds"] = round(seconds)
-            lines.append(line | {"commit": commit.stdout.strip()})
-            print(*list(line.values()), sep=" | ", flush=True)
-            pd.DataFrame(lines).to_csv(ROOT / "docs/commands.csv", index=False)
-    ran = [line for line in lines if line["run"]]
-    print(f"{len(ran)} commands ran, {len(lines) - len(ran)} did not")
-    failed = [line["command"] for line in ran if line["status"]]
-    print(*(f"FAILED: {command}" for command in failed), sep="\n")
-    return int(bool(failed))
+        table = run_all((folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve())
+    table.to_csv(ROOT / "docs/commands.csv", index=False)
+    ran = table[table["run"] != ""]
+    failed = ran[ran["status"].astype(str) != "0"]
+    print(f"{len(ran)} commands ran, {len(table) - len(ran)} did not")
+    print(*(f"FAILED: {command}" for command in failed["command"]), sep="\n")
+    return int(len(failed) > 0)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ class Viewer:
         figures.show_slice(figure.add_subplot(), pixels, affine, places if points and len(near) else None, **drawn)
         self.image.value = print_figure(figure, bbox_inches=None)
         words = self.rows.loc[self.rows["study_id"] == study, "words"].map(lambda words: html.escape(str(words)))
-        self.text.value = "<br>".join(f"<b>{text}</b>" if k in near.index else text for k, text in words.items())
+        lines = "<br>".join(f"<b>{text}</b>" if k in near.index else text for k, text in words.items())
+        self.text.value = f'<div style="line-height: 1.35">{lines}</div>'  # all rows beside the image
 
 
 def show(read: Reader, rows: pd.DataFrame, still: Figure | None = None, boxes_mm: Boxes | None = None) -> Viewer | None:

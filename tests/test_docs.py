@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.append(str(ROOT / "tests/proofs"))
+import docs
+
+PAGES = docs.PAGES
 
 
 def test_the_readme_is_read_in_three_minutes() -> None:
@@ -27,8 +31,7 @@ def test_links_lead_to_files(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_parameters_in_examples_exist(page: Path) -> None:
     parameters = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())
-    blocks = re.findall(r"^ *```\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
-    calls = [line.partition("#")[0] for block in blocks for line in block.splitlines() if "run_all.sh" in line]
+    calls = [command for command in docs.page_commands(page) if "run_all.sh" in command]
     named = re.findall(r"(?<!\S)([a-z]\w*)=", " ".join(calls))
     assert set(named) <= set(parameters)
 
@@ -39,3 +42,27 @@ def test_tables_of_results_name_their_run_and_commit(page: Path) -> None:
     assert tables
     for table in tables:
         assert re.search(r"[Rr]un `\w+`.* commit [0-9a-f]{12}", table)
+
+
+def test_the_proof_of_the_docs_knows_every_command_and_no_other(monkeypatch, tmp_path: Path) -> None:
+    assert docs.differences() == []
+    page = tmp_path / "page.md"
+    page.write_text("```\n./run_all.sh new   # it\n```\n```text\nno command\n```\nAs `python a.py`, in `Python`.\n")
+    assert docs.page_commands(page) == ["./run_all.sh new", "python a.py"]
+    monkeypatch.setattr(docs, "PAGES", [page])
+    wrong = docs.differences()
+    assert wrong[:2] == [f"not in the tables of tests/proofs/docs.py: {c}" for c in ("./run_all.sh new", "python a.py")]
+    assert "in the tables, but on no page: ./run_all.sh --help" in wrong
+
+
+def test_what_the_proof_runs_is_the_command_that_the_docs_name() -> None:
+    for command, (_, expected) in docs.COMMANDS.items():
+        said, done = command.split(), docs.as_run(command).split()
+        named = 1 if len(said) == 1 or said[1].startswith("-") else 2  # program, and command or script
+        assert done[:named] == said[:named] and expected, command
+
+
+@pytest.mark.parametrize("proof", sorted((ROOT / "tests/proofs").glob("*.py")), ids=lambda file: file.name)
+def test_a_proof_finds_the_package_wherever_it_is_started(proof: Path) -> None:
+    head, _, rest = proof.read_text().partition("sys.path")
+    assert rest and "import lsdc_utils" not in head and "from lsdc_utils" not in head

@@ -271,9 +271,10 @@ def lab(asked: Namespace) -> int:
     else:
         for key, value in {"clean": clean, "smudge": "cat", "required": "true"}.items():
             subprocess.run(["git", "-C", ROOT, "config", f"filter.nbstripout.{key}", value], check=True)
-    options = [f"--notebook-dir={NOTEBOOKS}", "--LabApp.default_url=/lab/tree/start.ipynb"]
-    options += [*(["--allow-root"] if os.geteuid() == 0 else []), *asked.rest]
-    return subprocess.run([sys.executable, "-m", "jupyterlab", *options]).returncode
+    settings = "default_url=/lab/tree/start.ipynb news_url=None check_for_updates_class=jupyterlab.NeverCheckForUpdate"
+    options = [f"--notebook-dir={NOTEBOOKS}", *(f"--LabApp.{setting}" for setting in settings.split())]
+    as_root = ["--allow-root"] * (os.geteuid() == 0)
+    return subprocess.run([sys.executable, "-m", "jupyterlab", *options, *as_root, *asked.rest]).returncode
 
 
 def main(words: list[str]) -> int:

@@ -120,7 +120,8 @@ def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, m
     assert commands.main(["lab", "--port", "8899", "--no-browser"]) == 0
     monkeypatch.undo()
     as_root = ["--allow-root"] if os.geteuid() == 0 else []
-    options = ["--LabApp.default_url=/lab/tree/start.ipynb", *as_root, "--port", "8899", "--no-browser"]
+    alone = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # no network
+    options = ["--LabApp.default_url=/lab/tree/start.ipynb", *alone, *as_root, "--port", "8899", "--no-browser"]
     assert called[-1][-len(options) :] == options
     assert (ROOT / "notebooks/start.ipynb").is_file()
     cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="out")], execution_count=1)

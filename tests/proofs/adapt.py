@@ -23,19 +23,22 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from lsdc_utils import metric
-from lsdc_utils.data import competition
-from lsdc_utils.files import atomic, sha256
-from lsdc_utils.grading import adapt, grade
-from lsdc_utils.grading.run_tables import read_recipe
-from lsdc_utils.phantom import labels, write_phantom
-from lsdc_utils.pipeline import adapt as training
-from lsdc_utils.pipeline import labelled
-from lsdc_utils.pipeline.arguments import OUTPUTS
-from lsdc_utils.pipeline.graph import read_parameters
-from lsdc_utils.pipeline.parameters import resolve_conditions
-from lsdc_utils.pipeline.run import Run, locked, work
-from lsdc_utils.vocabulary import MISSING, row_id
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lsdc_utils import metric  # noqa: E402
+from lsdc_utils.data import competition  # noqa: E402
+from lsdc_utils.files import atomic, sha256  # noqa: E402
+from lsdc_utils.grading import adapt, grade  # noqa: E402
+from lsdc_utils.grading.run_tables import read_recipe  # noqa: E402
+from lsdc_utils.phantom import labels, write_phantom  # noqa: E402
+from lsdc_utils.pipeline import adapt as training  # noqa: E402
+from lsdc_utils.pipeline import labelled  # noqa: E402
+from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
+from lsdc_utils.pipeline.graph import read_parameters  # noqa: E402
+from lsdc_utils.pipeline.parameters import resolve_conditions  # noqa: E402
+from lsdc_utils.pipeline.run import Run, locked, work  # noqa: E402
+from lsdc_utils.vocabulary import MISSING, row_id  # noqa: E402
 
 BLOCK = 20  # studies that are drawn, graded and forgotten together
 SCANNER = {"stir": 1.0, "population": "close", "pixel": 1.3, "noise": 2.0}

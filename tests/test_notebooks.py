@@ -22,7 +22,7 @@ from lsdc_utils.pipeline.parameters import load_parameters
 
 START, EVALUATE = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("start", "evaluate"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in graph.NOTEBOOK_ORDER]
-PROFILES = ("demo", "smoke", "kaggle", "original", "pretrained")
+PROFILES = ("demo", "smoke", "kaggle", "original", "original-full", "pretrained")
 each_notebook = pytest.mark.parametrize("file", [*NOTEBOOKS, EVALUATE], ids=lambda file: file.stem)
 
 

@@ -18,8 +18,10 @@ import yaml
 from conftest import run_all
 from nbclient import NotebookClient
 
+from lsdc_utils import metric
+from lsdc_utils.data import competition
 from lsdc_utils.pipeline import graph
-from lsdc_utils.vocabulary import GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS, LEVELS, MISSING, SEVERITIES, parse_row_id, study_row_ids
 
 ANSWERS = ("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv")
 ANSWERS += ("anatomy.csv", "discs.csv", "spines.csv", "wrong_labels.csv")
@@ -274,6 +276,40 @@ def test_a_change_in_a_model_trains_it_alone(smoke_copy: Path, parameters: dict)
         module.write("\nNEW = 1\n")
     trained = [f"04_train_vit3d_fold{fold}" for fold in parameters["folds"]]
     assert would_run(smoke_copy) == [*trained, "05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report"]
+
+
+@pytest.mark.slow
+def test_what_is_not_trained_on_is_graded_and_scored_all_the_same(smoke_copy: Path, tmp_path: Path) -> None:
+    """One study of each fold is on the list, and of another one the foramina; fold 0 is trained again."""
+    project, run = smoke_copy, smoke_copy / "outputs/demo"
+    labels = pd.read_parquet(run / "tables/labels.parquet")
+    whole, foramina = (labels.groupby("fold").study_id.unique().str[k].tolist() for k in (0, 1))
+    lines = [(study, "", "", "", "") for study in whole] + [(study, "", "foraminal", "", "") for study in foramina]
+    pd.DataFrame(lines, columns=competition.EXCLUDE).to_csv(tmp_path / "list.csv", index=False)
+    given = [f"not_trained_csv={tmp_path / 'list.csv'}", "folds=0", "--until", "06"]
+    done = run_all(project, "--profile", "smoke", "--run", "demo", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = pd.read_parquet(run / "tables/labels.parquet")
+    pd.testing.assert_frame_equal(after.drop(columns="train_on"), labels.drop(columns="train_on"))
+    nfn = after.condition.map(GROUP_OF) == "nfn"
+    assert (after.train_on == ~(after.study_id.isin(whole) | (after.study_id.isin(foramina) & nfn))).all()
+    others = set(labels.study_id[labels.fold != 0])
+    for model in ("localiser", "yolo_nfn", "yolo_scs", "yolo_ss", "vit3d"):
+        trained = set(json.loads((run / f"weights/{model}_fold0.json").read_text())["studies"])
+        assert trained.isdisjoint(whole), model
+        assert trained <= others, model
+        assert (foramina[1] in trained) == (model != "yolo_nfn"), model
+    own = labels[labels.fold == 0]
+    assert set(pd.read_parquet(run / "predictions/ensemble_oof.parquet").row_id) == set(own.row_id)
+    scores = json.loads((run / "scores.json").read_text())["oof"]
+    without = json.loads((run / "evaluation.json").read_text())["without_not_trained"]
+    graded = own[own.severity >= 0].study_id.unique()
+    assert scores["n_studies"] == len(graded) and without["n_studies"] == len(set(graded) - {whole[0]})
+    table = pd.read_parquet(run / "predictions/ensemble_oof.parquet")
+    solution = metric.solution_of(own[own.row_id.isin(after.row_id[after.train_on])])
+    expected = metric.score(solution, metric.weight_table(table))
+    assert without["scores"]["ensemble"] == pytest.approx(expected)
+    assert expected["foraminal"] != pytest.approx(scores["scores"]["ensemble"]["foraminal"])
 
 
 def test_the_submission_knows_no_answers(smoke_copy: Path, run: Path, data: Path) -> None:

@@ -24,7 +24,7 @@ def write_dataset(stacks, labels, folder, *settings) -> tuple[pd.DataFrame, pd.D
     """Write the data set of these stacks; settings: those of `Dataset`."""
     dataset = Dataset(folder, *settings)
     parts = [dataset.add(stack, labels[labels["study_id"] == stack.study_id]) for stack in stacks]
-    return dataset.finish(labels, parts)
+    return dataset.finish(labels.assign(train_on=True), parts)
 
 
 def config(condition: str, **values) -> DetectorConfig:

@@ -265,6 +265,29 @@ def _leave_out(labels: Table, points: Table, series: Table, file: Path, findings
     return labels, points, series
 
 
+def trained_rows(labels: Table, not_trained_csv: str | Path) -> pd.Series:
+    """Whether each row of a label table (`checks.label_table`) is trained on: all but those that a line of a file fits.
+
+    The file has the columns `EXCLUDE`. A line fits by the study, the series of the label's point, the condition (with
+    a side, or both sides) and the level; what is blank fits all. The list may be of a larger data set than the folder,
+    so ids need not be there. CompetitionError names a line that cannot be read, or that has no id.
+    """
+    described = [words.CONDITIONS[name] for name in labels.condition]
+    known = labels[["study_id", "series_id", "level"]].assign(
+        group=[condition.group for condition in described], side=[condition.side for condition in described]
+    )
+    kept, file = pd.Series(True, labels.index), Path(not_trained_csv)
+    for row in read_required_table(file, EXCLUDE).fillna("").itertuples():
+        given = {name: getattr(row, name) for name in ("study_id", "series_id") if getattr(row, name)}
+        ids = {name: tables.number_of(text) for name, text in given.items()}
+        label = tables.label_parts(f"{row.condition} {row.level}")
+        if not ids or None in ids.values() or label is None:
+            asked = "expected a study_id or series_id with all digits, and words for condition and level"
+            raise CompetitionError(f"{file}: line {row.Index} cannot be read; {asked}")
+        kept &= ~_matches(known, ids | label)
+    return kept
+
+
 def _matches(table: Table, values: Mapping[str, Any]) -> pd.Series:
     return (table[list(values)] == pd.Series(values)).all(axis=1)
 

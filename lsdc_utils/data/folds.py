@@ -35,14 +35,21 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame({"study_id": counts.index.to_numpy(dtype="int64"), "fold": fold})
 
 
+def training_labels(labels: pd.DataFrame) -> pd.DataFrame:
+    """The label table as a training sees it: rows that are not trained on (column `train_on`) have no grade, and
+    studies without any other row are left out. Out of fold these rows are graded and scored like all others."""
+    graded = labels.assign(severity=labels["severity"].where(labels["train_on"], words.MISSING))
+    return graded[labels.groupby("study_id")["train_on"].transform("any")]
+
+
 def hold_out(labels: pd.DataFrame, fold: int, inner: int, n_inner: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The label table (with fold) of the studies to train on, and of those held out: a fold, or, if `inner` is not
-    negative, one of `n_inner` parts of the other folds' studies; the fold is in neither table then."""
+    """The label table (with fold) of the studies to train on (`training_labels`), and of those held out: a fold, or, if
+    `inner` is not negative, one of `n_inner` parts of the other folds' studies; the fold is in neither table then."""
     held = labels["fold"] == fold
     if inner >= 0:
         labels = labels[~held]
         held = labels["study_id"].map(make_folds(labels, n_inner, seed).set_index("study_id")["fold"]) == inner
-    return labels[~held], labels[held]
+    return training_labels(labels[~held]), labels[held]
 
 
 def read_folds(file: str | Path) -> pd.DataFrame:

@@ -130,8 +130,9 @@ class Dataset:
     ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         """Write labels, data.yaml and tables: images, boxes, skipped labels, which are returned.
 
-        labels: of all studies. parts: all that `add` of any data set returned, in the order of the rows. images: file,
-        study_id, series_id, slice, boxes, worst (severity, -1 without a box), weight (1 at the click, less far off).
+        labels: of all studies, with `train_on`. parts: all that `add` of any data set returned, in the order of the
+        rows. images: file, study_id, series_id, slice, boxes, worst (severity, -1 without a box), weight (1 at the
+        click, less far off).
         """
         condition = self.config.condition
         parts = [part[1:] for part in parts if part and part[0] == condition]
@@ -145,6 +146,7 @@ class Dataset:
         places = zip(lost["series_id"], lost["instance_number"], strict=True)
         counts = np.array([(numbers.get(series, np.empty(0)) == i).sum() for series, i in places], dtype=int)
         reasons = {
+            "not trained on": ~lost["train_on"],
             "no severity": lost["severity"] < 0,
             "no coordinate": lost["series_id"].isna() | (lost["series_id"] <= 0),
             "its series has another type or could not be read": ~lost["series_id"].isin(list(numbers)),

@@ -20,7 +20,8 @@ from lsdc_utils.pipeline.parameters import load_parameters
 
 FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train the transformer's encoder too
 SHORTER = 3  # further training takes this share of a training's steps
-OTHERS = ("exclude_csv", "points_csv", "folds_csv", "weights_dir", "out_dir", "studies_table", "fit_blend", "workers")
+OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_dir", "out_dir", "studies_table",
+          "fit_blend", "workers")  # fmt: skip
 
 
 def check(found: labelled.Labelled, trained: Path, cores: int) -> None:

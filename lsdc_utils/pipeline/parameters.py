@@ -1,6 +1,7 @@
 """Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
 
 import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -64,12 +65,14 @@ def parse_override(text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
 
 
 def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
-    """Every parameter of a run: profile demo, changed by `profile`, then by KEY=VALUE; UsageError if one is wrong."""
+    """Every parameter of a run: profile demo, changed by `profile` (original-full: by original first), then by
+    KEY=VALUE; UsageError if one is wrong."""
     files = {file.stem: file for file in PROFILES.glob("*.yml")}
     if profile not in files:
         raise UsageError(f"no profile {profile!r}; there are: {', '.join(sorted(files))}")
-    parameters, change = (yaml.safe_load(files[name].read_text()) for name in ("demo", profile))
-    parameters = changed(parameters, change, f"profile {profile}: ")
+    parameters = yaml.safe_load(files["demo"].read_text())
+    for name in filter(files.get, itertools.accumulate(profile.split("-"), "{}-{}".format)):
+        parameters = changed(parameters, yaml.safe_load(files[name].read_text()), f"profile {name}: ")
     parameters.update(parse_override(text, parameters) for text in overrides)
     names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
     if names != set(parameters):

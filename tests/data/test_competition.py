@@ -14,6 +14,8 @@ from data_folders import Tables, save, write_tables
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import checks, competition
 from lsdc_utils.data.competition import CompetitionError
+from lsdc_utils.pipeline.graph import NOTEBOOKS
+from lsdc_utils.pipeline.parameters import load_parameters
 
 
 @pytest.fixture
@@ -177,6 +179,62 @@ def test_exclude_csv_leaves_out_studies_series_and_points_but_no_grade(tmp_path:
     assert excluded.value[:3].tolist() == ["another patient", "moved", "click in the disc"]
     assert excluded.action[2:4].tolist() == ["points not used: spinal_canal_stenosis l4_l5", "points not used: l5_s1"]
     assert set(rules(comp.findings)) == {"excluded", "series_type_missing", "grade_without_point"}
+
+
+LISTED = [  # what is not trained on, and the rows of studies 101 to 106 that each line fits
+    ((101, "", "", "", "left out"), 25),
+    (("", 1023, "", "", "another region"), 10),  # the axial series of study 102: both recesses of five levels
+    ((103, "", "foraminal", "", "sides exchanged"), 10),
+    ((104, "", "Spinal Canal Stenosis", "L4/L5", ""), 1),
+    ((105, "", "", "l5_s1", ""), 5),
+    ((106, 1061, "left foraminal", "", ""), 5),
+    ((999, "", "", "", "of a larger data set"), 0),
+]
+
+
+def label_rows(comp: competition.Competition) -> pd.DataFrame:
+    """The labels with the series of their points, as the label table has them."""
+    rows = comp.labels.merge(comp.coordinates, how="left", on=competition.KEY)
+    return rows.assign(series_id=rows.series_id.fillna(competition.NONE).astype("int64"))
+
+
+@pytest.mark.parametrize(("line", "count"), LISTED)
+def test_a_line_says_which_rows_are_not_trained_on(tmp_path: Path, tables: Tables, line: tuple, count: int) -> None:
+    labels = label_rows(competition.read(tmp_path))
+    left = labels[~competition.trained_rows(labels, write_csv(tmp_path / "list.csv", competition.EXCLUDE, line))]
+    assert len(left) == count
+    assert set(left.study_id) <= {int(line[0] or 102)}
+    if line[2] == "foraminal":
+        assert set(left.condition) == {c.name for c in words.CONDITIONS.values() if c.group == "nfn"}
+    if line[2].startswith("left"):
+        assert set(left.condition) == {"left_neural_foraminal_narrowing"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [("", "", "foraminal", "", ""), ("1,5", "", "", "", ""), (101, "", "spine", "", ""), (101, "", "", "L6", "")],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, tables: Tables, line: tuple) -> None:
+    file = write_csv(tmp_path / "list.csv", competition.EXCLUDE, (101, "", "", "", ""), line)
+    with pytest.raises(CompetitionError, match="line 3 cannot be read") as error:
+        competition.trained_rows(label_rows(competition.read(tmp_path)), file)
+    assert str(file) in str(error.value)
+
+
+def test_the_list_of_profile_kaggle_names_studies_series_and_foramina() -> None:
+    parameters = load_parameters("kaggle")
+    file = NOTEBOOKS / parameters["not_trained_csv"]
+    listed = pd.read_csv(file, dtype=str)
+    whole, series = listed[listed.condition.isna() & listed.study_id.notna()], listed[listed.series_id.notna()]
+    foraminal = listed[listed.condition == "foraminal"]
+    assert (len(whole), len(series), len(foraminal), len(listed)) == (4, 7, 17, 28)
+    assert listed.source.notna().all()
+    columns = ["study_id", "series_id", "condition", "level"]
+    names, ids = list(words.CONDITIONS), [*whole.study_id, *foraminal.study_id, 1]
+    rows = [(int(study), 7, name, level) for study in ids for name in names for level in words.LEVELS]
+    rows += [(1, int(series_id), "left_subarticular_stenosis", "l4_l5") for series_id in series.series_id]
+    left = ~competition.trained_rows(pd.DataFrame(rows, columns=columns), file)
+    assert left.sum() == 4 * 25 + 17 * 10 + 7
 
 
 def test_points_csv_replaces_and_adds_points(tmp_path: Path, tables: Tables) -> None:

@@ -11,7 +11,7 @@ from data_folders import write_tables
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import competition
 from lsdc_utils.data.competition import CompetitionError
-from lsdc_utils.data.folds import make_folds, read_folds
+from lsdc_utils.data.folds import hold_out, make_folds, read_folds, training_labels
 
 
 def test_folds_are_alike_and_the_same_again(tmp_path: Path) -> None:
@@ -44,3 +44,22 @@ def test_published_folds(tmp_path: Path) -> None:
         read_folds(file)
     with pytest.raises(CompetitionError, match="no such file"):
         read_folds(tmp_path / "none.csv")
+
+
+def test_rows_that_are_not_trained_on_have_no_grade_in_training_and_keep_it_held_out(tmp_path: Path) -> None:
+    write_tables(tmp_path, n_train=12)
+    labels = competition.read(tmp_path).labels
+    labels = labels.merge(make_folds(labels, 3, seed=52), on="study_id")
+    first, (second, third) = labels.study_id[labels.fold == 0].iloc[0], labels.study_id[labels.fold == 1].unique()[:2]
+    foramina = labels.condition.map(words.GROUP_OF) == "nfn"
+    labels["train_on"] = ~labels.study_id.isin([first, second]) & ~((labels.study_id == third) & foramina)
+    assert set(labels.study_id) - set(training_labels(labels).study_id) == {first, second}
+    train, held = hold_out(labels, 0, inner=-1, n_inner=2, seed=1)
+    pd.testing.assert_frame_equal(held, labels[labels.fold == 0])  # the first study too, with its grades
+    assert set(train.study_id) == set(labels.study_id[labels.fold != 0]) - {second}
+    own = train[train.study_id == third]
+    assert (own.severity[foramina] == words.MISSING).all()
+    assert (own.severity[~foramina] == labels.loc[own.index, "severity"][~foramina]).all()
+    parts = [hold_out(labels, 0, inner=k, n_inner=2, seed=1) for k in (0, 1)]
+    assert all(second not in set(train.study_id) for train, _ in parts)
+    assert sum(second in set(held.study_id) for _, held in parts) == 1

@@ -12,6 +12,7 @@ import pytest
 from toy_spine import canal_labels, canal_points, config, toy_study, write_dataset
 
 from lsdc_utils.data import checks, competition
+from lsdc_utils.data.folds import training_labels
 from lsdc_utils.data.stacks import convert_studies, load_study
 from lsdc_utils.detector.classes import DetectorError
 from lsdc_utils.detector.dataset import Dataset, _box, label_boxes
@@ -197,7 +198,7 @@ def write_sets(comp, labels, root: Path, workers: int) -> dict[str, tuple]:
     }
     converted = convert_studies(comp, "train", sorted(use), root / "slices", workers, use)
     parts = [part for _, written in converted for part in written]
-    return {key: one.finish(labels, parts) for key, one in sets.items()}
+    return {key: one.finish(labels.assign(train_on=True), parts) for key, one in sets.items()}
 
 
 def test_data_sets_are_the_same_for_any_number_of_processes_and_for_saved_stacks(labelled, tmp_path, monkeypatch):
@@ -223,6 +224,19 @@ def test_data_sets_are_the_same_for_any_number_of_processes_and_for_saved_stacks
     assert tables["nfn"][2]["row_id"].str.startswith(f"{lost}_").sum() == 10
 
 
+def test_what_is_not_trained_on_has_no_box_and_is_no_background(tmp_path):
+    stack, labels = toy_study("scs")
+    every = write_dataset([stack], labels, tmp_path / "every", config("scs"), 0.0, 0.0, 9)
+    labels["train_on"] = labels["level"] != "l4_l5"
+    dataset = Dataset(tmp_path / "some", config("scs"), 0.0, 0.0, 9)
+    images, boxes, skipped = dataset.finish(labels, [dataset.add(stack, training_labels(labels))])
+    left = labels["row_id"][labels["level"] == "l4_l5"]
+    assert set(every[1]["row_id"]) - set(boxes["row_id"]) == set(left)
+    assert dict(skipped.to_numpy()) == dict.fromkeys(left, "not trained on")
+    assert set(images["slice"]) <= set(every[0]["slice"])
+    assert len(dataset.add(stack, labels.assign(severity=-1))[1]) == 0  # a condition that is left out as a whole
+
+
 def test_a_data_set_that_was_not_finished_has_no_config(tmp_path, monkeypatch):
     stack, labels = toy_study("scs")
     dataset = Dataset(tmp_path / "d", config("scs"), 0.0, 0.0, 0)
@@ -230,7 +244,7 @@ def test_a_data_set_that_was_not_finished_has_no_config(tmp_path, monkeypatch):
     assert list((tmp_path / "d/images").iterdir())
     monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        dataset.finish(labels, [part])
+        dataset.finish(labels.assign(train_on=True), [part])
     assert not (tmp_path / "d/config.json").exists()
 
 

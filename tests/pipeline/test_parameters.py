@@ -72,6 +72,15 @@ def test_a_change_may_name_some_conditions_only() -> None:
         changed(parameters, {"speed": 1})
 
 
+def test_original_full_is_original_at_the_published_sizes() -> None:
+    original, full = load_parameters("original"), load_parameters("original-full")
+    changed = {key for key in full if full[key] != original[key]}
+    assert full["published_method"] and full["yolo_validate"] and full["yolo_model"] == "yolov10x.pt"
+    assert set(full["yolo_epochs"].values()) == {100} and set(map(tuple, full["yolo_size"].values())) == {(384, 384)}
+    assert (full["folds"], full["n_splits"], full["seed"]) == ([0], 5, 52)
+    assert not {"yolo_window_mm", "yolo_mosaic", "yolo_flip", "yolo_copy_mm", "vit_size"} & changed
+
+
 def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -> None:
     tables = data_folders.write_tables(tmp_path)
     train = tables["train"]

@@ -244,7 +244,7 @@ def small_run(tmp_path: Path) -> Path:
             labels.append(rows)
     (run / "tables").mkdir()
     (run / "predictions").mkdir()
-    pd.concat(labels, ignore_index=True).to_parquet(run / "tables/labels.parquet")
+    pd.concat(labels, ignore_index=True).assign(train_on=True).to_parquet(run / "tables/labels.parquet")
     for fold, rows in pd.concat(points).groupby("fold"):
         table = rows.drop(columns="fold")
         table.to_parquet(run / f"predictions/points_scs_fold{fold}_oof.parquet")

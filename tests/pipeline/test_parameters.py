@@ -49,9 +49,9 @@ def test_a_dict_keeps_the_keys_that_no_override_names_and_knows_no_others() -> N
     default = load_parameters("demo")
     assert given["vit_augment"] == default["vit_augment"] | {"mixup": 0.4} != default["vit_augment"]
     assert given["yolo_gains"] == default["yolo_gains"] | {"cls": 3.0}
-    with pytest.raises(UsageError, match="vit_augment: unknown key mix-up; keys are: .*mixup"):
+    with pytest.raises(UsageError, match=r"vit_augment: unknown key mix-up; keys are: .*mixup"):
         load_parameters("demo", ["vit_augment={mix-up: .4}"])
-    with pytest.raises(UsageError, match="vit_augment.mixup: 'much'"):
+    with pytest.raises(UsageError, match=r"vit_augment\.mixup: 'much'"):
         load_parameters("demo", ["vit_augment={mixup: much}"])
 
 

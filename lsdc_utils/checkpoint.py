@@ -1,10 +1,11 @@
-"""Where a training starts: from its own last epochs after a stop, or from the weights of another run."""
+"""Where a training starts and ends: its own last epochs, or the weights of another run; weights with a .json."""
 
 import hashlib
 import json
 import shutil
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lsdc_utils.files import atomic, sha256, write_json
+from lsdc_utils.files import atomic, git_commit, sha256, write_json
 
 FREE, SHARE = 10.0, 0.01  # seconds that writing may take, so that short trainings keep every epoch, and of longer ones
 
@@ -32,14 +33,35 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:20]
 
 
+def save_weights(network: torch.nn.Module, path: str | Path, about: dict[str, Any], *packages: str) -> None:
+    """Write a network's weights as safetensors, and what `describe` writes beside them."""
+    with atomic(path) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
+    describe(Path(path), about, "torch", "numpy", "safetensors", *packages)
+
+
+def describe(path: Path, about: dict[str, Any], *packages: str) -> None:
+    """Write the .json beside weights: `about`, versions of packages, the commit and the checksum of the weights."""
+    versions = {name: version(name) for name in packages}
+    made = {"versions": versions, "git_commit": git_commit(), "sha256": sha256(path)}
+    write_json(path.with_suffix(".json"), about | made)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What the .json beside weights says; ValueError if they are not the file that it describes."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    if sha256(path) != about["sha256"]:
+        raise ValueError(f"{path} is not the file that {path.stem}.json describes (sha256 differs)")
+    return about
+
+
 def start_weights(folder: str | Path, name: str) -> Path:
     """The weights of a model (`yolo_scs`, `vit3d`, ...) in the folder of another run or of packed models: of its first
     fold. ValueError if there are none, or if they are not the file that the .json beside them describes."""
     files = sorted(Path(folder).glob(f"weights/{name}_fold*"))
     for file in (file for file in files if file.suffix in (".pt", ".safetensors")):
-        if sha256(file) == json.loads(file.with_suffix(".json").read_text())["sha256"]:
-            return file
-        raise ValueError(f"{file} was changed: its sha256 is not the one in {file.stem}.json")
+        described(file)
+        return file
     raise ValueError(f"{folder} has no weights of {name}")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lsdc_utils.detector.classes import DetectorError
+from lsdc_utils.detector.localiser import load_localiser
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.vit.model import load_vit
 
@@ -79,7 +79,7 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
     if forged:
         about["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     weights.with_suffix(".json").write_text(json.dumps(about))
-    with pytest.raises((DetectorError, pickle.UnpicklingError, TypeError)) as error:
+    with pytest.raises((ValueError, pickle.UnpicklingError, TypeError)) as error:
         load_detector(weights)
     assert "yolo_scs_fold0.pt" in str(error.value)
     assert not ran.exists()
@@ -88,11 +88,12 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
 
 
 def test_checksums_are_asked_for_before_anything_is_read(tmp_path: Path) -> None:
-    for name, load, refused in (
-        ("yolo_scs_fold0.pt", load_detector, DetectorError),
-        ("vit3d_fold0.safetensors", load_vit, ValueError),
+    for name, load in (
+        ("yolo_scs_fold0.pt", load_detector),
+        ("vit3d_fold0.safetensors", load_vit),
+        ("localiser_fold0.safetensors", load_localiser),
     ):
         (tmp_path / name).write_bytes(b"neither a pickle nor tensors")
         (tmp_path / name).with_suffix(".json").write_text('{"sha256": "0", "config": {}}')
-        with pytest.raises(refused, match=rf"{name} is not the file that .*\.json describes"):
+        with pytest.raises(ValueError, match=rf"{name} is not the file that .*\.json describes"):
             load(tmp_path / name)

@@ -4,10 +4,8 @@ It tells the lumbosacral disc, which looks like no other, and a few marks; `chai
 Slices are seen at `SPACING`, so that neither the field of view nor the matrix matters. Coordinates are LPS mm.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,14 +13,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from lsdc_utils import geometry
+from lsdc_utils import checkpoint, geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.classes import DetectorError
-from lsdc_utils.files import atomic, git_commit, sha256, write_json
 from lsdc_utils.vocabulary import LEVELS
 
 SPACING = 2.0  # mm a pixel
@@ -240,9 +237,6 @@ def detect_discs(network: Localiser, stack: Stack) -> tuple[np.ndarray, np.ndarr
 def save_localiser(network: Localiser, path: str | Path, fold: int, about: dict) -> None:
     """Write the weights as safetensors and beside them a .json that says what they are and, by `about`, how they came
     to be."""
-    path = Path(path)
-    with atomic(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
     about = {
         "model": "localiser",
         "fold": fold,
@@ -251,19 +245,13 @@ def save_localiser(network: Localiser, path: str | Path, fold: int, about: dict)
         "maps": list(MAPS),
         "trained": list(network.trained),  # whether a map had labels or marks to learn from
         **about,
-        "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
-        "git_commit": git_commit(),
-        "sha256": sha256(path),
     }
-    write_json(path.with_suffix(".json"), about)
+    checkpoint.save_weights(network, path, about)
 
 
 def load_localiser(path: str | Path) -> Localiser:
-    """The network that `save_localiser` wrote; DetectorError if weights and JSON do not belong together."""
-    path = Path(path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    if sha256(path) != about["sha256"]:
-        raise DetectorError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
+    """The network that `save_localiser` wrote; ValueError if weights and JSON do not belong together."""
+    about = checkpoint.described(Path(path))
     if about["maps"] != list(MAPS):
         raise DetectorError(f"{path} finds other marks than this version of lsdc_utils")
     network = Localiser(LocaliserConfig(tuple(about["config"]["widths"])))

@@ -1,7 +1,6 @@
 """Training of a detector by ultralytics' trainer, resumable from its last checkpoint, and its weights."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -17,9 +16,9 @@ import pandas as pd
 import torch
 import yaml
 
-from lsdc_utils.checkpoint import Checkpoint, fingerprint
+from lsdc_utils.checkpoint import Checkpoint, describe, described, fingerprint
 from lsdc_utils.detector.classes import Detector, DetectorConfig, DetectorError, class_table, config_from
-from lsdc_utils.files import atomic, git_commit, sha256, write_json
+from lsdc_utils.files import atomic, sha256
 
 FIXED = {  # settings that `train_detector` makes; None: one for each training
     "task": "detect", "mode": "train", "name": "train", "exist_ok": True, "amp": False, "plots": False, "save": False,
@@ -184,19 +183,13 @@ def save_detector(detector: Detector, path: str | Path) -> None:
         "fold": detector.fold,
         "classes": list(detector.model.names.values()),
         **detector.about,
-        "versions": {name: version(name) for name in ("torch", "ultralytics", "numpy")},
-        "git_commit": git_commit(),
-        "sha256": sha256(path),
     }
-    write_json(path.with_suffix(".json"), about)
+    describe(path, about, "torch", "ultralytics", "numpy")
 
 
 def load_detector(path: str | Path, classes: Callable[[DetectorConfig], pd.DataFrame] = class_table) -> Detector:
-    """Read a detector that `save_detector` wrote; DetectorError if weights, JSON and classes do not belong together."""
-    path = Path(path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    if sha256(path) != about["sha256"]:
-        raise DetectorError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
+    """Read a detector that `save_detector` wrote; ValueError if weights, JSON and classes do not belong together."""
+    about = described(path := Path(path))
     quiet_ultralytics(Path(tempfile.gettempdir()) / f"lsdc_utils_{os.getuid()}")
     from ultralytics.nn.tasks import torch_safe_load
 

@@ -24,7 +24,8 @@ STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide whic
 
 
 def converted(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default`, else UsageError. A single value becomes a list of one if a list is expected."""
+    """`value` in the type of `default`, else UsageError. A single value becomes a list of one if a list is expected; a
+    dict may hold some of the keys of `default`, which has the others."""
     if isinstance(default, list) and not isinstance(value, list):
         value = [value]
     if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
@@ -35,9 +36,9 @@ def converted(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, list) and len({type(item) for item in default}) == 1:
         return [converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):
-        if set(value) != set(default):
-            raise UsageError(f"{key}: has the keys {sorted(value)}, expected {sorted(default)}")
-        return {name: converted(f"{key}.{name}", value[name], default[name]) for name in default}
+        if unknown := ", ".join(str(name) for name in value if name not in default):
+            raise UsageError(f"{key}: unknown key {unknown}; keys are: {', '.join(default)}")
+        return default | {name: converted(f"{key}.{name}", item, default[name]) for name, item in value.items()}
     return value
 
 
@@ -173,11 +174,10 @@ def check_start(parameters: dict[str, Any]) -> None:
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """The parameters with some changed; of a value by condition, `change` may name only some conditions."""
+    """The parameters with some changed; of a dict, `change` may name only some keys."""
     result = dict(parameters)
     for key, value in change.items():
         if key not in parameters:
             raise UsageError(f"{place}unknown parameter {key!r}")
-        old = parameters[key]
-        result[key] = converted(key, {**old, **value} if isinstance(old, dict) else value, old)
+        result[key] = converted(key, value, parameters[key])
     return result

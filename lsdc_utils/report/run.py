@@ -199,14 +199,17 @@ def parts_table(block: dict[str, Any]) -> pd.DataFrame:
 
 
 def other_runs(run: Run) -> pd.DataFrame:
-    """Ensembles of the finished runs beside this one, as text: this run first; empty where there is no other run."""
+    """Ensembles of the finished runs beside this one, as text: this run first; empty where there is no other run. A
+    score is the total, or the mean of the groups that `Conditions` names."""
     files = sorted(run.folder.parent.glob("*/scores.json"), key=lambda file: (file.parent != run.folder, file))
     lines = {}
     for file in files if len(files) > 1 else ():
         data_dir = read_file(file.with_name("data.json")).get("data_dir", "unknown")
         line = {("", "Data"): "the same" if data_dir == run.data.get("data_dir") else Path(data_dir).name}
         for name, block in blocks(read_file(file)).items():
-            line |= {(BLOCK_NAMES[name], key): text for key, text in score_columns(block, ["ensemble"]).iloc[0].items()}
+            line["", "Conditions"] = ", ".join(block.get("groups", ["all"]))
+            own = score_columns(block, ["ensemble"]).rename(columns={PART_NAMES[MEAN]: "Score"}).iloc[0]
+            line |= {(BLOCK_NAMES[name], key): text for key, text in own.items()}
         lines[file.parent.name] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("–").rename_axis("Run")
 

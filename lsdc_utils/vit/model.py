@@ -7,23 +7,21 @@ write its class into this file with the constructor and shapes of the one that i
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from lsdc_utils.files import atomic, git_commit, sha256, write_json
+from lsdc_utils.checkpoint import described, save_weights
 from lsdc_utils.vit.crops import LATERAL, SLOTS
 from lsdc_utils.vocabulary import AXIAL, COLUMNS, CONDITIONS, LEVELS, SERIES_TYPES, SEVERITIES, SIDES, T1, T2
 
@@ -345,9 +343,6 @@ def normalise(images: torch.Tensor, present: torch.Tensor | None = None) -> torc
 def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict, studies: Sequence[int] = ()) -> None:
     """Write <path>.safetensors and beside it a .json that says what they are and how they came to be: the settings of
     the `training`, and the ids of its `studies`."""
-    path = Path(path)
-    with atomic(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
     about = {
         "model": "vit3d",
         "network": type(model).__name__,
@@ -358,19 +353,13 @@ def save_vit(model: nn.Module, path: str | Path, fold: int, training: dict, stud
         "studies": [int(study) for study in studies],
         "columns": list(COLUMNS),
         "severities": list(SEVERITIES),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "safetensors")},
-        "git_commit": git_commit(),
-        "sha256": sha256(path),
     }
-    write_json(path.with_suffix(".json"), about)
+    save_weights(model, path, about, "timm")
 
 
 def read_weights(path: str | Path, network: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The .json and the tensors of `save_vit`; ValueError if they do not belong together or hold another network."""
-    path = Path(path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    if sha256(path) != about["sha256"]:
-        raise ValueError(f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs)")
+    about = described(Path(path))
     if about["columns"] != list(COLUMNS) or about["severities"] != list(SEVERITIES):
         raise ValueError(f"{path} grades other columns or severities than this version of lsdc_utils")
     if (name := about.get("network")) != network:

@@ -258,7 +258,7 @@ def test_weights_come_back_as_they_were_saved_and_only_with_their_own_descriptio
     with pytest.raises(DetectorError, match="finds other marks"):
         localiser.load_localiser(path)
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(DetectorError, match="sha256 differs"):
+    with pytest.raises(ValueError, match="sha256 differs"):
         localiser.load_localiser(path)
 
 

@@ -98,7 +98,7 @@ def test_training_saving_and_grading(tmp_path, capsys):
     save_detector(replace(trained, config=replace(trained.config, power=4.0)), path)
     assert load_detector(path).config.power == 4.0 and (tmp_path / "again.pt").read_bytes() == path.read_bytes()
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(DetectorError, match="sha256"):
+    with pytest.raises(ValueError, match="sha256"):
         load_detector(path)
 
 

@@ -33,6 +33,7 @@ DEFAULTS = yaml.safe_load(
         ("folds=1,0", [1, 0]),
         ("folds=[1]", [1]),
         ("epochs={nfn: 3, scs: 4}", {"nfn": 3, "scs": 4}),
+        ("epochs={scs: 4}", {"nfn": 1, "scs": 4}),
         ("views=[[0.8, 1], [1.0, 0]]", [[0.8, 1], [1.0, 0]]),
     ],
 )
@@ -41,6 +42,17 @@ def test_an_override_takes_the_type_of_the_default(text: str, value: object) -> 
     assert key == text.split("=")[0]
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+def test_a_dict_keeps_the_keys_that_no_override_names_and_knows_no_others() -> None:
+    given = load_parameters("demo", ["vit_augment={mixup: .4}", "yolo_gains={cls: 3}"])
+    default = load_parameters("demo")
+    assert given["vit_augment"] == default["vit_augment"] | {"mixup": 0.4} != default["vit_augment"]
+    assert given["yolo_gains"] == default["yolo_gains"] | {"cls": 3.0}
+    with pytest.raises(UsageError, match=r"vit_augment: unknown key mix-up; keys are: .*mixup"):
+        load_parameters("demo", ["vit_augment={mix-up: .4}"])
+    with pytest.raises(UsageError, match=r"vit_augment\.mixup: 'much'"):
+        load_parameters("demo", ["vit_augment={mixup: much}"])
 
 
 def test_a_file_or_folder_is_looked_for_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
@@ -58,7 +70,7 @@ def test_a_file_or_folder_is_looked_for_from_where_the_user_stands(tmp_path, mon
 @pytest.mark.parametrize(
     "text",
     ["n", "m=1", "n=1.5", "n=true", "n=many", "rate=fast", "rate=true", "tta=1", "folds=a", "folds=0.5",
-     "epochs={nfn: 3}", "epochs=3", "epochs={nfn: 3, scs: x}", "n=[1", "nn=3"],
+     "epochs={nfm: 3}", "epochs=3", "epochs={nfn: 3, scs: x}", "n=[1", "nn=3"],
 )  # fmt: skip
 def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text.split("=")[0])):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from lsdc_utils import phantom  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SETTING = 'settings["degrees"] = 10.0'  # not a command, but a line for a cell: it is put there
+SETTING = 'settings["shear"] = 5.0'  # not a command, but a line for a cell: it is put there
 SUBSTITUTES = {  # word of the docs -> what stands in for it; paths are relative to the clone
     "DIR": "'../some studies'",  # three of a phantom, in the competition's layout
     "FILE.csv": "'../some studies/train.csv'",

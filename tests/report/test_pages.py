@@ -181,6 +181,23 @@ def test_summary_shows_scores_cost_and_origin(index, run_dir):
     assert len(Page(index).all("img")) == 7
 
 
+def test_other_runs_have_one_column_of_scores_and_say_which_conditions_it_is_of(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("all-of-them", "foramina")]
+    scores = json.loads((runs[1] / "scores.json").read_text())
+    for block in scores.values():
+        block["groups"] = ["nfn"]
+        block["scores"]["ensemble"]["mean_of_groups"] = block["skill"]["ensemble"]["mean_of_groups"] = 0.25
+        block["interval"]["ensemble"]["mean_of_groups"] = [0.2, 0.3]
+    (runs[1] / "scores.json").write_text(json.dumps(scores))
+    table = tables.other_runs(tables.Run(runs[1]))
+    columns = [(name, key) for name in ("Out of fold", "Test") for key in ("Score", "Skill", "95 % interval")]
+    assert list(table.columns) == [("", "Data"), ("", "Conditions"), *columns]
+    assert table["", "Conditions"].to_dict() == {"foramina": "nfn", "all-of-them": "all"}
+    total = json.loads((runs[0] / "scores.json").read_text())["test"]["scores"]["ensemble"]["total"]
+    assert table["Test", "Score"].tolist() == ["0.250", f"{total:.3f}"]
+    assert table["Test", "95 % interval"].iloc[0] == "0.200 to 0.300"
+
+
 def test_pages_that_are_not_made_any_more_go(index, run_dir):
     old = [index.parent / name for name in ("03_train_yolo_ss_fold9.html", "study_99.html", "other.pdf")]
     for file in old:

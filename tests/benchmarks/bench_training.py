@@ -29,15 +29,15 @@ from lsdc_utils.detector.classes import DetectorConfig, class_table
 from lsdc_utils.detector.dataset import write_labels
 from lsdc_utils.detector.localiser import SIDE, Localiser, LocaliserConfig
 from lsdc_utils.detector.training import quiet_ultralytics, train_detector
+from lsdc_utils.pipeline import graph
 from lsdc_utils.pipeline.parameters import load_parameters
-from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.model import Vit3d, VitConfig
 from lsdc_utils.vocabulary import GROUPS, LEVELS, SIDES
 
 STEPS = 8  # of which the fastest counts
 STUDIES = 1975  # of the real data set
 IMAGES = {"nfn": 9.0, "scs": 5.9, "ss": 12.7}  # shown in an epoch for each study, see tests/proofs/rehearsal.py
-H200 = 44.0  # TFLOP/s: the slowest network of docs/real-data.md on one H200
+H200 = 26.0  # TFLOP/s: the slowest network of docs/real-data.md on one H200
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -75,7 +75,7 @@ def vit_step(parameters: dict[str, Any], count: int) -> tuple[torch.nn.Module, C
     named = {name: parameters.get(f"vit_{name}") for name in VitConfig.__dataclass_fields__}
     config = VitConfig(**{name: value for name, value in named.items() if value is not None})
     model = Vit3d(config).to(DEVICE).train()
-    slices = len(SLOTS) * config.slices
+    slices = len(config.slots)
     images = torch.rand(count, len(LEVELS), slices, config.size, config.size, device=DEVICE) * 255
     places = torch.zeros(count, len(LEVELS), slices, device=DEVICE)
     if DEVICE.type == "meta":  # on which it is not known which slices are there: all
@@ -85,9 +85,12 @@ def vit_step(parameters: dict[str, Any], count: int) -> tuple[torch.nn.Module, C
 
 def every_slice(model: Vit3d, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """As the transformer's `forward`, of studies that lack no slice."""
-    parts = model.encoder(images.flatten(0, 2)[:, None]).unflatten(0, (len(images), len(LEVELS), len(SLOTS), -1))
-    tokens, present = model.reader(parts, places.unflatten(2, (len(SLOTS), -1)))
-    halves = model.slice_blocks(tokens.flatten(0, 2), present.flatten(0, 2))
+    parts = []
+    for scale, (seen, place) in enumerate(zip(*map(model.config.split, (images, places)), strict=True)):
+        features = model.encoder(seen.flatten(0, 3)[:, None]).unflatten(0, place.shape)
+        parts.append(model.reader(features, place, scale))
+    tokens, present = (torch.cat(values, dim=3).flatten(0, 2) for values in zip(*parts, strict=True))
+    halves = model.slice_blocks(tokens, present)
     return model.head(halves.unflatten(0, (len(images), len(LEVELS), len(SIDES))))
 
 
@@ -108,13 +111,9 @@ class Training(NamedTuple):
 
 
 def members(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and parameters of each transformer that a profile names: of one, or of all `vit_members`, which are names,
-    or names with what each changes."""
-    given = parameters.get("vit_members") or ["3D ViT"]
-    for number, name in enumerate(given):
-        own = given[name] if isinstance(given, dict) else name if isinstance(name, dict) else {}
-        changes = {f"vit_{key.removeprefix('vit_')}": value for key, value in (own or {}).items() if key != "name"}
-        yield str(own.get("name", number) if isinstance(name, dict) else name), parameters | changes
+    """Name and parameters of each transformer that a profile names: of one, or of all `vit_members`."""
+    for member in parameters["vit_members"] or [{"name": ""}]:
+        yield f"3D ViT {member['name']}".strip(), parameters | graph.member_parameters(member, parameters)
 
 
 def trainings(parameters: dict[str, Any]) -> Iterator[Training]:
@@ -130,12 +129,21 @@ def trainings(parameters: dict[str, Any]) -> Iterator[Training]:
         yield Training(name, partial(vit_step, own), own["vit_batch"], steps)
 
 
+def backward_flops(grad: Any, images: Any, weight: Any, *others: Any, **_: Any) -> int:
+    """Operations of the backward pass of a convolution from shapes: those of the forward pass for each gradient that is
+    asked for. torch's own count ignores groups in the gradient of the weights."""
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(others[-1][:2])
+
+
+COUNTED = {torch.ops.aten.convolution_backward: backward_flops}
+
+
 def measure(
     model: torch.nn.Module, loss: Callable[[], torch.Tensor], count: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """GFLOP per item (forward and backward), their number per second, and GiB of GPU memory; NaN where not measured."""
     if DEVICE.type == "meta":
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             loss().backward()
         return {"GFLOP": counter.get_total_flops() / count / 1e9, "per second": math.nan, "GiB": math.nan}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -147,7 +155,7 @@ def measure(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         step()
     seconds = []
     for _ in range(STEPS):

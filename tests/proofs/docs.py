@@ -36,9 +36,7 @@ SUBSTITUTES = {  # word of the docs -> what stands in for it; paths are relative
     "FILE.csv": "'../some studies/train.csv'",
     "TWENTY": "'../twenty studies'",  # the fewest that adapt takes
 }
-MEMBERS = (
-    "./run_all.sh --run two 'vit_members=[{name: small}, {name: wide, pooling: gru, squares: [[32, 32, 3], [64, 32, 2]]}]'"
-)
+TWO = "'vit_members=[{name: small}, {name: wide, pooling: gru, squares: [[32, 32, 3], [64, 32, 2]]}]'"
 SMALL = "--profile smoke folds=0 stress_bodies=0"  # one fold of the smallest studies, without stress tests
 COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the above), and words that it must print
     "./run_all.sh": ("./run_all.sh SMALL --run demo", r"report: .*/outputs/demo/report/index\.html"),
@@ -105,7 +103,10 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     "./run_all.sh refine [--run NAME]": ("./run_all.sh refine", "unrefined"),
     "./run_all.sh refine --run demo": ("", "unrefined"),
     "./run_all.sh bench training": ("", "bench_training"),
-    MEMBERS: (MEMBERS.replace("--run two", "SMALL --run softmax --until 04_train_vit3d"), "04_train_vit3d-wide_fold0 done"),
+    f"./run_all.sh --run two {TWO}": (
+        f"./run_all.sh SMALL --run softmax --until 04_train_vit3d {TWO}",
+        "04_train_vit3d-wide_fold0 done",
+    ),
     ".venv/bin/python -m lsdc_utils.report results --run demo": ("", "results of run demo written"),
     ".venv/bin/python -m lsdc_utils.report sample --run demo": ("", "sample of run demo written"),
     "python tests/benchmarks/bench_training.py kaggle": (

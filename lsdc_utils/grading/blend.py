@@ -48,8 +48,8 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
 
 def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS) -> Blend:
     """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend: equal
-    weights or one model alone, whichever scores best, without bias. Groups not among `only` keep the simple blend, ones
-    without a label equal weights. `tables` and `prior` must be out of fold for the rows of `labels`."""
+    weights, of all models or of a kind, or one model alone, whichever scores best, without bias. Groups not among `only`
+    keep the simple blend, ones without a label equal weights. `tables` and `prior` are out of fold for the labels."""
     labelled = prior.merge(metric.solution_of(labels), on="row_id")
     groups = metric.row_keys(labelled["row_id"])["group"]
     return {key: _fit_group(tables, labelled[groups == key], key in only) for key in GROUPS}
@@ -65,6 +65,10 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
         return float(np.nansum([scores[part] for part in metric.PARTS[:-1]]))
 
     simple = [np.full(n_models, 1 / n_models), *(np.eye(n_models) if n_models > 1 else ())]
+    kinds = np.equal.outer([*map(family, tables)], list(dict.fromkeys(map(family, tables))))
+    if n_models > kinds.shape[1]:  # several members: also the mean of a kind, and that of the kinds' means
+        means = kinds / kinds.sum(axis=0)
+        simple += [*means.T, means.mean(axis=1)]
     start = best = min((np.append(weights, [0.0, 0.0]) for weights in simple), key=loss)
     freely = freely and len(rows) > 0
     if freely:

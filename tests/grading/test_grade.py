@@ -13,7 +13,7 @@ import pytest
 from lsdc_utils import metric
 from lsdc_utils.data import checks, competition
 from lsdc_utils.data.stacks import read_study
-from lsdc_utils.grading import grade
+from lsdc_utils.grading import blend, grade
 from lsdc_utils.grading.grade import (
     COLUMNS_OF,
     blend_studies,
@@ -155,3 +155,5 @@ def test_members_are_blended_together_and_left_out_one_by_one():
     solution = metric.solution_of(labels)
     total = {name: metric.score(solution, metric.weight_table(table))["total"] for name, table in tables.items()}
     assert total["ensemble"] < total["vit3d"] < min(total[name] for name in given) - 0.01
+    mean = blend.fit_blend({name: given[name] for name in ("yolo", "vit3d-a", "vit3d-b")}, prior, labels, only=())
+    assert mean["ss"]["weights"] == {"yolo": 0.0, "vit3d-a": 0.5, "vit3d-b": 0.5}  # of the better kind

@@ -48,7 +48,7 @@ def apply_blend(blend: Blend, tables: Tables, prior: pd.DataFrame) -> pd.DataFra
 
 def fit_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame, only: Collection[str] = GROUPS) -> Blend:
     """The blend with the best official score on `labels` (row_id, severity), pulled towards the simple blend: equal
-    weights, of all models or of a kind, or one model alone, whichever scores best, without bias. Groups not among `only`
+    weights, of all models or of a kind, or one model alone, whichever scores best, without bias. Groups not in `only`
     keep the simple blend, ones without a label equal weights. `tables` and `prior` are out of fold for the labels."""
     labelled = prior.merge(metric.solution_of(labels), on="row_id")
     groups = metric.row_keys(labelled["row_id"])["group"]

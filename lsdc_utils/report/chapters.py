@@ -43,8 +43,8 @@ def read_chapter(file: Path) -> dict[str, Any]:
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # each printed line is its own output
     body = PLAIN_CODE.sub(r"\1", exporter.from_notebook_node(notebook)[0])
     title = Markup(re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)[1]).striptags()
-    if training := re.search(r"_(?:(nfn|scs|ss)_)?(fold)(\d+)(?:_(inner)(\d+))?$", file.stem):
-        words = training[1], " ".join(training.group(2, 3)), " ".join(filter(None, training.group(4, 5)))
+    if training := re.search(r"(?:_(nfn|scs|ss)|-([a-z0-9]+))?_(fold)(\d+)(?:_(inner)(\d+))?$", file.stem):
+        words = *training.group(1, 2), " ".join(training.group(3, 4)), " ".join(filter(None, training.group(5, 6)))
         title += f" ({', '.join(filter(None, words))})"
     headings = re.findall(r'<h2[^>]* id="([^"]+)"[^>]*>(.*?)</h2>', body, re.S)
     sections = [(anchor, Markup(text).striptags()) for anchor, text in headings]

@@ -210,10 +210,11 @@ def test_chapters_of_inner_trainings_say_so_and_go_with_their_fold(tmp_path):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "parameters.yml").write_text("folds: [1]")
     (tmp_path / "scores.json").write_text("{}")
-    for step in ("04_train_vit3d_fold0_inner0", "04_train_vit3d_fold1", "04_train_vit3d_fold1_inner0"):
+    steps = ("04_train_vit3d-a_fold1", "04_train_vit3d_fold0_inner0", "04_train_vit3d_fold1", "04_train_vit3d_fold1_inner0")
+    for step in steps:
         nbformat.write(make_notebook(step), tmp_path / f"notebooks/{step}.ipynb")
     titles = [chapter["page"][1] for chapter in read_chapters(tables.Run(tmp_path))]
-    assert [title.partition(" & more ")[2] for title in titles] == ["(fold 1)", "(fold 1, inner 0)"]
+    assert [title.partition(" & more ")[2] for title in titles] == ["(a, fold 1)", "(fold 1)", "(fold 1, inner 0)"]
 
 
 def test_real_data_show_the_out_of_fold_score_alone(tmp_path):

@@ -40,8 +40,8 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 14_260  # 13,290, with 700 for labelled folders and 270 of the 700 for the recipe
-    training: int = 7_740  # modules that TRAINING imports, transitively
+    package: int = 14_320  # 13,290, with 700 for labelled folders and 270 of the 700 for the recipe
+    training: int = 7_800  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

@@ -17,8 +17,7 @@ ALONG, ACROSS = np.arange(-10, 10.01, 0.25), np.arange(-6, 6.01, 1.5)  # mm: a s
 TURNS = np.deg2rad(np.arange(-18, 18.1, 6))  # of the strip; that with most contrast is used
 REACH = 6.0  # mm off the middle of S1/S2 in which the disc lies; beside it there is bone
 OFF = 11.0  # mm off the middle of the spine up to which a slice counts
-FAINT = 6.0  # grey values by which a disc is darker than bone, else it is not measured
-QUANTILE = 0.35  # of the slices' heights: some are too large, where something dark lies beside the disc
+FAINT, QUANTILE = 6.0, 0.35  # grey values by which a disc is darker than bone; of the heights, some are too large
 # Heights of S1/S2 as a share of the step from L5/S1: where 4 % of 160 phantom spines without a transitional vertebra
 # lie, and 63 % of 57 with a remnant disc at S1/S2; tests/proofs/numbering.py measures others. Above, it is no disc.
 DOUBTFUL = (0.175, 0.3)
@@ -51,5 +50,4 @@ def _height(profile: np.ndarray) -> float:
     """Height in mm of what is darker than the bone above and below, at half its depth; NaN if nothing is."""
     inside = np.abs(ALONG) <= REACH
     dark = inside * (np.median(profile[~inside]) - profile)
-    disc = ALONG[dark >= max(0.5 * dark.max(), 0.5 * FAINT)]
-    return disc[-1] - disc[0] + ALONG[1] - ALONG[0] if dark.max() >= FAINT else np.nan
+    return np.ptp(ALONG[dark >= 0.5 * dark.max()]) + 0.25 if dark.max() >= FAINT else np.nan

@@ -66,8 +66,7 @@ class Models:
 def _doubts(
     study_id: int, types: Sequence[str], rows: pd.DataFrame, points: pd.DataFrame, keys: Iterable[str]
 ) -> Iterator[tuple]:
-    """Findings: readable series on which the detectors of groups `keys` found nothing; levels maybe named wrong, or
-    counted in another way by a radiologist."""
+    """Findings: readable series on which the detectors of groups `keys` found nothing; levels maybe named wrong."""
     for group in map(GROUPS.get, keys):
         if group.series_type in types and not rows["row_id"].str.contains(group.base).any():
             value = f"the {group.score} detector found nothing on {group.series_type}, although its images can be read"

@@ -27,7 +27,7 @@ STRIDE = 2  # pixels of a slice to one of the maps
 SIDE = 160  # pixels a side of a training image
 MARKS = ("l5_s1", "s1_s2", "sacrum")  # of their own: the lumbosacral disc, S1/S2, the sacrum at S2/S3
 # A lumbosacral disc that is neither free nor fused, and the tip of the cord. Their scores are not read: they do not
-# tell which studies have one, or where the cord ends (tests/proofs/numbering.py). `numbering` measures the disc instead.
+# tell which studies have one, or where the cord ends (tests/proofs/numbering.py). `numbering` measures discs.
 DOUBTS = ("transitional", "conus")
 MAPS = ("disc", *MARKS, *DOUBTS, "canal")  # the middle of a disc of any level; behind it, where shown, the canal
 PEAKS = ("disc", "s1_s2", "conus", "canal")  # maps whose peaks are detections

@@ -43,8 +43,8 @@ def save_weights(network: torch.nn.Module, path: str | Path, about: dict[str, An
 def describe(path: Path, about: dict[str, Any], *packages: str) -> None:
     """Write the .json beside weights: `about`, versions of packages, the commit and the checksum of the weights."""
     versions = {name: version(name) for name in packages}
-    made = {"versions": versions, "git_commit": git_commit(), "sha256": sha256(path)}
-    write_json(path.with_suffix(".json"), about | made)
+    about = {**about, "versions": versions, "git_commit": git_commit(), "sha256": sha256(path)}
+    write_json(path.with_suffix(".json"), about)
 
 
 def described(path: Path) -> dict[str, Any]:

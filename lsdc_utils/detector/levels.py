@@ -13,8 +13,9 @@ from lsdc_utils.detector.chain import NOTHING
 from lsdc_utils.detector.classes import Detector, DetectorConfig, class_table
 from lsdc_utils.detector.detections import Detections, detect
 from lsdc_utils.detector.localiser import Localiser
+from lsdc_utils.detector.numbering import remnant
 from lsdc_utils.detector.places import find_places
-from lsdc_utils.detector.spine import CANAL_COLUMNS, CONFIDENCES, canal_points, find_discs
+from lsdc_utils.detector.spine import CANAL_COLUMNS, CONFIDENCES, canal_points, find_discs, join_discs, name_discs
 from lsdc_utils.metric import WEIGHTS
 from lsdc_utils.vocabulary import GROUPS, SEVERITIES, row_id
 
@@ -153,13 +154,15 @@ def grade_study(
     """Rows and points of one study by the detectors of all groups; condition: the group of a point, scs for the canal.
 
     The localisers go first, since their points tell where to look, and name levels. Without any (the published method)
-    the canal points are those of its canal detectors.
+    the canal points are those of its canal detectors. s1_s2, of the localisers' canal points: see `numbering.remnant`.
     """
     seen = [find_discs(network, stacks) for network in localisers]
     canal = canal_points(seen, study_id, [network.calibration for network in localisers]) if seen else None
     keys = [key for key in ("scs", "nfn", "ss") if key in detectors]
     rows, points = zip(*(grade_condition(detectors[key], study_id, stacks, canal, scheme) for key in keys), strict=True)
     points = dict(zip(keys, points, strict=True))
-    points = points if canal is None else {"scs": canal} | {key: points[key] for key in keys if key != "scs"}
+    if canal is not None:
+        height = remnant(stacks, canal["X"].median(), name_discs(join_discs(seen))[1][-2:])
+        points = {"scs": canal.assign(s1_s2=height)} | {key: points[key] for key in keys if key != "scs"}
     named = [table.assign(condition=key) for key, table in points.items()]
     return pd.concat(rows, ignore_index=True), pd.concat(named, ignore_index=True)

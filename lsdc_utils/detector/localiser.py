@@ -26,8 +26,8 @@ SPACING = 2.0  # mm a pixel
 STRIDE = 2  # pixels of a slice to one of the maps
 SIDE = 160  # pixels a side of a training image
 MARKS = ("l5_s1", "s1_s2", "sacrum")  # of their own: the lumbosacral disc, S1/S2, the sacrum at S2/S3
-# A lumbosacral disc that is neither free nor fused, and the tip of the cord. Their scores are not read: out of fold
-# they did not tell which studies have one, or where the cord ends.
+# A lumbosacral disc that is neither free nor fused, and the tip of the cord. Their scores are not read: they do not
+# tell which studies have one, or where the cord ends (tests/proofs/numbering.py). `numbering` measures discs.
 DOUBTS = ("transitional", "conus")
 MAPS = ("disc", *MARKS, *DOUBTS, "canal")  # the middle of a disc of any level; behind it, where shown, the canal
 PEAKS = ("disc", "s1_s2", "conus", "canal")  # maps whose peaks are detections
@@ -160,9 +160,8 @@ def augmented(
     matrix = np.column_stack([turned, shift])
     image = cv2.warpAffine(sample.image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
     layers = np.repeat(np.stack([sample.rows, np.full(len(sample.rows), True)], -1)[:, None], sample.image.shape[1], 1)
-    rows, shown = np.moveaxis(
-        cv2.warpAffine(layers.astype(np.uint8), matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST), -1, 0
-    )
+    layers = cv2.warpAffine(layers.astype(np.uint8), matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST)
+    rows, shown = np.moveaxis(layers, -1, 0)
     rows |= 1 - shown
     if rng.random() < 0.3 * frames:  # a narrower field of view
         (top, left), (bottom, right) = rng.integers(0, SIDE // 4, 2), SIDE - rng.integers(0, SIDE // 4, 2)
@@ -189,9 +188,8 @@ def _recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         curve = np.interp(np.arange(256), np.linspace(0, 255, 9), knots)
         curve[:8] *= np.linspace(0, 1, 8)  # air stays dark
     else:
-        curve = np.interp(
-            np.arange(256), np.linspace(0, 255, 10), np.concatenate([[0], np.cumsum(knots)]) / knots.sum()
-        )
+        rising = np.concatenate([[0], np.cumsum(knots)]) / knots.sum()
+        curve = np.interp(np.arange(256), np.linspace(0, 255, 10), rising)
     image = curve.astype(np.float32)[image]
     field = cv2.resize(rng.uniform(0.55, 1.45, (3, 3)).astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
     image = image * field

@@ -42,6 +42,12 @@ def find_discs(network: Localiser, stacks: Sequence[Stack]) -> Discs:
     return Discs(*map(np.concatenate, found), sum(slices))
 
 
+def join_discs(seen: Sequence[Discs]) -> Discs:
+    """The detections of several localisers as those of one."""
+    parts = (np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2"))
+    return Discs(*parts, sum(one.slices for one in seen))
+
+
 def evidence(discs: Discs) -> np.ndarray:
     """Evidence (n, 8) of detections for each of `chain.STATES`, as a share of the slices."""
     disc, l5_s1, s1_s2 = (discs.scores[:, MAPS.index(name)] for name in ("disc", "l5_s1", "s1_s2"))
@@ -69,8 +75,7 @@ def canal_points(
     there, on T2 if there is one, since patients move between series. level_confidence: the mean over the localisers of
     the probability of these names, so that one that counts in another way takes its share of it.
     """
-    joined = Discs(*(np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2")),
-                   sum(one.slices for one in seen))  # fmt: skip
+    joined = join_discs(seen)
     middles = name_discs(joined)[1][LUMBAR]
     chances = []
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):

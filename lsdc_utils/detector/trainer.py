@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ultralytics.data import base
 from ultralytics.data.build import seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
@@ -20,6 +21,7 @@ from ultralytics.utils.instance import Instances
 from lsdc_utils.checkpoint import Checkpoint, restore_optimizer
 from lsdc_utils.detector.classes import DetectorError
 
+base.LOCAL_RANK = 1  # without the progress of "Caching images" in logs
 torch_utils.unset_deterministic = lambda: None  # undoes what nothing here has set, and imports a compiler for seconds
 
 

@@ -16,6 +16,7 @@ from lsdc_utils.detector.chain import SURE
 from lsdc_utils.detector.classes import Detector
 from lsdc_utils.detector.levels import CONFIDENCES, Scheme, grade_study
 from lsdc_utils.detector.localiser import Localiser, load_localiser
+from lsdc_utils.detector.numbering import DOUBTFUL
 from lsdc_utils.detector.training import load_detector
 from lsdc_utils.grading import blend
 from lsdc_utils.grading.blend import Tables
@@ -71,6 +72,9 @@ def _doubts(
             yield study_id, None, "nothing_detected", value, "these rows without the detector, or by the prior"
     if (sure := points["level_confidence"].min()) < SURE:
         yield study_id, None, "levels_uncertain", f"{sure:.2f}", "graded; check the levels on its page"
+    if DOUBTFUL[0] < (height := points.get("s1_s2", pd.Series(dtype=float)).max()) < DOUBTFUL[1]:
+        value = f"numbering uncertain (transitional): S1/S2 looks {height:.0%} as high as its distance from L5/S1"
+        yield study_id, None, "numbering_uncertain", value, "graded as counted from below; check the levels on its page"
 
 
 def blends_of(models: Iterable[str]) -> dict[str, list[str]]:

@@ -173,6 +173,7 @@ def test_the_localisers_points_are_the_canal_and_name_the_levels_of_all(graded):
     rows, points = graded(seen)
     assert len(rows) == 25 and rows["row_id"].is_unique
     canal = points[points["condition"] == "scs"].drop(columns="condition")
+    assert canal.pop("s1_s2").isna().all()  # no slice to measure it on
     pd.testing.assert_frame_equal(canal, localised_points(seen, 1, [CALIBRATION] * 3))
     np.testing.assert_allclose(canal[[*"XYZ"]], list(truth.values()), atol=1)
     assert points.groupby("condition").size().to_dict() == {"nfn": 10, "scs": 5, "ss": 10}
@@ -185,7 +186,7 @@ def test_the_localisers_points_are_the_canal_and_name_the_levels_of_all(graded):
 def test_a_study_without_a_disc_has_neither_rows_nor_points(graded):
     rows, points = graded([discs({}, clutter=0)])
     assert rows.empty and points.empty
-    assert list(rows) == ["row_id", *SEVERITIES] and {*points} == {*CANAL_COLUMNS, "condition"}
+    assert list(rows) == ["row_id", *SEVERITIES] and {*points} == {*CANAL_COLUMNS, "condition", "s1_s2"}
 
 
 def test_levels_that_no_reader_clicked_take_their_canal_point_from_both_foramina():

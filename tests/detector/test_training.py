@@ -77,7 +77,8 @@ def test_training_saving_and_grading(tmp_path, capsys):
     trained, history = train_toy(tmp_path / "data", files, tmp_path / "work")
     assert len(history) == 1 and np.isfinite(history["cls_loss"]).all()
     assert [file.name for file in (tmp_path / "work").iterdir()] == ["checkpoint.safetensors"]
-    assert "epoch 1/1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "epoch 1/1" in printed.out and "Caching" not in printed.out + printed.err
     assert_same_weights(trained, train_toy(tmp_path / "data", files, tmp_path / "again")[0])  # same seed, same weights
     path = tmp_path / "weights" / "yolo_scs_fold0.pt"
     save_detector(trained, path)

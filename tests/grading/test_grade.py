@@ -87,6 +87,13 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
         (points.iloc[:1], of_canal, [("nothing_detected", T1)]),
         (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),
         (points.iloc[:1], of_canal.iloc[:0], [("nothing_detected", T1), ("nothing_detected", T2)]),
+        (points.iloc[:1].assign(s1_s2=0.1), of_canal, [("nothing_detected", T1)]),
+        (points.iloc[:1].assign(s1_s2=np.nan), of_canal, [("nothing_detected", T1)]),
+        (
+            points.iloc[:1].assign(s1_s2=0.22),
+            of_canal,
+            [("nothing_detected", T1), ("numbering_uncertain", "(transitional): S1/S2 looks 22%")],
+        ),
     ):
         monkeypatch.setattr(grade, "grade_study", lambda *asked, answer=(rows, found): answer)
         findings = models.grade(7, stacks)["findings"]

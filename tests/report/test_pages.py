@@ -210,9 +210,8 @@ def test_chapters_of_inner_trainings_say_so_and_go_with_their_fold(tmp_path):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "parameters.yml").write_text("folds: [1]")
     (tmp_path / "scores.json").write_text("{}")
-    steps = ("04_train_vit3d-a_fold1", "04_train_vit3d_fold0_inner0", "04_train_vit3d_fold1", "04_train_vit3d_fold1_inner0")
-    for step in steps:
-        nbformat.write(make_notebook(step), tmp_path / f"notebooks/{step}.ipynb")
+    for step in ("vit3d-a_fold1", "vit3d_fold0_inner0", "vit3d_fold1", "vit3d_fold1_inner0"):
+        nbformat.write(make_notebook(step), tmp_path / f"notebooks/04_train_{step}.ipynb")
     titles = [chapter["page"][1] for chapter in read_chapters(tables.Run(tmp_path))]
     assert [title.partition(" & more ")[2] for title in titles] == ["(a, fold 1)", "(fold 1)", "(fold 1, inner 0)"]
 

@@ -51,7 +51,7 @@ class Picture:
         return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def avif(image: Image.Image, quality: int = 45, largest: int = 4096) -> str:
+def avif(image: Image.Image, quality: int = 37, largest: int = 4096) -> str:
     """An image as the address of an embedded AVIF image, scaled down to `largest` pixels a side."""
     image = image.convert("RGB")
     image.thumbnail((largest, largest))

@@ -19,7 +19,7 @@ from lsdc_utils.vocabulary import FORAMINAL, GROUPS, LEVEL_NAMES, LEVELS, MISSIN
 GRID = (f"right_{SUBARTICULAR}", f"right_{FORAMINAL}", SPINAL_CANAL, f"left_{FORAMINAL}", f"left_{SUBARTICULAR}")
 KEY_WIDTH = 80.0  # mm of a slice shown around a point
 LARGEST = 384  # pixels of a side of an image; larger ones are scaled down
-KEY_QUALITY, SERIES_QUALITY = 46, 38  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
+KEY_QUALITY, SERIES_QUALITY = 40, 33  # of AVIF; a slice of 192 x 192 pixels takes about 3 kB
 
 
 def show_study(

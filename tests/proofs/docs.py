@@ -228,7 +228,8 @@ def execute(project: Path, command: str, log: Path) -> tuple[int, int]:
 def set_up(folder: Path) -> Path:
     """A clone of HEAD with a link to this environment, and beside it the folders of studies; the clone."""
     project = folder / "a clean clone"
-    if project.is_dir():
+    if project.is_dir():  # what `results` and `sample` wrote there is not kept
+        subprocess.run(["git", "checkout", "--quiet", "--", "README.md", "docs", "outputs"], cwd=project, check=True)
         subprocess.run(["git", "pull", "--quiet", "--ff-only"], cwd=project, check=True)
         return project
     (folder / "logs").mkdir(parents=True)

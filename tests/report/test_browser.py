@@ -93,6 +93,13 @@ def test_every_page_of_the_sample_loads(browser):
         assert_loads(browser, file, NARROW, "light")
 
 
+def test_sentences_of_the_summary_are_apart(browser, folder):
+    page, _ = opened(browser, folder / "index.html", WIDE)
+    text = page.locator("main").inner_text()
+    assert "Each graded study has a page: studies. See also" in text and not re.findall(r"[a-z]\.[A-Z]\w+", text)
+    page.context.close()
+
+
 def test_a_slider_scrolls_its_series_and_marks_go(browser, folder):
     page, complaints = opened(browser, whole_study(folder), WIDE)
     viewer = page.locator(".viewer").first

@@ -6,6 +6,10 @@ import pandas as pd
 import pytest
 from proofs import rehearsal
 
+from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.vit.augment import Augmentation, check_margin
+from lsdc_utils.vit.model import Vit3d, VitConfig
+
 MEASURED = pd.DataFrame(
     {
         25: [2000, 30.0, 900.0, 1.0, 0.5, 8.0],
@@ -30,3 +34,11 @@ def test_what_smaller_counts_expect_can_be_compared_with_what_was_measured() -> 
     assert one["02 processor, s"] == pytest.approx(120) and one["02 memory, MiB"] == 900
     assert two["02 processor, s"] == pytest.approx(60) and two["02 memory, MiB"] == pytest.approx(1050)
     assert one["crops, GB"] == two["crops, GB"] == pytest.approx(2)
+
+
+def test_the_smallest_sizes_are_parameters_and_make_a_network_that_can_be_trained() -> None:
+    parameters = load_parameters("kaggle", ["folds=0", *rehearsal.EPOCHS, *rehearsal.SMALLEST])
+    config = VitConfig(**{name: parameters[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
+    check_margin(config, Augmentation(**parameters["vit_augment"]))  # ValueError where it is too small
+    assert sum(weight.numel() for weight in Vit3d(config).parameters()) < 1e6
+    assert (parameters["vit_epochs"], parameters["yolo_epochs"]["ss"]) == (2, 2)

@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import cv2
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from toy_spine import canal_labels, config, ideal, toy_labels, toy_points, toy_stack, toy_study, write_dataset
 
 from lsdc_utils.detector.classes import Detector, DetectorError
@@ -18,6 +21,25 @@ from lsdc_utils.detector.training import load_detector, quiet_ultralytics, save_
 from lsdc_utils.grading import localisation
 from lsdc_utils.published import detector as published
 from lsdc_utils.vocabulary import GROUPS, SEVERITIES
+
+
+@pytest.mark.parametrize(("method", "validated"), [(True, True), (True, False), (False, True)])
+def test_the_notebook_prints_the_precision_beside_the_published_one(method, validated, tmp_path, capsys, monkeypatch):
+    quiet_ultralytics(tmp_path)
+    from ultralytics.utils.metrics import DetMetrics
+
+    history = pd.DataFrame({"epoch": [1, 2], "box_loss": [2.0, 1.0]})
+    if validated:  # as the trainer names them
+        history = history.assign(**{name: [0.1, 0.25] for name in DetMetrics().keys if "mAP" in name})
+    monkeypatch.setattr(plt, "show", plt.close)
+    names = {"source": None, "history": history, "published_method": method, "held_out": range(7)}
+    names |= {"condition": "scs", "name": "yolo_scs_fold0", "plt": plt, "published_detector": published}
+    cells = nbformat.read(ROOT / "notebooks/03_train_yolo.ipynb", as_version=4).cells
+    (curves,) = [cell.source for cell in cells if "MAP50" in cell.source]
+    exec(curves, names)
+    line = "yolo_scs_fold0: mAP50 0.250 on 7 held-out images, published: 0.558\n"
+    assert capsys.readouterr().out == (line if method and validated else "")
+    assert published.MAP50 == {"nfn": 0.472, "scs": 0.558, "ss": 0.416}
 
 
 def untrained(key: str, tmp_path, views=((1.0, False),)) -> Detector:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lsdc_utils.costs import shares
-from lsdc_utils.files import count_studies
 from lsdc_utils.pipeline.graph import Step, has_error
 
 PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # of cells that papermill adds
-TITLES = {"test": "test", "oof": "out-of-fold"}  # blocks of scores.json -> kind of its studies
+TITLES = {"test": "test studies", "oof": "training studies, out of fold"}  # blocks of scores.json
 
 
 @dataclass
@@ -161,10 +160,11 @@ def failure(logs: Path, step: Step) -> str:
 def score_table(scores: dict[str, Any]) -> str:
     """The blocks of scores.json as text, test first. Where groups are absent, the mean of the others is the total."""
     lines = []
-    for name, kind in TITLES.items():
+    for name, studies in TITLES.items():
         if not (block := scores.get(name)):
             continue
-        lines += ["", f"Weighted log loss, {count_studies(block['n_studies'], kind)}; lower is better"]
+        studies = studies if block["n_studies"] != 1 else studies.replace("studies", "study")
+        lines += ["", f"Weighted log loss, {block['n_studies']} {studies}; lower is better"]
         skills, last = block.get("skill") or {}, "mean_of_groups" if "groups" in block else "total"
         shown = (*PARTS[:-1], last)
         titles = [part.replace("_", " ") for part in shown] + (["skill"] if skills else [])

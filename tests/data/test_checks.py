@@ -448,7 +448,7 @@ NO_POINT = "no study has a usable point with a grade for"
         ),
         ("empty", "predicting (5 studies)"),
         ("no train.csv", "predicting (5 studies)"),
-        ("no training tables", "predicting (1 studies)"),
+        ("no training tables", "predicting (1 study)"),
     ],
 )
 def test_what_a_folder_can_be_used_for(tmp_path: Path, tables: Tables, capsys, fault: str, uses: str) -> None:

@@ -87,7 +87,7 @@ def test_adapt_prints_three_digits_and_an_adapted_run_has_nothing_to_export(
     assert commands.main(["adapt", str(tmp_path), "--run", "demo", "--out", "own"]) == 0
     said = capsys.readouterr().out
     assert "ensemble by the run's own blend: 0.612; kept as it is: spinal\n" in said
-    assert "1 out-of-fold study;" in said
+    assert "1 training study, out of fold;" in said
     monkeypatch.setattr("lsdc_utils.export.studies.read_recipe", lambda _: {"adapted": {}})
     with pytest.raises(ExportError, match=r"own has no grades to export: it was adapted and keeps no study;"):
         export_studies(tmp_path / "own")

@@ -6,7 +6,7 @@ pixels and noise. The blend is fitted to 20, 50 and 100 of the first 100 studies
 all of them), and scored on the others. CACHE keeps what is graded, in blocks, so that the proof resumes.
 
 --train: the run's models are also trained further, as by `adapt --train`, on the first draw of 50 studies of the second
-population, and models like them from scratch. Both runs lie in CACHE and are scored on the same test studies.
+population, and models like them from scratch. Both are runs in outputs/, scored on the same test studies.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def train(run: Path, cache: Path, read: pd.DataFrame, test: int) -> pd.DataFrame
     scratch = further | {key: own[key] for key in LENGTHS if key in own} | {"start_from": ""}
     lines = []
     for name, parameters in (("trained further", further), ("trained from scratch", scratch)):
-        place = cache / name.replace(" ", "-")
+        place = OUTPUTS / f"{run.name}-{name.replace(' ', '-')}"  # where the notebooks look for a run
         with locked(place):
             if work(Run(place, parameters, "the proof again", 1, until="05_ensemble_inference")):
                 raise SystemExit(f"{name}: training failed")

@@ -40,8 +40,8 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 14_600  # 13,290, with 742 for labelled folders and 568 of the 700 for the recipe
-    training: int = 7_950  # modules that TRAINING imports, transitively
+    package: int = 14_680  # 13,290; labelled folders 742, recipe 590 of 700, uncertain numbering 58
+    training: int = 8_020  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

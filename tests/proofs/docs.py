@@ -114,6 +114,7 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
         "TFLOP",
     ),
     "python tests/proofs/rehearsal.py": ("python tests/proofs/rehearsal.py --help", "usage: "),
+    "python tests/proofs/numbering.py CACHE": ("python tests/proofs/numbering.py --help", "usage: "),
     "python tests/house.py": ("", "package"),
     "python tests/proofs/adapt.py CACHE": ("python tests/proofs/adapt.py --help", "usage: "),
     "python tests/proofs/adapt.py CACHE --test 60": ("python tests/proofs/adapt.py --help", "--test"),

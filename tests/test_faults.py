@@ -31,7 +31,7 @@ def assert_ends_as(undisturbed: Path, project: Path, arguments: list[str]) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(project) == results(undisturbed)
     assert [str(path) for path in project.glob("outputs/**/.writing-*")] == []
-    assert list((project / "outputs/demo/work").iterdir()) == []
+    assert {path.name for path in (project / "outputs/demo/work").iterdir()} <= {"crops"}  # 05 deletes those
 
 
 def log_of(project: Path, step: str) -> str:

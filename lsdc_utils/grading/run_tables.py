@@ -50,7 +50,8 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
         remedy = "run it again, or use the version in its provenance.json"
         raise RunError(f"the run in {run} was made by an older version of the code: {remedy}")
-    recipe = {"conditions": list(GROUPS), "members": [], "missing_members": []} | recipe  # not in older ones
+    for key, value in {"conditions": list(GROUPS), "members": [], "missing_members": []}.items():
+        recipe.setdefault(key, value)  # which older recipes do not name
     for name, blends in recipe.get("without", {}).items():  # numbers for the case that one member's weights are gone
         others = [other for other in recipe["members"] if other != name]
         if _lacks(run, recipe) and not _lacks(run, recipe | {"members": others}):

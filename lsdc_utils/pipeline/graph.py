@@ -85,6 +85,7 @@ def member_parameters(member: dict[str, Any], parameters: dict[str, Any]) -> dic
     """What sets the training of one of `vit_members` apart, as parameters of 04. A square is so many mm wide on T2, and
     on other series in the proportions of `vit_spacing`."""
     own = {MEMBER.get(key, key): value for key, value in member.items() if key not in ("name", "squares")}
+    own |= {key: parameters[key] | value for key, value in own.items() if isinstance(value, dict) and key in parameters}
     if squares := member.get("squares"):
         (mm, pixels, slices), *wider = squares
         ratio = mm / pixels / parameters["vit_spacing"][SERIES_TYPES.index(T2)]

@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
     with pytest.raises(studies.ExportError, match="did not grade 99"):
         studies.export_studies(run, [99])
     (tmp_path / "blend.json").write_text((run / "blend.json").read_text())
-    with pytest.raises(studies.ExportError, match="has no grades: run it to 05_ensemble_inference"):
+    with pytest.raises(studies.ExportError, match="has no grades to export: run it to 05_ensemble_inference"):
         studies.export_studies(tmp_path)
 
 

@@ -70,9 +70,8 @@ def test_tables_of_studies_are_joined_and_keep_their_columns():
     empty = {kind: pd.DataFrame(columns=columns) for kind, columns in COLUMNS_OF.items()}
     joined = join_graded([empty, empty | {"yolo": pd.DataFrame([row])}])
     assert joined["yolo"].to_dict("records") == [row]
-    assert {kind: list(table.columns) for kind, table in joined.items() if kind != "yolo"} == {
-        kind: columns for kind, columns in COLUMNS_OF.items() if kind != "yolo"
-    }
+    expected = {"vit3d": COLUMNS_OF["yolo"]} | COLUMNS_OF
+    assert {kind: list(table.columns) for kind, table in joined.items()} == expected
 
 
 def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkeypatch):
@@ -82,7 +81,7 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     of_canal = pd.DataFrame([("7_spinal_canal_stenosis_l1_l2", *PRIOR)], columns=COLUMNS_OF["yolo"])
     stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
     monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
-    models = grade.Models([], {"nfn": [], "scs": []}, [], 1, lambda *asked: of_canal)
+    models = grade.Models([], {"nfn": [], "scs": []}, {"vit3d": []}, 1, lambda *asked: of_canal)
     for found, rows, expected in (
         (points.iloc[:1], of_canal, [("nothing_detected", T1)]),
         (points, of_canal, [("nothing_detected", T1), ("levels_uncertain", "0.79")]),

@@ -93,7 +93,8 @@ def test_softened_labels_add_a_training_for_each_part_of_each_fold_before_the_fo
 
 
 def test_each_member_is_a_training_of_its_own_with_its_parameters() -> None:
-    a, squares = "{name: a, encoder: resnet18, seed: 3, vit_lr: 0.0002}", "[[48, 24, 5], [96, 24, 3]]"
+    a = "{name: a, encoder: resnet18, seed: 3, vit_lr: 0.0002, vit_augment: {mixup: 0.4}}"
+    squares = "[[48, 24, 5], [96, 24, 3]]"
     parameters = load_parameters("demo", [f"vit_members=[{a}, {{name: b2, pooling: gru, squares: {squares}}}]"])
     steps = graph.select_steps(graph.all_steps(parameters | {"vit_soften": 0.5, "vit_inner_folds": 1}), "04")
     names = [f"04_train_vit3d-{name}_fold{fold}" for name in ("a", "b2") for fold in (0, 1)]
@@ -102,6 +103,7 @@ def test_each_member_is_a_training_of_its_own_with_its_parameters() -> None:
     usual = graph.step_parameters(graph.Step("04", "04_train_vit3d", {"fold": 0}), parameters, "demo")
     assert {key: a[key] for key in a if a[key] != usual[key]} == {
         "member": "a", "vit_encoder": "resnet18", "seed": 3, "vit_lr": 0.0002,
+        "vit_augment": usual["vit_augment"] | {"mixup": 0.4},
     }  # fmt: skip
     assert {key: b[key] for key in b if b[key] != usual[key]} == {
         "member": "b2", "vit_pooling": "gru", "vit_size": 24, "vit_slices": 5, "vit_wider": [[2.0, 3]],

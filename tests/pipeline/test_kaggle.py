@@ -17,7 +17,7 @@ from conftest import ROOT, run_all
 from lsdc_utils import downloads
 from lsdc_utils.pipeline import graph, kaggle
 
-RECIPE = {"conditions": ["nfn", "ss"], "folds": [0, 3], "kind": "fitted", "vit_views": 2, "threads": 4}
+RECIPE = {"conditions": ["nfn", "ss"], "folds": [0, 3], "members": [], "kind": "fitted", "vit_views": 2, "threads": 4}
 
 
 def placed(folder: Path, wheels: dict[str, str]) -> list[str]:

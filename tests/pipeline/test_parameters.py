@@ -116,7 +116,7 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
     train[list(COLUMNS)] = ""
     for change, words in (
         ({"conditions": ["nnf"]}, "conditions=nnf: expected all, or some of nfn, scs, ss"),
-        ({"conditions": []}, "expected all"),
+        ({"conditions": []}, "conditions= has no value; write conditions=all, or some of nfn, scs, ss"),
         ({"conditions": ["scs"], "data_dir": str(tmp_path)}, "no study has a grade for spinal stenosis"),
         ({"conditions": ["nfn"], "published_method": True}, "all three conditions"),
     ):
@@ -142,7 +142,8 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
         ("[{name: a, squares: [32, 32, 3]}]", "expected a list of .mm, pixels, slices"),
         ("[{name: a, squares: [[32, 32, 3], [64, 16, 3]]}]", "as many pixels as the first"),
         ("[{name: a, squares: [[32, 30, 3]]}]", "vit_size 30 is not a multiple of 8"),
-        ("[{name: a, vit_augment: {rotation: 1.0}}]", "vit_augment: has the keys"),
+        ("[{name: a, vit_augment: {turn: 1.0}}]", "vit_augment: unknown key turn"),
+        ("[{name: a, vit_augment: {rotation: 0.2, cut_off: 2.5}, vit_margin: 0}]", "vit_margin is 0 pixels"),
     ],
 )
 def test_a_member_that_cannot_be_trained_is_refused_before_anything_runs(members: str, words: str) -> None:

@@ -79,7 +79,7 @@ def test_models_that_are_absent_changed_or_of_other_code_are_refused(
     copy, words = tmp_path / "outputs/pretrained", ("predict", tmp_path / "data", "--out", tmp_path / "out")
 
     def error() -> str:
-        assert asked(monkeypatch, tmp_path / "outputs", *words) == 1
+        assert asked(monkeypatch, tmp_path / "outputs", *words) == 2
         text = capsys.readouterr().err
         assert text.startswith("run_all.sh: ") and text.count("\n") == 1
         return text

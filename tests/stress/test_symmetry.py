@@ -87,7 +87,7 @@ def graded(smoke_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         canal = points[points["condition"] == "scs"].assign(study_id=own)
         canal = canal.assign(X=-canal["X"]) if name == "mirrored" else canal
         found[name]["seen"] = [Scheme().detect(detector, seen, canal) for detector in detectors]
-        found[name]["at_points"] = predict_studies(models.vits, [(own, seen)], canal, models.views)
+        found[name]["at_points"] = predict_studies(models.vits["vit3d"], [(own, seen)], canal, models.views)
         found[name]["ensemble"] = blend_studies(recipe, join_graded([found[name]]), [own])[0]["ensemble"]
     return found
 

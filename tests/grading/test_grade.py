@@ -67,10 +67,10 @@ def test_a_study_that_nothing_graded_has_the_prior():
 
 def test_tables_of_studies_are_joined_and_keep_their_columns():
     row = {"row_id": "1_spinal_canal_stenosis_l1_l2", **dict(zip(SEVERITIES, PRIOR, strict=True))}
-    empty = {kind: pd.DataFrame(columns=columns) for kind, columns in COLUMNS_OF.items()}
+    expected = {"vit3d": COLUMNS_OF["yolo"]} | COLUMNS_OF
+    empty = {kind: pd.DataFrame(columns=columns) for kind, columns in expected.items()}
     joined = join_graded([empty, empty | {"yolo": pd.DataFrame([row])}])
     assert joined["yolo"].to_dict("records") == [row]
-    expected = {"vit3d": COLUMNS_OF["yolo"]} | COLUMNS_OF
     assert {kind: list(table.columns) for kind, table in joined.items()} == expected
 
 

@@ -106,7 +106,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(f"{shown(folder)} is locked by another run_all.sh") from error
         end_processes(folder)
         cancel_jobs(folder)
-        left = (*folder.glob(".writing-*"), *folder.glob("*/.writing-*"))  # by a process that was killed
+        left = (file for depth in ("", "*/", "*/*/") for file in folder.glob(f"{depth}.writing-*"))  # of a killed one
         for file in filter(Path.is_file, left):
             file.unlink()
         try:

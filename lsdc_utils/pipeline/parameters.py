@@ -95,13 +95,13 @@ def check_members(parameters: dict[str, Any]) -> None:
         name = member.get("name") if isinstance(member, dict) else None
         if not isinstance(name, str) or not re.fullmatch("[a-z0-9]+", name):
             raise UsageError(f"vit_members, number {number}: needs a name of small letters and digits: {member!r}")
-        if [other.get("name") for other in members].count(name) > 1:
+        if any(isinstance(other, dict) and other.get("name") == name for other in members[: number - 1]):
             raise UsageError(f"vit_members: the name {name} is there twice")
         if unknown := [key for key in member if key not in keys]:
             raise UsageError(f"vit_members, {name}: unknown key {unknown[0]!r}; keys are: {', '.join(keys)}")
         try:
             check_member(parameters | {k: converted(k, v, known[k]) for k, v in _settings(member, parameters).items()})
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(f"vit_members, {name}: {error}") from error
 
 

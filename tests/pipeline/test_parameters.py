@@ -134,6 +134,8 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
         ("[{encoder: conv}]", "number 1: needs a name"),
         ("[a]", "number 1: needs a name"),
         ("[{name: a}, {name: a}]", "the name a is there twice"),
+        ("[{name: a}, b]", "number 2: needs a name"),
+        ("[{name: a, squares: 5}]", "a: 'int' object is not iterable"),
         ("[{name: a, layers: 3}]", "a: unknown key 'layers'; keys are: name, squares, encoder"),
         ("[{name: a, head: linear}]", "a: vit_head is 'linear'; choose one of ordinal, softmax"),
         ("[{name: a, pooling: max}]", "a: vit_pooling is 'max'; choose one of attention, gru"),

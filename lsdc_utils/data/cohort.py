@@ -92,7 +92,8 @@ def _of_studies(function: Callable, comp: Competition, studies: Sequence[int], w
     kinds = [vocabulary.T2, *vocabulary.SERIES_TYPES]
     series = comp.series.iloc[np.argsort(comp.series["series_type"].map(kinds.index), kind="stable")]
     keys = dict(list(series[["split", "study_id", "series_id"]].groupby("study_id")))
-    sources = [[comp.source(*key) for key in keys[study].itertuples(index=False, name=None)] for study in studies]
+    lines = [keys[study].itertuples(index=False, name=None) if study in keys else () for study in studies]
+    sources = [[comp.source(*key) for key in own] for own in lines]
     return each(function, sources, workers, FEW_STUDIES, chunk=4)
 
 

@@ -11,17 +11,20 @@ from lsdc_utils.data.competition import CompetitionError, read_required_table
 
 def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
     """Cut the studies of a label table into folds: study_id, fold (0 .. n_splits - 1), whatever the order of its rows.
+    Studies of one patient (column `patient`, if there is one) are in the same fold.
 
     Folds are alike in any-severe canal and in the counts of moderate and severe grades of each condition group: the
-    most diseased studies come first and go where least of what they have is. CompetitionError if studies are too few.
+    most diseased patients come first and go where least of what they have is. CompetitionError if they are too few.
     """
+    people = labels.groupby("study_id")["patient" if "patient" in labels else "study_id"].first()
     group = labels.condition.map(words.GROUP_OF)
-    counts = pd.crosstab(labels.study_id, [group, labels.severity])
+    counts = pd.crosstab(labels.study_id.map(people), [group, labels.severity])
     counts = counts.reindex(columns=pd.MultiIndex.from_product([words.GROUPS, (1, 2)]), fill_value=0).astype(float)
     if not 2 <= n_splits <= len(counts):
-        raise CompetitionError(f"cannot cut the studies ({len(counts)}) into {n_splits} folds")
+        who = "the studies" if len(counts) == len(people) else "the studies of the patients"
+        raise CompetitionError(f"cannot cut {who} ({len(counts)}) into {n_splits} folds")
     counts["any_severe", ""] = (counts["scs", 2] > 0).astype(float)
-    share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each study's share of the total of each trait
+    share = (counts / counts.sum().clip(lower=1)).to_numpy()  # each patient's share of the total of each trait
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(-share[order].sum(axis=1), kind="stable")]
     fold = np.zeros(len(share), dtype="int64")
@@ -32,7 +35,7 @@ def make_folds(labels: pd.DataFrame, n_splits: int, seed: int) -> pd.DataFrame:
             fold[i] = min(free, key=lambda k: (held[k] @ share[i], held[k].sum()))
             held[fold[i]] += share[i]
             free.remove(fold[i])
-    return pd.DataFrame({"study_id": counts.index.to_numpy(dtype="int64"), "fold": fold})
+    return people.map(dict(zip(counts.index, fold, strict=True))).astype("int64").rename("fold").reset_index()
 
 
 def training_labels(labels: pd.DataFrame) -> pd.DataFrame:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from data_folders import write_tables
 
 from lsdc_utils import vocabulary as words
@@ -33,6 +35,23 @@ def test_folds_are_alike_and_the_same_again(tmp_path: Path) -> None:
     assert any_severe.max() - any_severe.min() <= 3
     with pytest.raises(CompetitionError, match="into 102 folds"):
         make_folds(labels, 102, seed=52)
+
+
+def test_studies_of_a_patient_are_in_one_fold_and_folds_stay_alike(tmp_path: Path) -> None:
+    write_tables(tmp_path, n_train=60)
+    labels = competition.read(tmp_path).labels
+    studies = sorted(labels.study_id.unique())
+    each_own = labels.assign(patient=labels.study_id.map(dict(zip(studies, range(60), strict=True))))
+    pd.testing.assert_frame_equal(make_folds(each_own, 3, seed=52), make_folds(labels, 3, seed=52))
+    pairs = labels.assign(patient=labels.study_id.map({study: k % 30 for k, study in enumerate(studies)}))
+    folds = make_folds(pairs, 3, seed=52).set_index("study_id").fold
+    assert folds.index.tolist() == studies
+    assert folds[studies[:30]].tolist() == folds[studies[30:]].tolist()
+    assert folds.value_counts().tolist() == [20, 20, 20]
+    inner = [set(hold_out(pairs.assign(fold=1, train_on=True), 0, k, 2, seed=1)[1].patient) for k in (0, 1)]
+    assert inner[0] and inner[1] and not inner[0] & inner[1]
+    with pytest.raises(CompetitionError, match=r"studies of the patients \(30\) into 31 folds"):
+        make_folds(pairs, 31, seed=52)
 
 
 def test_published_folds(tmp_path: Path) -> None:
@@ -63,3 +82,23 @@ def test_rows_that_are_not_trained_on_have_no_grade_in_training_and_keep_it_held
     parts = [hold_out(labels, 0, inner=k, n_inner=2, seed=1) for k in (0, 1)]
     assert all(second not in set(train.study_id) for train, _ in parts)
     assert sum(second in set(held.study_id) for _, held in parts) == 1
+
+
+def test_02_keeps_a_patient_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tables(tmp_path / "data", n_train=8)
+    studies = sorted(competition.read(tmp_path / "data").labels.study_id.unique().tolist())
+    patients = pd.DataFrame({"study_id": studies, "patient": [k // 2 for k in range(8)]})
+    patients.to_csv(tmp_path / "data/patients.csv", index=False)
+    cells = json.loads((ROOT / "notebooks/02_convert_labels.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][:3]
+    names = {}
+    exec(code[0], names)
+    names |= {"run_dir": str(tmp_path / "run"), "data_dir": str(tmp_path / "data")}
+    names["points_from"] = str(ROOT / "outputs/pretrained")  # these studies have no images
+    exec(code[1] + "\n" + code[2], names)
+    fold_of = names["labels"].groupby("study_id")["fold"].first()
+    assert fold_of[studies[::2]].tolist() == fold_of[studies[1::2]].tolist() and set(fold_of) == {0, 1}
+    assert "several folds" not in capsys.readouterr().out
+    pd.DataFrame({"study_id": studies, "fold": [0, 1] * 4}).to_csv(tmp_path / "folds.csv", index=False)
+    exec(code[1] + "\n" + code[2], names | {"folds_csv": str(tmp_path / "folds.csv")})
+    assert "4 patients have studies in several folds" in capsys.readouterr().out

@@ -66,7 +66,8 @@ def test_what_the_proof_runs_is_the_command_that_the_docs_name() -> None:
 @pytest.mark.parametrize("proof", sorted((ROOT / "tests/proofs").glob("*.py")), ids=lambda file: file.name)
 def test_a_proof_finds_the_package_wherever_it_is_started(proof: Path) -> None:
     head, _, rest = proof.read_text().partition("sys.path")
-    assert rest and "import lsdc_utils" not in head and "from lsdc_utils" not in head
+    assert "import lsdc_utils" not in head and "from lsdc_utils" not in head
+    assert rest or "lsdc_utils import" not in proof.read_text()
 
 
 def test_the_list_of_outcomes_holds_no_failure_and_the_docs_quote_it() -> None:

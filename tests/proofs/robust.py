@@ -1,0 +1,116 @@
+"""Robustness, measured: `python tests/proofs/robust.py [NAME ...]` runs the checks of `CHECKS`, or some of them, one
+command each, on the committed tree, and writes what came of them to docs/robust.csv and docs/guarantees.md.
+
+A check that passed on this commit is not run again, so that a stopped proof resumes. Takes two hours or more on two
+cores. `python tests/proofs/robust.py pair` alone is the one check that lives here: two runs at once in one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, PAGE = ROOT / "docs/robust.csv", ROOT / "docs/guarantees.md"
+PYTEST = "python -m pytest -q -p no:cacheprovider -rs"
+CHECKS = {  # name -> what is done, its command, and a pattern of its last words, which are the outcome
+    "files": ("20,000 corrupt DICOM files are read", "python tests/fuzz/run.py 20000", r"(?s)slowest call.*"),
+    "kills": ("runs are killed 20 times and resume", f"{PYTEST} tests/test_faults.py -k killed", r"\d+ passed.*"),
+    "disks": ("disks that are too small", f"{PYTEST} tests/test_faults.py -k full_disk", r"\d+ passed.*"),
+    "memory": ("memory that is too short", f"{PYTEST} tests/test_faults.py -k short_memory", r"\d+ passed.*"),
+    "order": ("one step at a time", f"{PYTEST} tests/test_faults.py -k one_step", r"\d+ passed.*"),
+    "names": ("names planted in headers", f"{PYTEST} tests/test_private.py -k 'not offline'", r"\d+ passed.*"),
+    "network": ("no network", f"{PYTEST} tests/test_private.py -k 'offline or connection'", r"\d+ passed.*"),
+    "weights": ("weights and files that would run code", f"{PYTEST} tests/test_safety.py", r"\d+ passed.*"),
+    "pair": ("two runs at once in one folder", "python tests/proofs/robust.py pair --here", r"both .*"),
+}
+
+
+def pair() -> int:
+    """Two smoke runs at once in a clone whose phantom is not drawn yet; the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder, "project")
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+        (project / ".venv").symlink_to(sys.prefix)
+        names = ("one", "other")
+        command = ["./run_all.sh", "--profile", "smoke", "--cores", "1", "--run"]
+        running = [subprocess.Popen([*command, name], cwd=project, stdout=subprocess.DEVNULL) for name in names]
+        status = [process.wait() for process in running]
+        files = [project / "outputs" / name / "submission.csv" for name in names]
+        alike = not any(status) and files[0].read_bytes() == files[1].read_bytes()
+        print(f"both ended with {status}; their submissions are {'the same bytes' if alike else 'not alike'}")
+        return int(not alike)
+
+
+def run(name: str, commit: str) -> dict:
+    """Run a check; its line of the table."""
+    what, command, words = CHECKS[name]
+    began, before = time.time(), os.times()
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    told = re.findall(words, done.stdout.strip())
+    outcome = " ".join((told[0] if told else done.stdout[-600:] + done.stderr[-600:]).split())
+    line = {"check": name, "what": what, "command": command, "status": done.returncode, "outcome": outcome}
+    return line | {"minutes": round((time.time() - began) / 60, 1), "cpu_minutes": round(cpu / 60, 1), "commit": commit}
+
+
+def write(lines: dict[str, dict]) -> None:
+    """Write the list, in the order of `CHECKS`, and its table in the page."""
+    table = pd.DataFrame([lines[name] for name in CHECKS if name in lines])
+    table.to_csv(TABLE, index=False)
+    rows = [f"| {line['what']} | {outcome_of(line)} | {line['minutes']:g} | {line['commit']} |"
+            for line in table.to_dict("records")]  # fmt: skip
+    head = ["| Check | Outcome | Minutes | Commit |", "|---|---|---:|---|"]
+    text = "\n".join(["<!-- table robust -->", *head, *rows, "<!-- end -->"])
+    page, changed = re.subn(r"(?s)<!-- table robust -->.*?<!-- end -->", lambda _: text, PAGE.read_text())
+    assert changed == 1, f"{PAGE} has no place for the table"
+    PAGE.write_text(page)
+
+
+def outcome_of(line: dict) -> str:
+    """The outcome as the page shows it."""
+    return ("" if line["status"] == 0 else "**failed:** ") + str(line["outcome"]).replace("|", "/")[:300]
+
+
+def main() -> int:
+    """Run the checks that were asked for; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CHECKS)}; default: all")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.here:
+        return pair()
+    if unknown := set(asked.names) - set(CHECKS):
+        parser.error(f"no such check: {', '.join(sorted(unknown))}")
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    if changed := git("status", "--porcelain", "--", "lsdc_utils", "notebooks", "tests", "run_all.sh"):
+        parser.error(f"the tree has changes that are not committed:\n{changed}")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    known = pd.read_csv(TABLE).to_dict("records") if TABLE.is_file() else []
+    lines = {line["check"]: line for line in known}
+    for name in asked.names or CHECKS:
+        if (old := lines.get(name)) and old["commit"] == commit and old["status"] == 0:
+            continue
+        lines[name] = run(name, commit)
+        print(*lines[name].values(), sep=" | ", flush=True)
+        write(lines)
+    failed = [name for name, line in lines.items() if line["status"] != 0]
+    print(*(f"FAILED: {name}" for name in failed), sep="\n")
+    return int(len(failed) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

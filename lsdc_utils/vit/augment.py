@@ -31,6 +31,7 @@ class Augmentation:
     warp: float = 0.0  # pixels, sd of the shifts of a grid of points that bends a slot's slices
     blur: float = 0.0  # pixels, largest sd of a Gaussian, a series
     noise: float = 0.0  # share of 255, largest sd of white noise, a series
+    single: float = 0.0  # share of slots of which one slice alone is shown
     holes: float = 0.0  # share of slots with a rectangle of an eighth to a half of the side, painted with the mean
     mixup: float = 0.0  # both parameters of the beta distribution of shares by which two studies are mixed
 
@@ -78,6 +79,8 @@ def augment(
     kinds = np.take(KINDS, config.slots)
     gain, gamma, kept = (np.stack(drawn)[:, kinds] for drawn in zip(*series, strict=True))
     images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns), warps)
+    for place, rng in zip(places, rngs if strength.single else (), strict=False):
+        show_single(place, strength.single, config.slots, rng)
     images = vary(images.transpose(1, 2), gain, gamma).transpose(1, 2)
     for image, rng in zip(images, rngs, strict=True):
         disturb(image, strength, config.slots, rng)
@@ -145,6 +148,13 @@ def disturb(image: torch.Tensor, strength: Augmentation, slots: np.ndarray, rng:
         rows, cols = map(slice, starts, starts + sides)
         own = torch.from_numpy(np.flatnonzero(slots == slot))
         image[level, own, rows, cols] = image[level, own].mean(dim=(1, 2), keepdim=True)
+
+
+def show_single(places: torch.Tensor, share: float, slots: np.ndarray, rng: np.random.Generator) -> None:
+    """Leave a study's places (5, n) of one slice, drawn at random, in a share of slots, in place. slots (n,)."""
+    for level, slot in np.argwhere(rng.random((len(LEVELS), len(SLOTS))) < share):
+        there = np.flatnonzero((slots == slot) & ~places[level].isnan().cpu().numpy())
+        places[level, there[there != rng.choice(there)] if len(there) else there] = math.nan
 
 
 def draw_series(strength: Augmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

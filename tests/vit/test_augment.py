@@ -229,3 +229,19 @@ def test_drop_path_leaves_out_blocks_in_training_alone():
         assert not torch.equal(models[1](*seen), models[1](*seen))
         models[0].slice_blocks.train()
         assert torch.equal(models[0](*seen), models[0](*seen))
+
+
+def test_a_place_is_seen_on_one_slice_of_its_own_that_changes():
+    inputs = draw_inputs(3, np.random.default_rng(0), SMALL)
+    inputs["places"][0, 2] = np.nan  # a level that no slice shows
+    chosen = set()
+    for seed in range(8):
+        rngs = [np.random.default_rng([seed, k]) for k in range(3)]
+        images, places = augment(inputs, np.zeros((3, 25, 3)), SMALL, replace(STILL, single=1.0), rngs)[0]
+        there = ~places.isnan().reshape(3, 5, len(SLOTS), SMALL.slices).numpy()
+        known = ~np.isnan(inputs["places"]).reshape(there.shape)
+        assert (there.sum(axis=-1) == known.any(axis=-1)).all() and not (there & ~known).any()
+        np.testing.assert_array_equal(places[~places.isnan()], inputs["places"][~places.isnan().numpy()])
+        assert images.any()
+        chosen |= set(np.argwhere(there)[:, -1].tolist())
+    assert chosen == set(range(SMALL.slices))

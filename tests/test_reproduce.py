@@ -1,0 +1,78 @@
+"""Tables of several trainings: means, ranges and paired intervals, between their markers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from report_run import make_rows
+
+from lsdc_utils import metric
+from lsdc_utils.vocabulary import SEVERITIES
+
+sys.path.append(str(ROOT / "tests/proofs"))
+import reproduce
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three runs on the same labels, and each without a part: always worse by more doubt, the third seed most."""
+    labels, tables = make_rows(np.random.default_rng(1), 24)
+    solution, known = metric.solution_of(labels), tables["ensemble"]
+    for number, run in enumerate(reproduce.RUNS):
+        for folder, doubt in ((run, 0.1 * number), (f"{run}-no_mix", 0.1 * number + 0.05 * (number + 1))):
+            own = known.copy()
+            own[list(SEVERITIES)] = (1 - doubt) * known[list(SEVERITIES)] + doubt / 3
+            (tmp_path / folder / "predictions").mkdir(parents=True)
+            (tmp_path / folder / "tables").mkdir()
+            (tmp_path / folder / "weights").mkdir()
+            own.to_parquet(tmp_path / folder / "predictions/ensemble_oof.parquet")
+            labels.to_parquet(tmp_path / folder / "tables/labels.parquet")
+            block = metric.score_block(solution, {"prior": tables["prior"], "ensemble": own, "oracle": known})
+            (tmp_path / folder / "scores.json").write_text(json.dumps({"oof": block, "test": block}))
+            (tmp_path / folder / "weights/localiser_fold0.json").write_text('{"git_commit": "0123456789abcdef"}')
+    monkeypatch.setattr(reproduce, "OUTPUTS", tmp_path)
+    return tmp_path
+
+
+def totals(outputs: Path, ending: str = "") -> list[float]:
+    blocks = [json.loads((outputs / f"{run}{ending}/scores.json").read_text())["oof"] for run in reproduce.RUNS]
+    return [block["scores"]["ensemble"]["total"] for block in blocks]
+
+
+def cells(table: str, first: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_mean_and_range_of_trainings(outputs: Path) -> None:
+    table, scores = reproduce.seeds_table(), totals(outputs)
+    assert cells(table, "mean")[0] == f"{np.mean(scores):.3f}" and cells(table, "mean")[0] == cells(table, "mean")[2]
+    assert cells(table, "range")[0] == f"{min(scores):.3f} to {max(scores):.3f}" and scores == sorted(scores)
+    assert cells(table, "demo-seed53")[0] == f"{scores[1]:.3f}"
+    assert float(cells(table, "demo")[1]) == 1.0  # the first is the oracle
+    assert "commit 0123456789ab." in table
+
+
+def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Path) -> None:
+    worse, interval, each = cells(reproduce.ablation_table(), r"no\_mix")
+    differences = np.subtract(totals(outputs, "-no_mix"), totals(outputs))
+    assert worse == f"{differences.mean():+.3f}" and each == ", ".join(f"{value:+.3f}" for value in differences)
+    low, high = map(float, interval.split(" to "))
+    assert low <= differences.mean() <= high
+    score = json.loads((outputs / "demo/scores.json").read_text())["oof"]["interval"]["ensemble"]["total"]
+    assert high - low < 0.5 * (score[1] - score[0])  # differences vary less than scores
+
+
+def test_a_table_goes_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table seeds -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(reproduce, "PAGE", page)
+    reproduce.fill("seeds", "new")
+    assert page.read_text() == "before\n<!-- table seeds -->\nnew\n<!-- end -->\nafter\n"
+    with pytest.raises(AssertionError, match="no place for the table other"):
+        reproduce.fill("other", "new")

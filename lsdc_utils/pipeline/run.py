@@ -165,7 +165,9 @@ def dry_run(run: Run) -> int:
         progress.read(line)
     for step in run.steps:
         if step.name in progress.reasons:
-            print(f"would run {step.name}: {progress.reasons[step.name]}")
+            many = re.compile(r"(?<=: )([^,;]+), ([^;]+)")  # files; of a long list the first is enough
+            why = many.sub(lambda found: f"{found[1]} and {found[2].count(',') + 1} more", progress.reasons[step.name])
+            print(f"would run {step.name}: {why}")
     print(f"{len(progress.reasons)} of {len(run.steps)} steps would run")
     return 0
 

@@ -28,6 +28,7 @@ def would_run(project: Path, *arguments: str) -> list[str]:
     """Steps that a dry run names."""
     done = run_all(project, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) < 400  # of long lists of files the first alone is named
     return re.findall(r"^would run (\w+):", done.stdout, re.MULTILINE)
 
 

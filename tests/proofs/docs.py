@@ -85,15 +85,11 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     "./run_all.sh pack --run demo": ("", "demo.zip: .* files"),
     "./run_all.sh --profile pretrained": ("./run_all.sh --profile pretrained --dry-run", "04_train_vit3d_fold0"),
     "./run_all.sh --profile original": ("./run_all.sh --profile original --dry-run", "04_train_vit3d_fold0"),
-    "./run_all.sh --data DIR": (
-        "./run_all.sh SMALL --run mine --until 02_convert_labels --data TWENTY",
-        "02_convert_labels done|every step is up to date",
-    ),
     "./run_all.sh --run mine --data DIR": (
         "./run_all.sh SMALL --run mine --until 02_convert_labels --data TWENTY",
         "02_convert_labels done|every step is up to date",
     ),
-    "./run_all.sh --data DIR conditions=nfn,ss": (
+    "./run_all.sh --run mine --data DIR conditions=nfn,ss": (
         "./run_all.sh SMALL --run mine --until 02_convert_labels --data TWENTY conditions=nfn,ss",
         "02_convert_labels done",
     ),

@@ -58,7 +58,7 @@ def described(path: Path) -> dict[str, Any]:
 def start_weights(folder: str | Path, name: str) -> Path:
     """The weights of a model (`yolo_scs`, `vit3d`, ...) in the folder of another run or of packed models: of its first
     fold. ValueError if there are none, or if they are not the file that the .json beside them describes."""
-    files = sorted(Path(folder).glob(f"weights/{name}_fold*"))
+    files = sorted(Path(folder).glob(f"weights/{name}_fold*"), key=lambda file: (len(file.stem), file.name))
     for file in (file for file in files if file.suffix in (".pt", ".safetensors")):
         described(file)
         return file

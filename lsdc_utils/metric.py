@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from lsdc_utils import vocabulary
 from lsdc_utils.vocabulary import CONDITIONS, GROUP_OF, GROUPS, MISSING, SEVERITIES, SEVERITY_WEIGHTS, parse_row_id
 
 PARTS = ("spinal", "foraminal", "subarticular", "any_severe", "total")
@@ -144,9 +145,10 @@ class Scorer:
 
 def prior(labels: pd.DataFrame, pool_sides: bool = False) -> pd.DataFrame:
     """The label-frequency baseline: condition, level and the natural probabilities (n + 0.5) / (N + 1.5) of `labels`
-    (condition, level, severity; -1 is not counted). `pool_sides`: left and right are counted together."""
+    (condition, level, severity; -1 is not counted): all 25 rows. `pool_sides`: left and right are counted together."""
     counts = pd.DataFrame({name: labels["severity"] == k for k, name in enumerate(SEVERITIES)}, index=labels.index)
-    counts = counts.groupby([labels["condition"], labels["level"]]).sum()
+    every = pd.MultiIndex.from_product([sorted(CONDITIONS), vocabulary.LEVELS], names=["condition", "level"])
+    counts = counts.groupby([labels["condition"], labels["level"]]).sum().reindex(every, fill_value=0)
     if pool_sides:
         groups = counts.index.get_level_values("condition").map(lambda name: CONDITIONS[name].group)
         counts = counts.groupby([groups, counts.index.get_level_values("level")]).transform("sum")
@@ -164,6 +166,11 @@ def prior_out_of_fold(labels: pd.DataFrame, pool_sides: bool = False) -> pd.Data
     """The prior of each training row, counted on the other folds; `labels` as in tables/labels.parquet."""
     parts = [prior_rows(labels[labels["fold"] != fold], rows, pool_sides) for fold, rows in labels.groupby("fold")]
     return pd.concat(parts, ignore_index=True)
+
+
+def patients_of(labels: pd.DataFrame) -> pd.Series | None:
+    """The patient of each study of a label table by the study's id as text, for `resampled_scores`; None if unknown."""
+    return labels.groupby(labels["study_id"].astype(str))["patient"].first() if "patient" in labels else None
 
 
 def only_groups(labels: pd.DataFrame, groups: Collection[str]) -> pd.DataFrame:

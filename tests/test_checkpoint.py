@@ -139,3 +139,12 @@ def test_weights_of_another_run_are_copied_with_where_they_come_from(tmp_path: P
     assert about == {"fold": 0, "sha256": "x", "config": {}, "taken_from": "models", "basis": "phantom_only"}
     assert checkpoint.points_source(tmp_path / "outputs/x", "") == tmp_path / "outputs/pretrained"
     assert checkpoint.points_source(tmp_path / "outputs/x", "/models") == Path("/models")
+
+
+def test_a_start_is_the_fold_of_the_least_number(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for fold in (10, 2):
+        file = tmp_path / f"weights/vit3d_fold{fold}.safetensors"
+        file.write_bytes(b"weights")
+        file.with_suffix(".json").write_text(json.dumps({"sha256": checkpoint.sha256(file)}))
+    assert checkpoint.start_weights(tmp_path, "vit3d").name == "vit3d_fold2.safetensors"

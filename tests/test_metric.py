@@ -136,15 +136,19 @@ def test_missing_labels_do_not_count():
     labels.loc[::3, "severity"] = -1
     assert len(metric.solution_of(labels)) == (labels["severity"] >= 0).sum()
     counted = metric.prior(labels[labels["severity"] >= 0])
+    assert len(counted) == 25
     pd.testing.assert_frame_equal(metric.prior(labels), counted)
 
 
 def test_the_prior_may_count_both_sides_together() -> None:
     conditions = ["left_neural_foraminal_narrowing"] * 3 + ["right_neural_foraminal_narrowing"] * 2
     labels = pd.DataFrame({"condition": conditions, "level": "l4_l5", "severity": [0, 0, 2, 1, -1]})
-    pooled = metric.prior(labels, pool_sides=True).set_index("condition")[metric.PROBABILITIES]
-    assert (pooled.to_numpy() == np.array([2.5, 1.5, 1.5]) / 5.5).all() and len(pooled) == 2
-    assert metric.prior(labels).set_index("condition").loc["right_neural_foraminal_narrowing", "moderate"] == 1.5 / 2.5
+    pooled = metric.prior(labels, pool_sides=True).set_index(["condition", "level"])[metric.PROBABILITIES]
+    here = pooled.index.isin([(condition, "l4_l5") for condition in conditions])
+    assert (pooled[here].to_numpy() == np.array([2.5, 1.5, 1.5]) / 5.5).all() and here.sum() == 2
+    assert len(pooled) == 25 and (pooled[~here] == 1 / 3).all(axis=None)  # nothing is known of rows without a label
+    own = metric.prior(labels).set_index(["condition", "level"])
+    assert own.loc[("right_neural_foraminal_narrowing", "l4_l5"), "moderate"] == 1.5 / 2.5
 
 
 def test_skill_is_0_at_the_prior_and_1_at_the_oracle():

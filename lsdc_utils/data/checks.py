@@ -19,7 +19,7 @@ from lsdc_utils.data.point_rules import judge
 from lsdc_utils.data.series_types import SHORT, named_contrast
 from lsdc_utils.data.stacks import spacing_fault
 from lsdc_utils.data.tables import number_of
-from lsdc_utils.files import atomic, count_studies, readable
+from lsdc_utils.files import count_studies, readable, write_table
 from lsdc_utils.parallel import each, usable_cores
 
 # rule -> what a finding of it means: rules of tables, of folders and files, of points in images and in the patient
@@ -216,10 +216,10 @@ def _read_headers(task: tuple[dicom.Source, dict, list[tuple]]) -> tuple[dict, l
     if len(shapes := {image.shape for image in series.slices}) > 1:
         value = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(shapes))
         faults.append(("shapes_mixed", value, "each size kept"))
-    row |= _measures(series)
-    series_type = row["series_type"]
     if spacing := spacing_fault(series):
         return row, [*faults, ("spacing_outlier", spacing, "series left out")], unplaced
+    row |= _measures(series)
+    series_type = row["series_type"]
     if series.plane != words.PLANES[series_type]:
         value = f"{series.plane}, described as {series_type}"
         return row, [*faults, ("plane_differs", value, "its points are not used")], unplaced
@@ -295,8 +295,7 @@ def main(root: str | Path, out: str | Path | None = None, workers: int | None = 
         return 1
     series, labels, findings = checked.series, checked.labels, checked.findings
     if out is not None:
-        with atomic(out) as file:
-            findings.to_csv(file, index=False)
+        write_table(out, findings)
         comp.write_ids(Path(out).parent)
     for split, part in series.groupby("split"):
         print(f"{split}: {count_studies(part.study_id.nunique())}, {len(part)} series, {part.n_slices.sum()} images")

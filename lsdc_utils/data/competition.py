@@ -20,7 +20,7 @@ from lsdc_utils import vocabulary as words
 from lsdc_utils.data import tables, unsorted
 from lsdc_utils.data.tables import FINDINGS, KEY, CompetitionError, Findings, Table, read_required_table
 from lsdc_utils.dicom import Frames
-from lsdc_utils.files import atomic
+from lsdc_utils.files import write_table
 
 SPLITS = ("train", "test")
 POINTS = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
@@ -57,11 +57,10 @@ class Competition:
 
     def write_ids(self, folder: Path) -> None:
         """Write study_ids.csv (study_id, id) to `folder`: the studies whose ids are text."""
-        studies = sorted({*self.series["study_id"], *self.labels["study_id"]} & {*self.names})
         (folder / "study_ids.csv").unlink(missing_ok=True)
-        if studies:
-            with atomic(folder / "study_ids.csv") as file:
-                pd.DataFrame({"study_id": studies, "id": map(self.names.get, studies)}).to_csv(file, index=False)
+        if studies := sorted({*self.series["study_id"], *self.labels["study_id"]} & {*self.names}):
+            table = pd.DataFrame({"study_id": studies, "id": map(self.names.get, studies)})
+            write_table(folder / "study_ids.csv", table)
 
 
 def label_names(rows: Table) -> pd.Series:

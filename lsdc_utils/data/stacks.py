@@ -96,16 +96,22 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
-    read = list(_read_series(_described(comp, split, study_id)))
+    stacks, rows = _near_stacks(_described(comp, split, study_id))
+    return stacks, pd.DataFrame(rows, columns=FINDINGS)
+
+
+def _near_stacks(series: list[Described]) -> tuple[list[Stack], list[tuple]]:
+    """The stacks of a study that can be read and lie near the others, by series id, and rows of the findings table."""
+    read = list(_read_series(series))
     stacks = {stack.series_id: stack for stack, _ in read if stack}
     rows = [row for _, rows in read for row in rows]
     middles = {key: (stack.affines, (stack.shapes[:, ::-1] - 1) / 2) for key, stack in stacks.items()}
     heights = {key: float(np.median(geometry.to_patient(*middle)[:, 2])) for key, middle in middles.items()}
     for series_id, distance in far_from_others(heights).items():
         value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
-        rows.append((study_id, series_id, "series_far_away", value, "series left out"))
+        rows.append((series[0][1], series_id, "series_far_away", value, "series left out"))
         del stacks[series_id]
-    return list(stacks.values()), pd.DataFrame(rows, columns=FINDINGS)
+    return list(stacks.values()), rows
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
@@ -138,12 +144,11 @@ def convert_studies(
 
 
 def _convert_study(folder: Path, task: tuple[list[Described], Iterable[Callable]]) -> tuple[pd.DataFrame, list]:
-    (series, functions), findings, results = task, [], []
-    for stack, rows in _read_series(series):
-        if stack:
-            save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
-            results += [function(stack) for function in functions]
-        findings += rows
+    (series, functions), results = task, []
+    stacks, findings = _near_stacks(series)
+    for stack in stacks:
+        save_stack(stack, folder / str(stack.study_id) / f"{stack.series_id}.npz")
+        results += [function(stack) for function in functions]
     return pd.DataFrame(findings, columns=FINDINGS), results
 
 

@@ -156,7 +156,6 @@ class Dataset:
         reason = np.select(list(reasons.values()), list(reasons), "outside the window, or no canal point to place that")
         skipped = pd.DataFrame({"row_id": lost["row_id"], "reason": reason})
         write_labels(self.folder, images, boxes, class_table(self.config)["name"])
-        skipped.to_csv(self.folder / "skipped.csv", index=False)
         write_json(self.folder / "config.json", asdict(self.config))
         return images, boxes, skipped
 

@@ -53,7 +53,8 @@ def count_uids(comp: Competition) -> Counter:
     uids = Counter()
     for row in comp.series.itertuples():
         source = comp.source(row.split, row.study_id, row.series_id)
-        for file in filter(Path.is_file, source.glob("*") if isinstance(source, Path) else source):
+        files = source.glob("*") if isinstance(source, Path) else {getattr(part, "file", part) for part in source}
+        for file in filter(Path.is_file, files):
             with contextlib.suppress(OSError, AttributeError, pydicom.errors.InvalidDicomError):
                 header = pydicom.dcmread(file, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
                 uids[str(header.SOPInstanceUID)] += 1

@@ -56,6 +56,8 @@ class Problem:
         changes = [self.losses(step) - self.losses(-step) for step in steps]
         slopes = np.array([np.bincount(self.patients, change) for change in changes])
         (k, n), mean = slopes.shape, slopes.mean(axis=1)
+        if n <= k:  # too few patients to tell
+            return 1.0
         t2 = n * mean @ np.linalg.pinv(np.atleast_2d(np.cov(slopes))) @ mean
         return float(f_distribution.sf(t2 * (n - k) / (k * (n - 1)), k, n - k))
 
@@ -83,6 +85,7 @@ def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> d
             fitted = {name: mixture | mixtures[name] for name, mixture in fitted.items()}
             changed = pd.concat([changed, unit])
     about = {"studies": rows["study_id"].nunique(), "p": chances, "changed": changed["group"].unique().tolist()}
+    fitted |= {"without": {}}  # blends without a member are not fitted anew: without its weights nothing is graded
     return recipe | fitted | {"prior": shrunk_prior(recipe["prior"], changed), "adapted": about}
 
 

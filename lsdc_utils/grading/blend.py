@@ -85,7 +85,7 @@ def choose_blend(tables: Tables, prior: pd.DataFrame, labels: pd.DataFrame) -> B
     solution = metric.solution_of(labels[labels["row_id"].isin(prior["row_id"])])
     rows = {"simple": cross_fitted(tables, prior, labels, ()), "fitted": cross_fitted(tables, prior, labels)}
     losses = {name: metric.study_losses(solution, metric.weight_table(table)) for name, table in rows.items()}
-    drawn, gains = metric.resampled_scores(losses), {}
+    drawn, gains = metric.resampled_scores(losses, metric.patients_of(labels)), {}
     scores = {name: np.array(list(of_study.score().values())) for name, of_study in losses.items()}
     for key, group in GROUPS.items():
         touched = [group.score, "any_severe"] if key == "scs" else [group.score]

@@ -32,12 +32,13 @@ def judge(table: pd.DataFrame, solution: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(
-    solution: pd.DataFrame, tables: dict[str, pd.DataFrame], model: str, other: str
+    solution: pd.DataFrame, tables: dict[str, pd.DataFrame], model: str, other: str, patients: pd.Series | None = None
 ) -> dict[str, tuple[float, float, float]]:
-    """Score of `model` minus that of `other` in each part, with its paired 95 % interval: below 0 `model` is better."""
+    """Score of `model` minus that of `other` in each part, with its paired 95 % interval: below 0 `model` is better.
+    patients: as `metric.patients_of`, which are resampled; else studies are."""
     losses = {name: metric.study_losses(solution, metric.weight_table(tables[name])) for name in (model, other)}
     scores = {name: of_study.score() for name, of_study in losses.items()}
-    samples = metric.resampled_scores(losses)
+    samples = metric.resampled_scores(losses, patients)
     intervals = zip(losses[model].parts, metric.interval(samples[model] - samples[other]), strict=True)
     return {part: (scores[model][part] - scores[other][part], low, high) for part, (low, high) in intervals}
 

@@ -30,6 +30,8 @@ def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
         raise UsageError(f"adapt needs {FEWEST} or more patients with labels and images; {found.comp.root} has {count}")
     if read_recipe(trained)["kind"] != "fitted":
         raise UsageError(f"the run in {trained} is by the published method, which has no blend to adapt")
+    if not (trained / "provenance.json").is_file():
+        raise UsageError(f"the run in {trained} lacks provenance.json: run it to its report")
     labelled.check_overlap(found, trained, False, cores)
 
 

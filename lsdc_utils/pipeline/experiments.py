@@ -15,13 +15,14 @@ import yaml
 from lsdc_utils.data.competition import data_dir
 from lsdc_utils.files import atomic_folder, git_commit, write_table
 from lsdc_utils.grading.evaluation import difference
-from lsdc_utils.metric import PARTS, overall, rows_of_groups, solution_of
+from lsdc_utils.metric import PARTS, overall, patients_of, rows_of_groups, solution_of
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import NOTEBOOKS, read_parameters
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.pipeline.progress import shown
 from lsdc_utils.pipeline.run import Run, locked, work
 from lsdc_utils.report.run import blocks
+from lsdc_utils.vocabulary import GROUPS
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
 SCORES = "05_ensemble_inference"  # the step that writes scores.json
@@ -94,18 +95,19 @@ def _report_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int
 
 def ablation_table(base: Path, removed: dict[Path, str]) -> pd.DataFrame:
     """A row for the run and each ablation (folder -> what is removed): name, without, the ensemble's out-of-fold
-    `PARTS`, the total's skill (absent without an oracle); worse_by, low, high: the total's increase and its paired 95 %
-    interval (bootstrap over studies). ValueError if an ablation graded other studies."""
-    rows, solutions, natural = [], {}, {}
+    `PARTS`, the skill (absent without an oracle); worse_by, low, high: the increase of the total, or of the mean of
+    groups, and its paired 95 % interval (patients resampled). ValueError if an ablation graded other studies."""
+    rows, solutions, natural, block = [], {}, {}, _blocks(base)["oof"]
+    patients = patients_of(pd.read_parquet(base / "tables/labels.parquet"))
     for folder, without in {base: "", **removed}.items():
-        solutions[folder] = _solution(folder, "oof")
+        solutions[folder] = rows_of_groups(_solution(folder, "oof"), block.get("groups", GROUPS))
         if set(solutions[folder]["row_id"]) != set(solutions[base]["row_id"]):
             raise ValueError(f"{folder} and {base} graded different studies and cannot be compared")
         natural[folder.name] = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
         row = {"name": folder.name.removeprefix(f"{base.name}-"), "without": without, **_scores(_blocks(folder)["oof"])}
         if folder != base:
-            worse = difference(solutions[base], natural, folder.name, base.name)
-            row["worse_by"], row["low"], row["high"] = worse["total"]
+            worse = difference(solutions[base], natural, folder.name, base.name, patients)
+            row["worse_by"], row["low"], row["high"] = worse[overall(block["scores"]["ensemble"])]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -115,12 +117,13 @@ def refined_table(base: Path, refined: Path) -> pd.DataFrame:
     refinement adds to it (below 0: better), and the paired 95 % interval of that, low and high."""
     rows, runs = [], {"unrefined": base, "refined": refined}
     groups = json.loads((refined / "blend.json").read_text())["conditions"]  # which an older base does not name
+    patients = {"oof": patients_of(pd.read_parquet(base / "tables/labels.parquet")), "test": None}
     scores = {name: _blocks(run) for name, run in runs.items()}
     for block, model in itertools.product(scores["unrefined"], ("vit3d", "ensemble")):
         tables = {name: pd.read_parquet(run / f"predictions/{model}_{block}.parquet") for name, run in runs.items()}
         part = overall(scores["unrefined"][block]["scores"][model])
         solution = rows_of_groups(_solution(base, block), groups)
-        added, low, high = difference(solution, tables, "refined", "unrefined")[part]
+        added, low, high = difference(solution, tables, "refined", "unrefined", patients[block])[part]
         totals = {name: scores[name][block]["scores"][model][part] for name in runs}
         rows.append({"block": block, "model": model, **totals, "added": added, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -139,7 +142,7 @@ def curve_table(runs: dict[int, Path]) -> pd.DataFrame:
     rows = []
     for n_train, folder in sorted(runs.items()):
         for name, block in _blocks(folder).items():
-            low, high = block["interval"]["ensemble"]["total"]
+            low, high = block["interval"]["ensemble"][overall(block["scores"]["ensemble"])]
             rows.append({"n_train": n_train, "block": name, **_scores(block), "low": low, "high": high})
     return pd.DataFrame(rows)
 
@@ -150,5 +153,6 @@ def _blocks(run: Path) -> dict[str, dict[str, Any]]:
 
 def _scores(block: dict[str, Any]) -> dict[str, float]:
     """The ensemble's scores in a block of scores.json, and the total's skill if known."""
-    skill = {"skill": block["skill"]["ensemble"]["total"]} if block["skill"] else {}
-    return {part: block["scores"]["ensemble"][part] for part in PARTS} | skill
+    parts = block["scores"]["ensemble"]
+    skill = {"skill": block["skill"]["ensemble"][overall(parts)]} if block["skill"] else {}
+    return {part: parts[part] for part in dict.fromkeys([*PARTS, overall(parts)])} | skill

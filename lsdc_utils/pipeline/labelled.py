@@ -71,7 +71,7 @@ def _check_ids(comp: competition.Competition, asked: list[int], place: Path | st
     ids, or of one whose studies lie in a folder named so, which would be taken for one study."""
     studies = {}  # PatientID -> study_id -> StudyInstanceUIDs, or id in a table
     for key in comp.series[["split", "study_id", "series_id"]].itertuples(index=False, name=None):
-        with contextlib.suppress(DicomError), opened(series_files(comp.source(*key))[1][0].file) as file:
+        with contextlib.suppress(DicomError, IndexError), opened(series_files(comp.source(*key))[1][0].file) as file:
             own = text(file.dataset, "StudyInstanceUID") if key[1:] in comp.files else ""
             name = own or comp.names.get(key[1], str(key[1]))
             studies.setdefault(text(file.dataset, "PatientID"), {}).setdefault(key[1], set()).add(name)

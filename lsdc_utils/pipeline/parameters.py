@@ -16,8 +16,8 @@ from lsdc_utils.vocabulary import GROUPS, groups_of
 
 PROFILES = NOTEBOOKS / "profiles"
 ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neighbours", *(f"vit_{name}" for name in (
-    "size", "slices", "wider", "encoder", "patch", "width", "depth", "heads", "readout", "mix", "pooling", "head",
-    "members",
+    "size", "slices", "wider", "encoder", "channels", "patch", "width", "depth", "heads", "readout", "mix", "pooling",
+    "head", "members",
 )))  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
 STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
@@ -161,8 +161,10 @@ def check_start(parameters: dict[str, Any]) -> None:
         if not (place / "parameters.yml").is_file() or not (place / "weights").is_dir():
             raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
         theirs = load_parameters("demo") | read_parameters(place)  # which may be older
-        # Names alone: models may have moved, and packed ones have no folders.
-        there, here = ({key: Path(str(values.get(key))).name for key in keys} for values in (theirs, parameters))
+        there, here = (  # of paths the name alone: models may have moved, and packed ones have no folders
+            {key: os.path.basename(v) if isinstance(v := values.get(key), str) else str(v) for key in keys}
+            for values in (theirs, parameters)
+        )
         differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
         wanted = set(parameters.get("conditions", GROUPS))
         if lacking := sorted(wanted - {"all"} - set(theirs.get("conditions", GROUPS))):

@@ -60,7 +60,7 @@ def _fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
     tables = {model: pd.concat([part[0][model] for part in parts.values()]) for model in grade.models_in(recipe)}
     inputs = {name: {key: tables[key] for key in of} for name, of in grade.blends_of(tables).items()}
     prior = _prior(recipe, read)
-    return recipe | {name: blend.fit_blend(of, prior, read) for name, of in inputs.items()}
+    return recipe | {name: blend.fit_blend(of, prior, read) for name, of in inputs.items()} | {"without": {}}
 
 
 def _prior(recipe: dict[str, Any], read: pd.DataFrame) -> pd.DataFrame:

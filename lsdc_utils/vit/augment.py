@@ -31,7 +31,7 @@ class Augmentation:
     warp: float = 0.0  # pixels, sd of the shifts of a grid of points that bends a slot's slices
     blur: float = 0.0  # pixels, largest sd of a Gaussian, a series
     noise: float = 0.0  # share of 255, largest sd of white noise, a series
-    single: float = 0.0  # share of slots of which one slice alone is shown
+    single: bool = False  # whether one slice of each slot is shown, drawn at random
     holes: float = 0.0  # share of slots with a rectangle of an eighth to a half of the side, painted with the mean
     mixup: float = 0.0  # both parameters of the beta distribution of shares by which two studies are mixed
 
@@ -43,7 +43,8 @@ class Augmentation:
     def alone(self) -> dict[str, "Augmentation"]:
         """Each kind that is set, by its name, without the others; not `recombine`, which leaves left halves alone."""
         none = {name: 0.0 for name in asdict(self)} | {"jitter": ((0.0,) * 3,) * len(SLOTS), "cut_off": self.cut_off}
-        kinds = {name: value for name, value in asdict(self).items() if value != none[name] and name != "recombine"}
+        kinds = {name: value for name, value in asdict(self).items() if np.any(np.not_equal(value, none[name]))}
+        kinds.pop("recombine", None)
         return {name: Augmentation(**none | {name: value}) for name, value in kinds.items()}
 
 
@@ -80,7 +81,7 @@ def augment(
     gain, gamma, kept = (np.stack(drawn)[:, kinds] for drawn in zip(*series, strict=True))
     images, places = cut_views(inputs, config, np.stack(shifts), np.stack(turns), warps)
     for place, rng in zip(places, rngs if strength.single else (), strict=False):
-        show_single(place, strength.single, config.slots, rng)
+        show_single(place, config.slots, rng)
     images = vary(images.transpose(1, 2), gain, gamma).transpose(1, 2)
     for image, rng in zip(images, rngs, strict=True):
         disturb(image, strength, config.slots, rng)
@@ -150,9 +151,9 @@ def disturb(image: torch.Tensor, strength: Augmentation, slots: np.ndarray, rng:
         image[level, own, rows, cols] = image[level, own].mean(dim=(1, 2), keepdim=True)
 
 
-def show_single(places: torch.Tensor, share: float, slots: np.ndarray, rng: np.random.Generator) -> None:
-    """Leave a study's places (5, n) of one slice, drawn at random, in a share of slots, in place. slots (n,)."""
-    for level, slot in np.argwhere(rng.random((len(LEVELS), len(SLOTS))) < share):
+def show_single(places: torch.Tensor, slots: np.ndarray, rng: np.random.Generator) -> None:
+    """Leave, of a study's places (5, n), one of each slot's, drawn at random, in place. slots (n,)."""
+    for level, slot in np.ndindex(len(LEVELS), len(SLOTS)):
         there = np.flatnonzero((slots == slot) & ~places[level].isnan().cpu().numpy())
         places[level, there[there != rng.choice(there)] if len(there) else there] = math.nan
 

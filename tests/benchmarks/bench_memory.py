@@ -84,7 +84,7 @@ def predict(root: Path, count: int) -> float:
     from lsdc_utils.vit.predict import predict_studies
 
     torch.set_num_threads(1)
-    comp, points = competition.read(root), pd.read_csv(root / "points.csv")
+    comp, points = competition.read(root), pd.read_csv(root / "points.csv", keep_default_na=False)
     detectors = {}
     for key in GROUPS:
         config = DetectorConfig(key, (200.0, 200.0), (64, 64), True, 14.0)

@@ -50,7 +50,8 @@ def write_studies(root: Path, count: int, seed: int = 1, side: int = SIDE) -> pd
         first.with_name(str(study)).symlink_to(first.resolve(), target_is_directory=True)
     table = pd.DataFrame(rows, columns=["study_id", "series_id", "series_description"])
     table.to_csv(root / "test_series_descriptions.csv", index=False)
-    points = pd.DataFrame(body.points()[: len(LEVELS)], columns=list("XYZ")).assign(level=LEVELS)
+    points = pd.DataFrame(body.points()[: len(LEVELS)], columns=list("XYZ"))
+    points = points.assign(level=LEVELS, side="", confidence=1.0, condition="scs")
     return pd.concat([points.assign(study_id=study) for study in range(1, count + 1)], ignore_index=True)
 
 

@@ -155,6 +155,7 @@ def test_series_that_are_not_what_the_table_says(tmp_path: Path, tables: Tables)
     assert set(found) == {(1013, "plane_differs"), (1021, "contrast_differs"), (1033, "spacing_outlier")}
     assert found[1021, "contrast_differs"] == "T2 in the header, described as Sagittal T1"
     assert found[1033, "spacing_outlier"] == "pixels of 20 x 20 mm"
+    assert checked.series.set_index("series_id").loc[1033, "n_slices"] == 0  # it is left out
     labels = checked.labels.set_index("study_id")
     recess = labels.condition.isin([LEFT, RIGHT])
     unused = labels.x.isna()

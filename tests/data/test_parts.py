@@ -13,7 +13,7 @@ from dicom_files import AXIAL, SAGITTAL, _item, write_frames, write_slice
 from lsdc_utils import vocabulary as words
 from lsdc_utils.data import competition, unsorted
 from lsdc_utils.data.parts import far_from_others, select
-from lsdc_utils.data.stacks import read_study
+from lsdc_utils.data.stacks import convert_studies, read_study
 from lsdc_utils.dicom import Frames, read_series
 
 CORONAL = ((1.0, 0.0, 0.0), (0.0, 0.0, -1.0))
@@ -179,6 +179,9 @@ def test_a_series_of_another_station_that_a_table_lists_is_not_used(tmp_path: Pa
     stacks, findings = read_study(competition.read(tmp_path), "test", 1)
     assert [stack.series_id for stack in stacks] == [1, 2]
     assert findings[["series_id", "rule"]].to_numpy().tolist() == [[3, "series_far_away"]]
+    [(same, _)] = convert_studies(competition.read(tmp_path), "test", [1], tmp_path / "slices")  # as for training
+    assert same.equals(findings)
+    assert sorted(file.name for file in (tmp_path / "slices/1").iterdir()) == ["1.npz", "2.npz"]
 
 
 def test_a_mixture_of_images_without_orientation_is_no_error(tmp_path: Path) -> None:

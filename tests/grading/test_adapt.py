@@ -136,3 +136,16 @@ def test_a_study_is_graded_by_numbers_fitted_on_others(recipe: dict) -> None:
     same = (before[list(SEVERITIES)].to_numpy() == after[list(SEVERITIES)].to_numpy()).all(axis=1)
     assert same[first].all() and not same[~first].all()
     assert list(before["row_id"]) == list(labels["row_id"])
+
+
+def test_one_patient_of_a_group_is_no_evidence(recipe: dict) -> None:
+    given, labels = population(40, 9, (0.6, -1.2))
+    alone = labels["study_id"].eq(labels["study_id"].iloc[0]) | ~labels["condition"].str.contains("canal")
+    fitted = adapt.fit_recipe(recipe, given, labels[alone])
+    assert fitted["adapted"]["p"]["scs"] == 1.0 and "scs" not in fitted["adapted"]["changed"]
+    assert set(fitted["adapted"]["changed"]) == {"nfn", "ss"}
+
+
+def test_blends_without_a_member_are_not_kept_as_they_were(recipe: dict) -> None:
+    fitted = adapt.fit_recipe(recipe | {"without": {"b": {"ensemble": {}}}}, *population(50, 2, (0.6, -1.2)))
+    assert fitted["adapted"]["changed"] and fitted["without"] == {}

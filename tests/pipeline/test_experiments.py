@@ -14,10 +14,10 @@ from lsdc_utils import metric
 from lsdc_utils.pipeline import commands, experiments
 from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table, refined_table
 from lsdc_utils.pipeline.parameters import changed, load_parameters
-from lsdc_utils.vocabulary import CONDITIONS, LEVELS, row_id
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, row_id
 
 
-def write_run(folder: Path, sharpness: float, studies: range = range(1, 31)) -> Path:
+def write_run(folder: Path, sharpness: float, studies: range = range(1, 31), groups: tuple = tuple(GROUPS)) -> Path:
     """A run whose ensemble is right with odds of exp(sharpness), with what the tables are made from."""
     rng = np.random.default_rng(5)
     labels = pd.DataFrame(
@@ -25,6 +25,7 @@ def write_run(folder: Path, sharpness: float, studies: range = range(1, 31)) -> 
         columns=["row_id", "study_id", "condition", "level", "fold"],
     )
     labels["severity"] = rng.choice([-1, 0, 1, 2], size=len(labels), p=[0.05, 0.65, 0.2, 0.1])
+    labels = metric.only_groups(labels, groups)
     natural = np.exp(sharpness * np.eye(3)[np.maximum(labels["severity"], 0)])
     rows = pd.DataFrame(natural / natural.sum(axis=1, keepdims=True), columns=metric.PROBABILITIES)
     rows.insert(0, "row_id", labels["row_id"])
@@ -65,6 +66,25 @@ def test_the_increase_of_an_ablation_has_a_paired_interval(tmp_path: Path) -> No
         table.loc["demo", "total"]
         == json.loads((base / "scores.json").read_text())["oof"]["scores"]["ensemble"]["total"]
     )
+
+
+def test_of_a_run_with_one_condition_the_mean_of_its_groups_is_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, k, groups=("nfn",)) for name, k in (("demo", 2), ("worse", 1))]
+    table = ablation_table(folders[0], {folders[1]: "half of it"}).set_index("name")
+    assert table["total"].isna().all() and table["mean_of_groups"].equals(table["foraminal"])
+    assert table.loc["worse", "worse_by"] == pytest.approx(np.diff(table["foraminal"]).item())
+    curve = curve_table({30: folders[0]})
+    assert curve["low"].item() < curve["mean_of_groups"].item() < curve["high"].item()
+
+
+def test_the_increase_is_resampled_by_patient(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, k) for name, k in (("demo", 2), ("worse", 1))]
+    alone = ablation_table(folders[0], {folders[1]: ""}).set_index("name").loc["worse"]
+    for folder in folders:
+        labels = pd.read_parquet(folder / "tables/labels.parquet")
+        labels.assign(patient=labels["study_id"] // 10).to_parquet(folder / "tables/labels.parquet")
+    pairs = ablation_table(folders[0], {folders[1]: ""}).set_index("name").loc["worse"]
+    assert pairs["worse_by"] == alone["worse_by"] and (pairs["low"], pairs["high"]) != (alone["low"], alone["high"])
 
 
 def test_runs_on_other_studies_are_not_compared(tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def test_a_start_needs_the_same_architecture_and_other_studies(models: Path) -> 
     for change, words in (
         ({"vit_head": "softmax"}, r"another architecture: vit_head \(ordinal there, softmax here\)"),
         ({"yolo_model": "yolov10x.yaml", "vit_width": 64}, r"yolo_model .*, vit_width \(96 there, 64 here\)"),
+        ({"vit_channels": [24, 48, 64, 128]}, "another architecture: vit_channels"),
+        ({"vit_members": [{"name": "a", "weights": "x/one.pt"}]}, "another architecture: vit_members"),
         ({"phantom_seed": 2024}, "studies that this run holds out"),
         ({"start_from": str(models / "weights")}, "neither a run in outputs/ nor"),
         ({"start_from": "", "points_from": str(models), "phantom_seed": 2024}, "points_from: .* this run holds out"),

@@ -51,6 +51,7 @@ SMALLEST = [  # sizes for a CPU
     "yolo_size={nfn: [64, 64], scs: [64, 64], ss: [64, 64]}",
     "localiser_widths=12,24,32,48",
     "localiser_batch=8",
+    "vit_members=[]",
     "vit_encoder=conv",
     "vit_encoder_weights=",
     "vit_size=8",
@@ -98,7 +99,7 @@ def cut_crops(run: Path) -> dict[str, float]:
     config = VitConfig(**{name: parameters[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
     read = ((study, load_study(run / "slices", study)) for study in sorted(labels["study_id"].unique()))
     began = time.process_time()
-    ids, inputs = study_inputs(read, crop_centres(labels), config, run / "work" / "crops")
+    ids, inputs = study_inputs(read, crop_centres(labels), config, run / "work/crops.npy", labels["study_id"].nunique())
     return {"studies": len(ids), "bytes": inputs.nbytes, "cpu_s": time.process_time() - began, "memory": peak()}
 
 

@@ -185,6 +185,7 @@ def test_the_same_bytes_twice_and_what_is_off_is_not_drawn():
 def test_each_kind_that_is_set_is_shown_alone():
     kinds = Augmentation(intensity=0.0, holes=0.1, cut_off=2.5).alone()
     assert list(kinds) == ["jitter", "rotation", "scale", "drop_series", "holes"]
+    assert "jitter" not in Augmentation(jitter=[[0.0] * 3] * len(SLOTS)).alone()  # lists, as a parameter gives them
     assert kinds["holes"] == replace(STILL, holes=0.1, cut_off=2.5, jitter=((0.0,) * 3,) * len(SLOTS))
 
 
@@ -237,7 +238,7 @@ def test_a_place_is_seen_on_one_slice_of_its_own_that_changes():
     chosen = set()
     for seed in range(8):
         rngs = [np.random.default_rng([seed, k]) for k in range(3)]
-        images, places = augment(inputs, np.zeros((3, 25, 3)), SMALL, replace(STILL, single=1.0), rngs)[0]
+        images, places = augment(inputs, np.zeros((3, 25, 3)), SMALL, replace(STILL, single=True), rngs)[0]
         there = ~places.isnan().reshape(3, 5, len(SLOTS), SMALL.slices).numpy()
         known = ~np.isnan(inputs["places"]).reshape(there.shape)
         assert (there.sum(axis=-1) == known.any(axis=-1)).all() and not (there & ~known).any()

@@ -67,7 +67,7 @@ COMMANDS = {  # name: arguments as shown in --help, what it does
     "ablate": ("[NAME ...]", "run the ablations of a finished run: remove one part at a time, compare scores"),
     "curve": ("[N ...]", "learning curve: repeat a finished run on a phantom with N training studies each"),
     "refine": ("", "train the transformers of a finished run again, on labels softened by other models' answers"),
-    "bench": ("[NAME]", "measure the speed of reading, conversion, resampling and training"),
+    "bench": ("[NAME]", "measure the speed of reading, conversion, crops and training, and memory"),
     "test": ("[--all]", "run the tests"),
     "lab": ("[OPTION ...]", "open JupyterLab at the start page; options are passed on to JupyterLab"),
 }

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+from chain import ROOT, committed, timed  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
@@ -116,20 +115,12 @@ def fill(name: str, text: str) -> None:
 def run_step(name: str, commit: str) -> list[dict]:
     """Run a step's commands, until one fails; their lines of the list."""
     makes, commands = STEPS[name]
-    lines, logs = [], ROOT / CACHE / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    lines, date = [], time.strftime("%Y-%m-%d", time.gmtime())
     for number, command in enumerate(commands):
-        began, before = time.time(), os.times()
-        with (logs / f"{name}{number}.txt").open("w") as log:
-            done = subprocess.run(command.split(), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        after = os.times()
-        cpu = after.children_user + after.children_system - before.children_user - before.children_system
-        line = {"step": name, "makes": makes, "command": command, "status": done.returncode, "commit": commit}
-        line |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "minutes": round((time.time() - began) / 60, 1)}
-        lines.append(line | {"cpu_minutes": round(cpu / 60, 1)})
+        line = {"step": name, "makes": makes, "command": command, "commit": commit, "date": date}
+        lines.append(line | timed(command, ROOT / CACHE / f"logs/{name}{number}.txt"))
         print(*lines[-1].values(), sep=" | ", flush=True)
-        if done.returncode:
+        if lines[-1]["status"]:
             break
     tables = {"seeds": seeds_table, "ablations": ablation_table}
     if name in tables and not lines[-1]["status"]:
@@ -145,12 +136,7 @@ def main() -> int:
     if unknown := set(asked) - set(STEPS):
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    if changed := git("status", "--porcelain", "--", "lsdc_utils", "notebooks", "run_all.sh"):
-        parser.error(f"the code has changes that are not committed:\n{changed}")
-    commit = git("rev-parse", "--short=12", "HEAD")
+    commit = committed(parser, "lsdc_utils", "notebooks", "run_all.sh")
     known = pd.read_csv(TABLE).to_dict("records") if TABLE.is_file() else []
     failed = False
     for name in asked or STEPS:

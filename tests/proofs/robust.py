@@ -8,17 +8,18 @@ cores. `python tests/proofs/robust.py pair` alone is the one check that lives he
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chain import ROOT, committed, timed
+
 TABLE, PAGE = ROOT / "docs/robust.csv", ROOT / "docs/guarantees.md"
 PYTEST = "python -m pytest -q -p no:cacheprovider -rs"
 CHECKS = {  # name -> what is done, its command, and a pattern of its last words, which are the outcome
@@ -53,15 +54,10 @@ def pair() -> int:
 def run(name: str, commit: str) -> dict:
     """Run a check; its line of the table."""
     what, command, words = CHECKS[name]
-    began, before = time.time(), os.times()
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    told = re.findall(words, done.stdout.strip())
-    outcome = " ".join((told[0] if told else done.stdout[-600:] + done.stderr[-600:]).split())
-    line = {"check": name, "what": what, "command": command, "status": done.returncode, "outcome": outcome}
-    return line | {"minutes": round((time.time() - began) / 60, 1), "cpu_minutes": round(cpu / 60, 1), "commit": commit}
+    log = ROOT / f"outputs/robust/{name}.txt"
+    cost, told = timed(command, log), log.read_text().strip()
+    outcome = " ".join("".join(re.findall(words, told)[:1] or [told[-600:]]).split())
+    return {"check": name, "what": what, "command": command, "outcome": outcome, "commit": commit} | cost
 
 
 def write(lines: dict[str, dict]) -> None:
@@ -93,12 +89,7 @@ def main() -> int:
     if unknown := set(asked.names) - set(CHECKS):
         parser.error(f"no such check: {', '.join(sorted(unknown))}")
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    if changed := git("status", "--porcelain", "--", "lsdc_utils", "notebooks", "tests", "run_all.sh"):
-        parser.error(f"the tree has changes that are not committed:\n{changed}")
-    commit = git("rev-parse", "--short=12", "HEAD")
+    commit = committed(parser, "lsdc_utils", "notebooks", "tests", "run_all.sh")
     known = pd.read_csv(TABLE).to_dict("records") if TABLE.is_file() else []
     lines = {line["check"]: line for line in known}
     for name in asked.names or CHECKS:

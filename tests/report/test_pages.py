@@ -252,7 +252,7 @@ def test_sentences_on_stress_tests_are_computed(run_dir):
     assert card.sentences(run, "stress") == [
         "In the stress tests, the ensemble's dose-response slope is 0.71 of the oracle's.",
         "Narrowing one location moves another row's probability of moderate or worse by up to 0.23.",
-        "Mirroring, renumbering and rescaling change no probability by more than 0.0007.",
+        "Mirroring, renumbering and rescaling (which rounds pixel values) change no probability by more than 0.0007.",
     ]
     run.stress = {}
     assert card.sentences(run, "stress") == []

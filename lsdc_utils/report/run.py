@@ -201,10 +201,10 @@ def parts_table(block: dict[str, Any]) -> pd.DataFrame:
 def other_runs(run: Run) -> pd.DataFrame:
     """Ensembles of the finished runs beside this one, as text: this run first; empty where there is no other run. A
     score is the total, or the mean of the groups that `Conditions` names."""
-    files = sorted(run.folder.parent.glob("*/scores.json"), key=lambda file: (file.parent != run.folder, file))
-    lines = {}
+    found = (file.with_name("scores.json") for file in run.folder.parent.glob("*/data.json"))  # not ready-made models
+    files, lines = sorted(filter(Path.is_file, found), key=lambda file: (file.parent != run.folder, file)), {}
     for file in files if len(files) > 1 else ():
-        data_dir = read_file(file.with_name("data.json")).get("data_dir", "unknown")
+        data_dir = read_file(file.with_name("data.json"))["data_dir"]
         line = {("", "Data"): "the same" if data_dir == run.data.get("data_dir") else Path(data_dir).name}
         for name, block in blocks(read_file(file)).items():
             line["", "Conditions"] = ", ".join(block.get("groups", ["all"]))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
@@ -185,6 +186,7 @@ def main() -> int:
     parser.add_argument("--train", action="store_true", help="train on the second population too, which takes hours")
     asked = parser.parse_args()
     recipe = read_recipe(OUTPUTS / asked.run)
+    torch.set_num_threads(recipe["threads"])  # more would wait for each other
     cache = asked.cache / sha256(OUTPUTS / asked.run / "blend.json")[:12]  # graded by other models, it is another one
     cache.mkdir(parents=True, exist_ok=True)
     models = grade.load_models(OUTPUTS / asked.run / "weights", recipe["folds"], recipe["vit_views"])

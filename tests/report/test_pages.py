@@ -189,7 +189,10 @@ def test_other_runs_have_one_column_of_scores_and_say_which_conditions_it_is_of(
         block["scores"]["ensemble"]["mean_of_groups"] = block["skill"]["ensemble"]["mean_of_groups"] = 0.25
         block["interval"]["ensemble"]["mean_of_groups"] = [0.2, 0.3]
     (runs[1] / "scores.json").write_text(json.dumps(scores))
+    (tmp_path / "pretrained").mkdir()  # ready-made models beside them, which are no run: they name no data
+    (tmp_path / "pretrained/scores.json").write_text((runs[0] / "scores.json").read_text())
     table = tables.other_runs(tables.Run(runs[1]))
+    assert "pretrained" not in table.index
     columns = [(name, key) for name in ("Out of fold", "Test") for key in ("Score", "Skill", "95 % interval")]
     assert list(table.columns) == [("", "Data"), ("", "Conditions"), *columns]
     assert table["", "Conditions"].to_dict() == {"foramina": "nfn", "all-of-them": "all"}

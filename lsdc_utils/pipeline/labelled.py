@@ -119,6 +119,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
     overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
+    rows = metric.rows_of_groups(found.labels, read_recipe(trained)["conditions"])
+    if rows.empty:
+        raise UsageError("every label is of a condition for which these models were not trained")
+    found = replace(found, labels=rows)
     (out / "evaluation.json").unlink(missing_ok=True)  # an earlier one, which a stop would leave beside new tables
     shutil.rmtree(out / "report", ignore_errors=True)
     parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))

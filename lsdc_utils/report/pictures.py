@@ -14,7 +14,7 @@ from lsdc_utils.data.stacks import load_study
 from lsdc_utils.grading.dose_figure import show_doses
 from lsdc_utils.grading.marks import draw_still
 from lsdc_utils.grading.run_tables import read_graded
-from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error
+from lsdc_utils.metric import PARTS, PROBABILITIES, calibration_error, overall
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.card import sentences
 from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, value
@@ -84,7 +84,7 @@ def plot_doses(run: Run) -> Picture | None:
 
 def plot_totals(scores: dict[str, Any]) -> Picture:
     """Total score of each model with its interval: out of fold filled, test hollow."""
-    shown, totals, overall = tables.models(scores)[::-1], {}, tables.overall(scores["oof"])
+    shown, totals, last = tables.models(scores)[::-1], {}, overall(scores["oof"]["scores"]["prior"])
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(shown)))
     ax = figure.add_subplot()
     for k, (name, block) in enumerate(tables.blocks(scores).items()):
@@ -97,7 +97,7 @@ def plot_totals(scores: dict[str, Any]) -> Picture:
                 ax.plot(total, y - 0.32 * k, color=colour, markerfacecolor=[colour, "white"][k], **style)
         ax.plot([], [], color=BLACK, markerfacecolor=[BLACK, "white"][k], label=BLOCK_NAMES[name], **style)
     ax.set_yticks(range(len(shown)), [tables.model_name(model) for model in shown])
-    name = "Total score" if overall == "total" else PART_NAMES[overall]
+    name = "Total score" if last == "total" else PART_NAMES[last]
     ax.set(xlabel=LOSS, title=f"{name} of each model", ylim=(-0.8, len(shown) - 0.5))
     figure.legend(**OUTSIDE)
     caption = f"{name} of each model; lines are 95 % intervals from resampling studies."
@@ -117,7 +117,7 @@ def plot_parts(scores: dict[str, Any]) -> Picture:
         kind, name, left_out = "skill", "Skill", ("prior", "oracle")  # their skill is 0 and 1
         caption = "Skill is 0 for the label-frequency baseline and 1 (dashed) for the oracle."
     shown = [model for model in tables.models(scores) if model in block[kind] and model not in left_out]
-    parts = (*PARTS[:-1], tables.overall(block))
+    parts = (*PARTS[:-1], overall(block["scores"]["prior"]))
     values = {tables.model_name(model): {PART_NAMES[p]: value(block, kind, model, p) for p in parts} for model in shown}
     figure = Figure(figsize=(6, 4.6))
     ax = figure.add_subplot()

@@ -19,7 +19,7 @@ from lsdc_utils.files import count_studies, git_commit, write_json
 from lsdc_utils.grading.basis import training_studies
 from lsdc_utils.grading.blend import family
 from lsdc_utils.grading.evaluation import judge
-from lsdc_utils.metric import GROUP_PARTS, MEAN, PARTS, only_groups, solution_of
+from lsdc_utils.metric import GROUP_PARTS, MEAN, PARTS, only_groups, overall, solution_of
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.vocabulary import GROUPS
 
@@ -155,15 +155,11 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(model, f"3D ViT {model.removeprefix('vit3d-')}" if family(model) != model else model)
 
 
-def overall(block: dict[str, Any]) -> str:
-    """The part of a block of scores.json that stands for all: the total, or the mean where groups are absent."""
-    return MEAN if "groups" in block else PARTS[-1]
-
-
 def value(block: dict[str, Any], kind: str, model: str, part: str = "") -> Any:
     """A number of a block of scores.json, or an interval's [low, high]; None where the block has none. part: by default
-    the `overall` one."""
-    content = ((block.get(kind) or {}).get(model) or {}).get(part or overall(block))
+    the `metric.overall` one."""
+    parts = (block.get(kind) or {}).get(model) or {}
+    content = parts.get(part or overall(parts))
     return None if content == [None, None] else content
 
 
@@ -175,7 +171,7 @@ def number(amount: float | None, digits: int = 3) -> str:
 def score_columns(block: dict[str, Any], shown: list[str]) -> pd.DataFrame:
     """Overall score, skill (if there is an oracle) and 95 % interval of models in a block, as text."""
     table = pd.DataFrame(index=pd.Index([model_name(model) for model in shown], name="Model"))
-    title = "Score" if overall(block) == PARTS[-1] else PART_NAMES[MEAN]
+    title = "Score" if "groups" not in block else PART_NAMES[MEAN]
     table[title] = [number(value(block, "scores", model)) for model in shown]
     if block.get("skill"):
         table["Skill"] = [number(value(block, "skill", model), 2) for model in shown]

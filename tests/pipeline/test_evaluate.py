@@ -123,15 +123,26 @@ def test_patients_in_place_of_studies_are_refused(tmp_path: Path, folders: tuple
 
 
 def test_a_stopped_evaluation_leaves_no_earlier_result_beside_new_tables(tmp_path: Path, monkeypatch) -> None:
-    def stopped(*_: object) -> None:
+    """What is graded by then are the studies with a label of a condition that the models were trained for."""
+    graded = []
+
+    def stopped(found: labelled.Labelled, *_: object) -> None:
+        graded.extend(found.labels["row_id"])
         raise SystemExit(130)
 
     monkeypatch.setattr(labelled, "grade", stopped)
+    monkeypatch.setattr(labelled, "read_recipe", lambda _: {"conditions": ["nfn", "ss"]})
     (tmp_path / "report").mkdir()
     (tmp_path / "evaluation.json").write_text("{}")
+    rows = pd.DataFrame({"row_id": study_row_ids(1)})
+    found = labelled.Labelled(None, rows, rows, rows, [])
     with pytest.raises(SystemExit):
-        labelled.evaluate(None, tmp_path, tmp_path, "demo", ([], ""), 1, "")
-    assert list(tmp_path.iterdir()) == []
+        labelled.evaluate(found, tmp_path, tmp_path, "demo", ([], ""), 1, "")
+    assert list(tmp_path.iterdir()) == [] and graded == study_row_ids(1)[5:]
+    monkeypatch.setattr(labelled, "read_recipe", lambda _: {"conditions": ["scs"]})
+    with pytest.raises(UsageError, match="every label is of a condition"):
+        found = labelled.Labelled(None, rows[5:], rows, rows, [])
+        labelled.evaluate(found, tmp_path, tmp_path, "demo", ([], ""), 1, "")
 
 
 # ---- a folder with a patient's names, graded at random --------------------------------------------------------------

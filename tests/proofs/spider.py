@@ -145,7 +145,8 @@ def with_interval(table: pd.DataFrame, column: str) -> str:
 def main(folder: Path, run: Path, out: Path | None) -> pd.DataFrame:
     """Convert, grade, judge and print; the table is also written to `out`."""
     recipe = read_recipe(run)
-    models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
+    chosen = (recipe[key] for key in ("folds", "vit_views", "conditions", "members"))
+    models = load_models(run / "weights", *chosen)
     with tempfile.TemporaryDirectory() as root:
         truth = convert(folder, Path(root))
         comp = competition.read(root)

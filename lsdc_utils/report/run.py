@@ -221,7 +221,7 @@ def localisation_table(localisation: pd.DataFrame) -> pd.DataFrame:
 
 
 def evidence_table(evaluation: dict[str, Any]) -> pd.DataFrame:
-    """Shares of pairs in the same company that each model orders right, as text, from evaluation.json."""
+    """Shares of pairs of one level or canal that each model orders right, as text, from evaluation.json."""
     blocks = evaluation.get("own_evidence", {})
     rows = {f"{BLOCK_NAMES[name]}: {part}": row for name, parts in blocks.items() for part, row in parts.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename(columns=model_name).rename_axis("Pairs of rows")

@@ -67,8 +67,8 @@ def commit_of(run: str) -> str:
 
 def seeds_table() -> str:
     """Score and skill of the ensemble of each training of the demo, their mean and range, as Markdown."""
-    rows = {}
-    for run in RUNS:
+    rows, runs = {}, [run for run in RUNS if (OUTPUTS / run / "scores.json").is_file()]
+    for run in runs:
         parts = {name: blocks_of(run)[key] for key, name in (("oof", "Out of fold"), ("test", "Test"))}
         rows[run] = {f"{name}: {what}": part[key]["ensemble"]["total"] for name, part in parts.items()
                      for what, key in (("score", "scores"), ("skill", "skill"))}  # fmt: skip
@@ -76,8 +76,8 @@ def seeds_table() -> str:
     shown = table.map("{:.3f}".format)
     shown.loc["mean"] = table.mean().map("{:.3f}".format)
     shown.loc["range"] = [f"{low:.3f} to {high:.3f}" for low, high in zip(table.min(), table.max(), strict=True)]
-    commits = sorted({commit_of(run) for run in RUNS})
-    told = f"Run `demo` and two more trainings of the same phantom, commit {', '.join(commits)}."
+    commits = sorted({commit_of(run) for run in runs})
+    told = f"Run `demo` and other seeds ({len(runs) - 1}) on the same phantom, commit {', '.join(commits)}."
     return f"{markdown_table(shown.rename_axis('Run'))}\n\n{told}"
 
 

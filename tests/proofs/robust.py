@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chain import ROOT, committed, timed
 
 TABLE, PAGE = ROOT / "docs/robust.csv", ROOT / "docs/guarantees.md"
-PYTEST = "python -m pytest -q -p no:cacheprovider -rs"
+PYTEST = "python -m pytest -p no:cacheprovider"
 CHECKS = {  # name -> what is done, its command, and a pattern of its last words, which are the outcome
     "files": ("20,000 corrupt DICOM files are read", "python tests/fuzz/run.py 20000", r"(?s)slowest call.*"),
     "kills": ("runs are killed 20 times and resume", f"{PYTEST} tests/test_faults.py -k killed", r"\d+ passed.*"),
@@ -99,7 +99,8 @@ def main() -> int:
         print(*lines[name].values(), sep=" | ", flush=True)
         write(lines)
     failed = [name for name, line in lines.items() if line["status"] != 0]
-    print(*(f"FAILED: {name}" for name in failed), sep="\n")
+    if failed:
+        print("FAILED:", *failed)
     return int(len(failed) > 0)
 
 

@@ -55,10 +55,11 @@ def described(path: Path) -> dict[str, Any]:
     return about
 
 
-def start_weights(folder: str | Path, name: str) -> Path:
-    """The weights of a model (`yolo_scs`, `vit3d`, ...) in the folder of another run or of packed models: of its first
-    fold. ValueError if there are none, or if they are not the file that the .json beside them describes."""
-    files = sorted(Path(folder).glob(f"weights/{name}_fold*"), key=lambda file: (len(file.stem), file.name))
+def start_weights(folder: str | Path, name: str, fold: int = -1) -> Path:
+    """The weights of a model (`yolo_scs`, `vit3d`, ...) in the folder of another run or of packed models: of this fold,
+    else its first. ValueError if there are none, or if they are not the file that the .json beside them describes."""
+    first, own = (lambda file: (len(file.stem), file.name)), f"{name}_fold{fold}"
+    files = sorted(sorted(Path(folder).glob(f"weights/{name}_fold*"), key=first), key=lambda file: file.stem != own)
     for file in (file for file in files if file.suffix in (".pt", ".safetensors")):
         described(file)
         return file

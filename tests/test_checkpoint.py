@@ -141,10 +141,14 @@ def test_weights_of_another_run_are_copied_with_where_they_come_from(tmp_path: P
     assert checkpoint.points_source(tmp_path / "outputs/x", "/models") == Path("/models")
 
 
-def test_a_start_is_the_fold_of_the_least_number(tmp_path: Path) -> None:
+def test_a_start_is_the_same_fold_else_that_of_the_least_number(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     for fold in (10, 2):
         file = tmp_path / f"weights/vit3d_fold{fold}.safetensors"
         file.write_bytes(b"weights")
         file.with_suffix(".json").write_text(json.dumps({"sha256": checkpoint.sha256(file)}))
     assert checkpoint.start_weights(tmp_path, "vit3d").name == "vit3d_fold2.safetensors"
+    assert (
+        checkpoint.start_weights(tmp_path, "vit3d", 10).name == "vit3d_fold10.safetensors"
+    )  # its own, if there is one
+    assert checkpoint.start_weights(tmp_path, "vit3d", 1).name == "vit3d_fold2.safetensors"

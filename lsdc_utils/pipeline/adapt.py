@@ -19,7 +19,7 @@ from lsdc_utils.pipeline.graph import read_parameters
 from lsdc_utils.pipeline.parameters import load_parameters
 
 FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train the transformer's encoder too
-SHORTER = 3  # further training takes this share of a training's steps
+SHORTER, GENTLER = 3, 10  # further training takes this share of a training's steps, and of its learning rates
 OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_dir", "out_dir", "studies_table",
           "fit_blend", "workers")  # fmt: skip
 
@@ -42,6 +42,8 @@ def training_parameters(found: labelled.Labelled, trained: Path) -> dict[str, An
         raise UsageError(f"--train needs the competition's layout with points: {folder} lacks {lacking[0]}")
     parameters |= {k: v for k, v in read_parameters(trained).items() if k in parameters and k not in OTHERS}
     parameters |= {key: max(1, parameters[key] // SHORTER) for key in ("vit_epochs", "localiser_batches")}
+    parameters |= {key: parameters[key] / GENTLER for key in ("vit_lr", "localiser_rate")}
+    parameters["yolo_rate"] = {key: rate / GENTLER for key, rate in parameters["yolo_rate"].items()}
     parameters["yolo_epochs"] = {key: max(1, epochs // SHORTER) for key, epochs in parameters["yolo_epochs"].items()}
     parameters |= {"vit_encoder_rate": 0.0} if found.labels["study_id"].nunique() < THAWED else {}
     return parameters | {"data_dir": str(folder), "start_from": str(trained.resolve()), "example_study": 0}

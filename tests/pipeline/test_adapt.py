@@ -152,6 +152,7 @@ def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     (folder / "train_label_coordinates.csv").touch()
     parameters, demo = adapt.training_parameters(found, trained), load_parameters("demo")
     assert parameters["vit_epochs"] == 3 and parameters["yolo_epochs"] == {"nfn": 4, "scs": 1, "ss": 2}
+    assert parameters["vit_lr"] == demo["vit_lr"] / 10 and parameters["yolo_rate"]["ss"] == demo["yolo_rate"]["ss"] / 10
     assert parameters["localiser_batches"] == demo["localiser_batches"] // 3
     assert parameters["start_from"] == str(trained) and parameters["data_dir"] == str(folder)
     assert parameters["vit_encoder_rate"] == 0.0 and set(parameters) == set(demo)

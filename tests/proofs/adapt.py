@@ -47,7 +47,7 @@ SEVERE, LENIENT = 1.5, 0.06  # factor of severe narrowing's prevalence; added to
 SEEDS = {"first": 77_000, "second": 78_000}  # of the first block; training draws neither
 LABELLED, SIZES, DRAWS = 100, (20, 50, 100), 5
 TRAINED = 50  # studies of --train
-LENGTHS = ("vit_epochs", "localiser_batches", "yolo_epochs", "vit_encoder_rate")  # what further training has its own of
+OWN = ("epochs", "batches", "rate", "lr")  # last words of parameters that further training has its own of
 BETTER, WORSE = 0.05, -0.005  # bars: gain at 50 studies of the second population, and of any draw
 
 
@@ -160,7 +160,7 @@ def train(run: Path, cache: Path, read: pd.DataFrame, test: int) -> pd.DataFrame
     training.check(found, run, 1)
     further, own = training.training_parameters(found, run), read_parameters(run)
     resolve_conditions(further)
-    scratch = further | {key: own[key] for key in LENGTHS if key in own} | {"start_from": ""}
+    scratch = further | {key: value for key, value in own.items() if key.rpartition("_")[2] in OWN} | {"start_from": ""}
     lines = []
     for name, parameters in (("trained further", further), ("trained from scratch", scratch)):
         place = OUTPUTS / f"{run.name}-{name.replace(' ', '-')}"  # where the notebooks look for a run

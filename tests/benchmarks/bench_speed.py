@@ -6,7 +6,7 @@ read the same three RLE series of 512 x 512 from the file cache. Two processes a
 the wall, on links to that study: this needs an idle machine with two cores.
 
 Where the time goes: read_series calls the RLE decoder directly, which saves more of pydicom's copies than the geometry
-costs. Level crops read only the slices that they meet.
+costs. Level crops are cut from stacks that were read before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from studies import fastest, write_studies
 
 from lsdc_utils import dicom
 from lsdc_utils.data import competition
-from lsdc_utils.data.stacks import FEW_STUDIES, Stack, convert_studies, read_study
+from lsdc_utils.data.stacks import FEW_STUDIES, convert_studies, read_study
 from lsdc_utils.vit.inputs import study_input
 from lsdc_utils.vit.model import VitConfig
 
@@ -50,16 +50,14 @@ def compare_with_baseline(root: Path, comp: competition.Competition, points: pd.
     files = sorted((root / "test_images/1").rglob("*.dcm"))
     series = sorted((root / "test_images/1").iterdir())
 
-    def stacks() -> list[Stack]:
-        return read_study(comp, "test", 1)[0]
-
+    stacks = read_study(comp, "test", 1)[0]
     contenders = {
         "baseline: dcmread + pixel_array": (None, lambda: [pixel_array(pydicom.dcmread(file)) for file in files]),
         "headers alone": (None, lambda: [dicom.read_series(folder, pixels=False) for folder in series]),
         "read_series": (1.3, lambda: [dicom.read_series(folder) for folder in series]),
         "conversion: read, window, write": (3.0, lambda: list(convert_studies(comp, "test", [1], root / "slices"))),
-        "75 level crops, demo": (1.5, lambda: study_input(stacks(), points, VitConfig())),
-        "225 level crops, kaggle": (None, lambda: study_input(stacks(), points, KAGGLE)),
+        "75 level crops, demo": (0.5, lambda: study_input(stacks, points, VitConfig())),
+        "225 level crops, kaggle": (None, lambda: study_input(stacks, points, KAGGLE)),
     }
     seconds = fastest({name: run for name, (_, run) in contenders.items()}, repeats)
     baseline = next(iter(seconds.values()))

@@ -24,7 +24,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     labels, tables = make_rows(np.random.default_rng(1), 24)
     solution, known = metric.solution_of(labels), tables["ensemble"]
     for number, run in enumerate(reproduce.RUNS):
-        for folder, doubt in ((run, 0.1 * number), (f"{run}-no_mix", 0.1 * number + 0.05 * (number + 1))):
+        for folder, doubt in ((run, 0.1 * number), (f"{run}-one_crop_view", 0.1 * number + 0.05 * (number + 1))):
             own = known.copy()
             own[list(SEVERITIES)] = (1 - doubt) * known[list(SEVERITIES)] + doubt / 3
             (tmp_path / folder / "predictions").mkdir(parents=True)
@@ -59,8 +59,8 @@ def test_the_mean_and_range_of_trainings(outputs: Path) -> None:
 
 
 def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Path) -> None:
-    worse, interval, each = cells(reproduce.ablation_table(), r"no\_mix")
-    differences = np.subtract(totals(outputs, "-no_mix"), totals(outputs))
+    worse, interval, each = cells(reproduce.ablation_table(), r"one\_crop\_view")
+    differences = np.subtract(totals(outputs, "-one_crop_view"), totals(outputs))
     assert worse == f"{differences.mean():+.3f}" and each == ", ".join(f"{value:+.3f}" for value in differences)
     low, high = map(float, interval.split(" to "))
     assert low <= differences.mean() <= high

@@ -135,6 +135,9 @@ def test_too_few_known_or_published(trained: Path, monkeypatch: pytest.MonkeyPat
     found, _ = found_in(tmp_path, 20)
     monkeypatch.setattr(labelled, "check_overlap", lambda *_: ([], ""))
     assert adapt.check(found, trained, 1) is None
+    (trained / "provenance.json").rename(tmp_path / "kept.json")  # of a run that ended before its report
+    with pytest.raises(UsageError, match=r"lacks provenance\.json: run it to its report"):
+        adapt.check(found, trained, 1)
     recipe = json.loads((trained / "blend.json").read_text())
     write_json(trained / "blend.json", recipe | {"kind": "published"})
     (trained / "weights/localiser_fold0.safetensors").unlink()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
@@ -23,6 +24,7 @@ from chain import ROOT, committed, timed  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
+from lsdc_utils.pipeline.experiments import ABLATIONS  # noqa: E402
 from lsdc_utils.report.card import markdown_table  # noqa: E402
 
 TABLE, PAGE, CACHE = ROOT / "docs/figures.csv", ROOT / "docs/results.md", "outputs/reproduce"
@@ -84,9 +86,12 @@ def seeds_table() -> str:
 def ablation_table() -> str:
     """What the mean of three trainings loses without each part, out of fold, with the paired 95 % interval over
     studies, as Markdown."""
-    names = sorted({file.name.removeprefix("demo-") for file in OUTPUTS.glob("demo-no_*")} | {"softmax"})
     rows = {}
-    for name in (name for name in names if all((OUTPUTS / f"{run}-{name}/scores.json").is_file() for run in RUNS)):
+    for name in (
+        name
+        for name in yaml.safe_load(ABLATIONS.read_text())
+        if all((OUTPUTS / f"{run}-{name}/scores.json").is_file() for run in RUNS)
+    ):
         drawn, scores = [], []
         for run in RUNS:
             labels = pd.read_parquet(OUTPUTS / run / "tables/labels.parquet")

@@ -8,16 +8,19 @@ import shutil
 import subprocess
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from dicom_files import write_slice
 from highdicom import sr
 
 from lsdc_utils import phantom
 from lsdc_utils.data import competition
 from lsdc_utils.dicom import Slice, read_series
+from lsdc_utils.dicom.series import Frames
 from lsdc_utils.export import images, studies
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import RunError
@@ -260,3 +263,11 @@ def test_dsrdump_prints_the_grades(study):
     words = {"NORMALMILD": "Normal or mild", "6736007": "Moderate", "24484000": "Severe"}
     assert len(grades) == 25 and all(words[code] == meaning for code, _, meaning in grades)
     assert said.count("Probability of severe") == 25 and "UNVERIFIED" in said
+
+
+def test_uids_are_counted_of_files_and_of_files_in_frames(tmp_path):
+    write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), SOPInstanceUID="1.2.3.4")
+    series = pd.DataFrame({"split": "test", "study_id": [1, 2], "series_id": [1, 2]})
+    source = {1: tmp_path, 2: [Frames(tmp_path / "1.dcm", (0,)), Frames(tmp_path / "1.dcm", (1,))]}
+    comp = SimpleNamespace(series=series, source=lambda split, study, number: source[number])
+    assert images.count_uids(comp) == {"1.2.3.4": 2}  # once a series, whatever frames it takes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import dicom_files
 import nbformat
@@ -354,3 +355,9 @@ def test_usage_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         assert commands.main(["evaluate", str(tmp_path / "data"), *words]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_an_empty_series_folder_names_no_patient(tmp_path: Path) -> None:
+    series = pd.DataFrame({"split": ["test"], "study_id": [1], "series_id": [2]})
+    comp = SimpleNamespace(series=series, names={}, source=lambda *_: tmp_path)
+    assert labelled._check_ids(comp, [1], "given.csv") is None

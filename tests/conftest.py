@@ -71,6 +71,7 @@ TINY_PROFILE = """\
 data_dir: ""
 conditions: [all]
 phantom: true
+phantom_seed: 101
 n_train: 3
 workers: 1
 n_splits: 2
@@ -80,6 +81,8 @@ yolo_epochs: {nfn: 2, scs: 3, ss: 1}
 yolo_batch: 2
 yolo_size: {nfn: [8, 8], scs: [8, 8], ss: [8, 8]}
 localiser_batches: 2
+start_from: ""
+pretrain_phantom: 0
 published_method: false
 vit_batch: 2
 vit_size: 8
@@ -95,7 +98,8 @@ tta: true
 """
 TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     "00_get_data": (
-        'data_dir: str = ""\nconditions: list = ["all"]\nphantom: bool = True\nn_train: int = 3\nworkers: int = 1',
+        'data_dir: str = ""\nconditions: list = ["all"]\nphantom: bool = True\nphantom_seed: int = 101\n'
+        "n_train: int = 3\nworkers: int = 1",
         "import json\n(run / '../data').mkdir(exist_ok=True)\n"
         "(run / 'data.json').write_text(json.dumps({'data_dir': '../data', 'kind': 'phantom', 'n': n_train}))",
         [],
@@ -132,7 +136,7 @@ TINY_NOTEBOOKS = {  # parameters, code, and the files that the notebook writes
     ),
     "04_train_vit3d": (
         "fold: int = 0\nmember: str = ''\ninner: int = -1\nfolds: list = [0, 1]\nthreads: int = 1\n"
-        "vit_lr: float = 0.001\n"
+        "vit_lr: float = 0.001\nstart_from: str = ''\npretrain_phantom: int = 0\n"
         "vit_batch: int = 2\nvit_size: int = 8\nvit_soften: float = 0.0\nvit_inner_folds: int = 2",
         "name, vit = f'fold{fold}' + f'_inner{inner}' * (inner >= 0), f'vit3d-{member}'.rstrip('-')\nfor k in folds:\n"
         "    assert (run / f'predictions/points_scs_fold{k}_oof.parquet').is_file()",

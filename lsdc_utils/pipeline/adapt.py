@@ -18,7 +18,7 @@ from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import read_parameters
 from lsdc_utils.pipeline.parameters import load_parameters
 
-FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train the transformer's encoder too
+FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train more than the transformer's head
 SHORTER, GENTLER = 3, 10  # further training takes this share of a training's steps, and of its learning rates
 OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_dir", "out_dir", "studies_table",
           "fit_blend", "workers")  # fmt: skip
@@ -36,17 +36,23 @@ def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
 
 
 def training_parameters(found: labelled.Labelled, trained: Path) -> dict[str, Any]:
-    """Parameters of a run that trains the models of the run in folder `trained` further, on the folder of `found`."""
+    """Parameters of a run that trains the models of the run in folder `trained` further, on the folder of `found`: with
+    few studies the transformer without its encoder, at places that the run's localiser and detectors find."""
     folder, parameters = found.comp.root, load_parameters("demo")
-    if lacking := [n for n in ("train.csv", "train_label_coordinates.csv") if not (folder / n).is_file()]:
+    few = found.labels["study_id"].nunique() < THAWED
+    needed = ("train.csv", *(() if few else ("train_label_coordinates.csv",)))
+    if lacking := [name for name in needed if not (folder / name).is_file()]:
         raise UsageError(f"--train needs the competition's layout with points: {folder} lacks {lacking[0]}")
     parameters |= {k: v for k, v in read_parameters(trained).items() if k in parameters and k not in OTHERS}
     parameters |= {key: max(1, parameters[key] // SHORTER) for key in ("vit_epochs", "localiser_batches")}
     parameters |= {key: parameters[key] / GENTLER for key in ("vit_lr", "localiser_rate")}
     parameters["yolo_rate"] = {key: rate / GENTLER for key, rate in parameters["yolo_rate"].items()}
     parameters["yolo_epochs"] = {key: max(1, epochs // SHORTER) for key, epochs in parameters["yolo_epochs"].items()}
-    parameters |= {"vit_encoder_rate": 0.0} if found.labels["study_id"].nunique() < THAWED else {}
-    return parameters | {"data_dir": str(folder), "start_from": str(trained.resolve()), "example_study": 0}
+    if few:  # a run of one fold lends its models to all
+        every = list(range(parameters["n_splits"]))
+        parameters |= {"vit_encoder_rate": 0.0, "points_from": str(trained.resolve()), "folds": every}
+    own = {"data_dir": str(folder), "start_from": str(trained.resolve()), "example_study": 0, "pretrain_phantom": 0}
+    return parameters | own
 
 
 def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
     ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
     ("run predict evaluate adapt ablate curve refine", "--cores", "N", "cores (default: all)", COUNT),
-    ("run", "--until", "STEP", "stop after this step", {}),
+    ("run", "--until", "STEP", "stop after this step, notebook (04) or fold of it (04_fold0)", {}),
     ("run", "--force", "STEP", "re-run this step and what depends on it", {"action": "append", "default": []}),
     ("run", "--slurm", None, "submit each step as a job to SLURM, see notebooks/profiles/slurm/", SWITCH),
     ("run", "--dry-run", None, "list the steps that would run, and why", SWITCH),

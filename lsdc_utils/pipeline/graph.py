@@ -37,6 +37,12 @@ NOTEBOOK_ORDER = ("00_get_data", "phantom", "01_eda", "02_convert_labels", "03_t
 GRADED_TABLES = ("yolo", "vit3d", "ensemble", "points", "sources")  # of predictions/, for out of fold and test each
 STRESS_TABLES = ("doses.csv", "leaks.csv", "looks.csv", "settings.csv", "moves.csv", "numbers.json")  # of stress/
 PREDICTION_PLACES = ("weights_dir", "data_dir", "out_dir", "studies_table")  # set by `predict`, which tracks contents
+ON_PHANTOM = {  # parameters of a `phantom_run`, whatever the run's own are
+    "phantom": True, "data_dir": "", "phantom_scale": "realistic", "wrong_labels": 0.0, "n_test": 1, "n_splits": 5,
+    "folds": [0, 1, 2, 3, 4], "points_from": "../outputs/pretrained", "blend_of": "", "vit_soften": 0.0,
+    **dict.fromkeys(("exclude_csv", "points_csv", "not_trained_csv", "folds_csv"), ""),
+    **dict.fromkeys(("pretrain_phantom", "example_study", "stress_bodies"), 0),
+}  # fmt: skip
 STEP_PARAMETERS = ("run_dir", "condition", "fold", "member", "inner")  # set by the run and the step, never by a profile
 MEMBER = {name: f"vit_{name}" for name in ("encoder", "head", "pooling")} | {
     "weights": "vit_encoder_weights",
@@ -68,6 +74,8 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
     name, inner = "04_train_vit3d", range(parameters["vit_inner_folds"] if parameters["vit_soften"] else 0)
     vits = [member_parameters(member, parameters) for member in parameters["vit_members"] or [{}]]
+    if first := phantom_run(parameters):
+        vits = [own | {"start_from": f"../outputs/{first[0]}"} for own in vits]
     trainings = [own | {"fold": fold, "inner": k} for own in vits for fold in folds for k in inner]
     steps[name] = [vit_step(own) for own in trainings + [own | {"fold": fold} for own in vits for fold in folds]]
     trainings = [{"condition": condition, "fold": fold} for condition in parameters["conditions"] for fold in folds]
@@ -79,6 +87,16 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
     if not parameters["stress_bodies"]:
         del steps["07_stress_tests"]
     return [step for group in steps.values() for step in group]
+
+
+def phantom_run(parameters: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Name and parameters of the run that comes first where `pretrain_phantom` asks for it: it trains transformers on
+    so many phantom studies with the pixel sizes of scanners, at points of the ready-made models, and those of the run
+    start from the ones of the same name. Runs that would train the same share it."""
+    if not (count := parameters.get("pretrain_phantom")):
+        return None
+    own = parameters | ON_PHANTOM | {"n_train": count, "phantom_seed": parameters["phantom_seed"] + 9000}
+    return f"on-phantom-{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]}", own
 
 
 def member_parameters(member: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +121,11 @@ def vit_step(given: dict[str, Any]) -> Step:
 
 
 def select_steps(steps: list[Step], name: str) -> list[Step]:
-    """Steps by the name of a step, or of a notebook, or its number; UsageError if there is none."""
-    selected = [step for step in steps if name in (step.name, step.notebook, step.notebook[:2])]
+    """Steps by the name of a step, or of a notebook, or its number, or that with a fold (04_fold0); UsageError if there
+    is none."""
+    numbers = [step.notebook[:2] for step in steps]
+    names = [(s.name, s.notebook, n, f"{n}_fold{s.given.get('fold')}") for s, n in zip(steps, numbers, strict=True)]
+    selected = [step for step, own in zip(steps, names, strict=True) if name in own]
     if not selected:
         raise UsageError(f"no step {name!r}; steps are: {', '.join(step.name for step in steps)}")
     return selected

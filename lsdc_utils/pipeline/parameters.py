@@ -19,6 +19,8 @@ ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neig
     "size", "slices", "wider", "encoder", "channels", "patch", "width", "depth", "heads", "readout", "mix", "pooling",
     "head", "members",
 )))  # fmt: skip
+LEAST = {"vit_epochs": 1, "vit_views": 1, "vit_batch": 1, "yolo_batch": 1, "localiser_batch": 1, "threads": 1,
+         "workers": 1, "n_train": 2, "stress_doses": 2, "stress_studies": 1}  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
 STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
 
@@ -81,6 +83,9 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise UsageError(f"profile demo and the parameters cells of the notebooks differ in: {differing}")
     if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
         raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
+    for key, least in LEAST.items():
+        if parameters.get(key, least) < least:
+            raise UsageError(f"{key}={parameters[key]}: expected {least} or more")
     check_members(parameters)
     return parameters
 
@@ -155,6 +160,11 @@ def resolve_conditions(parameters: dict[str, Any]) -> None:
 def check_start(parameters: dict[str, Any]) -> None:
     """UsageError unless `start_from` and `points_from` are empty, or folders of models that were trained on other
     studies, since out-of-fold studies would have been seen; a start has the same architecture as well."""
+    if count := parameters.get("pretrain_phantom"):
+        if not 10 <= count <= 5000:
+            raise UsageError(f"pretrain_phantom={count}: expected 0, or 10 to 5000 studies")
+        if other := next(filter(parameters.get, ("start_from", "published_method")), None):
+            raise UsageError(f"pretrain_phantom cannot be used with {other}")
     drawn, keys = parameters["phantom"] and not parameters["data_dir"], (*ARCHITECTURE, *STUDIES)
     for name in filter(parameters.get, BORROWED):
         place = Path(parameters[name])
@@ -166,8 +176,8 @@ def check_start(parameters: dict[str, Any]) -> None:
             for values in (theirs, parameters)
         )
         differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
-        wanted = set(parameters.get("conditions", GROUPS))
-        if lacking := sorted(wanted - {"all"} - set(theirs.get("conditions", GROUPS))):
+        needed, has = (set(groups_of(values.get("conditions", GROUPS))) for values in (parameters, theirs))
+        if lacking := sorted(needed - has):
             raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
         if other := [differ[key] for key in ARCHITECTURE if key in differ and name == "start_from"]:
             raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")

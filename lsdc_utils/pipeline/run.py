@@ -24,7 +24,7 @@ import yaml
 from lsdc_utils.costs import step_table, write_step_table
 from lsdc_utils.files import atomic
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, select_steps
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, phantom_run, select_steps
 from lsdc_utils.pipeline.parameters import PROFILES, load_parameters
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
@@ -148,8 +148,20 @@ def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
     return environment
 
 
+def first_run(run: Run) -> Run | None:
+    """The run on phantom studies in which the transformers of this one are trained first, if there is one."""
+    if not (first := phantom_run(run.parameters)):
+        return None
+    folder, parameters = run.folder.with_name(first[0]), first[1]
+    return replace(run, folder=folder, parameters=parameters, until="04_fold0", force=())
+
+
 def dry_run(run: Run) -> int:
     """Print which steps would run and why, and change nothing."""
+    if first := first_run(run):
+        print(f"first {shown(first.folder)}, on phantom studies:")
+        if status := dry_run(first):
+            return status
     with tempfile.TemporaryDirectory() as temporary:
         config = Path(temporary) / "parameters.yml"
         config.write_text(yaml.safe_dump(run.parameters))
@@ -195,7 +207,12 @@ def without_failed(run: Run, failed: list[str]) -> Run | None:
 
 
 def work(run: Run) -> int:
-    """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status."""
+    """Let Snakemake run what is not up to date in a locked folder, and before it in its `first_run`, and print what
+    happens; the exit status."""
+    if first := first_run(run):
+        with locked(first.folder):
+            if status := work(first):
+                return status
     gpus = [] if run.slurm else visible_gpus()
     config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
     output.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from torch import nn
 from lsdc_utils.vit.augment import augment
 from lsdc_utils.vit.inputs import DEVICE, Rows, Studies, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
+
+DEVICES = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] or [DEVICE]  # share the models
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,19 @@ def probabilities(
     batch: int = 8,
     views: Callable = prediction_views,
 ) -> np.ndarray:
-    """Natural probabilities float64 (n, 25, 3) of inputs (n, ...): the mean over models of one config and views."""
+    """Natural probabilities float64 (n, 25, 3) of inputs (n, ...): the mean over models of one config and views. Where
+    this process sees several GPUs, they compute side by side, each a part of the models."""
     total = np.zeros((len(inputs), len(COLUMNS), len(SEVERITIES)))
-    models = [model.to(DEVICE).eval() for model in models]
+    placed = [(model.to(device).eval(), device) for model, device in zip(models, cycle(DEVICES), strict=False)]
     for start in range(0, len(inputs), batch):
         part = np.array(inputs[start : start + batch])  # a copy, since torch takes no read-only file
         seen, orders = zip(*views(part, models[0].config, n_views), strict=True)
         stacked = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # a third faster than view by view
-        for model in models:
-            with torch.autocast(DEVICE.type, torch.float16, enabled=DEVICE.type == "cuda"):
-                log_natural = model(*stacked)
+        answers = []  # those of a GPU are computed while the next model is called
+        for model, device in placed:
+            with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+                answers.append(model(*(tensor.to(device, non_blocking=True) for tensor in stacked)))
+        for log_natural in answers:
             natural = np.split(log_natural.float().exp().cpu().numpy(), len(orders))
             for order, of_view in zip(orders, natural, strict=True):
                 total[start : start + batch] += of_view[:, order]

@@ -150,9 +150,6 @@ def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     folder.mkdir()
     found, _ = found_in(folder, 30)
     (folder / "train.csv").touch()
-    with pytest.raises(UsageError, match=r"lacks train_label_coordinates\.csv"):
-        adapt.training_parameters(found, trained)
-    (folder / "train_label_coordinates.csv").touch()
     parameters, demo = adapt.training_parameters(found, trained), load_parameters("demo")
     assert parameters["vit_epochs"] == 3 and parameters["yolo_epochs"] == {"nfn": 4, "scs": 1, "ss": 2}
     assert parameters["vit_lr"] == demo["vit_lr"] / 10 and parameters["yolo_rate"]["ss"] == demo["yolo_rate"]["ss"] / 10
@@ -161,5 +158,10 @@ def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     assert parameters["vit_encoder_rate"] == 0.0 and set(parameters) == set(demo)
     assert parameters["exclude_csv"] == ""  # which is about other studies
     check_start(parameters)
+    assert parameters["points_from"] == str(trained)  # few studies made the detectors worse
     more, _ = found_in(folder, 100)
-    assert adapt.training_parameters(more, trained)["vit_encoder_rate"] == demo["vit_encoder_rate"]
+    with pytest.raises(UsageError, match=r"lacks train_label_coordinates\.csv"):
+        adapt.training_parameters(more, trained)
+    (folder / "train_label_coordinates.csv").touch()
+    thawed = adapt.training_parameters(more, trained)
+    assert thawed["vit_encoder_rate"] == demo["vit_encoder_rate"] and thawed["points_from"] == ""

@@ -77,6 +77,12 @@ def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
         parse_override(text, DEFAULTS)
 
 
+@pytest.mark.parametrize("text", ["stress_studies=0", "stress_doses=1", "vit_epochs=0", "vit_batch=-2", "n_train=1"])
+def test_a_number_with_which_a_later_step_would_fail_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{text}: expected [12] or more$"):
+        load_parameters("smoke", [text])
+
+
 def test_a_change_may_name_some_conditions_only() -> None:
     parameters = {"epochs": {"nfn": 1, "scs": 2, "ss": 3}, "rate": 0.5}
     assert changed(parameters, {"epochs": {"scs": 9}})["epochs"] == {"nfn": 1, "scs": 9, "ss": 3}

@@ -23,7 +23,7 @@ from lsdc_utils.pipeline import arguments, commands, pack, temper
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.parameters import PROFILES, check_start, parse_override
 from lsdc_utils.vit.model import load_vit
-from lsdc_utils.vocabulary import COLUMNS, SPINAL_CANAL, T2
+from lsdc_utils.vocabulary import COLUMNS, GROUPS, SPINAL_CANAL, T2
 
 COMMITTED = Path(__file__).resolve().parents[2] / "outputs/pretrained"
 
@@ -145,6 +145,7 @@ def test_a_start_needs_the_same_architecture_and_other_studies(models: Path) -> 
     check_start(demo)
     check_start(demo | {"start_from": "", "vit_head": "softmax"})
     check_start(demo | {"start_from": "", "points_from": str(models), "vit_head": "softmax"})
+    check_start(demo | {"start_from": "", "points_from": str(models), "conditions": [*GROUPS]})  # the models have [all]
     check_start(demo | {"vit_epochs": 3, "yolo_batch": 4, "data_dir": "/elsewhere"})
     for change, words in (
         ({"vit_head": "softmax"}, r"another architecture: vit_head \(ordinal there, softmax here\)"),
@@ -153,6 +154,9 @@ def test_a_start_needs_the_same_architecture_and_other_studies(models: Path) -> 
         ({"vit_members": [{"name": "a", "weights": "x/one.pt"}]}, "another architecture: vit_members"),
         ({"phantom_seed": 2024}, "studies that this run holds out"),
         ({"start_from": str(models / "weights")}, "neither a run in outputs/ nor"),
+        ({"pretrain_phantom": 100}, "pretrain_phantom cannot be used with start_from"),
+        ({"pretrain_phantom": 100, "start_from": "", "published_method": True}, "cannot be used with published_method"),
+        ({"pretrain_phantom": 9}, "pretrain_phantom=9: expected 0, or 10 to 5000"),
         ({"start_from": "", "points_from": str(models), "phantom_seed": 2024}, "points_from: .* this run holds out"),
     ):
         with pytest.raises(UsageError, match=words) as error:

@@ -300,6 +300,31 @@ def test_a_stopped_run_leaves_no_process_and_says_how_to_resume(tiny_project: Pa
     assert processes_in(tiny_project) == []
 
 
+def test_transformers_are_trained_on_a_phantom_first_and_start_from_there(tiny_project: Path) -> None:
+    asked = ("pretrain_phantom=12", "--until", "04")
+    said = run_all(tiny_project, "--dry-run", *asked).stdout
+    [name] = re.findall(r"^first outputs/(on-phantom-\w+), on phantom studies:$", said, re.MULTILINE)
+    assert not (tiny_project / "outputs" / name).exists()
+    done = run_all(tiny_project, *asked)
+    assert done.returncode == 0, done.stderr
+    folder, demo = tiny_project / "outputs" / name, tiny_project / "outputs/demo"
+    own = graph.read_parameters(folder)
+    wanted = {"n_train": 12, "phantom_seed": 9101, "phantom_scale": "realistic", "n_splits": 5, "pretrain_phantom": 0}
+    assert {key: own[key] for key in wanted} == wanted and own["data_dir"] == "" and own["phantom"]
+    starts = {run: starts_of(tiny_project / "outputs" / run) for run in (name, "demo")}
+    assert starts == {name: [""], "demo": [f"../outputs/{name}"] * 2}
+    assert would_run(tiny_project, *asked) == []
+    (folder / "weights/vit3d_fold0.safetensors").write_text("other weights")
+    assert would_run(tiny_project, *asked) == ["04_train_vit3d_fold0", "04_train_vit3d_fold1"]
+    assert (demo / "weights/vit3d_fold1.safetensors").is_file()
+
+
+def starts_of(folder: Path) -> list[str]:
+    """`start_from` of the executed trainings of transformers."""
+    notebooks = map(nbformat.read, sorted(folder.glob("notebooks/04_*.ipynb")), [4, 4])
+    return [re.search(r'^start_from = "(.*)"', "".join(c.source for c in n.cells), re.MULTILINE)[1] for n in notebooks]
+
+
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
     assert run.visible_gpus() == ["1", "3"]

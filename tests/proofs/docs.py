@@ -56,6 +56,10 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
         "./run_all.sh --profile kaggle --data DIR --dry-run folds=0",
         "03_train_yolo_nfn_fold0",
     ),
+    "./run_all.sh --profile kaggle --run first --data DIR folds=0 pretrain_phantom=500": (
+        "./run_all.sh --profile kaggle --run first --data DIR --dry-run folds=0 pretrain_phantom=500",
+        r"first outputs/on-phantom-\w+, on phantom studies",
+    ),
     "./run_all.sh validate DIR": ("", "usable for: "),
     "./run_all.sh validate DIR [--out findings.csv]": (
         "./run_all.sh validate DIR --out ../findings.csv",
@@ -110,6 +114,7 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
         "TFLOP",
     ),
     "python tests/proofs/rehearsal.py": ("python tests/proofs/rehearsal.py --help", "usage: "),
+    "python tests/proofs/members.py": ("python tests/proofs/members.py --help", "usage: "),
     "python tests/proofs/numbering.py CACHE": ("python tests/proofs/numbering.py --help", "usage: "),
     "python tests/house.py": ("", "package"),
     "python tests/proofs/adapt.py CACHE": ("python tests/proofs/adapt.py --help", "usage: "),

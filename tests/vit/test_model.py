@@ -16,6 +16,7 @@ from lsdc_utils import metric
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
 from lsdc_utils.published.vit import MIRROR
 from lsdc_utils.vit import model as vit_model
+from lsdc_utils.vit import predict
 from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import AXES, Seen, centre_errors, crop_centres, cut_views, label_matrix, prediction_views
 from lsdc_utils.vit.loss import row_losses, row_weights, target_matrix
@@ -286,6 +287,28 @@ def test_weights_come_back_and_strangers_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
     with pytest.raises(ValueError, match="sha256"):
         load_vit(path)
+
+
+class Placed(Vit3d):
+    """A network that keeps the names of the devices to which it was moved."""
+
+    def to(self, device: torch.device) -> Placed:
+        self.device = device
+        return self
+
+
+def test_several_devices_share_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [Placed(SMALL) for _ in range(3)]
+    for model in models:
+        torch.nn.init.normal_(model.head.linear.weight)
+    volumes, _ = draw_studies(2, seed=0)
+    together = probabilities(models, volumes, n_views=2)
+    each = [probabilities([model], volumes, n_views=2) for model in models]
+    np.testing.assert_allclose(together, np.mean(each, axis=0), atol=1e-7)
+    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]  # which torch takes for the same place
+    monkeypatch.setattr(predict, "DEVICES", devices)
+    np.testing.assert_array_equal(probabilities(models, volumes, n_views=2), together)
+    assert [model.device for model in models] == [*devices, devices[0]]
 
 
 class SteepHead(OrdinalHead):

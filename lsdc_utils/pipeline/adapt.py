@@ -20,6 +20,7 @@ from lsdc_utils.pipeline.parameters import load_parameters
 
 FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train more than the transformer's head
 SHORTER, GENTLER = 3, 10  # further training takes this share of a training's steps, and of its learning rates
+FOLDS = 5  # of it at most, with few studies
 OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_dir", "out_dir", "studies_table",
           "fit_blend", "workers")  # fmt: skip
 
@@ -42,17 +43,20 @@ def training_parameters(found: labelled.Labelled, trained: Path) -> dict[str, An
     few = found.labels["study_id"].nunique() < THAWED
     needed = ("train.csv", *(() if few else ("train_label_coordinates.csv",)))
     if lacking := [name for name in needed if not (folder / name).is_file()]:
-        raise UsageError(f"--train needs the competition's layout with points: {folder} lacks {lacking[0]}")
+        raise UsageError(f"--train needs the competition's layout: {folder} lacks {lacking[0]}")
     parameters |= {k: v for k, v in read_parameters(trained).items() if k in parameters and k not in OTHERS}
     parameters |= {key: max(1, parameters[key] // SHORTER) for key in ("vit_epochs", "localiser_batches")}
     parameters |= {key: parameters[key] / GENTLER for key in ("vit_lr", "localiser_rate")}
     parameters["yolo_rate"] = {key: rate / GENTLER for key, rate in parameters["yolo_rate"].items()}
     parameters["yolo_epochs"] = {key: max(1, epochs // SHORTER) for key, epochs in parameters["yolo_epochs"].items()}
-    if few:  # a run of one fold lends its models to all
-        every = list(range(parameters["n_splits"]))
-        parameters |= {"vit_encoder_rate": 0.0, "points_from": str(trained.resolve()), "folds": every}
-    own = {"data_dir": str(folder), "start_from": str(trained.resolve()), "example_study": 0, "pretrain_phantom": 0}
-    return parameters | own
+    start, count = str(trained.resolve()), min(parameters["n_splits"], FOLDS)
+    parameters |= dict.fromkeys(("example_study", "pretrain_phantom", "vit_slice_epochs"), 0)
+    parameters |= {"data_dir": str(folder), "start_from": start, "points_from": start if few else ""}
+    if few:  # points of other models are needed in every fold
+        parameters |= {"n_splits": count, "folds": list(range(count)), "vit_encoder_rate": 0.0}
+    elif not parameters["vit_encoder_rate"]:  # of a run that was itself trained further, on few studies
+        parameters["vit_encoder_rate"] = load_parameters("demo")["vit_encoder_rate"]
+    return parameters
 
 
 def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:

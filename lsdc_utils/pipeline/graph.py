@@ -92,11 +92,13 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
 def phantom_run(parameters: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Name and parameters of the run that comes first where `pretrain_phantom` asks for it: it trains transformers on
     so many phantom studies with the pixel sizes of scanners, at points of the ready-made models, and those of the run
-    start from the ones of the same name. Runs that would train the same share it."""
+    start from the ones of the same name. Runs share it unless what its trainings read differs."""
     if not (count := parameters.get("pretrain_phantom")):
         return None
     own = parameters | ON_PHANTOM | {"n_train": count, "phantom_seed": parameters["phantom_seed"] + 9000}
-    return f"on-phantom-{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]}", own
+    keys = set().union(*map(declared, ("00_get_data", "04_train_vit3d"))) & own.keys() - {"workers", "download"}
+    digest = hashlib.sha256(json.dumps({key: own[key] for key in keys}, sort_keys=True).encode())
+    return f"on-phantom-{digest.hexdigest()[:8]}", own
 
 
 def member_parameters(member: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -121,11 +123,9 @@ def vit_step(given: dict[str, Any]) -> Step:
 
 
 def select_steps(steps: list[Step], name: str) -> list[Step]:
-    """Steps by the name of a step, or of a notebook, or its number, or that with a fold (04_fold0); UsageError if there
-    is none."""
-    numbers = [step.notebook[:2] for step in steps]
-    names = [(s.name, s.notebook, n, f"{n}_fold{s.given.get('fold')}") for s, n in zip(steps, numbers, strict=True)]
-    selected = [step for step, own in zip(steps, names, strict=True) if name in own]
+    """Steps by the name of a step or a notebook, or by 04 or 04_fold0; UsageError if there is none."""
+    numbers = [(step.notebook[:2], f"{step.notebook[:2]}_fold{step.given.get('fold')}") for step in steps]
+    selected = [s for s, own in zip(steps, numbers, strict=True) if name in (s.name, s.notebook, *own)]
     if not selected:
         raise UsageError(f"no step {name!r}; steps are: {', '.join(step.name for step in steps)}")
     return selected

@@ -24,7 +24,7 @@ import yaml
 from lsdc_utils.costs import step_table, write_step_table
 from lsdc_utils.files import atomic
 from lsdc_utils.pipeline.arguments import OUTPUTS, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, Step, all_steps, phantom_run, select_steps
+from lsdc_utils.pipeline.graph import NOTEBOOK_ORDER, NOTEBOOKS, ROOT, Step, all_steps, phantom_run, select_steps
 from lsdc_utils.pipeline.parameters import PROFILES, load_parameters
 from lsdc_utils.pipeline.progress import Progress, failure, follow, last_lines, shown
 
@@ -149,8 +149,10 @@ def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
 
 
 def first_run(run: Run) -> Run | None:
-    """The run on phantom studies in which the transformers of this one are trained first, if there is one."""
-    if not (first := phantom_run(run.parameters)):
+    """The run on phantom studies in which the transformers of this one are trained first, if it has to do with any."""
+    asked = select_steps(run.steps, run.until) if run.until else run.steps
+    first = phantom_run(run.parameters)
+    if not first or max(NOTEBOOK_ORDER.index(step.notebook) for step in asked) < NOTEBOOK_ORDER.index("04_train_vit3d"):
         return None
     folder, parameters = run.folder.with_name(first[0]), first[1]
     return replace(run, folder=folder, parameters=parameters, until="04_fold0", force=())
@@ -207,12 +209,15 @@ def without_failed(run: Run, failed: list[str]) -> Run | None:
 
 
 def work(run: Run) -> int:
-    """Let Snakemake run what is not up to date in a locked folder, and before it in its `first_run`, and print what
-    happens; the exit status."""
+    """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status. What comes
+    in a `first_run` is done as soon as the run's own data are found usable."""
     if first := first_run(run):
+        if status := work(replace(run, until="02_convert_labels")):
+            return status
         with locked(first.folder):
             if status := work(first):
                 return status
+            shutil.rmtree(first.folder / "work", ignore_errors=True)  # crops that 05 would delete
     gpus = [] if run.slurm else visible_gpus()
     config, output = run.folder / "parameters.yml", run.folder / "logs" / "snakemake.log"
     output.parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from lsdc_utils.vit.augment import augment
 from lsdc_utils.vit.inputs import DEVICE, Rows, Studies, prediction_views, seen_studies, shown_slices, study_input
 from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
 
-DEVICES = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] or [DEVICE]  # share the models
+DEVICES = [torch.device("cuda", k) for k in range(torch.cuda.device_count() * (DEVICE.type == "cuda"))] or [DEVICE]
 
 
 @dataclass(frozen=True)

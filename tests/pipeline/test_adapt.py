@@ -163,5 +163,6 @@ def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"lacks train_label_coordinates\.csv"):
         adapt.training_parameters(more, trained)
     (folder / "train_label_coordinates.csv").touch()
+    assert parameters["folds"] == [0, 1] and parameters["n_splits"] == 2
     thawed = adapt.training_parameters(more, trained)
     assert thawed["vit_encoder_rate"] == demo["vit_encoder_rate"] and thawed["points_from"] == ""

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import TINY_NOTEBOOKS, run_all, write_tiny_notebook
 
-from lsdc_utils.pipeline import graph, run
+from lsdc_utils.pipeline import graph, parameters, run
 from lsdc_utils.pipeline.progress import last_lines
 
 GRADING = ["05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report"]
@@ -314,9 +314,20 @@ def test_transformers_are_trained_on_a_phantom_first_and_start_from_there(tiny_p
     starts = {run: starts_of(tiny_project / "outputs" / run) for run in (name, "demo")}
     assert starts == {name: [""], "demo": [f"../outputs/{name}"] * 2}
     assert would_run(tiny_project, *asked) == []
+    assert "first outputs/" not in run_all(tiny_project, "--dry-run", "pretrain_phantom=12", "--until", "03").stdout
     (folder / "weights/vit3d_fold0.safetensors").write_text("other weights")
     assert would_run(tiny_project, *asked) == ["04_train_vit3d_fold0", "04_train_vit3d_fold1"]
     assert (demo / "weights/vit3d_fold1.safetensors").is_file()
+
+
+def test_runs_share_a_first_one_unless_its_trainings_differ() -> None:
+    asked = parameters.load_parameters("kaggle", ["pretrain_phantom=200"])
+    name, own = graph.phantom_run(asked)
+    assert own["vit_members"] == asked["vit_members"] and graph.phantom_run(own) is None
+    for change in ({"workers": 3}, {"yolo_batch": 9}, {"missing_members": ["vit"], "vit_members": []}, {"folds": [1]}):
+        assert graph.phantom_run(asked | change)[0] == name, change
+    for change in ({"pretrain_phantom": 201}, {"vit_lr": 1e-4}, {"seed": 1}, {"conditions": ["nfn"]}):
+        assert graph.phantom_run(asked | change)[0] != name, change
 
 
 def starts_of(folder: Path) -> list[str]:

@@ -160,7 +160,8 @@ def train(run: Path, cache: Path, read: pd.DataFrame, test: int) -> pd.DataFrame
     training.check(found, run, 1)
     further, own = training.training_parameters(found, run), read_parameters(run)
     resolve_conditions(further)
-    scratch = further | {key: value for key, value in own.items() if key.rpartition("_")[2] in OWN} | {"start_from": ""}
+    scratch = further | {key: value for key, value in own.items() if key.rpartition("_")[2] in OWN}
+    scratch |= {"start_from": "", "points_from": ""}
     lines = []
     for name, parameters in (("trained further", further), ("trained from scratch", scratch)):
         place = OUTPUTS / f"{run.name}-{name.replace(' ', '-')}"  # where the notebooks look for a run

@@ -29,6 +29,7 @@ from lsdc_utils.grading.evaluation import difference  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
 
 SEEDS = (111, 112, 113, 114, 115)  # fixed before the first run; neither the demo's nor the ready-made models'
+TEST = 48  # test studies of each seed, so that more than 1,000 studies are pooled
 MEMBERS = [  # the demo's transformer, and one that joins slices and grades in another way
     {"name": "plain"},
     {"name": "gru", "head": "softmax", "pooling": "gru", "seed": 54},
@@ -46,7 +47,7 @@ ALSO = {  # name -> what sets it apart from the demo's transformer
 
 def run(name: str, seed: int, members: list[dict], until: str) -> Path:
     """A run of these members, as far as a step; its folder."""
-    given = [f"phantom_seed={seed}", f"seed={seed}", "points_from=pretrained", "stress_bodies=0"]
+    given = [f"phantom_seed={seed}", f"seed={seed}", f"n_test={TEST}", "points_from=pretrained", "stress_bodies=0"]
     given.append(f"vit_members={json.dumps(members)}")
     command = ["./run_all.sh", "--run", name, "--cores", "1", "--until", until, *given]
     log = OUTPUTS / f"{name}.txt"

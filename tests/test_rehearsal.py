@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from proofs import rehearsal
 
+from lsdc_utils.pipeline import graph
 from lsdc_utils.pipeline.parameters import load_parameters
 from lsdc_utils.vit.augment import Augmentation, check_margin
 from lsdc_utils.vit.model import Vit3d, VitConfig
@@ -38,7 +39,12 @@ def test_what_smaller_counts_expect_can_be_compared_with_what_was_measured() -> 
 
 def test_the_smallest_sizes_are_parameters_and_make_a_network_that_can_be_trained() -> None:
     parameters = load_parameters("kaggle", ["folds=0", *rehearsal.EPOCHS, *rehearsal.SMALLEST])
-    config = VitConfig(**{name: parameters[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
-    check_margin(config, Augmentation(**parameters["vit_augment"]))  # ValueError where it is too small
-    assert sum(weight.numel() for weight in Vit3d(config).parameters()) < 1e6
+    families = {member["name"] for member in load_parameters("kaggle")["vit_members"]}
+    assert {member["name"] for member in parameters["vit_members"]} == families
+    for member in parameters["vit_members"]:
+        own = parameters | graph.member_parameters(member, parameters)
+        config = VitConfig(**{name: own[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
+        check_margin(config, Augmentation(**own["vit_augment"]))  # ValueError where it is too small
+        assert config.size == 64 and own["vit_encoder_weights"] == ""
+        assert sum(weight.numel() for weight in Vit3d(config).parameters()) < 12e6
     assert (parameters["vit_epochs"], parameters["yolo_epochs"]["ss"]) == (2, 2)

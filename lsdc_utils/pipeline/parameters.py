@@ -35,7 +35,7 @@ def converted(key: str, value: Any, default: Any) -> Any:
             value = float(value)
     if (given := type(value)) is not (wanted := type(default)):
         raise UsageError(f"{key}: {value!r} is {given.__name__}, expected {wanted.__name__} like {default!r}")
-    if isinstance(default, list) and len({type(item) for item in default}) == 1:
+    if isinstance(default, list) and len({type(item) for item in default} - {dict}) == 1:  # a member is like no other
         return [converted(key, item, default[0]) for item in value]
     if isinstance(default, dict):
         if unknown := ", ".join(str(name) for name in value if name not in default):

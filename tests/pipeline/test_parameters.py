@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import data_folders
@@ -157,6 +158,11 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
 def test_a_member_that_cannot_be_trained_is_refused_before_anything_runs(members: str, words: str) -> None:
     with pytest.raises(UsageError, match=f"vit_members.*{words}"):
         load_parameters("demo", [f"vit_members={members}"])
+
+
+def test_other_members_take_nothing_from_those_of_the_profile() -> None:
+    members = [{"name": "own", "encoder": "vit_tiny_patch16_224", "head": "softmax"}]
+    assert load_parameters("kaggle", [f"vit_members={json.dumps(members)}"])["vit_members"] == members
 
 
 def test_members_are_not_of_the_published_method() -> None:

@@ -46,25 +46,35 @@ SPARE = 40e9  # bytes of disk that stay free
 A_STUDY = 120e6  # bytes that one study takes at most: files, 8-bit slices, detectors' images, crops
 DAYS = 10 * 86400  # seconds after which a run is given up
 EPOCHS = ["yolo_epochs={nfn: 2, scs: 2, ss: 2}", "vit_epochs=2", "localiser_batches=100"]
+MEMBERS = [  # the smallest of each of the profile's families, from random weights
+    {"name": "convnext", "encoder": "convnext_atto"},
+    {"name": "efficientnet", "encoder": "tf_efficientnetv2_b0"},
+    {"name": "coatnet", "encoder": "coatnet_pico_rw_224"},
+    {"name": "maxvit", "encoder": "maxvit_pico_rw_256"},
+    {"name": "vit", "encoder": "vit_tiny_patch16_224"},
+    {"name": "convnextgru", "encoder": "convnext_atto", "head": "softmax", "pooling": "gru", "seed": 53},
+]
 SMALLEST = [  # sizes for a CPU
     "yolo_model=yolov10n.yaml",
     "yolo_size={nfn: [64, 64], scs: [64, 64], ss: [64, 64]}",
     "localiser_widths=12,24,32,48",
     "localiser_batch=8",
-    "vit_members=[]",
-    "vit_encoder=conv",
+    f"vit_members={json.dumps(MEMBERS)}",
     "vit_encoder_weights=",
-    "vit_size=8",
-    "vit_spacing=4.8,6.4,4.0",
-    "vit_margin=8",
-    "vit_width=48",
-    "vit_heads=2",
+    "vit_size=64",
+    "vit_spacing=0.6,0.8,0.5",
+    "vit_margin=26",
+    "vit_slices=3",
+    "vit_wider=[[2.0, 1]]",
+    "vit_views=2",
+    "vit_width=96",
     "workers=2",
     "threads=1",
 ]
 ASSUMED = (
     "The phantom's studies have as many slices, and pixels of the sizes, as its protocol draws; see slices a study.",
     "Time, memory and disk grow along a line with the number of slices, crops with that of studies.",
+    "Memory of the crops is without the pages of their file, which the system takes back where it is short.",
     "Elapsed times are of this machine and its load; another machine, disk or load has other times.",
     "Files are read from the page cache of this machine: reading from a network disk comes on top.",
     "Phantom files are as well-formed as their dirt allows; real ones may hold faults that it does not draw.",
@@ -72,10 +82,10 @@ ASSUMED = (
 )
 
 
-def peak() -> float:
-    """Peak resident memory of this process in MiB."""
+def memory(kind: str = "VmHWM") -> float:
+    """Memory of this process in MiB: resident at its peak; RssAnon: now, without pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 1024
 
 
 def size(*folders: Path) -> int:
@@ -90,17 +100,22 @@ def read_tables(folder: Path) -> dict[str, float]:
     labels = labels.merge(make_folds(labels, 5, seed=52), on="study_id").assign(train_on=True)
     graded = training_labels(labels[labels["fold"] > 0])
     assert graded["study_id"].nunique() + (labels["fold"] == 0).sum() // 25 == labels["study_id"].nunique()
-    return {"rows": len(labels), "cpu_s": time.process_time(), "memory": peak()}
+    return {"rows": len(labels), "cpu_s": time.process_time(), "memory": memory()}
 
 
 def cut_crops(run: Path) -> dict[str, float]:
     """Cut the crops of all studies of a run, as 04 does, about the readers' points; what it cost."""
     parameters, labels = read_parameters(run), pd.read_parquet(run / "tables/labels.parquet")
     config = VitConfig(**{name: parameters[f"vit_{name}"] for name in VitConfig.__dataclass_fields__})
-    read = ((study, load_study(run / "slices", study)) for study in sorted(labels["study_id"].unique()))
-    began = time.process_time()
-    ids, inputs = study_inputs(read, crop_centres(labels), config, run / "work/crops.npy", labels["study_id"].nunique())
-    return {"studies": len(ids), "bytes": inputs.nbytes, "cpu_s": time.process_time() - began, "memory": peak()}
+    count, held, began = labels["study_id"].nunique(), [], time.process_time()
+
+    def read() -> Iterable[tuple[int, list]]:
+        for study in sorted(labels["study_id"].unique()):
+            yield study, load_study(run / "slices", study)
+            held.append(memory("RssAnon"))
+
+    ids, inputs = study_inputs(read(), crop_centres(labels), config, run / "work/crops.npy", count)
+    return {"studies": len(ids), "bytes": inputs.nbytes, "cpu_s": time.process_time() - began, "memory": max(held)}
 
 
 def in_child(name: str, folder: Path) -> dict[str, float]:
@@ -185,7 +200,8 @@ def rehearse_slices(project: Path, counts: list[int], overrides: list[str]) -> N
 
 
 def rehearse_fold(project: Path, count: int, overrides: list[str]) -> None:
-    """Part 3: run one fold of profile kaggle to the report and print the costs of its steps."""
+    """Part 3: run one fold of profile kaggle to the report and print the costs of its steps. Without --full its
+    transformers are the smallest of their families, at 64 pixels."""
     data = project / "data-fold"
     phantom.write_phantom(data, count, 4, seed=2026, workers=usable_cores(), scale="realistic")
     table = run(project, "fold", data, "folds=0", *EPOCHS, *overrides)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lsdc_utils import geometry
 from lsdc_utils import vocabulary as words
-from lsdc_utils.data.series_types import contrast_of, plane_of, skip_reason
+from lsdc_utils.data.series_types import contrast_of, skip_reason
 from lsdc_utils.dicom import DicomError, Frames, Source, Tags, read_all_tags, series_files
 
 Part = tuple[list[Tags], str]  # images, and why they are not used; '' if they are
@@ -87,9 +87,14 @@ def divide(images: list[Tags], listed: bool = False) -> list[Part]:
 
 
 def _lying(tags: Tags) -> str:
-    """The plane of an image; '' without orientation. An axial block may be tilted by up to 50 degrees."""
-    plane = plane_of(tags)
-    return "axial" if plane == "coronal" and abs(_normal(tags.orientation)[2]) >= 0.64 else plane
+    """The plane of an image; '' without orientation."""
+    return lying(_normal(tags.orientation)) if tags.orientation else ""
+
+
+def lying(normal: np.ndarray) -> str:
+    """The plane of an image with this normal (3,); an axial block may be tilted by up to 50 degrees."""
+    plane = geometry.plane_of(normal)
+    return "axial" if plane == "coronal" and abs(normal[2]) >= 0.64 else plane
 
 
 def _normal(orientation: tuple[float, ...]) -> np.ndarray:
@@ -142,14 +147,16 @@ def _by_kind(images: list[Tags]) -> list[Part]:
         first = 0.0 if not several else first if time <= SAME_ECHO * first else time
         echo[time] = first
     kinds: dict[tuple, list[Tags]] = defaultdict(list)
+    mixed = {words.T1, words.T2} <= {contrast_of(tags)[0] for tags in images}
     for tags in images:
+        contrast = contrast_of(tags)[0] or "" if mixed else ""
         derived = "DERIVED" in tags.image_type[:1]
-        kinds[derived, echo[tags.echo_time or 0.0], tags.image_type if twice else ()].append(tags)
+        kinds[derived, echo[tags.echo_time or 0.0], tags.image_type if twice else (), contrast].append(tags)
     most = max(map(len, kinds.values()))
 
     def rank(key: tuple) -> tuple:
         """The order in which kinds are preferred, smallest first."""
-        derived, time, kind = key
+        derived, time, kind, _ = key
         dixon = next((n for n, names in enumerate(PREFERRED, 1) if names & {*kind}), 0)
         wanted = 100 if contrast_in(kinds[key])[0] == words.T2 else 10  # ms
         return 2 * len(kinds[key]) < most, dixon, derived, abs(time - wanted), -len(kind), kind  # corrections add words

@@ -1,5 +1,7 @@
 """Series as stacks of 8-bit slices with their places in the patient (LPS mm): read, windowed, saved, loaded."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +12,18 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import dicom, geometry
+from lsdc_utils import vocabulary as words
 from lsdc_utils.data.competition import FINDINGS, Competition
-from lsdc_utils.data.parts import far_from_others, select
+from lsdc_utils.data.parts import far_from_others, lying, select
+from lsdc_utils.data.series_types import SHORT, contrast_of
 from lsdc_utils.data.windows import to_grey
 from lsdc_utils.files import atomic, readable
 from lsdc_utils.parallel import each
 
+UPRIGHT = {  # plane -> directions in the patient (LPS) in which columns and rows grow
+    "sagittal": np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0]]),
+    "axial": np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+}
 BLANK = "shows nothing: it holds one grey value, or next to no others"
 FEW_STUDIES = 20  # below this, starting processes takes longer than converting
 Described = tuple[dicom.Source, int, int, str, bool]  # as `read_stack` takes them
@@ -44,11 +52,13 @@ def read_stack(
     series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
-    shapes = np.array([image.shape for image in series.slices], dtype=np.int32)
-    affines = np.stack([image.affine for image in series.slices]).astype(np.float64)
+    plane, notes = _kind(series, series_type)
+    turned = (upright(one, image.affine, plane) for one, image in zip(series.pixels, series.slices, strict=True))
+    images, affines = zip(*turned, strict=True)
+    shapes, affines = np.array([image.shape for image in images], dtype=np.int32), np.stack(affines)
     pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
-    scales = to_grey(series.pixels, affines, pixels)
-    notes = [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
+    scales = to_grey(images, affines, pixels)
+    notes += [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
     for i in np.flatnonzero(scales != 1):
         image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
         blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
@@ -62,6 +72,33 @@ def read_stack(
     return Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks), notes
 
 
+def _kind(series: dicom.Series, series_type: str) -> tuple[str, list[tuple]]:
+    """The plane of a series, and a note where its header names another contrast than that of `series_type`; DicomError
+    if it lies in another plane."""
+    plane = Counter(lying(image.affine[:3, 2]) for image in series.slices).most_common(1)[0][0]
+    if plane != words.PLANES[series_type]:
+        raise dicom.DicomError(f"series {series.folder}: its images are {plane}, not those of {series_type}")
+    contrast = contrast_of(dicom.read_tags(series.slices[0].file))[0]
+    if contrast in (None, words.T1 if series_type == words.T1 else words.T2):
+        return plane, []
+    what = f"{SHORT[contrast]} by its header, described as {series_type}"
+    return plane, [("contrast_differs", series.slices[0].file, what, "used as the table says")]
+
+
+def upright(image: np.ndarray, affine: np.ndarray, plane: str) -> tuple[np.ndarray, np.ndarray]:
+    """An image (rows, cols) and its affine, turned or flipped as readers and networks see it: columns lead to posterior
+    and rows to the feet, or in axial images columns to the patient's left and rows to posterior."""
+    affine = affine.astype(np.float64)
+    if np.abs(UPRIGHT[plane][0] @ affine[:3, :2]).argmax() == 1:
+        image, affine[:, :2] = image.T, affine[:, 1::-1].copy()
+    for axis, wanted in enumerate(UPRIGHT[plane]):
+        if affine[:3, axis] @ wanted < 0:
+            image = np.flip(image, 1 - axis)
+            affine[:3, 3] += affine[:3, axis] * (image.shape[1 - axis] - 1)
+            affine[:3, axis] *= -1
+    return np.ascontiguousarray(image), affine
+
+
 def spacing_fault(series: dicom.Series) -> str:
     """Which size of a series is implausible for a lumbar MR, or ''."""
     spacing = np.median([image.spacing for image in series.slices], axis=0)
@@ -70,6 +107,9 @@ def spacing_fault(series: dicom.Series) -> str:
     sizes = {"pixels": (spacing, (0.1, 3.0)), "a field of view": (field, (80.0, 600.0))}  # plausible mm
     if len(steps):
         sizes["steps between slices"] = (np.median(steps), (0.3, 40.0))  # a stack may have one slice per disc
+    places = {tuple(image.affine[:3, 3].round(1)) for image in series.slices}
+    if 2 * len(places) < len(series.slices):
+        return f"{len(series.slices)} images at {len(places)} place{'s' * (len(places) > 1)}"
     for what, (size, (least, most)) in sizes.items():
         if np.min(size) < least or np.max(size) > most:
             return f"{what} of {' x '.join(f'{mm:.3g}' for mm in np.atleast_1d(size))} mm"
@@ -111,7 +151,23 @@ def _near_stacks(series: list[Described]) -> tuple[list[Stack], list[tuple]]:
         value = f"its middle lies {distance:+.0f} mm above that of the study's other series"
         rows.append((series[0][1], series_id, "series_far_away", value, "series left out"))
         del stacks[series_id]
+    patients = {key: _patient(source) for source, _, key, *_ in series if key in stacks}
+    named = Counter(filter(None, patients.values())).most_common()
+    for series_id in [key for key, patient in patients.items() if len(named) > 1 and patient not in ("", named[0][0])]:
+        known = named[0][1] > named[1][1]  # which patient the study is of
+        value = "its header names another patient than those of the study's other series"
+        rows.append((series[0][1], series_id, "patient_differs", value, "series left out" if known else "used"))
+        if known:
+            del stacks[series_id]
     return list(stacks.values()), rows
+
+
+def _patient(source: dicom.Source) -> str:
+    """A hash that tells the patient of a series from others, by the first header that can be read; '' if unknown."""
+    for part in dicom.series_files(source)[1]:
+        with contextlib.suppress(dicom.DicomError):
+            return dicom.read_tags(part.file).patient
+    return ""
 
 
 def _described(comp: Competition, split: str, study_id: int) -> list[Described]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lsdc_utils import geometry
 from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.chain import LUMBAR, SAME_PLACE, STATES, TEMPERATURES, Chain, calibrate, chain
 from lsdc_utils.detector.localiser import CALIBRATION, MAPS, Localiser, detect_discs, disc_places
 from lsdc_utils.vocabulary import LEVELS, PLANES, T2
 
 WITHOUT_LOWEST = 0.5  # of the confidence where L5/S1 was not found
+SAME_HEIGHT, DISAGREE = 10.0, 0.5  # mm by which T1 and T2 may differ, and what is left of the confidence where they do
 EXPECTED = 0.05  # weight of the place where the canal is expected, against squared scores of detections
 CANAL_SPREAD = 6.0  # mm: how far the canal may lie from where it is expected behind its disc, one sigma
 FAINT = 0.01  # scores below this are clutter
@@ -27,25 +29,27 @@ class Discs:
     scores: np.ndarray  # (n, maps)
     on_t2: np.ndarray  # (n,) bool: whether the slice is of a T2 series
     slices: int  # how many were looked at
+    floor: float = -np.inf  # z in mm of the lowest image's lower edge
 
 
 def find_discs(network: Localiser, stacks: Sequence[Stack]) -> Discs:
     """All detections of a study on its sagittal series."""
-    parts = [(np.empty((0, 3)), np.empty((0, len(MAPS))), np.empty(0, bool), 0)]
+    parts = [(np.empty((0, 3)), np.empty((0, len(MAPS))), np.empty(0, bool), 0, np.inf)]
     for stack in stacks:
         if PLANES[stack.series_type] == "sagittal":
             points, scores = (values.reshape(-1, values.shape[-1]) for values in detect_discs(network, stack))
             kept = scores.max(axis=1) >= FAINT
             t2 = np.full(kept.sum(), stack.series_type == T2)
-            parts.append((points[kept], scores[kept], t2, len(stack.pixels)))
-    *found, slices = zip(*parts, strict=True)
-    return Discs(*map(np.concatenate, found), sum(slices))
+            edges = geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) * (0.5, 1.0))[:, 2]
+            parts.append((points[kept], scores[kept], t2, len(stack.pixels), np.median(edges)))
+    *found, slices, floors = zip(*parts, strict=True)
+    return Discs(*map(np.concatenate, found), sum(slices), min(floors))
 
 
 def join_discs(seen: Sequence[Discs]) -> Discs:
     """The detections of several localisers as those of one."""
     parts = (np.concatenate([getattr(one, name) for one in seen]) for name in ("points", "scores", "on_t2"))
-    return Discs(*parts, sum(one.slices for one in seen))
+    return Discs(*parts, sum(one.slices for one in seen), min(one.floor for one in seen))
 
 
 def evidence(discs: Discs) -> np.ndarray:
@@ -77,9 +81,9 @@ def canal_points(
     """
     joined = join_discs(seen)
     middles = name_discs(joined)[1][LUMBAR]
-    chances = []
+    chances, sure = [], 1.0 if _agree(joined) else DISAGREE
     for one, (temperature, ceiling) in zip(seen, calibrations, strict=True):
-        chances.append(ceiling * _chance(chain(one.points, evidence(one)), middles, temperature))
+        chances.append(sure * ceiling * _chance(chain(one.points, evidence(one)), middles, temperature, one.floor))
     found = np.flatnonzero(np.isfinite(middles[:, 0]))
     names = [LEVELS[k] for k in found]
     disc, canal = (joined.scores[:, MAPS.index(name)] for name in ("disc", "canal"))
@@ -94,9 +98,22 @@ def canal_points(
     return pd.DataFrame(lines, columns=list(CANAL_COLUMNS)).astype(CANAL_COLUMNS)
 
 
-def _chance(found: Chain, middles: np.ndarray, temperature: float) -> float:
-    """`Chain.chance`, halved where L5/S1 was not found, so that there is nothing to count from."""
-    return found.chance(middles, temperature) * (WITHOUT_LOWEST if np.isnan(middles[-1, 0]) else 1.0)
+def _chance(found: Chain, middles: np.ndarray, temperature: float, floor: float) -> float:
+    """`Chain.chance`, halved where there is nothing to count from: L5/S1 was not found, or the images end less than a
+    level below it (`floor`: their lower edge), so that it may be another disc."""
+    there = np.flatnonzero(np.isfinite(middles[:, 1]))
+    steps = there[-1] - there[0] if len(there) else 0
+    step = (middles[there[0], 1] - middles[there[-1], 1]) / steps if steps else 0.0
+    seen = middles[-1, 1] - floor > step  # also False where it is NaN
+    return found.chance(middles, temperature) * (1.0 if seen else WITHOUT_LOWEST)
+
+
+def _agree(discs: Discs) -> bool:
+    """Whether T1 and T2 alone show the lumbar discs at the same heights, where both show two or more."""
+    own = ((discs.points[t2], discs.scores[t2], discs.on_t2[t2]) for t2 in (discs.on_t2, ~discs.on_t2))
+    parts = [Discs(*part, discs.slices // 2) for part in own]
+    apart = np.subtract(*(name_discs(part)[1][LUMBAR, 1] for part in parts))
+    return not (np.isfinite(apart).sum() > 1 and abs(np.nanmedian(apart)) > SAME_HEIGHT)
 
 
 def _near(discs: Discs, places: np.ndarray, spread: float = SAME_PLACE) -> np.ndarray:
@@ -124,5 +141,5 @@ def calibrate_levels(seen: Mapping[int, Discs], canal: pd.DataFrame) -> tuple[fl
         read = disc_places(truth[[*"XYZ"]].to_numpy(dtype=float), list(truth["level"]))[:, 1:]
         off = np.linalg.norm(middles[known, None] - read, axis=2)
         right.append((truth["level"].to_numpy()[off.argmin(axis=1)] == np.array(LEVELS)[known]).all())
-        chances.append([_chance(found, middles, temperature) for temperature in TEMPERATURES])
+        chances.append([_chance(found, middles, temperature, seen[study].floor) for temperature in TEMPERATURES])
     return calibrate(np.array(chances), np.array(right)) if right else CALIBRATION

@@ -242,9 +242,12 @@ def _read_header(file: BinaryIO, size: int) -> Header:
 
 
 def frame_datasets(dataset: Dataset, frame: int) -> list[Dataset]:
-    """Where to look for a value of a frame: its own functional groups, then the shared ones, then the data set."""
+    """Where to look for a value of a frame: its own functional groups, then the shared ones, then the data set.
+    DicomError where only other frames have groups of their own."""
     datasets = []
     for name, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        if 0 < (count := len(_items(dataset, name))) <= index:
+            raise DicomError(f"has functional groups for {count} frames alone")
         for groups in _items(dataset, name)[index : index + 1]:
             datasets += [item for group in GROUPS for item in _items(groups, group)[:1]]
     return [*datasets, dataset]

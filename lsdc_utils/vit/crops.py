@@ -181,15 +181,17 @@ def level_cuts(
 
 def _nearest(slices: list[tuple], anchor: np.ndarray, outwards: np.ndarray, count: int) -> list[tuple]:
     """Place (mm outwards of `anchor`), image, affine and normal outwards of the slices nearest to it, at most
-    `SLICE_REACH` from it; of a repeated slice only the first."""
+    `SLICE_REACH` from it; of a repeated slice only the first. Those that show what lies at the anchor come first."""
     placed = []
     for image, affine, normal in slices:
         normal = normal if normal @ outwards > 0 else -normal
-        placed.append((float(normal @ (affine[:3, 3] - anchor)), image, affine, normal))
-    chosen = []
-    for candidate in sorted(placed, key=lambda member: abs(member[0])):
-        if len(chosen) == count or abs(candidate[0]) > SLICE_REACH:
-            break
-        if all(abs(candidate[0] - other[0]) >= SAME_SLICE for other in chosen):
-            chosen.append(candidate)
-    return chosen
+        place = float(normal @ (affine[:3, 3] - anchor))
+        if abs(place) <= SLICE_REACH:
+            column, row, _ = geometry.to_pixels(affine, anchor)
+            shown = 0 <= column < image.shape[1] and 0 <= row < image.shape[0]
+            placed.append((place, image, affine, normal, shown))
+    chosen: list[tuple] = []
+    for *candidate, _ in sorted(placed, key=lambda member: (not member[4], abs(member[0]))):
+        if len(chosen) < count and all(abs(candidate[0] - other[0]) >= SAME_SLICE for other in chosen):
+            chosen.append(tuple(candidate))
+    return sorted(chosen, key=lambda member: abs(member[0]))

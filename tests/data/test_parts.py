@@ -191,3 +191,14 @@ def test_a_mixture_of_images_without_orientation_is_no_error(tmp_path: Path) -> 
         write_slice(tmp_path / f"s/{n}.dcm", n + 1, (0, 0, 0), SOPInstanceUID=f"1.5.{n}", **own, **T2)
     assert values(select(tmp_path / "s", words.T2)[0]) == list(range(10))
     assert [values(files) for files in unsorted.find(tmp_path).files.values()] == [list(range(10))]
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [(words.T2, range(6)), (words.T1, range(6, 16))])
+def test_of_t1_and_t2_in_one_folder_the_listed_contrast_is_read(tmp_path: Path, kind: str, wanted: range) -> None:
+    for n in range(16):  # as many headers have it: no times
+        name, x = ("sag t2", 4.0 * n) if n < 6 else ("sag t1", 4.0 * (n - 6) + 1)
+        tags = {**T2, "SeriesDescription": name, "SOPInstanceUID": f"1.5.{n}"}
+        write_slice(tmp_path / f"{n}.dcm", n + 1, (x, 0, 0), SAGITTAL, np.full((6, 8), n, "uint16"), **tags)
+    source, left_out = select(tmp_path, kind)
+    assert sorted(values(source)) == list(wanted)
+    assert "contrast" in left_out[0][1]

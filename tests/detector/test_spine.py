@@ -20,7 +20,15 @@ from lsdc_utils.detector.chain import (
     calibrate,
     chain,
 )
-from lsdc_utils.detector.spine import CANAL_COLUMNS, Discs, calibrate_levels, canal_points, evidence, name_discs
+from lsdc_utils.detector.spine import (
+    CANAL_COLUMNS,
+    Discs,
+    calibrate_levels,
+    canal_points,
+    evidence,
+    join_discs,
+    name_discs,
+)
 from lsdc_utils.vocabulary import LEVELS, T1, T2
 
 UPPER = ("t11_t12", "t12_l1")
@@ -253,3 +261,22 @@ def test_names_are_right_where_the_nearest_readers_point_has_the_same_name():
 def test_names_of_no_disc_are_nan():
     found, places = name_discs(discs({}, clutter=0))
     assert not len(found.index) and places.shape == (8, 2) and np.isnan(places).all()
+
+
+@pytest.mark.parametrize(("below", "share"), [(80.0, 1.0), (20.0, 0.5), (0.0, 0.5)])
+def test_names_are_less_sure_where_the_images_end_less_than_a_level_below_l5_s1(below: float, share: float) -> None:
+    seen = discs(centres())
+    lowest = canal_points([seen], 7)["Z"].min()
+    free, cut = (canal_points([replace(seen, floor=z)], 7) for z in (-np.inf, lowest - below))
+    np.testing.assert_allclose(cut["level_confidence"], share * free["level_confidence"])
+    assert_named(cut, centres())
+
+
+@pytest.mark.parametrize(("shift", "share"), [(4.0, 1.0), (-33.0, 0.5), (33.0, 0.5)])
+def test_names_are_less_sure_where_t1_and_t2_lie_at_other_heights(shift: float, share: float) -> None:
+    truth = centres()
+    moved = {name: centre + np.array([0, 0, shift]) for name, centre in truth.items()}
+    alone = canal_points([discs(truth, series=(T2,))], 7)["level_confidence"].max()
+    parts = [discs(truth, series=(T2,)), discs(moved, 1, series=(T1,))]
+    together = canal_points([join_discs(parts)], 7)["level_confidence"].max()
+    assert together <= share * 1.02 and (share < 1) == (together < 0.6 * alone)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, SAGITTAL, tilted, write_frames, write_slice, write_stack
+from dicom_files import LOSSLESS, LOSSLESS_RAMP, RAMP, SAGITTAL, _item, tilted, write_frames, write_slice, write_stack
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
@@ -563,3 +563,13 @@ def test_a_spacing_tells_nothing_of_images_of_another_size(tmp_path: Path) -> No
     gone.symlink_to(tmp_path / "nowhere")
     series = read_series(tmp_path)
     assert series.repaired == () and [file for file, _ in series.skipped] == [gone, bare]
+
+
+def test_frames_without_groups_of_their_own_beside_others_that_have_them_are_refused(tmp_path: Path) -> None:
+    places = [(0.0, 0.0, 4.0 * k) for k in range(4)]
+    groups = [_item(PlanePositionSequence=[_item(ImagePositionPatient=[*place])]) for place in places]
+    pixels = np.ones((6, 6, 8), "uint16")
+    tags = {"PerFrameFunctionalGroupsSequence": groups, "ImagePositionPatient": [0.0, 0.0, 0.0]}
+    write_frames(tmp_path / "1.dcm", 1, [*places, *places[:2]], pixels, **tags)
+    with pytest.raises(DicomError, match="functional groups for 4 frames alone"):
+        read_series(tmp_path, labelled=False)

@@ -212,3 +212,16 @@ def ramped(stack):
     rows, cols = np.indices(stack.pixels.shape[1:])
     pixel = np.stack([cols, rows, np.zeros_like(rows), np.ones_like(rows)], axis=-1)
     return np.clip(np.rint(ramp(np.einsum("nij,rcj->nrci", stack.affines, pixel)[..., :3])), 0, 255).astype(np.uint8)
+
+
+def test_a_series_that_does_not_show_a_level_takes_no_place_from_one_that_does() -> None:
+    whole = make_stack(ramp, make_affines(11, 2.0, 4.5, centre=(2, 30, -40), size=(120, 90), **SAGITTAL), (120, 90))
+    rows = 50  # which end above the lower levels
+    upper = replace(whole, series_id=0, pixels=whole.pixels[:, :rows] // 2, shapes=np.tile([rows, 90], (11, 1)))
+    alone, both = (list(level_cuts(stacks, spine(), 16, (0.8, 1.0, 0.5), 3)) for stacks in ([whole], [upper, whole]))
+    assert [cut[:3] for cut in alone] == [cut[:3] for cut in both]
+    assert any(cut.image.shape[0] == rows for *_, cut in both)  # the upper levels are taken from the first
+    for (level, *_, one), (*_, other) in zip(alone, both, strict=True):
+        if level == 4:
+            np.testing.assert_array_equal(one.sample(16), other.sample(16))
+            assert one.sample(16).any()

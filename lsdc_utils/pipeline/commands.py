@@ -67,14 +67,15 @@ def run(asked: Namespace) -> int:
 
 
 def finish(planned: Run, began: float) -> int:
-    """Do what is not up to date and print scores and the report's path; began: when the command did."""
+    """Do what is not up to date and print the scores and the report's path if they are of it, not of an earlier start;
+    began: when the command did."""
     with locked(planned.folder):
         if status := work(planned):
             return status
     scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
-    if scores.is_file():
+    if planned.reaches("05_ensemble_inference"):
         print(score_table(json.loads(scores.read_text())))
-    if report.is_file():
+    if planned.reaches("08_report"):
         print(f"\nreport: {report}")
     print(f"the run took {clock(time.time() - began)}")
     return 0

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT, run_all
 
+from lsdc_utils import metric
 from lsdc_utils.pipeline import arguments, commands
 
 
@@ -101,6 +102,28 @@ def test_a_stop_is_a_sentence_and_a_missing_table_is_refused_at_once(tmp_path, m
     with pytest.raises(SystemExit) as ended:
         commands.main(["evaluate", str(tmp_path), "--labels", str(tmp_path / "none.csv")])
     assert ended.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_earlier_does_not_print_the_scores_and_report_of_the_last_one(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(commands, "work", lambda planned: 0)
+    (tmp_path / "own/report").mkdir(parents=True)
+    (tmp_path / "own/report/index.html").touch()
+    block = {"n_studies": 1, "scores": {"ensemble": dict.fromkeys(metric.PARTS, 0.5)}, "skill": None}
+    (tmp_path / "own/scores.json").write_text(json.dumps({"oof": block, "test": None}))
+    for until, printed in (
+        ("04", ()),
+        ("phantom", ()),
+        ("05", ("0.500",)),
+        ("07", ("0.500",)),
+        ("08", ("0.500", "report")),
+    ):
+        assert commands.main(["--run", "own", "--until", until]) == 0
+        said = capsys.readouterr().out
+        assert [word for word in ("0.500", "report") if word in said] == list(printed)
+    assert commands.main(["--run", "own"]) == 0 and "report: " in capsys.readouterr().out
 
 
 def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, monkeypatch) -> None:

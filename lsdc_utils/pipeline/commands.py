@@ -231,6 +231,8 @@ def experiment(asked: Namespace) -> int:
     from lsdc_utils.pipeline import experiments
 
     cores = asked.cores or usable_cores()
+    if asked.run == OUTPUTS / READY or not (asked.run / "parameters.yml").is_file():
+        raise UsageError(f"--run {asked.run.name}: was not made here by ./run_all.sh, and so cannot be repeated")
     if asked.command == "ablate":
         return experiments.run_ablations(asked.run, asked.names, cores)
     if asked.command == "curve":

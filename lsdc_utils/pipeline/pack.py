@@ -72,7 +72,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
-        if "studies" in about:
+        if isinstance(about.get("studies"), list):  # else their number already, in weights that were packed
             about["studies"] = len(about["studies"])
         if measured is not None and (file := str(Path(name).with_suffix(".safetensors"))) in contents:
             contents[file] = in_half(contents[file])

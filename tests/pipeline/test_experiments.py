@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lsdc_utils import metric
-from lsdc_utils.pipeline import commands, experiments
+from lsdc_utils.pipeline import arguments, commands, experiments
 from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table, refined_table
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, row_id
@@ -157,3 +157,18 @@ def test_experiments_need_a_finished_run(command: str, capsys) -> None:
         commands.main([command, "--run", "never"])
     assert ended.value.code == 2
     assert "no such finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ablate", "curve", "refine"])
+def test_experiments_do_not_repeat_ready_made_models_or_a_run_without_parameters(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for module in (commands, arguments):
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path)
+    write_run(tmp_path / arguments.READY, 1.0)
+    (write_run(tmp_path / "by_hand", 1.0) / "parameters.yml").unlink()
+    for name in (arguments.READY, "by_hand"):
+        assert commands.main([command, "--run", name]) == 2
+        said = capsys.readouterr().err
+        assert said == f"run_all.sh: --run {name}: was not made here by ./run_all.sh, and so cannot be repeated\n"
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["by_hand", arguments.READY]

@@ -44,7 +44,15 @@ def write_run(folder: Path, sharpness: float, studies: range = range(1, 31), gro
 
 def test_a_copy_keeps_what_snakemake_knows_files_by(tmp_path: Path) -> None:
     base = write_run(tmp_path / "demo", 1.0)
+    others = ["evaluation.json", "evaluation/x/about.json", "exports/7/sr.dcm", "kaggle/dataset/x.json", "demo.zip",
+              "provenance.json", "localisation.csv", "suspect_labels.csv", "stress/numbers.json",
+              "notebooks/06_evaluation.ipynb", "logs/08_report.log"]  # fmt: skip
+    for name in (*others, "notebooks/05_ensemble_inference.ipynb"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("of the run")
     copy_run(base, tmp_path / "demo-x")
+    assert not [name for name in others if (tmp_path / "demo-x" / name).exists()]
+    assert (tmp_path / "demo-x/notebooks/05_ensemble_inference.ipynb").is_file()
     copied = tmp_path / "demo-x/tables/labels.parquet"
     assert copied.stat().st_mtime_ns == (base / "tables/labels.parquet").stat().st_mtime_ns
     assert (tmp_path / "demo-x/.snakemake/metadata/one").is_file() and (tmp_path / "demo-x/submission.csv").is_file()

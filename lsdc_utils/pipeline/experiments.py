@@ -32,8 +32,7 @@ REFINED_SHARE = 0.5  # of the answers in a refined run's targets
 
 
 def copy_run(base: Path, folder: Path) -> None:
-    """Make `folder` a copy of the finished run `base` up to 05, unless it exists, without what commands wrote there;
-    files keep the times that Snakemake knows."""
+    """Make `folder`, unless it exists, a copy of the finished run `base` up to 05; its files keep their times."""
     if not folder.exists():
         with atomic_folder(folder) as copy:
             ignore = shutil.ignore_patterns(*NOT_COPIED)

@@ -101,8 +101,7 @@ def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> 
 
 
 def trained_for(found: Labelled, trained: Path) -> Labelled:
-    """The part of `found` whose labels are of conditions for which the models in folder `trained` were trained, and the
-    people of these studies alone; UsageError where there is none."""
+    """`found` with the labels whose conditions the models in `trained` were trained for, and the people of these."""
     rows = metric.rows_of_groups(found.labels, read_recipe(trained)["conditions"])
     if rows.empty:
         raise UsageError("every label is of a condition for which these models were not trained")

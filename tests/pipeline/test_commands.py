@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT, run_all
 
@@ -174,10 +175,25 @@ def test_the_filter_of_an_environment_that_is_gone_does_not_stop_git(tmp_path: P
     assert done.stdout == "-m nbstripout --keep-id\n"
 
 
-def test_a_folder_that_may_not_be_written_is_one_sentence(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
+def test_a_folder_that_cannot_be_written_is_one_sentence(code: int, monkeypatch, capsys) -> None:
     def denied(asked: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied", "/results")
+        raise OSError(code, os.strerror(code), "/temporary", None, "/results")
 
     monkeypatch.setattr(commands, "run", denied)
     assert commands.main([]) == 2
-    assert capsys.readouterr().err.startswith("run_all.sh: /results: Permission denied; ")
+    assert capsys.readouterr().err.startswith(f"run_all.sh: /results: {os.strerror(code)}; ")
+
+
+def test_results_for_the_card_are_a_file_that_exists(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["pack", "--ready", "--run", arguments.READY, "--measured", str(tmp_path / "none.csv")])
+    assert ended.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("referred", "status"), [([3, 4], 0), ([3, 0], 1)])
+def test_an_export_fails_where_a_study_got_no_report(referred: list[int], status: int, monkeypatch, capsys) -> None:
+    table = {"study_id": [1, 2], "images_referred": referred, "images_written": 0, "problem": ["", "no sr.dcm"]}
+    monkeypatch.setattr("lsdc_utils.export.studies.export_studies", lambda *_: pd.DataFrame(table))
+    assert commands.main(["export", "--run", arguments.READY]) == status
+    assert "study 2: no sr.dcm" in capsys.readouterr().err

@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
 from nbclient import NotebookClient
 
+from lsdc_utils import metric
 from lsdc_utils.pipeline import graph
 from lsdc_utils.pipeline.commands import NBSTRIPOUT_KEYS
 from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.vocabulary import study_row_ids
 
 START, EVALUATE = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("start", "evaluate"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in graph.NOTEBOOK_ORDER]
@@ -150,3 +153,49 @@ def test_ruff_is_content_with_code_and_notebooks(command: list[str]) -> None:
     folders = ["lsdc_utils", "tests", "notebooks"]
     done = subprocess.run([sys.executable, "-m", "ruff", *command, *folders], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def evaluation_cells(folder: Path, words: tuple[str, ...]) -> tuple[list[str], dict]:
+    """The cells of 06 with these words, and the names that its first cells define: its imports and stand-ins for what
+    it reads, of 24 out-of-fold studies and of test studies without anatomy."""
+    file, names = ROOT / "notebooks/06_evaluation.ipynb", {}
+    sources = [cell.source for cell in code_cells(file)]
+    exec(sources[1], names)
+    studies = [str(number) for number in range(24)]
+    rows = metric.row_keys(row for study in studies for row in study_row_ids(study)).assign(severity=0)
+    points = rows[rows["group"] == "scs"].assign(condition="scs", confidence=0.9, X=0.0, Y=0.0, Z=0.0)
+    points = points[["study_id", "condition", "level", "side", "confidence", *"XYZ"]].astype({"study_id": int})
+    judged = rows.assign(weight=1.0, loss=1.0)
+    names |= {"run": folder, "root": folder, "shown": "oof", "blocks": ["oof", "test"], "groups": ["scs", "nfn", "ss"]}
+    names |= {
+        "names": {"oof": "out of fold", "test": "test"},
+        "show": lambda table, *_: names.setdefault("table", table),
+    }
+    names |= {"graded": dict.fromkeys(("oof", "test"), rows), "points": dict.fromkeys(("oof", "test"), points)}
+    names |= {"oof_labels": rows.assign(X=0.0, Y=0.0, Z=0.0), "answers": lambda _: None, "slices_test": rows[:0]}
+    names |= {
+        "judged": {"oof": {"prior": judged, "ensemble": judged}},
+        "missing_series": lambda _: dict.fromkeys(range(24)),
+    }
+    return [source for source in sources if any(word in source for word in words)], names
+
+
+def test_06_locates_the_test_studies_only_where_their_anatomy_is_known(tmp_path: Path) -> None:
+    cells, names = evaluation_cells(tmp_path, ("def locate(", "located = pd.concat"))
+    for cell in cells:
+        exec(cell.partition("fig, ax")[0], names)
+    located = pd.read_csv(tmp_path / "localisation.csv")
+    assert set(located["split"]) == {"oof"} and located["found"].max() == 1.0
+
+
+@pytest.mark.parametrize(("per_patient", "counted"), [(1, 24), (2, 12), (3, 8)])
+def test_06_draws_patients_for_subgroups_and_gives_no_interval_to_few(
+    per_patient: int, counted: int, tmp_path: Path
+) -> None:
+    (cell,), names = evaluation_cells(tmp_path, ("def traits(",))
+    people = pd.Series({str(number): number // per_patient for number in range(24)})
+    names["patients"] = {"oof": people if per_patient > 1 else None}
+    exec(cell, names)
+    table = names["table"]
+    assert table["studies" if per_patient == 1 else "patients"].eq(counted).all()
+    assert table["95 %"].eq("" if counted < 10 else "1.00 to 1.00").all()

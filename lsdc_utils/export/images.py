@@ -22,6 +22,7 @@ from lsdc_utils import geometry
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.data.parts import select
 from lsdc_utils.dicom import DicomError, Series, Slice, read_series
+from lsdc_utils.dicom.headers import integer
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import BLOCKS
 from lsdc_utils.vocabulary import GROUPS
@@ -46,6 +47,7 @@ class Key:
     header: Dataset  # UIDs, class, the study's number as the patient; the rest of what is required is empty
     before: dict[str, str]  # the source's own UIDs
     point: tuple[float, float]
+    several: bool = False  # whether the file that is referred to holds more frames than this one
 
 
 def count_uids(comp: Competition) -> Counter:
@@ -75,11 +77,18 @@ def find_keys(comp: Competition, counts: UidCounts, rows: pd.DataFrame) -> tuple
             except DicomError as error:
                 problems.append(str(error))
         for row in wanted if read else ():
-            places = [(*series.to_pixel(row.X, row.Y, row.Z), series_id, series) for series_id, series in read]
+            places = [(*_nearest(series, row), series_id, series) for series_id, series in read]
             n, x, y, off, series_id, series = min(places, key=lambda place: place[3])
             if off <= REACH:
                 keys[row.row_id] = _key(counts, study, series_id, series, n, (x, y))
     return keys, problems
+
+
+def _nearest(series: Series, row) -> tuple[int, float, float, float]:
+    """Of the image nearest to a row's point: index in the series, column, row, mm off the image, also beside it."""
+    n, x, y, _ = series.to_pixel(row.X, row.Y, row.Z)
+    image, point = series.slices[n], np.array([[row.X, row.Y, row.Z]])
+    return n, x, y, geometry.image_distances(image.affine[None], np.array([image.shape]), point).item()
 
 
 def _key(counts: UidCounts, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
@@ -106,7 +115,8 @@ def _key(counts: UidCounts, study: int, series_id: int, series: Series, n: int, 
     for name, uid in own.items():
         setattr(header, name, uid)
     header.Rows, header.Columns = image.shape
-    return Key(image, pixels, header, before, point)
+    several = pixels is None and (integer(source, "NumberOfFrames") or 1) > 1
+    return Key(image, pixels, header, before, point, several)
 
 
 def new_uid(content: str | bytes) -> str:

@@ -78,7 +78,7 @@ def _finding(row, key: Key | None, study_uid: str, version: str) -> sr.Measureme
     }
     if key is None:
         return sr.MeasurementsAndQualitativeEvaluations(**common)
-    frames = [key.image.frame + 1] if key.pixels is None and key.image.frame else None
+    frames = [key.image.frame + 1] if key.several else None
     uids = (str(key.header.SOPClassUID), str(key.header.SOPInstanceUID))
     place = np.array([key.point]) + 0.5  # SCOORD counts from the corner of the first pixel (PS3.3, C.18.6)
     region = sr.ImageRegion(sr.GraphicTypeValues.POINT, place, sr.SourceImageForRegion(*uids, frames))

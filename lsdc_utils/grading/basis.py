@@ -8,9 +8,16 @@ TAKEN = {"localiser": "localiser", "yolo": "detectors"}  # models that may be ta
 KINDS = {"kaggle": "the RSNA 2024 data set", "folder": "a data folder"}  # of data.json, in words
 
 
+def _abouts(run: Path) -> dict[str, dict]:
+    """What stands beside each of the weights, by name; of blend.json's folds, if known: others are of old starts."""
+    recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
+    files = (file for fold in recipe.get("folds", ["*"]) for file in sorted(run.glob(f"weights/*_fold{fold}.json")))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
 def training_studies(run_dir: str | Path) -> int:
     """Number of studies that any detector or transformer of a run was trained on; 0 where none lists them."""
-    lists = (json.loads(file.read_text()).get("studies") for file in Path(run_dir).glob("weights/[vy]*.json"))
+    lists = (about.get("studies") for name, about in _abouts(Path(run_dir)).items() if name[0] in "vy")
     return len(set().union(*(studies for studies in lists if isinstance(studies, list))))
 
 
@@ -22,11 +29,9 @@ def grade_basis(run_dir: str | Path) -> str:
     if data.get("kind") == "phantom":
         return PHANTOM_ONLY
     count = data.get("studies") or training_studies(run_dir) or "an unknown number of"
-    abouts = {f.name.split("_")[0]: json.loads(f.read_text()) for f in sorted(Path(run_dir).glob("weights/*.json"))}
-    taken = {name: about["basis"] for name, about in abouts.items() if "basis" in about}
-    own = f"trained on {count} studies of {KINDS.get(data.get('kind'), 'unknown data')}"
+    taken = {name.split("_")[0]: own["basis"] for name, own in _abouts(Path(run_dir)).items() if "basis" in own}
     lent = [f"{' and '.join(TAKEN[name] for name in taken)}: {' or '.join({*taken.values()})}"] if taken else []
-    return "; ".join([own, *lent])
+    return "; ".join([f"trained on {count} studies of {KINDS.get(data.get('kind'), 'unknown data')}", *lent])
 
 
 def basis_words(basis: str) -> str:

@@ -126,14 +126,18 @@ def reference(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def intervals(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame], draws: int = 300) -> list[Any]:
     """The low and the high end, two tables like `measure(rows)`, of 95 % intervals from bootstrap samples of patients
-    (a column of `rows`); NaN under `FEWEST` patients. `measure` sees texts as categories."""
+    (a column of `rows`); NaN under `FEWEST` patients, also of them with rows of the group, or of the condition where
+    there is no group, that a line or column is of. `measure` sees texts as categories."""
     rows = rows.astype(dict.fromkeys(rows.select_dtypes(["object", "str"]), "category"))  # which is fast
     table, places = measure(rows), list(rows.groupby("patient").indices.values())
     drawn = np.random.default_rng(0).integers(len(places), size=(draws if len(places) >= FEWEST else 0, len(places)))
     samples = (rows.iloc[np.concatenate([places[k] for k in draw])] for draw in drawn)
     drawn = [measure(sample).reindex_like(table).to_numpy(float).ravel() for sample in samples]
     ends = np.array(metric.interval(np.array(drawn).reshape(-1, table.size))).T.reshape(2, *table.shape)
-    return [pd.DataFrame(end, table.index, table.columns) for end in ends]
+    people = rows.groupby("group" if "group" in rows else "condition", observed=True)["patient"].nunique()
+    few = [GROUPS[key].score if key in GROUPS else key for key in people.index[people < FEWEST]]
+    hidden = np.add.outer(table.index.get_level_values(0).isin(few), table.columns.isin(few))
+    return [pd.DataFrame(end, table.index, table.columns).mask(hidden) for end in ends]
 
 
 def agreement(judged: Judged) -> pd.DataFrame:

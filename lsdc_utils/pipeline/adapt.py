@@ -27,7 +27,7 @@ OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_
 
 def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
     """UsageError where patients are too few, or the models in folder `trained` know some of them or have no blend."""
-    if (count := found.people["patient"].nunique()) < FEWEST:
+    if (count := labelled.trained_for(found, trained).people["patient"].nunique()) < FEWEST:
         raise UsageError(f"adapt needs {FEWEST} or more patients with labels and images; {found.comp.root} has {count}")
     if read_recipe(trained)["kind"] != "fitted":
         raise UsageError(f"the run in {trained} is by the published method, which has no blend to adapt")
@@ -63,6 +63,7 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     """Write a run to `out`: the models of the run in folder `trained`, with a blend for the studies of `found`, whose
     cross-fitted rows are the out-of-fold rows. Returns `adapted` of its recipe, with the official score and its parts
     `before` and `after`. Nothing in `out` names the studies' folder. Errors as of `labelled.grade`."""
+    found = labelled.trained_for(found, trained)
     recipe, labels = read_recipe(trained), found.labels
     labelled.grade(found, trained, out / "work", cores, resume)
     tables = out / "work/predictions"

@@ -103,7 +103,7 @@ OPTIONS = (  # commands, name, metavar, help, other settings of argparse
     ("export", "--out", "DIR", "where they go (default: outputs/NAME/exports)", {"type": Path}),
     ("pack", "--out", "FILE", "the archive (default: outputs/NAME/NAME.zip)", {"type": Path}),
     ("pack", "--ready", None, "write outputs/pretrained instead: 16-bit weights, tempered blend", SWITCH),
-    ("pack", "--measured", "CSV", "with --ready: a table of results on real scans, shown in the card", {"type": Path}),
+    ("pack", "--measured", "CSV", "with --ready: a table of results on real scans, shown in the card", FILE),
     ("kaggle-bundle", "--out", "DIR", "where they go (default: outputs/NAME/kaggle)", {"type": Path}),
     ("kaggle-bundle", "--user", "NAME", "your name on Kaggle (default: the one in ~/.kaggle/kaggle.json)", {}),
     ("run predict evaluate adapt ablate curve refine", "--cores", "N", "cores (default: all)", COUNT),

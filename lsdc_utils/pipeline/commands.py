@@ -23,7 +23,11 @@ from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 from lsdc_utils.vocabulary import GROUPS
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+OWN = {  # what a command deletes in its folder of results, and what shows that it wrote it
+    "predict": (("submission.csv", "grades.csv", "findings.csv", "pages"), ("tables/listed.json",)),
+    "evaluation": (("evaluation.json", "report", "work", "logs"), ("about.json", "work/tables", "work/models")),
+}
 EXPLAINED = ("UsageError", "RunError", "ExportError", "CompetitionError")  # by their message; loaded when used
 # The filter of `lab`, run by git with the top of the tree as its folder: in the environment that is there then.
 FILTER = """for python in "$0" .venv/bin/python python python3; do
@@ -67,15 +71,14 @@ def run(asked: Namespace) -> int:
 
 
 def finish(planned: Run, began: float) -> int:
-    """Do what is not up to date and print scores and the report's path; began: when the command did."""
+    """Do what is not up to date; print the scores and report that are of it, not of an earlier start. began: when."""
     with locked(planned.folder):
         if status := work(planned):
             return status
-    scores, report = planned.folder / "scores.json", planned.folder / "report" / "index.html"
-    if scores.is_file():
-        print(score_table(json.loads(scores.read_text())))
-    if report.is_file():
-        print(f"\nreport: {report}")
+    if planned.reaches("05_ensemble_inference"):
+        print(score_table(json.loads((planned.folder / "scores.json").read_text())))
+    if planned.reaches("08_report"):
+        print(f"\nreport: {planned.folder / 'report' / 'index.html'}")
     print(f"the run took {clock(time.time() - began)}")
     return 0
 
@@ -100,9 +103,13 @@ def grading(asked: Namespace, kind: str) -> tuple[Path, Path, str]:
         raise UsageError(f"--run {asked.run}: no such run; finished runs: {runs}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {asked.out}: is a file, expected a folder")
-    if out.is_relative_to(folder) or (out / "weights").is_dir():
-        place = f"inside {asked.folder}" if out.is_relative_to(folder) else "a run's own folder"
-        raise UsageError(f"grades would go to {shown(out)}, {place}: give another folder with --out")
+    held, ours = ([name for name in names if (out / name).exists()] for names in OWN[kind])
+    places = [f"inside {asked.folder}"] * out.is_relative_to(folder) + ["a run's own folder"] * (
+        out / "weights"
+    ).is_dir()
+    places += [f"which holds another {name}" for name in held if not ours]
+    if places:
+        raise UsageError(f"grades would go to {shown(out)}, {places[0]}: give another folder with --out")
     return trained, out, name
 
 
@@ -190,7 +197,7 @@ def export(asked: Namespace) -> int:
     for study, problem in written.loc[written["problem"] != "", ["study_id", "problem"]].to_numpy():
         print(f"study {study}: {problem}", file=sys.stderr)
     print(f"{count_studies(len(written))} exported to {shown(out)}, with {written['images_written'].sum()} key images")
-    return 0
+    return int((written["images_referred"] == 0).any())  # of these no sr.dcm was written
 
 
 def pack(asked: Namespace) -> int:
@@ -230,6 +237,8 @@ def experiment(asked: Namespace) -> int:
     from lsdc_utils.pipeline import experiments
 
     cores = asked.cores or usable_cores()
+    if asked.run == OUTPUTS / READY or not (asked.run / "parameters.yml").is_file():
+        raise UsageError(f"--run {asked.run.name}: was not made here by ./run_all.sh, and so cannot be repeated")
     if asked.command == "ablate":
         return experiments.run_ablations(asked.run, asked.names, cores)
     if asked.command == "curve":
@@ -289,7 +298,7 @@ def main(words: list[str]) -> int:
     except OSError as error:
         if error.errno not in DENIED or error.filename is None:
             raise
-        what = f"{error.filename}: {error.strerror}"
+        what = f"{error.filename2 or error.filename}: {error.strerror}"
         print(f"run_all.sh: {what}; allow this user to write there, or name another folder", file=sys.stderr)
     except KeyboardInterrupt:
         print("run_all.sh: stopped; the same command resumes", file=sys.stderr)

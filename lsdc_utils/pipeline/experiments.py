@@ -26,14 +26,16 @@ from lsdc_utils.vocabulary import GROUPS
 
 ABLATIONS = NOTEBOOKS / "ablations.yml"
 SCORES = "05_ensemble_inference"  # the step that writes scores.json
+NOT_COPIED = ("report", "predict", "work", "experiments", ".lock", "evaluation", "exports", "kaggle", "*.zip", "stress",
+              "provenance.json", "evaluation.json", "localisation.csv", "suspect_labels.csv", "0[678]_*")  # fmt: skip
 REFINED_SHARE = 0.5  # of the answers in a refined run's targets
 
 
 def copy_run(base: Path, folder: Path) -> None:
-    """Make `folder` a copy of the finished run `base`, unless it exists; files keep the times that Snakemake knows."""
+    """Make `folder`, unless it exists, a copy of the finished run `base` up to 05; its files keep their times."""
     if not folder.exists():
-        ignore = shutil.ignore_patterns("report", "predict", "work", "experiments", ".lock")
         with atomic_folder(folder) as copy:
+            ignore = shutil.ignore_patterns(*NOT_COPIED)
             shutil.copytree(base, copy, symlinks=True, ignore=ignore, dirs_exist_ok=True)
 
 

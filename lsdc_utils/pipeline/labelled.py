@@ -100,6 +100,14 @@ def check_overlap(found: Labelled, trained: Path, allowed: bool, cores: int) -> 
     return kin, f"{words}: the scores are too good" if known else ""
 
 
+def trained_for(found: Labelled, trained: Path) -> Labelled:
+    """`found` with the labels whose conditions the models in `trained` were trained for, and the people of these."""
+    rows = metric.rows_of_groups(found.labels, read_recipe(trained)["conditions"])
+    if rows.empty:
+        raise UsageError("every label is of a condition for which these models were not trained")
+    return replace(found, labels=rows, people=found.people[found.people["study_id"].isin(rows["study_id"])])
+
+
 def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str) -> dict[str, Any]:
     """Grade the studies of `found` by the models of the run, or of the unpacked archive, in folder `trained`; returns
     the parameters of the prediction. They are graded in `out`/work, which may be deleted afterwards; tables go to
@@ -119,10 +127,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade and score the studies of `found` by models called `models`; returns the content of evaluation.json.
     overlap: see `check_overlap`. Errors as of `grade`; RuntimeError where a cell of the notebook fails."""
-    rows = metric.rows_of_groups(found.labels, read_recipe(trained)["conditions"])
-    if rows.empty:
-        raise UsageError("every label is of a condition for which these models were not trained")
-    found = replace(found, labels=rows)
+    found = trained_for(found, trained)
     (out / "evaluation.json").unlink(missing_ok=True)  # an earlier one, which a stop would leave beside new tables
     shutil.rmtree(out / "report", ignore_errors=True)
     parameters, known = grade(found, trained, out, cores, resume), reference(trained, read_recipe(trained))

@@ -62,7 +62,7 @@ def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.Data
 
 
 def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFrame] | None = None) -> dict[str, bytes]:
-    """Name -> bytes of each file of an archive; with what was measured, of ready-made models."""
+    """Name -> bytes of each file of an archive; with what was measured, of ready-made models, without cut-offs."""
     if missing := [name for name in ("provenance.json", "scores.json") if not (run / name).is_file()]:
         raise UsageError(f"the run in {run} lacks {', '.join(missing)}: run it to its report")
     from lsdc_utils.report.card import model_card  # takes a second, which unpacking does not need
@@ -72,7 +72,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
-        if "studies" in about:
+        if isinstance(about.get("studies"), list):  # else their number already, in weights that were packed
             about["studies"] = len(about["studies"])
         if measured is not None and (file := str(Path(name).with_suffix(".safetensors"))) in contents:
             contents[file] = in_half(contents[file])
@@ -81,7 +81,7 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     parameters = without_places(read_parameters(run)) | {"example_study": 0}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
     contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
-    contents["reference.json"] = _json(reference(run, recipe))
+    contents["reference.json"] = _json(reference(run, recipe) | ({} if measured is None else {"cut_offs": {}}))
     if known := trained_on(run):
         contents[TRAINED_ON] = _json(known)
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}

@@ -42,13 +42,14 @@ def prepare(root: Path, run: Path, out: Path, cores: int, chosen: Chosen | None 
     listed = json.loads(record.read_text()) if record.is_file() else {"data_dir": str(root), "digest": ""}
     if listed["data_dir"] != str(root):
         raise UsageError(f"{out} holds the grades of {listed['data_dir']}: give another folder with --out")
+    if listed["digest"] != (digest := f"{_digest(root)}{chosen[1] if chosen else ''}"):
+        if record.is_file():
+            write_json(record, listed | {"digest": ""})  # until the new tables are whole
+        listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores, chosen)}
+        write_json(record, listed)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "pages", ignore_errors=True)
-    if listed["digest"] != (digest := f"{_digest(root)}{chosen[1] if chosen else ''}"):
-        record.unlink(missing_ok=True)
-        listed |= {"digest": digest, "n_shards": _list_studies(root, out, cores, chosen)}
-        write_json(record, listed)
     if missing := recipe["missing_members"]:
         print(f"graded without the transformers {', '.join(missing)}, by a blend that was fitted without them")
     places = {"run_dir": run, "predict_dir": out, "data_dir": root, "weights_dir": run / "weights"}

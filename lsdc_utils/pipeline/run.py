@@ -49,6 +49,11 @@ class Run:
         """All steps of the run, in the order of the notebooks."""
         return all_steps(self.parameters)
 
+    def reaches(self, notebook: str) -> bool:
+        """Whether the steps that are asked for end with this notebook or a later one."""
+        asked = select_steps(self.steps, self.until) if self.until else self.steps
+        return max(map(NOTEBOOK_ORDER.index, (step.notebook for step in asked))) >= NOTEBOOK_ORDER.index(notebook)
+
 
 def visible_gpus() -> list[str]:
     """Indices or UUIDs of the GPUs that jobs may use; none without an NVIDIA driver."""
@@ -150,9 +155,8 @@ def child_environment(run: Run, gpus: list[str]) -> dict[str, str]:
 
 def first_run(run: Run) -> Run | None:
     """The run on phantom studies in which the transformers of this one are trained first, if it has to do with any."""
-    asked = select_steps(run.steps, run.until) if run.until else run.steps
     first = phantom_run(run.parameters)
-    if not first or max(NOTEBOOK_ORDER.index(step.notebook) for step in asked) < NOTEBOOK_ORDER.index("04_train_vit3d"):
+    if not (first and run.reaches("04_train_vit3d")):
         return None
     folder, parameters = run.folder.with_name(first[0]), first[1]
     return replace(run, folder=folder, parameters=parameters, until="04_fold0", force=())

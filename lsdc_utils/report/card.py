@@ -11,7 +11,7 @@ import jinja2
 import pandas as pd
 
 from lsdc_utils.grading.basis import basis_words, grade_basis
-from lsdc_utils.metric import GROUP_PARTS
+from lsdc_utils.metric import GROUP_PARTS, rows_of_groups
 from lsdc_utils.report import run as tables
 from lsdc_utils.report.run import BLOCK_NAMES, PART_NAMES, Run, blocks, number, provenance
 from lsdc_utils.vocabulary import GROUPS, MISSING
@@ -56,7 +56,8 @@ def duration(seconds: float) -> str:
 
 def sentences(run: Run, name: str, **numbers: Any) -> list[str]:
     """The sentences of a template, e.g. `about` (what was graded), `summary` (the result) or `stress` (of 07)."""
-    context = {"run": run, "kind": run.data.get("kind", ""), "blocks": blocks(run.scores), "names": BLOCK_NAMES}
+    context = {"run": run, "blocks": blocks(run.scores), "names": BLOCK_NAMES}
+    context["kind"] = "folder" if "adapted" in run.recipe else run.data.get("kind", "")  # of what was graded
     text = environment().get_template(f"{name}.j2").render(context | numbers)
     return [line for line in text.splitlines() if line]
 
@@ -67,7 +68,8 @@ def limits(run: Run) -> dict[str, list[str]]:
     if len(labelled):
         parts = labelled["group"].map(lambda key: PART_NAMES[GROUPS[key].score])
         severe = labelled["severity"].eq(2).groupby(parts).sum().to_dict()
-        labels = {"rows": len(labelled), "missing": (run.labels["severity"] == MISSING).sum(), "severe": severe}
+        asked = rows_of_groups(run.labels[run.labels["row_id"].isin(run.rows["row_id"])], run.conditions)
+        labels = {"rows": len(labelled), "missing": (asked["severity"] == MISSING).sum(), "severe": severe}
     for name, block in blocks(run.scores).items():  # the part in which the ensemble is weakest
         kind = "skill" if block.get("skill") else "scores"
         parts = pd.Series(block[kind]["ensemble"], dtype=float)[list(GROUP_PARTS)].dropna()

@@ -45,7 +45,8 @@ class Run:
         self.folder = folder = Path(run_dir).resolve()
         self.name = folder.name
         self.scores = json.loads((folder / "scores.json").read_text())  # {"oof": block, "test": block or None}
-        self.conditions = read_file(folder / "blend.json").get("conditions", list(GROUPS))  # that were trained
+        self.recipe = read_file(folder / "blend.json")
+        self.conditions = self.recipe.get("conditions", list(GROUPS))  # that were trained
         self.evaluation = read_file(folder / "evaluation.json")  # from 06
         self.stress = read_file(folder / "stress/numbers.json")  # from 07
         self.data = read_file(folder / "data.json")  # data_dir and kind
@@ -57,7 +58,7 @@ class Run:
         self.localisation = read_file(folder / "localisation.csv")
         self.doses, self.settings = (read_file(folder / f"stress/{name}.csv") for name in ("doses", "settings"))
         tables = {name: read_file(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
-        self.experiments = {name: table for name, table in tables.items() if len(table)}
+        self.experiments = {name: t.assign(total=t[overall(t)]) for name, t in tables.items() if len(t)}
         self.steps = step_table(folder)
 
     def asks_for(self, step: str) -> bool:
@@ -200,7 +201,8 @@ def other_runs(run: Run) -> pd.DataFrame:
     found = (file.with_name("scores.json") for file in run.folder.parent.glob("*/data.json"))  # not ready-made models
     files, lines = sorted(filter(Path.is_file, found), key=lambda file: (file.parent != run.folder, file)), {}
     for file in files if len(files) > 1 else ():
-        data_dir = read_file(file.with_name("data.json"))["data_dir"]
+        adapted = "adapted" in read_file(file.with_name("blend.json"))
+        data_dir = "a folder" if adapted else read_file(file.with_name("data.json"))["data_dir"]
         line = {("", "Data"): "the same" if data_dir == run.data.get("data_dir") else Path(data_dir).name}
         for name, block in blocks(read_file(file)).items():
             line["", "Conditions"] = ", ".join(block.get("groups", ["all"]))

@@ -22,6 +22,7 @@ from lsdc_utils.data import competition
 from lsdc_utils.dicom import Slice, read_series
 from lsdc_utils.dicom.series import Frames
 from lsdc_utils.export import images, studies
+from lsdc_utils.export import sr as reports
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import RunError
 from lsdc_utils.vocabulary import GROUPS, SEVERITIES, parse_row_id
@@ -189,6 +190,36 @@ def test_legal_and_unique_uids_are_referred_to_as_they_are(run, study, tmp_path)
     report = pydicom.dcmread(folder / "sr.dcm")
     assert report.StudyInstanceUID == "1.2.3.4"
     assert all(line["image"].startswith("1.2.3.4.5.") for line in findings(report).values() if "image" in line)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_frame_of_a_file_with_several_is_named_also_the_first(frames, tmp_path):
+    """As the report refers to it; of a file with one frame the reference is to the file."""
+    pixels = np.zeros((frames, 8, 8), "uint16") if frames > 1 else np.zeros((8, 8), "uint16")
+    tags = LEGAL | {"SeriesInstanceUID": "1.2.3.4.7", "SOPInstanceUID": "1.2.3.4.5.6", "PatientID": "7"}
+    file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), pixels=pixels, rle=False, **tags)
+    series = SimpleNamespace(slices=[Slice(file, 0, 1, np.eye(4), (8, 8), 0)], pixels=[np.zeros((8, 8))])
+    key = images._key(lambda: {"1.2.3.4.5.6": 1}, 7, 8, series, 0, (2.0, 3.0))
+    names = {"condition": "spinal_canal_stenosis", "level": "l4_l5", "side": "", "group": "scs", "source": "prior"}
+    row = SimpleNamespace(**names, grade=0, **dict.fromkeys(SEVERITIES, 1 / 3))
+    region = reports._finding(row, key, "1.2.3.4", "x").roi
+    [referred] = region.ContentSequence[0].ReferencedSOPSequence
+    assert referred.get("ReferencedFrameNumber") == (1 if frames > 1 else None)
+
+
+def test_of_series_with_a_slice_through_a_point_the_one_that_shows_it_is_referred_to(tmp_path):
+    """An image that ends before the point is not, although the point lies in its plane."""
+    places = {1: (50.0, 0.0, 0.0), 2: (0.0, 0.0, 1.0)}
+    for number, place in places.items():
+        write_slice(tmp_path / f"{number}/1.dcm", 1, place, pixels=np.zeros((20, 20), "uint16"), rle=False)
+    rows = pd.DataFrame(
+        {"row_id": ["7_a"], "study_id": 7, "block": "test", "group": "ss", "X": 4.0, "Y": 4.0, "Z": 0.0}
+    )
+    for numbers, found in (([1, 2], [2]), ([1], [])):
+        series = pd.DataFrame({"split": "test", "study_id": 7, "series_id": numbers, "series_type": "Axial T2"})
+        comp = SimpleNamespace(series=series, source=lambda split, study, number: tmp_path / str(number))
+        keys, problems = images.find_keys(comp, dict, rows)
+        assert [int(key.image.file.parent.name) for key in keys.values()] == found and problems == []
 
 
 def test_uids_that_collide_are_replaced(run, tmp_path):

@@ -26,6 +26,16 @@ def test_the_basis_is_told_by_the_best_record_that_is_there(tmp_path: Path) -> N
     assert grade_basis(tmp_path) == PHANTOM_ONLY == "phantom_only"
 
 
+def test_folds_of_an_earlier_start_do_not_count(tmp_path: Path) -> None:
+    write(tmp_path, "data.json", {"kind": "folder"})
+    for fold, studies in enumerate(([1, 2, 3], [3, 4])):
+        write(tmp_path, f"weights/yolo_scs_fold{fold}.json", {"studies": studies})
+    write(tmp_path, "weights/localiser_fold1.json", {"basis": PHANTOM_ONLY})
+    assert grade_basis(tmp_path) == "trained on 4 studies of a data folder; localiser: phantom_only"
+    write(tmp_path, "blend.json", {"folds": [0]})
+    assert grade_basis(tmp_path) == "trained on 3 studies of a data folder"
+
+
 def test_packed_weights_count_their_studies_without_naming_them(tmp_path: Path) -> None:
     write(tmp_path, "weights/yolo_scs_fold0.json", {"studies": 80})
     assert grade_basis(tmp_path) == "trained on an unknown number of studies of unknown data"

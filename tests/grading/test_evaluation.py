@@ -165,6 +165,20 @@ def test_intervals_resample_patients_and_need_ten(judged):
     assert all(np.isnan(end.loc[0, "share"]) for end in evaluation.intervals(nine, share))
 
 
+def test_a_group_or_condition_of_nine_patients_has_no_interval_beside_others(judged):
+    rows = judged["ensemble"].assign(patient=judged["ensemble"]["study_id"].astype(int))
+    rows = rows[(rows["group"] != "scs") | (rows["patient"].rank(method="dense") < 10)]
+    areas = evaluation.intervals(rows, evaluation.discrimination, 20)[0]["AUC"]
+    assert areas["spinal"].isna().all() and areas.drop("spinal").notna().all()
+    errors = evaluation.intervals(rows, lambda sample: evaluation.calibration({"ensemble": sample}), 20)[1].loc[
+        "ensemble"
+    ]
+    assert errors.index[errors.isna()].tolist() == ["spinal"]
+    points = rows.drop(columns="group")
+    means = evaluation.intervals(points, lambda sample: sample.groupby("condition", observed=True)[["loss"]].mean(), 20)
+    assert means[0].index[means[0]["loss"].isna()].tolist() == ["spinal_canal_stenosis"]
+
+
 def test_subgroups_may_be_resampled_by_patient(judged):
     doubled = {model: rows.assign(patient=rows["study_id"].astype(int) // 2) for model, rows in judged.items()}
     everyone = pd.Series("all", judged["ensemble"].index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,24 @@ def test_studies_of_a_patient_are_never_fitted_and_graded_apart(trained: Path, g
     found.people["patient"] //= 10
     with pytest.raises(UsageError, match=r"20 or more patients .* has [67]$"):
         adapt.check(found, trained, 1)
+
+
+def test_conditions_that_were_not_trained_are_not_fitted_or_scored(
+    trained: Path, graded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = json.loads((trained / "blend.json").read_text())
+    write_json(trained / "blend.json", recipe | {"conditions": ["nfn", "ss"]})
+    found, tables = found_in(tmp_path / SECRET, 60)
+    graded |= tables
+    about = adapt.adapt_run(found, trained, trained.with_name("second"), 1, "")
+    assert about["before"]["spinal"] is None and "scs" not in about["changed"] and about["changed"]
+    block = json.loads((trained.with_name("second") / "scores.json").read_text())["oof"]
+    assert block["groups"] == ["nfn", "ss"] and read_recipe(trained.with_name("second"))["prior"] != recipe["prior"]
+    monkeypatch.setattr(labelled, "check_overlap", lambda *_: ([], ""))
+    canal = found.labels["condition"].eq("spinal_canal_stenosis") | (found.labels["study_id"] < 1019)
+    alone = replace(found, labels=found.labels[canal])  # of 19 studies there are others than of the canal
+    with pytest.raises(UsageError, match=r"20 or more patients .* has 19"):
+        adapt.check(alone, trained, 1)
 
 
 def test_too_few_known_or_published(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT, run_all
 
+from lsdc_utils import metric
 from lsdc_utils.pipeline import arguments, commands
 
 
@@ -103,6 +105,28 @@ def test_a_stop_is_a_sentence_and_a_missing_table_is_refused_at_once(tmp_path, m
     assert ended.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
 
 
+def test_a_run_that_ends_earlier_does_not_print_the_scores_and_report_of_the_last_one(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(commands, "work", lambda planned: 0)
+    (tmp_path / "own/report").mkdir(parents=True)
+    (tmp_path / "own/report/index.html").touch()
+    block = {"n_studies": 1, "scores": {"ensemble": dict.fromkeys(metric.PARTS, 0.5)}, "skill": None}
+    (tmp_path / "own/scores.json").write_text(json.dumps({"oof": block, "test": None}))
+    for until, printed in (
+        ("04", ()),
+        ("phantom", ()),
+        ("05", ("0.500",)),
+        ("07", ("0.500",)),
+        ("08", ("0.500", "report")),
+    ):
+        assert commands.main(["--run", "own", "--until", until]) == 0
+        said = capsys.readouterr().out
+        assert [word for word in ("0.500", "report") if word in said] == list(printed)
+    assert commands.main(["--run", "own"]) == 0 and "report: " in capsys.readouterr().out
+
+
 def test_lab_installs_the_filter_that_keeps_outputs_out_of_git(tmp_path: Path, monkeypatch) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(commands, "git_commit", lambda: "of this tree")
@@ -151,10 +175,25 @@ def test_the_filter_of_an_environment_that_is_gone_does_not_stop_git(tmp_path: P
     assert done.stdout == "-m nbstripout --keep-id\n"
 
 
-def test_a_folder_that_may_not_be_written_is_one_sentence(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
+def test_a_folder_that_cannot_be_written_is_one_sentence(code: int, monkeypatch, capsys) -> None:
     def denied(asked: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied", "/results")
+        raise OSError(code, os.strerror(code), "/temporary", None, "/results")
 
     monkeypatch.setattr(commands, "run", denied)
     assert commands.main([]) == 2
-    assert capsys.readouterr().err.startswith("run_all.sh: /results: Permission denied; ")
+    assert capsys.readouterr().err.startswith(f"run_all.sh: /results: {os.strerror(code)}; ")
+
+
+def test_results_for_the_card_are_a_file_that_exists(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["pack", "--ready", "--run", arguments.READY, "--measured", str(tmp_path / "none.csv")])
+    assert ended.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("referred", "status"), [([3, 4], 0), ([3, 0], 1)])
+def test_an_export_fails_where_a_study_got_no_report(referred: list[int], status: int, monkeypatch, capsys) -> None:
+    table = {"study_id": [1, 2], "images_referred": referred, "images_written": 0, "problem": ["", "no sr.dcm"]}
+    monkeypatch.setattr("lsdc_utils.export.studies.export_studies", lambda *_: pd.DataFrame(table))
+    assert commands.main(["export", "--run", arguments.READY]) == status
+    assert "study 2: no sr.dcm" in capsys.readouterr().err

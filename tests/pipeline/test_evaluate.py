@@ -124,25 +124,28 @@ def test_patients_in_place_of_studies_are_refused(tmp_path: Path, folders: tuple
 
 
 def test_a_stopped_evaluation_leaves_no_earlier_result_beside_new_tables(tmp_path: Path, monkeypatch) -> None:
-    """What is graded by then are the studies with a label of a condition that the models were trained for."""
-    graded = []
+    """What is graded by then are the studies with a label of a condition that the models were trained for, and only
+    their people count."""
+    graded, counted = [], []
 
     def stopped(found: labelled.Labelled, *_: object) -> None:
         graded.extend(found.labels["row_id"])
+        counted.extend(found.people["patient"])
         raise SystemExit(130)
 
     monkeypatch.setattr(labelled, "grade", stopped)
     monkeypatch.setattr(labelled, "read_recipe", lambda _: {"conditions": ["nfn", "ss"]})
     (tmp_path / "report").mkdir()
     (tmp_path / "evaluation.json").write_text("{}")
-    rows = pd.DataFrame({"row_id": study_row_ids(1)})
-    found = labelled.Labelled(None, rows, rows, rows, [])
+    rows = pd.DataFrame({"row_id": [*study_row_ids(1), *study_row_ids(2)[:5]], "study_id": [1] * 25 + [2] * 5})
+    people = pd.DataFrame({"study_id": [1, 2], "patient": ["a", "b"]})
+    found = labelled.Labelled(None, rows, rows, people, [])
     with pytest.raises(SystemExit):
         labelled.evaluate(found, tmp_path, tmp_path, "demo", ([], ""), 1, "")
-    assert list(tmp_path.iterdir()) == [] and graded == study_row_ids(1)[5:]
+    assert list(tmp_path.iterdir()) == [] and graded == study_row_ids(1)[5:] and counted == ["a"]
     monkeypatch.setattr(labelled, "read_recipe", lambda _: {"conditions": ["scs"]})
     with pytest.raises(UsageError, match="every label is of a condition"):
-        found = labelled.Labelled(None, rows[5:], rows, rows, [])
+        found = labelled.Labelled(None, rows[5:25], rows, people, [])
         labelled.evaluate(found, tmp_path, tmp_path, "demo", ([], ""), 1, "")
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lsdc_utils import metric
-from lsdc_utils.pipeline import commands, experiments
+from lsdc_utils.pipeline import arguments, commands, experiments
 from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table, refined_table
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, row_id
@@ -44,7 +44,15 @@ def write_run(folder: Path, sharpness: float, studies: range = range(1, 31), gro
 
 def test_a_copy_keeps_what_snakemake_knows_files_by(tmp_path: Path) -> None:
     base = write_run(tmp_path / "demo", 1.0)
+    others = ["evaluation.json", "evaluation/x/about.json", "exports/7/sr.dcm", "kaggle/dataset/x.json", "demo.zip",
+              "provenance.json", "localisation.csv", "suspect_labels.csv", "stress/numbers.json",
+              "notebooks/06_evaluation.ipynb", "logs/08_report.log"]  # fmt: skip
+    for name in (*others, "notebooks/05_ensemble_inference.ipynb"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("of the run")
     copy_run(base, tmp_path / "demo-x")
+    assert not [name for name in others if (tmp_path / "demo-x" / name).exists()]
+    assert (tmp_path / "demo-x/notebooks/05_ensemble_inference.ipynb").is_file()
     copied = tmp_path / "demo-x/tables/labels.parquet"
     assert copied.stat().st_mtime_ns == (base / "tables/labels.parquet").stat().st_mtime_ns
     assert (tmp_path / "demo-x/.snakemake/metadata/one").is_file() and (tmp_path / "demo-x/submission.csv").is_file()
@@ -157,3 +165,18 @@ def test_experiments_need_a_finished_run(command: str, capsys) -> None:
         commands.main([command, "--run", "never"])
     assert ended.value.code == 2
     assert "no such finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ablate", "curve", "refine"])
+def test_experiments_do_not_repeat_ready_made_models_or_a_run_without_parameters(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for module in (commands, arguments):
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path)
+    write_run(tmp_path / arguments.READY, 1.0)
+    (write_run(tmp_path / "by_hand", 1.0) / "parameters.yml").unlink()
+    for name in (arguments.READY, "by_hand"):
+        assert commands.main([command, "--run", name]) == 2
+        said = capsys.readouterr().err
+        assert said == f"run_all.sh: --run {name}: was not made here by ./run_all.sh, and so cannot be repeated\n"
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["by_hand", arguments.READY]

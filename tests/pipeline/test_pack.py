@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import copy_project, run_all
+from conftest import ROOT, copy_project, run_all
 
+from lsdc_utils.grading.run_tables import read_recipe
+from lsdc_utils.pipeline import pack
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.pack import MANIFEST, pack_run, unpack, without_places
 
@@ -77,6 +79,25 @@ def test_paths_are_cut_to_their_names() -> None:
         "a": ["x.pt", "x/y", 1],
         "b": {"c": "data"},
     }
+
+
+def test_packed_models_can_be_packed_again(tmp_path: Path) -> None:
+    """Their weights tell the number of studies, not which."""
+    assert pack_run(ROOT / "outputs/pretrained", tmp_path / "again.zip")
+    with zipfile.ZipFile(tmp_path / "again.zip") as opened:
+        own, packed = (json.loads(text) for text in (
+            (ROOT / "outputs/pretrained/weights/yolo_scs_fold0.json").read_text(),
+            opened.read("weights/yolo_scs_fold0.json"),
+        ))  # fmt: skip
+    assert packed["studies"] == own["studies"] > 0
+
+
+def test_ready_made_models_keep_no_cut_offs_of_rows_that_another_blend_graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, cut_offs = ROOT / "outputs/pretrained", {"spinal": {"severe": 0.3}}
+    monkeypatch.setattr(pack, "reference", lambda *_: {"prior": [], "cut_offs": cut_offs})
+    for measured, kept in ((None, cut_offs), ({}, {})):
+        contents = pack._contents(run, read_recipe(run), measured)
+        assert json.loads(contents["reference.json"]) == {"prior": [], "cut_offs": kept}
 
 
 # ---- archives that must not be used --------------------------------------------------------------------------------

@@ -58,6 +58,28 @@ def test_an_evaluation_that_is_refused_leaves_no_folder(tmp_path: Path, capsys: 
     assert "there is no grade" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "own"),
+    [("predict", "grades.csv", "tables/listed.json"), ("predict", "pages/index.html", "tables/listed.json"),
+     ("evaluate", "report/letter.txt", "about.json"), ("evaluate", "work/thesis.txt", "work/tables/x.parquet"),
+     ("evaluate", "logs/1.txt", "about.json"), ("evaluate", "evaluation.json", "work/models/x/blend.json")],
+)  # fmt: skip
+def test_a_folder_whose_files_another_wrote_is_no_place_for_results(
+    command: str, name: str, own: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And where the command wrote them itself, they stay until the data are found usable."""
+    out = tmp_path / "out"
+    for folder in (tmp_path / "data", (out / name).parent):
+        folder.mkdir(parents=True)
+    (out / name).write_text("kept")
+    assert commands.main([command, str(tmp_path / "data"), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"which holds another {name.split('/')[0]}: give another folder" in said and (out / name).is_file()
+    write_json(out / own, {"data_dir": str(tmp_path / "data"), "digest": "of older data", "n_shards": 1})
+    assert commands.main([command, str(tmp_path / "data"), "--out", str(out)]) == 2
+    assert "the folder holds no files" in capsys.readouterr().err and (out / name).is_file()
+
+
 @pytest.mark.parametrize("value", ["", "[]"])
 def test_conditions_without_a_value_ask_for_one(value: str, capsys: pytest.CaptureFixture) -> None:
     assert commands.main(["--dry-run", f"conditions={value}"]) == 2

@@ -19,6 +19,7 @@ import yaml
 from conftest import TINY_NOTEBOOKS, run_all, write_tiny_notebook
 
 from lsdc_utils.pipeline import graph, parameters, run
+from lsdc_utils.pipeline.experiments import copy_run
 from lsdc_utils.pipeline.progress import last_lines
 
 GRADING = ["05_ensemble_inference", "06_evaluation", "07_stress_tests", "08_report"]
@@ -107,6 +108,12 @@ def test_a_saved_notebook_a_comment_and_a_new_place_run_nothing(tiny_project: Pa
     with (tiny_project / "lsdc_utils/used.py").open("a") as module:
         module.write("# a comment\n")
     assert would_run(tiny_project) == []
+
+
+def test_a_copy_for_an_experiment_runs_nothing_up_to_05(tiny_project: Path) -> None:
+    copy_run(tiny_project / "outputs/demo", tiny_project / "outputs/demo-copy")
+    assert would_run(tiny_project, "--run", "demo-copy", "--until", "05") == []
+    assert would_run(tiny_project, "--run", "demo-copy") == GRADING[1:]
 
 
 def test_a_changed_module_runs_what_depends_on_it_and_no_more(tiny_project: Path) -> None:

@@ -201,6 +201,37 @@ def test_other_runs_have_one_column_of_scores_and_say_which_conditions_it_is_of(
     assert table["Test", "95 % interval"].iloc[0] == "0.200 to 0.300"
 
 
+def test_experiments_of_some_conditions_show_the_mean_of_their_groups(tmp_path):
+    folder = write_run(tmp_path / "foramina")
+    for name in ("ablation", "curve"):
+        table = pd.read_csv(folder / f"experiments/{name}.csv").assign(total=np.nan, mean_of_groups=0.25)
+        table.to_csv(folder / f"experiments/{name}.csv", index=False)
+    run = tables.Run(folder)
+    shown = tables.experiment_tables(run.experiments).values()
+    assert all(table["Score"].eq("0.250").all() for table in shown) and len(shown) == 2
+    assert "320 0.250" in pictures.plot_curve(run.experiments["curve"], run.scores).alt
+
+
+def test_an_adapted_run_is_not_said_to_be_of_the_phantom(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("demo", "own")]
+    assert "synthetic" in card.sentences(tables.Run(runs[1]), "about")[0]
+    (runs[1] / "blend.json").write_text(json.dumps({"adapted": {"run": "demo"}}))
+    run = tables.Run(runs[1])
+    assert "synthetic" not in " ".join([*card.sentences(run, "about"), *card.limits(run)["Data"]])
+    assert tables.other_runs(tables.Run(runs[0]))["", "Data"].to_dict() == {"demo": "the same", "own": "a folder"}
+
+
+def test_labelled_and_missing_rows_are_counted_among_the_same(tmp_path):
+    folder = write_run(tmp_path / "foramina")
+    (folder / "blend.json").write_text(json.dumps({"conditions": ["nfn"]}))
+    rows = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
+    rows[rows["row_id"].str.split("_").str[0].astype(int) <= 12].to_parquet(folder / "predictions/ensemble_oof.parquet")
+    run = tables.Run(folder)
+    [line] = [line for line in card.limits(run)["Labels"] if "labelled training rows" in line]
+    labelled, missing = map(int, re.search(r"of (\d+) labelled .* (\d+) training rows have no label", line).groups())
+    assert labelled + missing == 12 * 10 and missing > 0
+
+
 def test_pages_that_are_not_made_any_more_go(index, run_dir):
     old = [index.parent / name for name in ("03_train_yolo_ss_fold9.html", "study_99.html", "other.pdf")]
     for file in old:

@@ -104,12 +104,10 @@ def grading(asked: Namespace, kind: str) -> tuple[Path, Path, str]:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {asked.out}: is a file, expected a folder")
     held, ours = ([name for name in names if (out / name).exists()] for names in OWN[kind])
-    places = [f"inside {asked.folder}"] * out.is_relative_to(folder) + ["a run's own folder"] * (
-        out / "weights"
-    ).is_dir()
-    places += [f"which holds another {name}" for name in held if not ours]
-    if places:
-        raise UsageError(f"grades would go to {shown(out)}, {places[0]}: give another folder with --out")
+    places = {f"inside {asked.folder}": out.is_relative_to(folder), "a run's own folder": (out / "weights").is_dir()}
+    places |= {f"which holds another {name}": not ours for name in held}
+    if wrong := next(filter(places.get, places), ""):
+        raise UsageError(f"grades would go to {shown(out)}, {wrong}: give another folder with --out")
     return trained, out, name
 
 

@@ -30,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def run_all(
-    project: Path, *arguments: str, timeout: float = 600, offline: bool = False, **environment: str
+    project: Path, *arguments: str, timeout: float = 1800, offline: bool = False, **environment: str
 ) -> subprocess.CompletedProcess:
     """`./run_all.sh` of a project, with the Python of these tests as the active environment.
 

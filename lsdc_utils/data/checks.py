@@ -16,8 +16,8 @@ from lsdc_utils.data import competition
 from lsdc_utils.data.competition import FINDINGS, KEY, NONE, POINTS, Competition, Findings, label_names
 from lsdc_utils.data.parts import select
 from lsdc_utils.data.point_rules import judge
-from lsdc_utils.data.series_types import SHORT, named_contrast
-from lsdc_utils.data.stacks import spacing_fault
+from lsdc_utils.data.series_types import SHORT
+from lsdc_utils.data.stacks import plane_and_contrast, spacing_fault
 from lsdc_utils.data.tables import number_of
 from lsdc_utils.files import count_studies, readable, write_table
 from lsdc_utils.parallel import each, usable_cores
@@ -220,14 +220,13 @@ def _read_headers(task: tuple[dicom.Source, dict, list[tuple]]) -> tuple[dict, l
         return row, [*faults, ("spacing_outlier", spacing, "series left out")], unplaced
     row |= _measures(series)
     series_type = row["series_type"]
-    if series.plane != words.PLANES[series_type]:
-        value = f"{series.plane}, described as {series_type}"
-        return row, [*faults, ("plane_differs", value, "its points are not used")], unplaced
-    named = named_contrast(dicom.read_tags(series.slices[0].file))
-    if named not in (None, words.T1 if series_type == words.T1 else words.T2):
-        value = f"{SHORT[named]} in the header, described as {series_type}"
-        faults.append(("contrast_differs", value, "used as the table says"))
-    if series.plane == "sagittal":
+    plane, contrast = plane_and_contrast(series, series_type)
+    if plane != words.PLANES[series_type]:
+        value = f"{plane}, described as {series_type}"
+        return row, [*faults, ("plane_differs", value, "series left out")], unplaced
+    if contrast:
+        faults.append(("contrast_differs", contrast, "used as the table says"))
+    if plane == "sagittal":
         centres = [image.centre[0] for image in series.slices]
         row["middle"] = (min(centres) + max(centres)) / 2
     shapes = {image.instance_number: image.shape for image in series.slices}

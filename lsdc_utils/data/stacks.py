@@ -52,13 +52,16 @@ def read_stack(
     series = dicom.read_series(source, labelled=labelled)
     if fault := spacing_fault(series):
         raise dicom.DicomError(f"series {series.folder}: {fault}, implausible for a lumbar MR")
-    plane, notes = _kind(series, series_type)
+    plane, contrast = plane_and_contrast(series, series_type)
+    if plane != words.PLANES[series_type]:
+        raise dicom.DicomError(f"series {series.folder}: its images are {plane}, not those of {series_type}")
     turned = (upright(one, image.affine, plane) for one, image in zip(series.pixels, series.slices, strict=True))
     images, affines = zip(*turned, strict=True)
     shapes, affines = np.array([image.shape for image in images], dtype=np.int32), np.stack(affines)
     pixels = np.zeros((len(shapes), *shapes.max(axis=0)), dtype=np.uint8)
     scales = to_grey(images, affines, pixels)
-    notes += [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
+    notes = [("file_unusable", *note, "file left out") for note in (*left_out, *series.skipped)]
+    notes += [("contrast_differs", series.slices[0].file, contrast, "used as the table says")] * bool(contrast)
     for i in np.flatnonzero(scales != 1):
         image, what = series.slices[i], f"has {scales[i]:.3g} times its neighbours' scale, or an offset against them"
         blank = "file_unusable", image.file, f"image {image.instance_number} {BLANK}", "image left out"
@@ -72,17 +75,13 @@ def read_stack(
     return Stack(int(study_id), int(series_id), series_type, pixels, shapes, affines, numbers, blocks), notes
 
 
-def _kind(series: dicom.Series, series_type: str) -> tuple[str, list[tuple]]:
-    """The plane of a series, and a note where its header names another contrast than that of `series_type`; DicomError
-    if it lies in another plane."""
+def plane_and_contrast(series: dicom.Series, series_type: str) -> tuple[str, str]:
+    """The plane of most images of a series, and in words which contrast its header names instead of that of
+    `series_type`, or ''."""
     plane = Counter(lying(image.affine[:3, 2]) for image in series.slices).most_common(1)[0][0]
-    if plane != words.PLANES[series_type]:
-        raise dicom.DicomError(f"series {series.folder}: its images are {plane}, not those of {series_type}")
     contrast = contrast_of(dicom.read_tags(series.slices[0].file))[0]
-    if contrast in (None, words.T1 if series_type == words.T1 else words.T2):
-        return plane, []
-    what = f"{SHORT[contrast]} by its header, described as {series_type}"
-    return plane, [("contrast_differs", series.slices[0].file, what, "used as the table says")]
+    usual = contrast in (None, words.T1 if series_type == words.T1 else words.T2)
+    return plane, "" if usual else f"{SHORT[contrast]} in the header, described as {series_type}"
 
 
 def upright(image: np.ndarray, affine: np.ndarray, plane: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from dicom_files import AXIAL as AXIAL_LIES
 from dicom_files import write_stack
 from spines import SAGITTAL, make_affines, make_stack, ramp
 
+from lsdc_utils.data.checks import RULES
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.data.stacks import (
     Stack,
@@ -163,9 +164,9 @@ def test_images_of_another_plane_are_refused_and_of_another_contrast_told(tmp_pa
     tags = {"SeriesDescription": "sag t1", "orientation": dicom_files.SAGITTAL, "spacing": (2.0, 2.0)}
     write_stack(tmp_path / "series", places, pixels=pixels, **tags)
     assert read_stack(tmp_path / "series", 1, 2, T1)[1] == []
-    [(rule, _, what, action)] = read_stack(tmp_path / "series", 1, 2, T2)[1]
+    [(rule, file, contrast, action)] = read_stack(tmp_path / "series", 1, 2, T2)[1]
     assert (rule, action) == ("contrast_differs", "used as the table says")
-    assert what == "T1 by its header, described as Sagittal T2/STIR"
+    assert file.name == "1.dcm" and contrast == "T1 in the header, described as Sagittal T2/STIR"
     with pytest.raises(DicomError, match="its images are sagittal, not those of Axial T2"):
         read_stack(tmp_path / "series", 1, 2, AXIAL)
     coronal = {**tags, "orientation": ((1.0, 0.0, 0.0), (0.0, 0.0, -1.0))}
@@ -187,6 +188,7 @@ def test_a_series_of_another_patient_is_left_out(tmp_path: Path, patients: str, 
     stacks, findings = read_study(comp, "test", 1)
     assert {1, 2, 3} - {stack.series_id for stack in stacks} == set(lost)
     told = findings[findings["rule"] == "patient_differs"]
+    assert set(findings["rule"]) <= set(RULES)  # by which reports say what a finding means
     assert told["series_id"].tolist() == (lost or ([3] if patients == "a-b" else []))
     assert set(told["action"]) == ({"series left out"} if lost else {"used"} if patients == "a-b" else set())
     assert len(told) == len(findings)

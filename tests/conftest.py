@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import private
@@ -49,6 +51,28 @@ def run_all(
     return subprocess.run(command, cwd=project, env=variables, timeout=timeout, **read)
 
 
+def _run_once(project: Path, *arguments: str, **options: Any) -> None:
+    """The run of a project that several tests share; what it printed is in first_run.txt."""
+    done = run_all(project, *arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "first_run.txt").write_text(done.stdout)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A project that `make` makes and runs at its first use, in a folder that all processes of the tests share."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    project = folder / name
+    project.parent.mkdir(exist_ok=True)
+    with project.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (project / "first_run.txt").is_file():
+            shutil.rmtree(project, ignore_errors=True)  # of a process whose run failed
+            make(project)
+    return project
+
+
 def looks_of(project: Path) -> list[str]:
     """Attempted connections beyond this machine in an offline run of a project."""
     looks = project / "looks.txt"
@@ -66,6 +90,7 @@ def copy_project(target: Path) -> Path:
 
 # ---- a tiny project: the real command line and graph, notebooks that write their files and little else ---------------
 
+GPUS = {"CUDA_VISIBLE_DEVICES": "4,5"}  # pretended
 PIPELINE_NEEDS = ("__init__.py", "costs.py", "files.py", "parallel.py", "vocabulary.py")  # besides pipeline/
 TINY_PROFILE = """\
 data_dir: ""
@@ -210,11 +235,9 @@ def make_tiny_project(project: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished_tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project that has run once, on two pretended GPUs; not to be changed."""
-    project = make_tiny_project(tmp_path_factory.mktemp("tiny"))
-    done = run_all(project, "--cores", "2", CUDA_VISIBLE_DEVICES="4,5")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (project / "first_run.txt").write_text(done.stdout)
-    return project
+    return made_once(
+        tmp_path_factory, "tiny", lambda folder: _run_once(make_tiny_project(folder), "--cores", "2", **GPUS)
+    )
 
 
 @pytest.fixture
@@ -233,16 +256,7 @@ def smoke_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The run is named demo, so that the notebooks' own defaults lead to it where a test executes one by hand. The
     headers of its phantom are full of what must not leave them, and it has no network.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which all processes of the tests share
-    project = folder / "smoke" / "project"
-    with (folder / "smoke.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (project / "first_run.txt").is_file():
-            shutil.rmtree(project, ignore_errors=True)  # of a process whose run failed
-            _run_smoke(copy_project(project))
-    return project
+    return made_once(tmp_path_factory, "smoke/project", lambda folder: _run_smoke(copy_project(folder)))
 
 
 def _run_smoke(project: Path) -> None:
@@ -251,9 +265,7 @@ def _run_smoke(project: Path) -> None:
     seed = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())["phantom_seed"]
     folder = project / "outputs" / "data" / f"phantom-{phantom.fingerprint(*size, seed, label_wrong=0.0)}"
     private.plant(phantom.write_phantom(folder, *size, seed, workers=2, label_wrong=0.0))
-    done = run_all(project, "--profile", "smoke", "--run", "demo", offline=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (project / "first_run.txt").write_text(done.stdout)
+    _run_once(project, "--profile", "smoke", "--run", "demo", offline=True)
 
 
 @pytest.fixture

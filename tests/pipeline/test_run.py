@@ -307,6 +307,7 @@ def test_a_stopped_run_leaves_no_process_and_says_how_to_resume(tiny_project: Pa
     assert processes_in(tiny_project) == []
 
 
+@pytest.mark.slow
 def test_transformers_are_trained_on_a_phantom_first_and_start_from_there(tiny_project: Path) -> None:
     asked = ("pretrain_phantom=12", "--until", "04")
     said = run_all(tiny_project, "--dry-run", *asked).stdout

@@ -82,10 +82,11 @@ def test_pages_load_without_complaint(browser, folder, viewport, scheme):
         assert_loads(browser, file, viewport, scheme)
 
 
-def test_every_page_of_the_sample_loads(browser):
-    files = sorted(SAMPLE.glob("*.html"))
-    assert len(files) > 100
-    for file in files:
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_page_of_the_sample_loads(browser, step):
+    files, studies = sorted(SAMPLE.glob("*.html")), sorted(SAMPLE.glob("study_*.html"))
+    assert len(files) > 100 and len(studies) > 100
+    for file in sorted({*files} - {*studies}) + studies[::step]:
         page, complaints = opened(browser, file, NARROW)
         assert page.locator("main h1").count() == 1 and complaints == [], file.name
         page.context.close()

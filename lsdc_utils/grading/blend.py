@@ -102,10 +102,13 @@ def cross_fitted(
     only: Collection[str] = GROUPS, fitted_on: Tables | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of `prior`, each blended by numbers (`fit_blend`) that were fitted on other studies of `labels` (row_id,
-    study_id, severity), on the rows of `fitted_on` if these are not `tables`."""
+    study_id, severity; patient, whose studies are kept together), on the rows of `fitted_on` if not on `tables`."""
     study_of = metric.row_keys(prior["row_id"])["study_id"].to_numpy()
-    studies, blended = np.random.default_rng(0).permutation(np.unique(study_of)), []
-    for held_out in np.array_split(studies, min(PARTS, len(studies))):
+    studies, known = np.unique(study_of), metric.patients_of(labels)
+    patient_of = studies if known is None else known[studies].to_numpy()
+    patients, blended = np.random.default_rng(0).permutation(pd.unique(patient_of)), []
+    for part in np.array_split(patients, min(PARTS, len(patients))):
+        held_out = studies[np.isin(patient_of, part)]
         in_part = np.isin(study_of, held_out)
         others = labels[~labels["study_id"].astype(str).isin(held_out)]
         fitted = fit_blend(fitted_on or tables, prior[~in_part], others, only)

@@ -16,8 +16,8 @@ from lsdc_utils.files import count_studies, git_commit
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
 from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, select_steps
-from lsdc_utils.pipeline.parameters import check_start, load_parameters, resolve_conditions
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, member_parameters, select_steps
+from lsdc_utils.pipeline.parameters import BORROWED, check_start, load_parameters, resolve_conditions
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
 from lsdc_utils.vocabulary import GROUPS
@@ -67,7 +67,27 @@ def run(asked: Namespace) -> int:
         groups = checks.wanted(labels, planned.parameters["conditions"], lender)[0]
         if fault := checks.untrainable(labels, groups, lender, source, comp.series["series_type"]):
             raise UsageError(f"{folder}: {fault}; ./run_all.sh validate tells more")  # as 02 would
-    return dry_run(planned) if asked.dry_run else finish(planned, began)
+    if asked.dry_run:
+        return dry_run(planned)
+    check_weights(planned)
+    return finish(planned, began)
+
+
+def check_weights(planned: Run) -> None:
+    """UsageError where a new run would stop in its first trainings, for want of pretrained weights."""
+    own, names = planned.parameters, []
+    if planned.reaches("03_train_yolo") and not any(map(own.get, BORROWED)):
+        names += [name for name in [own.get("yolo_model", "")] if not name.endswith(".yaml")]
+    if planned.reaches("04_train_vit3d"):
+        members = (own | member_parameters(member, own) for member in own["vit_members"] or [{}])
+        names += [member.get("vit_encoder_weights") for member in members]
+    if not any(names) or own["fetch_weights"] or (planned.folder / "weights").is_dir():
+        return
+    from lsdc_utils import downloads
+
+    if missing := [name for name in dict.fromkeys(names) if name and not downloads.weights_there(name, NOTEBOOKS)]:
+        ways = f"Put them into notebooks/ or {downloads.cache()}, or download them once with fetch_weights=true"
+        raise UsageError(f"there are no pretrained weights {', '.join(missing)}. {ways}")
 
 
 def finish(planned: Run, began: float) -> int:

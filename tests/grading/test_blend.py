@@ -56,6 +56,20 @@ def test_a_sharpened_model_is_cooled_and_noise_is_silenced(world):
     assert total(labels, honest) < total(labels, sharp) - 0.05
 
 
+def test_a_patients_studies_are_blended_by_numbers_fitted_on_neither(world, monkeypatch):
+    labels, _, sharp, _ = world
+    prior, fitted_on = metric.prior_out_of_fold(labels), []
+    monkeypatch.setattr(blend, "fit_blend", lambda *given: fitted_on.append({*given[2]["study_id"]}) or equal("vit3d"))
+    for kin in (1, 3):
+        labels = labels.assign(patient=labels["study_id"].astype(int) // kin)
+        blend.cross_fitted({"vit3d": sharp}, prior, labels)
+        left_out = [{*labels["study_id"]} - studies for studies in fitted_on]
+        assert sorted(study for part in left_out for study in part) == sorted({*labels["study_id"]})
+        people = [{int(study) // kin for study in part} for part in left_out]
+        assert sum(map(len, people)) == 300 // kin  # each patient in one part
+        fitted_on.clear()
+
+
 def test_numbers_fitted_on_other_rows_blend_the_given_ones(world):
     labels, truth, sharp, noise = world
     prior = metric.prior_out_of_fold(labels)

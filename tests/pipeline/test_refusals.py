@@ -17,6 +17,28 @@ from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.run import locked
 
 
+def test_weights_that_are_not_there_are_missed_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data_folders.write_tables(tmp_path / "data")
+    monkeypatch.setenv("LSDC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(commands, "finish", lambda *_: 7)
+    asked = ["--profile", "kaggle", "--data", str(tmp_path / "data"), "vit_members=[{name: a, weights: a.safetensors}]"]
+    said = "there are no pretrained weights"
+    for more, missing in (([], " yolov10m.pt, a.safetensors."), (["--until", "03"], " yolov10m.pt.")):
+        assert commands.main([*asked, *more]) == 2
+        error = capsys.readouterr().err
+        assert f"{said}{missing}" in error and "fetch_weights=true" in error and error.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+    for more in (["fetch_weights=true"], ["--until", "02_convert_labels"]):
+        assert commands.main([*asked, *more]) == 7
+    (tmp_path / "cache").mkdir()
+    for name in ("yolov10m.pt", "a.safetensors"):
+        (tmp_path / "cache" / name).touch()
+    assert commands.main(asked) == 7
+
+
 def test_a_dry_run_refuses_what_02_would_in_its_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data_folders.write_tables(tmp_path, n_train=1)
     assert commands.main(["--dry-run", "--data", str(tmp_path), "--run", "never"]) == 2

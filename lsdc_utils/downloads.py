@@ -79,11 +79,6 @@ def find_weights(name: str, fetch: bool = False) -> Path:
     return cached
 
 
-def weights_there(name: str, folder: Path) -> bool:
-    """Whether `find_weights`, called in `folder`, finds the file without a download."""
-    return any(path.is_file() for path in (folder / os.path.expanduser(name), cache() / Path(name).name))
-
-
 def cache() -> Path:
     """The folder of downloaded weights: $LSDC_CACHE, else ~/.cache/lsdc."""
     return Path(os.path.expanduser(os.environ.get("LSDC_CACHE") or "~/.cache/lsdc")).resolve()

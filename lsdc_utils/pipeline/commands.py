@@ -83,10 +83,11 @@ def check_weights(planned: Run) -> None:
         names += [member.get("vit_encoder_weights") for member in members]
     if not any(names) or own["fetch_weights"] or (planned.folder / "weights").is_dir():
         return
-    from lsdc_utils import downloads
+    from lsdc_utils.downloads import cache
 
-    if missing := [name for name in dict.fromkeys(names) if name and not downloads.weights_there(name, NOTEBOOKS)]:
-        ways = f"Put them into notebooks/ or {downloads.cache()}, or download them once with fetch_weights=true"
+    places = {name: (NOTEBOOKS / os.path.expanduser(name), cache() / os.path.basename(name)) for name in names if name}
+    if missing := [name for name, files in places.items() if not any(file.is_file() for file in files)]:
+        ways = f"Put them into notebooks/ or {cache()}, or download them once with fetch_weights=true"
         raise UsageError(f"there are no pretrained weights {', '.join(missing)}. {ways}")
 
 

@@ -52,11 +52,12 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     ),
     SETTING: ("", "written into 03_train_yolo"),
     "./run_all.sh --dry-run": ("./run_all.sh SMALL --run demo --dry-run", "03_train_yolo_scs_fold0"),
-    "./run_all.sh --profile kaggle --data DIR folds=0": (
-        "./run_all.sh --profile kaggle --data DIR --dry-run folds=0",
+    "./run_all.sh 'yolo_epochs={nfn: 5}' folds=0,1 --dry-run": ("", "03_train_yolo_nfn_fold0"),
+    "./run_all.sh --profile kaggle --data DIR folds=0 fetch_weights=true": (
+        "./run_all.sh --profile kaggle --data DIR --dry-run folds=0 fetch_weights=true",
         "03_train_yolo_nfn_fold0",
     ),
-    "./run_all.sh --profile kaggle --run first --data DIR folds=0 pretrain_phantom=500": (
+    "./run_all.sh --profile kaggle --run first --data DIR folds=0 fetch_weights=true pretrain_phantom=500": (
         "./run_all.sh --profile kaggle --run first --data DIR --dry-run folds=0 pretrain_phantom=500",
         r"first outputs/on-phantom-\w+, on phantom studies",
     ),
@@ -73,7 +74,7 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     "./run_all.sh predict DIR --run demo": ("", "outputs/demo/predict/some studies/grades.csv"),
     "./run_all.sh predict DIR --run demo.zip": ("./run_all.sh predict DIR --run outputs/demo/demo.zip", "grades: "),
     "./run_all.sh evaluate DIR --run demo --labels FILE.csv": ("", "numbers: "),
-    "./run_all.sh evaluate DIR --run NAME|FILE.zip [--labels FILE.csv] [--out DIR] [--allow-trained]": (
+    "./run_all.sh evaluate DIR [--run NAME|FILE.zip] [--labels FILE.csv] [--out DIR] [--allow-trained]": (
         "./run_all.sh evaluate DIR --run demo --labels FILE.csv --out ../evaluation --allow-trained",
         "numbers: .*/evaluation/evaluation.json",
     ),

@@ -31,9 +31,11 @@ REAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){4,}")
 def describe(comp: Competition, studies: Sequence[int], workers: int = 1, graded: Iterable[Path] = ()) -> pd.DataFrame:
     """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown. A
     patients.csv in the folder (study_id, and any of these) takes precedence over the patients in tables `graded`, these
-    over headers. Without an identifier, or where several studies all have the same, each is a patient of its own."""
+    over headers; studies that it lacks go with those of the same header. Without an identifier, or where one stands for
+    more than half of the studies and there is no other, each is a patient of its own."""
     facts = list(_of_studies(_facts, comp, studies, workers))
     table = pd.DataFrame(facts, pd.Index(studies, name="study_id"), ["patient", *TRAITS], dtype=object)
+    table["patient"] = _names(table["patient"])
     for file, columns in [*((file, ["patient"]) for file in graded), (comp.root / "patients.csv", [*table])]:
         if file.is_file():
             given, ids = read_required_table(file, ()).rename(columns=dict.fromkeys(IDS[2:], "patient")), ["study_id"]
@@ -41,12 +43,21 @@ def describe(comp: Competition, studies: Sequence[int], workers: int = 1, graded
             of_study = given[given.columns.intersection(columns)].groupby(rows["study_id"])
             if (of_study.nunique() > 1).any(axis=None):
                 raise CompetitionError(f"{file}: a study has lines with different values of {', '.join(columns)}")
-            table.update(of_study.first())
-    if table["patient"].nunique() == 1:  # a word that stands for everyone
-        table["patient"] = None
+            kin, named = table["patient"], of_study.first().reindex(table.index)
+            if "patient" in named:  # of the studies with the same header, where it has one name for them
+                pairs = pd.DataFrame({"kin": kin, "name": named["patient"]}).dropna().drop_duplicates()
+                names = pairs.drop_duplicates("kin", keep=False).set_index("kin")["name"]
+                named["patient"] = named["patient"].astype(object).fillna(kin.map(names))
+            table.update(named)
     own = pd.Series([f"study {study}" for study in studies], table.index)
-    table["patient"] = pd.factorize(table["patient"].fillna(own))[0]
+    table["patient"] = pd.factorize(_names(table["patient"]).fillna(own))[0]
     return table.fillna("").reset_index()
+
+
+def _names(patients: pd.Series) -> pd.Series:
+    """Names of studies' patients; none where one stands for more than half of the studies and there is no other."""
+    everyone = patients.nunique() == 1 and 2 * patients.count() > len(patients)
+    return patients.where(patients.isna()) if everyone else patients
 
 
 def _facts(sources: list[dicom.Source]) -> dict[str, str]:

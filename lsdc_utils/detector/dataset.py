@@ -45,7 +45,7 @@ def label_boxes(
             near |= (other.level == label.level) & (others_off <= copy_mm) & np.isfinite(off)
         point = np.array([label.X, label.Y, label.Z])
         for index in np.flatnonzero(near):
-            xy = (label.x, label.y) if index == own else geometry.to_pixels(stack.affines[index], point)[:2]
+            xy = geometry.to_pixels(stack.affines[index], point)[:2]  # a stack is upright, its files need not be
             if place := _box(xy, places[index], stack.affines[index], config):
                 boxes.append((index, label.row_id, label.severity, label.severity, *place, index != own, off[index]))
     table = pd.DataFrame(boxes, columns=BOXES)

@@ -36,7 +36,7 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
     config, parts, first = detector.config, [], 0
     stacks = stacks if canal is not None and len(canal) else ()
     for stack in (s for s in stacks if s.series_type == GROUPS[config.condition].series_type):
-        first += len(stack.pixels)
+        own, first = np.arange(first, first + len(stack.pixels)), first + len(stack.pixels)
         levels = axial_levels(stack, canal) if config.condition == "ss" else np.full(len(stack.pixels), -1)
         index = np.flatnonzero(wanted(stack, config, canal))
         if not len(index):
@@ -45,7 +45,7 @@ def detect(detector: Detector, stacks: Sequence[Stack], canal: pd.DataFrame | No
         for scale, flip in config.views:
             centres, scores = forward(detector, images, scale, flip)
             points = patient_points(stack.affines[index], places, centres)
-            parts.append((points, scores, levels[index], index + first))
+            parts.append((points, scores, levels[index], own[index]))
     return join_detections(parts, len(class_table(config)))
 
 

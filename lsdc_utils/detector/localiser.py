@@ -177,7 +177,7 @@ def augmented(
         across, down = np.exp(-0.5 * ((grid - place[:, None]) / SPREAD) ** 2)
         np.maximum(target[number], np.outer(down, across), out=target[number])
     weight = np.broadcast_to(sample.known[:, None, None], target.shape).astype(np.float32).copy()
-    weight[0] *= rows[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
+    weight[[MAPS.index("disc"), MAPS.index("canal")]] *= rows[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
     return _recoloured(image, rng) if greys else image.astype(np.float32) / 255, target, weight
 
 

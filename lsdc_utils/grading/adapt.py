@@ -4,6 +4,7 @@ In each condition group the weights of all models get one factor (a temperature)
 and the prior the new level frequencies. A ridge pulls to the run's own numbers; inner folds choose its strength.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -113,11 +114,11 @@ def shrunk_prior(prior: list[dict[str, Any]], rows: pd.DataFrame) -> list[dict[s
     return table.to_dict("records")
 
 
-def cross_fitted(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame, series: pd.DataFrame) -> Tables:
+def cross_fitted(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame, unseen: Collection[str]) -> Tables:
     """Every row of the studies of `labels` (row_id, study_id, severity, fold) by each of `grade.blends_of`, by a recipe
-    that was fitted on the other folds. series: study_id, series_type."""
+    that was fitted on the other folds. unseen: ids of the rows whose own series is missing, or could not be read."""
     rows, parts = grade.rows_of(labels["study_id"].unique()), []
-    unseen, fold_of = grade.without_own_series(rows, series), dict(labels[["study_id", "fold"]].astype(str).to_numpy())
+    fold_of = dict(labels[["study_id", "fold"]].astype(str).to_numpy())
     for fold, held_out in rows.groupby(rows["study_id"].map(fold_of)):
         others = fit_recipe(recipe, given, labels[labels["fold"].astype(str) != fold])
         parts.append(grade.blend_rows(others, given, grade.prior_of(others, held_out), unseen)[0])

@@ -73,7 +73,8 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     order = np.random.default_rng(0).permutation(labels["patient"].unique())
     labels["fold"] = labels["patient"].map({patient: k % adapt.PARTS for k, patient in enumerate(order)})
     new = adapt.fit_recipe(recipe, given, labels)
-    graded = adapt.cross_fitted(recipe, given, labels, found.comp.series)
+    sources = pd.read_parquet(tables / "sources_test.parquet")
+    graded = adapt.cross_fitted(recipe, given, labels, set(sources.loc[~sources["own_series"], "row_id"]))
     solution, own = metric.solution_of(labels), pd.read_parquet(tables / "ensemble_test.parquet")
     for name, table in (("before", own), ("after", graded["ensemble"])):
         new["adapted"][name] = metric.without_nan(metric.study_losses(solution, metric.weight_table(table)).score())

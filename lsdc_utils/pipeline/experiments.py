@@ -45,10 +45,13 @@ def run_ablations(base: Path, names: list[str], cores: int) -> int:
     if unknown := set(names) - set(ablations):
         raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {', '.join(ablations)}")
     folders = {name: base.with_name(f"{base.name}-{name}") for name in ablations if not names or name in names}
+    command = ["ablate", *names, "--run", base.name]
+    if status := _work(base, read_parameters(base), command, cores, SCORES):  # by the code of the others
+        return status
     for name, folder in folders.items():
         copy_run(base, folder)
         parameters = changed(read_parameters(base), ablations[name]["change"])
-        if status := _work(folder, parameters, ["ablate", *names, "--run", base.name], cores, SCORES):
+        if status := _work(folder, parameters, command, cores, SCORES):
             return status
     removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
     return _report_table(base, "ablation", ablation_table(base, removed), cores)
@@ -62,7 +65,7 @@ def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     for n_train in sizes:
         runs[n_train] = base if n_train == parameters["n_train"] else base.with_name(f"{base.name}-n{n_train}")
         command, change = ["curve", *map(str, sizes), "--run", base.name], changed(parameters, {"n_train": n_train})
-        if runs[n_train] != base and (status := _work(runs[n_train], change, command, cores, SCORES)):
+        if status := _work(runs[n_train], change, command, cores, SCORES):
             return status
     return _report_table(base, "curve", curve_table(runs), cores)
 
@@ -72,9 +75,11 @@ def run_refined(base: Path, cores: int) -> int:
     parameters, folder = load_parameters("demo") | read_parameters(base), base.with_name(f"{base.name}-refined")
     if parameters["vit_soften"]:
         raise UsageError(f"--run {base.name}: its labels are softened already")
-    change = changed(parameters, {"vit_soften": REFINED_SHARE, "blend_of": base.name})
+    change, command = changed(parameters, {"vit_soften": REFINED_SHARE, "blend_of": base.name}), ["refine", "--run"]
+    if status := _work(base, read_parameters(base), [*command, base.name], cores, SCORES):  # by the code of the other
+        return status
     copy_run(base, folder)
-    if status := _work(folder, change, ["refine", "--run", base.name], cores):
+    if status := _work(folder, change, [*command, base.name], cores):
         return status
     print(f"\n{refined_table(base, folder).to_string(index=False, float_format='{:.4f}'.format)}")
     return 0

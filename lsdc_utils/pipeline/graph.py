@@ -166,7 +166,8 @@ def step_parameters(step: Step, parameters: dict[str, Any], run_name: str) -> di
 
 def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     """The parameters whose change re-runs the step, as JSON: of a value by condition the step's own entry, of a file
-    (`*_csv`) its content, of a data folder its tables; not the run's folder, so that a run may be renamed."""
+    (`*_csv`, weights) its content, of a data folder its tables, of models what lies beside their weights; not the run's
+    folder, so that a run may be renamed."""
     values = step_parameters(step, parameters, "")
     for name in ("run_dir", *(PREDICTION_PLACES if "n_shards" in parameters else ())):
         values.pop(name, None)
@@ -174,8 +175,10 @@ def tracked_parameters(step: Step, parameters: dict[str, Any]) -> str:
     for name, value in values.items():
         if condition and isinstance(value, dict) and set(value) == set(GROUPS):
             values[name] = value[condition]
-        elif name.endswith("_csv") and (NOTEBOOKS / value).is_file():  # notebooks run in their own folder
+        elif name.endswith(("_csv", "yolo_model", "encoder_weights")) and (NOTEBOOKS / value).is_file():
             values[name] = sha256(NOTEBOOKS / value)
+        elif name in ("start_from", "points_from") and value:
+            values[name] = [value, *map(sha256, sorted((NOTEBOOKS / value).glob("weights/*.json")))]
         elif name == "data_dir" and value:
             values[name] = [value, *map(sha256, sorted(Path(value).glob("*.csv")))]
     return json.dumps(values, sort_keys=True)

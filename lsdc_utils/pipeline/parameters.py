@@ -22,7 +22,6 @@ ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neig
 LEAST = {"vit_epochs": 1, "vit_views": 1, "vit_batch": 1, "yolo_batch": 1, "localiser_batch": 1, "threads": 1,
          "workers": 1, "n_train": 2, "stress_doses": 2, "stress_studies": 1}  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
-STUDIES = ("data_dir", "phantom", "phantom_seed")  # parameters that decide which studies a run has
 
 
 def converted(key: str, value: Any, default: Any) -> Any:
@@ -165,24 +164,36 @@ def check_start(parameters: dict[str, Any]) -> None:
             raise UsageError(f"pretrain_phantom={count}: expected 0, or 10 to 5000 studies")
         if other := next(filter(parameters.get, ("start_from", "published_method")), None):
             raise UsageError(f"pretrain_phantom cannot be used with {other}")
-    drawn, keys = parameters["phantom"] and not parameters["data_dir"], (*ARCHITECTURE, *STUDIES)
     for name in filter(parameters.get, BORROWED):
         place = Path(parameters[name])
         if not (place / "parameters.yml").is_file() or not (place / "weights").is_dir():
             raise UsageError(f"{name}: {place} is neither a run in outputs/ nor a folder of packed models")
         theirs = load_parameters("demo") | read_parameters(place)  # which may be older
         there, here = (  # of paths the name alone: models may have moved, and packed ones have no folders
-            {key: os.path.basename(v) if isinstance(v := values.get(key), str) else str(v) for key in keys}
+            {key: os.path.basename(v) if isinstance(v := values.get(key), str) else str(v) for key in ARCHITECTURE}
             for values in (theirs, parameters)
         )
-        differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key]}
+        differ = {key: f"{key} ({there[key]} there, {here[key]} here)" for key in there if there[key] != here[key]}
         needed, has = (set(groups_of(values.get("conditions", GROUPS))) for values in (parameters, theirs))
         if lacking := sorted(needed - has):
             raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
-        if other := [differ[key] for key in ARCHITECTURE if key in differ and name == "start_from"]:
-            raise UsageError(f"start_from: the models in {place} have another architecture: {', '.join(other)}")
-        if differ.keys().isdisjoint(STUDIES if drawn else STUDIES[:1]):
+        if differ and name == "start_from":
+            raise UsageError(f"{name}: the models in {place} have another architecture: {', '.join(differ.values())}")
+        if _studies(parameters) in _seen(theirs):
             raise UsageError(f"{name}: the models in {place} were trained on studies that this run holds out")
+
+
+def _studies(parameters: dict[str, Any]) -> str:
+    """Which studies a run has: of a phantom its seed, of a folder its name, since it may have moved."""
+    folder = parameters["data_dir"]
+    return f"phantom {parameters['phantom_seed']}" if parameters["phantom"] and not folder else os.path.basename(folder)
+
+
+def _seen(parameters: dict[str, Any]) -> set[str]:
+    """The `_studies` of a run, and of those whose models it took."""
+    taken = [Path(parameters[name]) for name in BORROWED if os.path.isabs(parameters.get(name) or "")]
+    others = (load_parameters("demo") | read_parameters(run) for run in taken if (run / "parameters.yml").is_file())
+    return {_studies(parameters)}.union(*map(_seen, others))
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:

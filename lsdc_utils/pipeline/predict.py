@@ -166,7 +166,8 @@ def write_pages(parameters: dict[str, Any], name: str, basis: str, evaluated: Pa
     out, comp, findings = Path(parameters["predict_dir"]), listed_studies(parameters), {}
     graded = [evaluated] if evaluated else [step.given["out_dir"] for step in all_steps(parameters)]
     rows = pd.concat([read_graded(place, "test") for place in graded])
-    for study, rule, value in pd.read_csv(out / "findings.csv")[["study_id", "rule", "value"]].dropna().to_numpy():
+    told = pd.read_csv(out / "findings.csv", dtype={"study_id": "Int64"})[["study_id", "rule", "value"]]
+    for study, rule, value in told.dropna().to_numpy():
         findings.setdefault(int(study), []).append((rule, value))
     weights, read = Path(parameters["weights_dir"]), lambda study: read_study(comp, "test", study)[0]
     shown = (evaluated / "report", evaluated / "notebooks/evaluate.ipynb") if evaluated else (out / "pages", None)

@@ -55,15 +55,26 @@ def test_traits_come_from_headers_and_a_table_has_the_last_word(tmp_path: Path) 
     write_study(tmp_path, 1, 1, **scanner, PatientID="ann", PatientAge="057Y", PatientSex="F")
     write_study(tmp_path, 2, 2, PatientID="ann")
     write_study(tmp_path, 3, 3, PatientID="bob")
+    write_study(tmp_path, 4, 4, PatientID="cyd")
     comp, studies = read(tmp_path)
     table = cohort.describe(comp, studies).set_index("study_id")
     assert table.loc[1, list(cohort.TRAITS)].tolist() == ["SIEMENS", "1.5", "057Y", "F", "4.4"]
     assert (table.loc[2:, list(cohort.TRAITS)] == "").all(axis=None)
-    assert table["patient"].tolist() == [0, 0, 1]  # numbers, which name no one
+    assert table["patient"].tolist() == [0, 0, 1, 2]  # numbers, which name no one
     (tmp_path / "patients.csv").write_text("Study_ID; Sex; patient\n2; M; x\n3; ; x\n9; F; y\n")
     table = cohort.describe(comp, studies).set_index("study_id")
-    assert table["sex"].tolist() == ["F", "M", ""]
-    assert table["patient"].tolist() == [0, 1, 1]
+    assert table["sex"].tolist() == ["F", "M", "", ""]
+    assert table["patient"].tolist() == [0, 0, 0, 1]  # study 1, which the table lacks, has the header of study 2
+    (tmp_path / "patients.csv").write_text("study_id,patient\n1,x\n2,y\n")
+    assert cohort.describe(comp, studies)["patient"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_patient_of_few_studies_is_not_a_word_for_everyone(tmp_path: Path) -> None:
+    for study in range(1, 7):
+        write_study(tmp_path, study, study)
+    comp, studies = read(tmp_path)
+    (tmp_path / "patients.csv").write_text("study_id,patient\n2,ann\n5,ann\n")
+    assert cohort.describe(comp, studies)["patient"].tolist() == [0, 1, 2, 3, 1, 4]
 
 
 def test_studies_without_a_name_of_their_own_are_patients_of_their_own(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from toy_spine import canal_labels, canal_points, config, toy_study, write_datas
 from lsdc_utils.data import checks, competition
 from lsdc_utils.data.folds import training_labels
 from lsdc_utils.data.stacks import convert_studies, load_study
+from lsdc_utils.detector import dataset
 from lsdc_utils.detector.classes import DetectorError
 from lsdc_utils.detector.dataset import Dataset, _box, label_boxes
 from lsdc_utils.detector.detections import patient_points
@@ -35,6 +36,14 @@ def test_boxes_lie_where_the_reader_clicked(condition):
     np.testing.assert_allclose(back, both[["X", "Y", "Z"]], atol=0.01)
     edge = boxes[["x", "y"]].to_numpy() + np.array([[0.5], [-0.5]])[:, None] * boxes[["width", "height"]].to_numpy()
     assert edge.min() >= 0 and edge.max() <= 1
+
+
+@pytest.mark.parametrize("condition", GROUPS)
+def test_clicks_on_images_that_are_stored_mirrored_are_boxed_where_the_upright_stack_shows_them(condition):
+    stack, labels = toy_study(condition)
+    stored = labels.assign(x=stack.pixels.shape[2] - 1 - labels["x"])  # as the reader saw the file
+    boxes = [label_boxes(stack, clicks, config(condition), 6.0, canal_points()) for clicks in (labels, stored)]
+    pd.testing.assert_frame_equal(*boxes)
 
 
 def test_neighbouring_slices_carry_the_box_too():
@@ -90,12 +99,13 @@ def test_a_margin_beyond_the_copies_is_not_used(tmp_path):
     assert weight[clicked] == 1 and weight[clicked + 1] == pytest.approx(np.exp(-0.5 * (5 / 4) ** 2))
 
 
-def test_labels_without_a_box_are_counted_with_their_reason(tmp_path):
+def test_labels_without_a_box_are_counted_with_their_reason(tmp_path, monkeypatch):
     stack, labels = toy_study("scs")
     labels.loc[0, "severity"] = -1
     labels.loc[1, "instance_number"] = 9999
     labels.loc[2, ["series_id", "instance_number"]] = -1
-    labels.loc[3, ["x", "y"]] = [-60.0, 5.0]
+    labels.loc[3, "Y"] += 100.0
+    monkeypatch.setattr(dataset, "readers_canal", lambda *_: canal_points())  # a window that this point does not move
     images, boxes, skipped = write_dataset([stack], labels, tmp_path / "scs", config("scs"), 0.0, 4.0, 1)
     reasons = skipped.set_index("row_id")["reason"].to_dict()
     expected = [

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toy_spine import canal_points, config, level_centre, toy_study
@@ -11,7 +12,7 @@ from lsdc_utils.data.stacks import Stack
 from lsdc_utils.detector.canal import AXIAL_REACH, axial_levels
 from lsdc_utils.detector.classes import Detector, class_table
 from lsdc_utils.detector.detections import detect, forward
-from lsdc_utils.detector.images import network_inputs, shown
+from lsdc_utils.detector.images import network_inputs, shown, wanted
 from lsdc_utils.detector.training import quiet_ultralytics
 from lsdc_utils.vocabulary import AXIAL, GROUPS, LEVELS
 
@@ -63,6 +64,21 @@ def test_a_mirrored_patient_is_found_mirrored(condition, tmp_path):
 
     np.testing.assert_allclose(ordered(seen.points * [-1, 1, 1]), ordered(mirrored.points), atol=0.02)
     np.testing.assert_allclose(np.sort(seen.scores, axis=0), np.sort(mirrored.scores, axis=0), atol=1e-5)
+
+
+def test_slices_of_two_series_have_numbers_of_their_own(tmp_path):
+    quiet_ultralytics(tmp_path)
+    from ultralytics.nn.tasks import DetectionModel
+
+    settings, (stack, _) = config("ss", views=((1.0, False),)), toy_study("ss")
+    there = Detector(DetectionModel("yolov10n.yaml", nc=3, verbose=False).eval(), settings, 0, {})
+    few = {key: value[:7] for key, value in vars(stack).items() if isinstance(value, np.ndarray)}
+    both = [stack, replace(stack, series_id=stack.series_id + 1, **few)]
+    looked = sum(int(wanted(one, settings, canal_points()).sum()) for one in both)
+    for order in (both, both[::-1]):
+        seen = detect(there, order, canal_points())
+        assert len(set(seen.slices)) == looked > len(set(detect(there, order[:1], canal_points()).slices))
+        assert (pd.Series(seen.levels).groupby(seen.slices).nunique() == 1).all()
 
 
 def test_a_flipped_view_of_the_foramina_is_the_view_itself(tmp_path):

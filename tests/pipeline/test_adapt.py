@@ -80,6 +80,8 @@ def graded(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
         (out / "names.txt").write_text(str(found.comp.root))
         for name, table in tables.items():
             table.to_parquet(out / f"predictions/{name}_test.parquet")
+        rows = next(iter(tables.values()))["row_id"]
+        pd.DataFrame({"row_id": rows, "own_series": True}).to_parquet(out / "predictions/sources_test.parquet")
 
     monkeypatch.setattr(labelled, "grade", write)
     monkeypatch.setattr(cohort, "fingerprints", lambda *_: [{"salt": "s", "hashes": ["h"]}])

@@ -12,7 +12,7 @@ import yaml
 
 from lsdc_utils import metric
 from lsdc_utils.pipeline import arguments, commands, experiments
-from lsdc_utils.pipeline.experiments import ABLATIONS, ablation_table, copy_run, curve_table, refined_table
+from lsdc_utils.pipeline.experiments import ABLATIONS, SCORES, ablation_table, copy_run, curve_table, refined_table
 from lsdc_utils.pipeline.parameters import changed, load_parameters
 from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, row_id
 
@@ -138,9 +138,10 @@ def test_what_refinement_adds_has_a_paired_interval_in_each_block_with_labels(tm
 
 def test_a_run_is_refined_once_as_a_copy_that_softens_labels(tmp_path: Path, monkeypatch, capsys) -> None:
     base, started = write_run(tmp_path / "demo", 1.0), []
-    monkeypatch.setattr(experiments, "work", lambda run: started.append(run) or 7)
+    monkeypatch.setattr(experiments, "work", lambda run: started.append(run) or 7 * (run.folder != base))
     assert experiments.run_refined(base, 2) == 7
-    (run,) = started
+    first, run = started
+    assert first.folder == base and first.until == SCORES  # what is compared is by the same code
     assert run.folder == tmp_path / "demo-refined" and run.until is None
     assert run.resume == "./run_all.sh refine --run demo" and (run.folder / "submission.csv").is_file()
     changes = {key: value for key, value in run.parameters.items() if value != load_parameters("demo")[key]}
@@ -148,6 +149,21 @@ def test_a_run_is_refined_once_as_a_copy_that_softens_labels(tmp_path: Path, mon
     (base / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
     with pytest.raises(experiments.UsageError, match="--run demo: its labels are softened already"):
         experiments.run_refined(base, 2)
+
+
+def test_a_run_is_brought_up_to_date_before_its_ablations_are_copied(tmp_path: Path, monkeypatch) -> None:
+    base, started = write_run(tmp_path / "demo", 1.0), []
+    (base / "parameters.yml").write_text(yaml.safe_dump(load_parameters("demo")))
+
+    def renew(run) -> int:
+        started.append(run.folder.name)
+        (base / "submission.csv").write_text("by the present code")
+        return 7 * (run.folder != base)
+
+    monkeypatch.setattr(experiments, "work", renew)
+    name = next(iter(yaml.safe_load(ABLATIONS.read_text())))
+    assert experiments.run_ablations(base, [name], 1) == 7 and started == ["demo", f"demo-{name}"]
+    assert (tmp_path / f"demo-{name}/submission.csv").read_text() == "by the present code"
 
 
 def test_every_ablation_changes_parameters_that_there_are() -> None:

@@ -29,6 +29,26 @@ def test_another_content_of_a_given_table_re_runs_the_steps_that_read_it(tmp_pat
     assert tracked("00_get_data", moved) == tracked("00_get_data", "")  # reads none of them
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "notebook"),
+    [
+        ("start_from", "weights/vit3d_fold0.json", "04_train_vit3d"),
+        ("points_from", "weights/yolo_scs_fold0.json", "03_train_yolo"),
+        ("yolo_model", "own.pt", "03_train_yolo"),
+        ("vit_encoder_weights", "own.safetensors", "04_train_vit3d"),
+    ],
+)
+def test_other_weights_to_begin_with_re_run_the_trainings(tmp_path: Path, key: str, name: str, notebook: str) -> None:
+    file, step = tmp_path / name, graph.Step(notebook, notebook, {"condition": "scs", "fold": 0})
+    file.parent.mkdir(exist_ok=True)
+    value = tmp_path if file.suffix == ".json" else file
+    seen = []
+    for content in ("one", "other", "one"):
+        file.write_text(content)
+        seen.append(graph.tracked_parameters(step, load_parameters("demo") | {key: str(value)}))
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_modules_are_followed_through_packages_and_relative_imports(monkeypatch, tmp_path: Path) -> None:
     package = tmp_path / "lsdc_utils"
     (package / "deep" / "templates").mkdir(parents=True)

@@ -164,6 +164,18 @@ def test_a_start_needs_the_same_architecture_and_other_studies(models: Path) -> 
         assert "\n" not in str(error.value)
 
 
+def test_a_start_from_models_that_began_with_others_is_judged_by_the_studies_of_both(models: Path) -> None:
+    demo, second = yaml.safe_load((PROFILES / "demo.yml").read_text()), models.with_name("second")
+    (second / "weights").mkdir(parents=True)
+    theirs = demo | {"data_dir": "/data/clinic", "start_from": str(models)}
+    (second / "parameters.yml").write_text(yaml.safe_dump(theirs))
+    check_start(demo | {"start_from": str(second)})
+    for change in ({"phantom_seed": 2024}, {"data_dir": "/moved/clinic"}):
+        with pytest.raises(UsageError, match="studies that this run holds out"):
+            check_start(demo | {"start_from": str(second)} | change)
+    check_start(demo | {"points_from": str(models), "phantom": False, "phantom_seed": 2024})  # Kaggle's mount
+
+
 def test_a_start_is_a_run_by_name_or_a_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models.parent)
     monkeypatch.setattr("lsdc_utils.pipeline.parameters.OUTPUTS", models.parent / "outputs")

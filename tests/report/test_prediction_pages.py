@@ -48,6 +48,17 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, tuple[
     return root, out, summary
 
 
+def test_findings_of_long_ids_reach_their_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, told = 20251130000123457, {}
+    lines = [f"{study},,levels_uncertain,0.40,graded", ",,file_unusable,a.dcm,left out"]  # the second has no study
+    (tmp_path / "findings.csv").write_text("\n".join(["study_id,series_id,rule,value,action", *lines]))
+    monkeypatch.setattr(predict, "listed_studies", lambda _: None)
+    monkeypatch.setattr(predict, "read_graded", lambda *_: pd.DataFrame({"row_id": []}))
+    monkeypatch.setattr("lsdc_utils.report.pages.write_study_pages", lambda *given: told.update(given[6]))
+    predict.write_pages({"predict_dir": tmp_path, "weights_dir": tmp_path}, "a", "phantom_only", tmp_path)
+    assert told == {study: [("levels_uncertain", "0.40")]}
+
+
 def write_shard(shard: Path, comp: competition.Competition) -> None:
     """What 05 leaves of the studies: rows at random, a point in an image, a doubt about a study."""
     (shard / "predictions").mkdir(parents=True)

@@ -29,17 +29,19 @@ STEP = 0.01  # of the numeric gradient
 
 class Problem:
     """Labelled `rows` (as `metric.row_keys`, severity, patient) graded by a recipe's blend `name` but for three
-    numbers: the logarithm of the temperature, and what is added to the biases. Prior: after the labels of `counted`."""
+    numbers: the logarithm of the temperature, and what is added to the biases. Prior: after the labels of `counted`.
+    few: patients, so that the biases stay."""
 
-    def __init__(self, recipe: dict[str, Any], name: str, given: Tables, counted: pd.DataFrame, rows: pd.DataFrame):
+    def __init__(
+        self, recipe: dict[str, Any], name: str, given: Tables, counted: pd.DataFrame, rows: pd.DataFrame, few: bool
+    ):
         rows = rows.merge(pd.DataFrame(shrunk_prior(recipe["prior"], counted)), on=["condition", "level"])
         self.scorer, self.natural, self.groups = metric.Scorer(rows), np.empty((len(rows), 3)), []
         for key, places in rows.groupby("group").indices.items():
             tables = {model: given[model] for model in grade.blends_of(given)[name]}
             self.groups.append((places, recipe[name][key], blend.log_ratios(tables, rows.iloc[places])))
-        self.patients, people = pd.factorize(rows.groupby("study_id")["patient"].first()[self.scorer.studies])
-        few, there = len(people) < FEW, rows["severity"].unique()
-        self.biases = [] if few else [k for k in (1, 2) if k in there]  # that of a grade without a case stays
+        self.patients, _ = pd.factorize(rows.groupby("study_id")["patient"].first()[self.scorer.studies])
+        self.biases = [] if few else [k for k in (1, 2) if k in rows["severity"].to_numpy()]  # without a case it stays
 
     def losses(self, numbers: np.ndarray) -> np.ndarray:
         """What each study adds to the sum of the parts of the official score that these rows touch: (studies,)."""
@@ -79,7 +81,7 @@ def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> d
     changed, chances = rows[:0], dict.fromkeys(GROUPS, 1.0)
     fitted = {name: dict(recipe[name]) for name in grade.blends_of(given)}
     for _, unit in rows.groupby("group") if rows["patient"].nunique() >= FEW else [("all", rows)]:
-        p = Problem(recipe, "ensemble", given, unit[:0], unit).misfit()
+        p = Problem(recipe, "ensemble", given, unit[:0], unit, unit["patient"].nunique() < FEW).misfit()
         chances |= dict.fromkeys(unit["group"].unique(), p)
         mixtures = {name: _fit_unit(recipe, name, given, unit) for name in fitted} if p < SURE else {}
         if mixtures.get("ensemble"):
@@ -93,11 +95,12 @@ def fit_recipe(recipe: dict[str, Any], given: Tables, labels: pd.DataFrame) -> d
 def _fit_unit(recipe: dict[str, Any], name: str, given: Tables, rows: pd.DataFrame) -> Blend:
     """The mixtures of the groups of `rows`, which share a temperature; none where the run's own are the best."""
     patients, losses = np.random.default_rng(0).permutation(rows["patient"].unique()), np.zeros(len(STRENGTHS))
+    few = len(patients) < FEW
     for part in np.array_split(patients, PARTS):
         held_out = rows["patient"].isin(part)
-        fitting, trial = (Problem(recipe, name, given, rows[~held_out], rows[at]) for at in (~held_out, held_out))
+        fitting, trial = (Problem(recipe, name, given, rows[~held_out], rows[at], few) for at in (~held_out, held_out))
         losses += [trial.losses(fitting.fit(strength)).sum() for strength in STRENGTHS]
-    factor, *bias = Problem(recipe, name, given, rows, rows).fit(STRENGTHS[int(losses.argmin())])
+    factor, *bias = Problem(recipe, name, given, rows, rows, few).fit(STRENGTHS[int(losses.argmin())])
     changed = {}
     for key, own in recipe[name].items() if np.any([factor, *bias]) else ():
         weights = {model: float(np.exp(factor)) * weight for model, weight in own["weights"].items()}

@@ -71,6 +71,16 @@ def test_a_shift_is_recovered(recipe: dict, n: int, least: float) -> None:
         assert mixture["weights"]["yolo"] == pytest.approx(mixture["weights"]["vit3d"])  # one temperature
 
 
+def test_the_strength_is_chosen_with_the_numbers_that_are_fitted(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = []
+    own_fit = adapt.Problem.fit
+    monkeypatch.setattr(adapt.Problem, "fit", lambda problem, s: free.append(problem.biases) or own_fit(problem, s))
+    for n, biases in ((36, [1, 2]), (34, [])):  # of the inner parts each leaves fewer than 35 to fit on
+        adapt.fit_recipe(recipe, *population(n, 5, (0.6, -1.2)))
+        assert free and all(own == biases for own in free)
+        free.clear()
+
+
 def test_few_studies_change_prior_and_one_temperature_only(recipe: dict) -> None:
     given, labels = population(30, 6, factor=0.2)
     fitted = adapt.fit_recipe(recipe, given, labels)

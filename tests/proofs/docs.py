@@ -119,7 +119,6 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     "python tests/proofs/numbering.py CACHE": ("python tests/proofs/numbering.py --help", "usage: "),
     "python tests/house.py": ("", "package"),
     "python tests/proofs/adapt.py CACHE": ("python tests/proofs/adapt.py --help", "usage: "),
-    "python tests/proofs/adapt.py CACHE --test 200 --train": ("python tests/proofs/adapt.py --help", "--train"),
     "python tests/proofs/doses.py outputs/demo": ("python tests/proofs/doses.py --help", "usage: "),
     "python tests/proofs/localiser.py": ("python tests/proofs/localiser.py --help", "usage: "),
 }

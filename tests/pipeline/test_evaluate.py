@@ -323,6 +323,7 @@ def test_where_nothing_was_recorded_it_is_said_unless_the_models_saw_no_patient(
 # ---- the whole way --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_form_of_the_start_page_scores_the_committed_models(tmp_path: Path) -> None:
     """A phantom's test study, checked, graded and scored by its cells: the score of the rows, and distances in mm."""
     project = copy_project(tmp_path / "project")

@@ -25,6 +25,7 @@ from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SERIES_TY
 BLENDS = grade.blends_of(["yolo", "vit3d"])
 
 SECRET, STUDIES = "hospital-xq", 44
+UNREAD = {f"1003_{column}" for column in COLUMNS if "subarticular" in column}  # of a series left out
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def graded(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
         for name, table in tables.items():
             table.to_parquet(out / f"predictions/{name}_test.parquet")
         rows = next(iter(tables.values()))["row_id"]
-        pd.DataFrame({"row_id": rows, "own_series": True}).to_parquet(out / "predictions/sources_test.parquet")
+        sources = pd.DataFrame({"row_id": rows, "own_series": ~rows.isin(UNREAD)})
+        sources.to_parquet(out / "predictions/sources_test.parquet")
 
     monkeypatch.setattr(labelled, "grade", write)
     monkeypatch.setattr(cohort, "fingerprints", lambda *_: [{"salt": "s", "hashes": ["h"]}])
@@ -112,6 +114,17 @@ def test_the_new_run_is_a_run_like_any_other(trained: Path, graded: dict, tmp_pa
     assert provenance["adapted"]["run"] == "first" and provenance["data"]["studies"] == 9
     for file in (file for file in out.rglob("*") if file.is_file()):
         assert SECRET.encode() not in file.read_bytes() and SECRET not in str(file)
+
+
+def test_after_is_graded_as_before_was_where_a_listed_series_could_not_be_read(
+    trained: Path, graded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tables = found_in(tmp_path / SECRET, 20)
+    graded |= tables
+    told, rows = [], dict.fromkeys(BLENDS, tables["ensemble"])
+    monkeypatch.setattr(adapt.adapt, "cross_fitted", lambda *given: told.append(given[3]) or rows)
+    adapt.adapt_run(found, trained, trained.with_name("second"), 1, "")
+    assert told == [UNREAD] and len(UNREAD) == 10
 
 
 def test_studies_of_a_patient_are_never_fitted_and_graded_apart(trained: Path, graded: dict, tmp_path: Path) -> None:

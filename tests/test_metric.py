@@ -169,6 +169,18 @@ def test_models_are_resampled_together_and_an_interval_holds_the_score():
     assert np.isnan(metric.interval(np.full((10, 1), np.nan))).all()
 
 
+@pytest.mark.parametrize(("patients", "known"), [(metric.FEWEST, True), (metric.FEWEST - 1, False)])
+def test_few_patients_have_scores_and_no_interval(patients, known):
+    """Two studies of the last patient do not count as two."""
+    rows = [(f"{n}_spinal_canal_stenosis_l4_l5", n % 3) for n in range(patients + 1)]
+    solution = pd.DataFrame(rows, columns=["row_id", "severity"])
+    table = pd.DataFrame({"row_id": solution["row_id"]}).assign(**dict.fromkeys(SEVERITIES, 1 / 3))
+    people = pd.Series({f"{n}": min(n, patients - 1) for n in range(patients + 1)})
+    block = metric.score_block(solution, {"ensemble": table}, people)
+    assert block["n_studies"] == patients + 1 and block["scores"]["ensemble"]["spinal"] > 0
+    assert (block["interval"]["ensemble"]["spinal"] != [None, None]) == known
+
+
 def test_calibration_error_tells_calibrated_from_sharpened():
     rng = np.random.default_rng(3)
     p = rng.dirichlet([2, 1, 1], size=50000)

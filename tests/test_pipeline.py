@@ -129,6 +129,8 @@ def test_level_points_lie_in_the_patient(run: Path, parameters: dict) -> None:
 
 
 def test_weights_carry_their_checksum_and_fold(run: Path, parameters: dict) -> None:
+    blended = json.loads((run / "blend.json").read_text())["weights"]
+    assert len(blended) == 5 * len(parameters["folds"])
     for fold in parameters["folds"]:
         for name in (
             *(f"yolo_{key}_fold{fold}.pt" for key in GROUPS),
@@ -136,7 +138,7 @@ def test_weights_carry_their_checksum_and_fold(run: Path, parameters: dict) -> N
         ):
             file = run / "weights" / name
             about = json.loads(file.with_suffix(".json").read_text())
-            assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+            assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() == blended[file.stem]
             assert about["fold"] == fold
 
 

@@ -135,7 +135,7 @@ def load_study(slices_dir: str | Path, study_id: int) -> list[Stack]:
 
 def read_study(comp: Competition, split: str, study_id: int) -> tuple[list[Stack], pd.DataFrame]:
     """The stacks of a study's readable series, by series id, and findings about the other series and files."""
-    stacks, rows = _near_stacks(_described(comp, split, study_id))
+    stacks, rows = _near_stacks(described(comp, split, study_id))
     return stacks, pd.DataFrame(rows, columns=FINDINGS)
 
 
@@ -169,7 +169,8 @@ def _patient(source: dicom.Source) -> str:
     return ""
 
 
-def _described(comp: Competition, split: str, study_id: int) -> list[Described]:
+def described(comp: Competition, split: str, study_id: int) -> list[Described]:
+    """What the tables tell of a study's series, by series id."""
     series = comp.series[(comp.series["study_id"] == study_id) & (comp.series["split"] == split)]
     rows = sorted(zip(series["series_id"].tolist(), series["series_type"], strict=True))
     labelled = set(comp.coordinates["series_id"][comp.coordinates["study_id"] == study_id]) if split == "train" else ()
@@ -193,7 +194,7 @@ def convert_studies(
 ) -> Iterator[tuple[pd.DataFrame, list]]:
     """Write the stacks of studies as <folder>/<study>/<series>.npz; yields each study's findings as in `read_study`,
     and what the functions in use[study], called in the same process, returned for each of its stacks."""
-    tasks = [(_described(comp, split, study), (use or {}).get(study, ())) for study in studies]
+    tasks = [(described(comp, split, study), (use or {}).get(study, ())) for study in studies]
     convert = partial(_convert_study, Path(folder))
     yield from each(convert, tasks, workers, FEW_STUDIES, begin=partial(cv2.setNumThreads, 1))
 

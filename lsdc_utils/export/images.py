@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from lsdc_utils import geometry
 from lsdc_utils.data.competition import Competition
 from lsdc_utils.data.parts import select
-from lsdc_utils.dicom import DicomError, Series, Slice, read_series
+from lsdc_utils.data.stacks import described, read_study
+from lsdc_utils.dicom import Series, Slice, read_series
 from lsdc_utils.dicom.headers import integer
 from lsdc_utils.grading.marks import REACH
 from lsdc_utils.grading.run_tables import BLOCKS
 from lsdc_utils.vocabulary import GROUPS
 
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 LEGAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){2,}")
 CONTRAST = ("ScanningSequence", "SequenceVariant", "EchoTime", "RepetitionTime", "FlipAngle", "MagneticFieldStrength",
             "SliceThickness", "SpacingBetweenSlices")  # fmt: skip
@@ -64,24 +66,28 @@ def count_uids(comp: Competition) -> Counter:
 
 
 def find_keys(comp: Competition, counts: UidCounts, rows: pd.DataFrame) -> tuple[dict[str, Key], list[str]]:
-    """The image nearest to the point of each row that has one, by row id, and what could not be read."""
+    """Of the images that grading used, the one nearest to the point of each row that has one, by row id; and which
+    series it could not use. Either all are referred to by their own UIDs or none, since a report is of one study."""
     study, split = int(rows["study_id"].iloc[0]), BLOCKS[rows["block"].iloc[0]]
-    keys, problems = {}, []
-    for series_type, described in comp.series.query("study_id == @study and split == @split").groupby("series_type"):
-        wanted = [r for r in rows.itertuples() if GROUPS[r.group].series_type == series_type and r.X == r.X]
-        read = []
-        for series_id in described["series_id"] if wanted else ():
-            try:
-                source = select(comp.source(split, study, series_id), series_type)[0]
-                read.append((int(series_id), read_series(source, labelled=False)))
-            except DicomError as error:
-                problems.append(str(error))
-        for row in wanted if read else ():
-            places = [(*_nearest(series, row), series_id, series) for series_id, series in read]
-            n, x, y, off, series_id, series = min(places, key=lambda place: place[3])
-            if off <= REACH:
-                keys[row.row_id] = _key(counts, study, series_id, series, n, (x, y))
-    return keys, problems
+    stacks, findings = read_study(comp, split, study)
+    read, used, chosen = {}, {stack.series_id: stack for stack in stacks}, {}
+    left_out = findings.loc[~findings["series_id"].isin(used), ["series_id", "value"]]
+    problems = [f"series {number}: {value}" for number, value in left_out.to_numpy()]
+    for source, _, series_id, kind, labelled in described(comp, split, study):
+        if series_id in used:
+            series = read_series(select(source, kind)[0], labelled=labelled)
+            numbers = used[series_id].instance_numbers
+            shown = [n for n, image in enumerate(series.slices) if image.instance_number in numbers]
+            slices, pixels = tuple(series.slices[n] for n in shown), [series.pixels[n] for n in shown]
+            read.setdefault(kind, []).append((series_id, replace(series, slices=slices, pixels=pixels)))
+    for row in rows[rows["X"].notna()].itertuples():
+        places = [(*_nearest(series, row), key, series) for key, series in read.get(GROUPS[row.group].series_type, ())]
+        n, x, y, off, series_id, series = min(places, key=lambda place: place[3], default=(0, 0, 0, np.inf, 0, None))
+        if off <= REACH:
+            chosen[row.row_id] = (series_id, series, n, (x, y))
+    files = {series.slices[n].file for _, series, n, _ in chosen.values()}
+    own = all(_referable(counts, pydicom.dcmread(file, stop_before_pixels=True)) for file in files)
+    return {row: _key(own, study, *place) for row, place in chosen.items()}, problems
 
 
 def _nearest(series: Series, row) -> tuple[int, float, float, float]:
@@ -91,23 +97,27 @@ def _nearest(series: Series, row) -> tuple[int, float, float, float]:
     return n, x, y, geometry.image_distances(image.affine[None], np.array([image.shape]), point).item()
 
 
-def _key(counts: UidCounts, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
-    """One image and how to refer to it: by its own UIDs if they are legal and unique, else by new ones."""
+def _referable(counts: UidCounts, source: Dataset) -> bool:
+    """Whether the UIDs of a file are legal, and that of its image unique."""
+    own = [str(source.get(name, "")) for name in UIDS]
+    return all(LEGAL_UID.fullmatch(uid) and len(uid) <= 64 for uid in own) and counts()[own[2]] == 1
+
+
+def _key(own_uids: bool, study: int, series_id: int, series: Series, n: int, point: tuple[float, float]) -> Key:
+    """One image and how to refer to it: by its own UIDs or by new ones."""
     image, pixels = series.slices[n], series.pixels[n]
     source = pydicom.dcmread(image.file, stop_before_pixels=True)
     header = Dataset()
     for name in EMPTY:
         setattr(header, name, "")
     header.PatientID, header.PatientName, header.Modality = str(study), f"Study^{study}", "MR"
-    names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-    own = before = {name: str(source.get(name, "")) for name in names}
-    legal = all(LEGAL_UID.fullmatch(uid) and len(uid) <= 64 for uid in own.values())
-    if legal and counts()[own["SOPInstanceUID"]] == 1:
+    own = before = {name: str(source.get(name, "")) for name in UIDS}
+    if own_uids:
         pixels = None
     else:
         place = f"{study}/{series_id}"
         bytes_of = f"{place}/{image.frame}/".encode() + image.file.read_bytes()
-        own = dict(zip(names, (new_uid(str(study)), new_uid(place), new_uid(bytes_of), MRImageStorage), strict=True))
+        own = dict(zip(UIDS, (new_uid(str(study)), new_uid(place), new_uid(bytes_of), MRImageStorage), strict=True))
         for name in CONTRAST:
             if source.get(name) not in (None, ""):
                 setattr(header, name, source.get(name))

@@ -31,7 +31,8 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
     block, images_referred (in the SR), images_written, problem (what could not be read).
 
     studies: default: the test studies, or all graded out of fold if there are none. RunError if the run cannot be used;
-    ExportError if it did not grade a study, or if models that were trained on a phantom alone graded other studies."""
+    ExportError if it did not grade a study, if models that were trained on a phantom alone graded other studies, or if
+    `out` lies in the data or holds anything but an export in place of a study's."""
     run, record = Path(run_dir), Path(run_dir) / "data.json"
     synthetic = record.is_file() and json.loads(record.read_text())["kind"] == "phantom"
     if not synthetic and grade_basis(run) == PHANTOM_ONLY:
@@ -42,12 +43,17 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
     if not tables:
         remedy = "it was adapted and keeps no study; use predict" if adapted else "run it to 05_ensemble_inference"
         raise ExportError(f"the run in {run} has no grades to export: {remedy}")
-    comp, folder = read_data(run), out or run / "exports"
+    comp, folder = read_data(run), (out or run / "exports").resolve()
+    if folder.is_relative_to(comp.root.resolve()):
+        raise ExportError(f"{folder} lies in the folder of the data: give another one with --out")
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
     last = max(known.values(), default="")  # "test" comes after "oof"
     asked = [study for study, block in known.items() if block == last] if studies is None else list(studies)
     if unknown := [str(study) for study in asked if study not in known]:
         raise ExportError(f"the run in {run} did not grade {', '.join(unknown)}")
+    for place in (folder / str(study) for study in asked):
+        if place.exists() and not (place / "grades.csv").is_file():
+            raise ExportError(f"{place} is there, and no export wrote it: give another folder with --out")
     when = datetime.fromtimestamp((run / "scores.json").stat().st_mtime)
     counts, lines = functools.cache(lambda: count_uids(comp)), []
     for number, study in enumerate(sorted(asked), 1):

@@ -23,7 +23,7 @@ def training_studies(run_dir: str | Path) -> int:
 
 def grade_basis(run_dir: str | Path) -> str:
     """`PHANTOM_ONLY`, or 'trained on <n> studies of <data>', of a run or packed models; then that of taken models."""
-    files = [Path(run_dir, name) for name in ("provenance.json", "data.json")]
+    files = [Path(run_dir, name) for name in ("data.json", "provenance.json")]  # packed models have the second alone
     about = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     data = about.get("data", about)
     if data.get("kind") == "phantom":

@@ -18,7 +18,7 @@ from lsdc_utils.vocabulary import GROUPS
 Judged = dict[str, pd.DataFrame]  # by model
 POINTS = (0.2, 0.5)  # natural probabilities at which sensitivity and specificity are stated
 EVENTS = {"severe": 2, "moderate or severe": 1}  # the mildest severity that counts as the event
-FEWEST, FEW = 10, 30  # patients: under the first there are no intervals, under the second they are rough
+FEWEST, FEW = metric.FEWEST, 30  # patients: under the first there are no intervals, under the second they are rough
 SUSPECT = 0.05  # a label this improbable to models that did not see it is worth a second look
 
 

@@ -44,7 +44,8 @@ def weight_files(
 
 
 def read_recipe(run_dir: str | Path) -> dict[str, Any]:
-    """blend.json of a finished run; RunError where files are missing (names them), or its code had another format."""
+    """blend.json of a finished run; RunError where files are missing (names them), its code had another format, or its
+    weights were trained after it was fitted."""
     run = Path(run_dir)
     recipe = json.loads((run / "blend.json").read_text()) if (run / "blend.json").is_file() else {}
     if recipe and (recipe.get("format") != FORMAT or not recipe.keys() >= set(RECIPE_KEYS)):
@@ -58,13 +59,27 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
             recipe |= blends | {"members": others, "missing_members": [*recipe["missing_members"], name], "without": {}}
     if missing := _lacks(run, recipe):
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
+    known = recipe.get("weights")  # which older recipes lack
+    if other := [name for name, digest in weight_sums(run, recipe).items() if known[name] != digest] if known else []:
+        remedy = "run it again, to 05_ensemble_inference or further"
+        raise RunError(f"the run in {run} was blended with other weights than its {', '.join(other)}: {remedy}")
     return recipe
+
+
+def weight_sums(run_dir: str | Path, recipe: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each of the weights of a recipe's models by name, as told beside them."""
+    files = [Path(run_dir, name).with_suffix(".json") for name in _weights(recipe)]
+    return {file.stem: json.loads(file.read_text()).get("sha256", "") for file in files}
+
+
+def _weights(recipe: dict[str, Any]) -> list[str]:
+    published = recipe.get("kind") == "published"
+    return weight_files(recipe.get("folds", ()), published, recipe["conditions"], recipe["members"])
 
 
 def _lacks(run: Path, recipe: dict[str, Any]) -> list[str]:
     """The files of a recipe's models that a run's folder lacks."""
-    published = recipe.get("kind") == "published"
-    weights = weight_files(recipe.get("folds", ()), published, recipe["conditions"], recipe["members"])
+    weights = _weights(recipe)
     needed = ["blend.json", *weights, *(str(Path(name).with_suffix(".json")) for name in weights)]
     return [name for name in needed if not (run / name).is_file()]
 

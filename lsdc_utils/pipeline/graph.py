@@ -210,7 +210,7 @@ def source_hash(notebook: str) -> str:
     """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
     cells = [source for source, tags in code_cells(notebook) if "parameters" not in tags]
     digest = hashlib.sha256("\0".join(ast.dump(_tree(source)) for source in cells).encode())
-    for file in sorted(set().union(*(module_files(source) for source in cells))):
+    for file in sorted(module_files("\n".join(ast.unparse(_tree(source)) for source in cells))):
         content = ast.dump(_tree(file.read_text())).encode() if file.suffix == ".py" else file.read_bytes()
         digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + content)
     return digest.hexdigest()

@@ -59,12 +59,12 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     version that wheels are for. RunError or UsageError if the run is not finished or a wheel cannot be had."""
     name = re.sub(r"[^a-z0-9]+", "-", f"lsdc-{run.name.lower()}").strip("-")
     dataset, notebook = out / "dataset", out / "notebook"
-    (dataset / "dataset-metadata.json").unlink(missing_ok=True)
-    for part in ("models", "lsdc_utils"):
-        shutil.rmtree(dataset / part, ignore_errors=True)
     (dataset / "wheels").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as temporary:
-        pack_run(run, Path(temporary) / "models.zip")
+        pack_run(run, Path(temporary) / "models.zip")  # first: an unfinished run replaces no bundle
+        (dataset / "dataset-metadata.json").unlink(missing_ok=True)
+        for part in ("models", "lsdc_utils"):
+            shutil.rmtree(dataset / part, ignore_errors=True)
         unpack(Path(temporary) / "models.zip", Path(temporary)).rename(dataset / "models")
     shutil.copytree(ROOT / "lsdc_utils", dataset / "lsdc_utils", ignore=shutil.ignore_patterns("__pycache__"))
     fetch(read_wheels(), dataset / "wheels", python)

@@ -18,6 +18,7 @@ from lsdc_utils.grading.evaluation import reference
 from lsdc_utils.grading.run_tables import read_recipe, weight_files
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import read_parameters
+from lsdc_utils.pipeline.parameters import studies_seen
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, SEVERITIES
 
 MANIFEST = "manifest.json"
@@ -44,6 +45,8 @@ def pack_ready(run: Path, out: Path, real: Path | None, workers: int) -> pd.Data
     are kept in 16 bits (used in 32); the blend is tempered. real: a CSV of results on real scans, for the card.
     UsageError if the run lacks a condition or all files together exceed `READY_SIZE`."""
     recipe, measured = read_recipe(run), {"real": pd.read_csv(real, dtype=str)} if real else {}
+    if recipe["kind"] != "fitted":
+        raise UsageError(f"{run} is by the published method, which has no blend to temper")
     if len(recipe["conditions"]) < len(GROUPS):
         raise UsageError(
             f"{run} grades {', '.join(recipe['conditions'])} alone: ready-made models grade all conditions"
@@ -69,7 +72,10 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     from lsdc_utils.report.run import Run
 
     weights = weight_files(recipe["folds"], recipe["kind"] == "published", recipe["conditions"], recipe["members"])
-    contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")} | {"blend.json": _json(recipe)}
+    if gone := {*json.loads((run / "blend.json").read_text()).get("members", [])}.difference(recipe["members"]):
+        remedy = "run it again, with allow_missing_members=true if they cannot be trained"
+        raise UsageError(f"the scores of the run in {run} are with {', '.join(sorted(gone))}, now absent: {remedy}")
+    contents = {name: (run / name).read_bytes() for name in (*weights, "scores.json")}
     for name in ("provenance.json", *(str(Path(name).with_suffix(".json")) for name in weights)):
         about = without_places(json.loads((run / name).read_text()))
         if isinstance(about.get("studies"), list):  # else their number already, in weights that were packed
@@ -78,13 +84,15 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
             contents[file] = in_half(contents[file])
             about["sha256"] = hashlib.sha256(contents[file]).hexdigest()
         contents[name] = _json(about)
-    parameters = without_places(read_parameters(run)) | {"example_study": 0}
+    parameters = read_parameters(run)
+    parameters = without_places(parameters) | {"example_study": 0, "seen": sorted(studies_seen(parameters))}
     contents["parameters.yml"] = yaml.safe_dump(parameters, sort_keys=False).encode()
     contents |= {f"measured_{key}.csv": table.to_csv(index=False).encode() for key, table in (measured or {}).items()}
     contents["reference.json"] = _json(reference(run, recipe) | ({} if measured is None else {"cut_offs": {}}))
     if known := trained_on(run):
         contents[TRAINED_ON] = _json(known)
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}
+    contents["blend.json"] = _json(recipe | {"weights": {Path(name).stem: text for name, text in digests.items()}})
     contents["MODEL_CARD.md"] = model_card(Run(run), measured, digests).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     manifest = {"format": FORMAT, "run": run.name, "columns": COLUMNS, "severities": SEVERITIES, "files": listed}

@@ -22,6 +22,7 @@ ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neig
 LEAST = {"vit_epochs": 1, "vit_views": 1, "vit_batch": 1, "yolo_batch": 1, "localiser_batch": 1, "threads": 1,
          "workers": 1, "n_train": 2, "stress_doses": 2, "stress_studies": 1}  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
+COMMON = ("vit_views", "vit_soften", "vit_inner_folds")  # of all members: 05 reads one, others read the answers of each
 
 
 def converted(key: str, value: Any, default: Any) -> Any:
@@ -82,6 +83,8 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise UsageError(f"profile demo and the parameters cells of the notebooks differ in: {differing}")
     if not parameters["folds"] or not set(parameters["folds"]) <= set(range(parameters["n_splits"])):
         raise UsageError(f"folds={parameters['folds']}: expected some of 0 to {parameters['n_splits'] - 1} (n_splits)")
+    if not 0 <= parameters.get("vit_soften", 0) <= 1:
+        raise UsageError(f"vit_soften={parameters['vit_soften']}: expected 0 to 1, the share of other models' answers")
     for key, least in LEAST.items():
         if parameters.get(key, least) < least:
             raise UsageError(f"{key}={parameters[key]}: expected {least} or more")
@@ -92,7 +95,8 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
 def check_members(parameters: dict[str, Any]) -> None:
     """UsageError unless `vit_members` are mappings with names of their own and settings that a transformer can have."""
     members, known = parameters["vit_members"], declared("04_train_vit3d") | {"squares": [], "name": ""}
-    keys = ["name", "squares", *graph.MEMBER, *(name for name in known if name.startswith("vit_"))]
+    own = (name for name in known if name.startswith("vit_") and name not in COMMON)
+    keys = ["name", "squares", *graph.MEMBER, *own]
     if members and parameters["published_method"]:
         raise UsageError("vit_members: published_method has one transformer")
     for number, member in enumerate(members, start=1):
@@ -179,7 +183,7 @@ def check_start(parameters: dict[str, Any]) -> None:
             raise UsageError(f"{name}: there is no detector for {', '.join(lacking)} in {place}")
         if differ and name == "start_from":
             raise UsageError(f"{name}: the models in {place} have another architecture: {', '.join(differ.values())}")
-        if _studies(parameters) in _seen(theirs):
+        if _studies(parameters) in studies_seen(theirs):
             raise UsageError(f"{name}: the models in {place} were trained on studies that this run holds out")
 
 
@@ -189,11 +193,13 @@ def _studies(parameters: dict[str, Any]) -> str:
     return f"phantom {parameters['phantom_seed']}" if parameters["phantom"] and not folder else os.path.basename(folder)
 
 
-def _seen(parameters: dict[str, Any]) -> set[str]:
-    """The `_studies` of a run, and of those whose models it took."""
+def studies_seen(parameters: dict[str, Any]) -> set[str]:
+    """The `_studies` of a run, of the one that came first, and of those whose models it took; packed models name them
+    as `seen`, since they have no paths."""
     taken = [Path(parameters[name]) for name in BORROWED if os.path.isabs(parameters.get(name) or "")]
-    others = (load_parameters("demo") | read_parameters(run) for run in taken if (run / "parameters.yml").is_file())
-    return {_studies(parameters)}.union(*map(_seen, others))
+    others = [load_parameters("demo") | read_parameters(run) for run in taken if (run / "parameters.yml").is_file()]
+    others += [first[1]] if (first := graph.phantom_run(parameters)) else []
+    return {_studies(parameters), *parameters.get("seen", ())}.union(*map(studies_seen, others))
 
 
 def changed(parameters: dict[str, Any], change: dict[str, Any], place: str = "") -> dict[str, Any]:

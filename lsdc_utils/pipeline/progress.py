@@ -172,6 +172,7 @@ def score_table(scores: dict[str, Any]) -> str:
         for model, parts in block["scores"].items():
             values = [parts[part] for part in shown] + ([skills[model][last]] if model in skills else [])
             lines += [f"  {model:22}" + "".join(f"{'-' if v is None else f'{v:.3f}':>16}" for v in values)]
-        if interval := block.get("interval", {}).get("ensemble", {}).get(last):
-            lines += [f"  ensemble, {last.replace('_', ' ')}: 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"]
+        low, high = block.get("interval", {}).get("ensemble", {}).get(last) or (None, None)
+        if low is not None:
+            lines += [f"  ensemble, {last.replace('_', ' ')}: 95 % interval {low:.3f} to {high:.3f}"]
     return "\n".join(lines)

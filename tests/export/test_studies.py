@@ -199,7 +199,7 @@ def test_a_frame_of_a_file_with_several_is_named_also_the_first(frames, tmp_path
     tags = LEGAL | {"SeriesInstanceUID": "1.2.3.4.7", "SOPInstanceUID": "1.2.3.4.5.6", "PatientID": "7"}
     file = write_slice(tmp_path / "1.dcm", 1, (0.0, 0.0, 0.0), pixels=pixels, rle=False, **tags)
     series = SimpleNamespace(slices=[Slice(file, 0, 1, np.eye(4), (8, 8), 0)], pixels=[np.zeros((8, 8))])
-    key = images._key(lambda: {"1.2.3.4.5.6": 1}, 7, 8, series, 0, (2.0, 3.0))
+    key = images._key(True, 7, 8, series, 0, (2.0, 3.0))
     names = {"condition": "spinal_canal_stenosis", "level": "l4_l5", "side": "", "group": "scs", "source": "prior"}
     row = SimpleNamespace(**names, grade=0, **dict.fromkeys(SEVERITIES, 1 / 3))
     region = reports._finding(row, key, "1.2.3.4", "x").roi
@@ -211,7 +211,8 @@ def test_of_series_with_a_slice_through_a_point_the_one_that_shows_it_is_referre
     """An image that ends before the point is not, although the point lies in its plane."""
     places = {1: (50.0, 0.0, 0.0), 2: (0.0, 0.0, 1.0)}
     for number, place in places.items():
-        write_slice(tmp_path / f"{number}/1.dcm", 1, place, pixels=np.zeros((20, 20), "uint16"), rle=False)
+        pixels = np.random.default_rng(number).integers(0, 900, (40, 40), "uint16")
+        write_slice(tmp_path / f"{number}/1.dcm", 1, place, pixels=pixels, rle=False, spacing=(2.5, 2.5))
     rows = pd.DataFrame(
         {"row_id": ["7_a"], "study_id": 7, "block": "test", "group": "ss", "X": 4.0, "Y": 4.0, "Z": 0.0}
     )
@@ -222,9 +223,62 @@ def test_of_series_with_a_slice_through_a_point_the_one_that_shows_it_is_referre
         assert [int(key.image.file.parent.name) for key in keys.values()] == found and problems == []
 
 
-def test_uids_that_collide_are_replaced(run, tmp_path):
+def test_uids_that_collide_are_replaced_and_then_all_are_since_a_report_is_of_one_study(run, study, tmp_path):
     made = studies.export_studies(relabel(run, tmp_path / "same", SOPInstanceUID="1.2.3.4.5.6", **LEGAL))
     assert made["images_written"].gt(3).all() and made["images_written"].equals(made["images_referred"])
+    some = relabel(run, tmp_path / "some", SOPInstanceUID="1.2.3.4.5.{n}", **LEGAL)
+    for file in (tmp_path / "some/data/phantom/test_images").glob("*/*/*.dcm"):
+        if (dataset := pydicom.dcmread(file)).Columns == dataset.Rows:  # the axial series alone
+            dataset.SeriesInstanceUID = "1.02.3"
+            dataset.save_as(file)
+    made = studies.export_studies(some)
+    assert made["images_written"].equals(made["images_referred"]) and made["images_written"].gt(3).all()
+    written = (some / "exports" / study.name / "images").glob("*.dcm")
+    report = pydicom.dcmread(some / "exports" / study.name / "sr.dcm")
+    assert {pydicom.dcmread(file).StudyInstanceUID for file in written} == {report.StudyInstanceUID}
+
+
+def test_images_that_grading_left_out_are_not_referred_to(run, study, tmp_path):
+    """Of another patient, and axial ones that the table calls sagittal T1, which lie as near to points."""
+    shutil.copytree(run.parent, tmp_path / "more", ignore=shutil.ignore_patterns("exports"))
+    root = tmp_path / "more/data/phantom"
+    table = pd.read_csv(root / "test_series_descriptions.csv")
+    [axial] = table.loc[table["series_description"] == "Axial T2", "series_id"]
+    own = root / "test_images" / study.name
+    for number, kind, tags in ((1, "Axial T2", {"PatientID": "other"}), (2, "Sagittal T1", {})):
+        for file in shutil.copytree(own / str(axial), own / str(number)).iterdir():
+            dataset = pydicom.dcmread(file)
+            for name, text in tags.items():
+                setattr(dataset, name, text)
+            dataset.ImagePositionPatient = [*dataset.ImagePositionPatient[:2], dataset.ImagePositionPatient[2] + 1e-3]
+            dataset.save_as(file)
+        table.loc[len(table)] = [int(study.name), number, kind]
+    for file in (root / "test_images").glob("*/*/*.dcm"):
+        if file.parent.name != "1":
+            dataset = pydicom.dcmread(file)
+            dataset.PatientID = "own"
+            dataset.save_as(file)
+    table.to_csv(root / "test_series_descriptions.csv", index=False)
+    made = studies.export_studies(tmp_path / "more/run")
+    assert "another patient" in made["problem"].iloc[0] and "its images are axial" in made["problem"].iloc[0]
+    sources = pd.read_csv(tmp_path / "more/run/exports" / study.name / "uids.csv")["file"].str.split("/").str[1]
+    assert len(sources) > 3 and not set(sources) & {"1", "2"} and str(axial) in set(sources)
+
+
+def test_no_export_replaces_what_is_not_one(run, study, tmp_path):
+    shutil.copytree(run.parent, tmp_path / "kept", ignore=shutil.ignore_patterns("exports"))
+    root = tmp_path / "kept/data/phantom"
+    files = sorted(root.rglob("*"))
+    for out in (root / "test_images", root / "new"):
+        with pytest.raises(studies.ExportError, match="lies in the folder of the data"):
+            studies.export_studies(tmp_path / "kept/run", out=out)
+    assert sorted(root.rglob("*")) == files
+    other = tmp_path / "other" / study.name / "1.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    with pytest.raises(studies.ExportError, match=f"{study.name} is there, and no export wrote it"):
+        studies.export_studies(tmp_path / "kept/run", out=tmp_path / "other")
+    assert other.read_text() == "mine"
 
 
 def test_nothing_private_is_copied(run, study, tmp_path):

@@ -20,10 +20,14 @@ def test_the_basis_is_told_by_the_best_record_that_is_there(tmp_path: Path) -> N
     assert grade_basis(tmp_path) == "trained on 4 studies of unknown data"
     write(tmp_path, "data.json", {"kind": "folder", "data_dir": "/hospital/Some^Name"})
     assert grade_basis(tmp_path) == "trained on 4 studies of a data folder"  # not named: a name may be a patient's
-    write(tmp_path, "provenance.json", {"data": {"kind": "kaggle", "studies": 1975}})
+    write(tmp_path, "provenance.json", {"data": {"kind": "kaggle", "studies": 1975}})  # of an earlier start
+    assert grade_basis(tmp_path) == "trained on 4 studies of a data folder"
+    write(tmp_path, "data.json", {"kind": "phantom"})
+    assert grade_basis(tmp_path) == PHANTOM_ONLY == "phantom_only"
+    (tmp_path / "data.json").unlink()
     assert grade_basis(tmp_path) == "trained on 1975 studies of the RSNA 2024 data set"
     write(tmp_path, "provenance.json", {"data": {"kind": "phantom", "studies": 160}})
-    assert grade_basis(tmp_path) == PHANTOM_ONLY == "phantom_only"
+    assert grade_basis(tmp_path) == PHANTOM_ONLY
 
 
 def test_folds_of_an_earlier_start_do_not_count(tmp_path: Path) -> None:

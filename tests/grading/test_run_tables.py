@@ -78,6 +78,18 @@ def test_a_row_finds_its_detected_point():
     assert run_tables.points_of(rows.astype({"study_id": str}), points).equals(by_row)
 
 
+def test_weights_that_were_trained_after_the_blend_was_fitted_are_refused(run):
+    for number, file in enumerate(sorted(run.glob("weights/*.json"))):
+        file.write_text(json.dumps({"sha256": f"{number}"}))
+    sums = run_tables.weight_sums(run, RECIPE | {"conditions": list(GROUPS), "members": []})
+    assert len(sums) == 10 and sums["localiser_fold0"] == "0" and sums["yolo_ss_fold3"] == "9"
+    (run / "blend.json").write_text(json.dumps(RECIPE | {"weights": sums}))
+    assert read_recipe(run)["weights"] == sums
+    (run / "weights/vit3d_fold3.json").write_text(json.dumps({"sha256": "another"}))
+    with pytest.raises(RunError, match=r"blended with other weights than its vit3d_fold3: run it again, to 05"):
+        read_recipe(run)
+
+
 def test_of_a_run_of_some_conditions_only_their_models_are_needed(run):
     for file in run.glob("weights/yolo_s*"):
         file.unlink()

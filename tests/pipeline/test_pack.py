@@ -58,6 +58,8 @@ def test_the_same_run_gives_the_same_bytes_and_names_no_study_or_place(
         assert not [name for name, content in text.items() if str(study) in content]
     assert not [name for name, content in text.items() if str(smoke_project) in content]
     assert len(json.loads(text["reference.json"])["prior"]) == 25
+    names = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith((".pt", "tensors"))}
+    assert json.loads(text["blend.json"])["weights"] == {Path(name).stem: digest for name, digest in names.items()}
     [trained_on] = json.loads(text["trained_on.json"])
     assert len(trained_on["hashes"]) >= labels["study_id"].nunique()
     assert len(manifest["columns"]) == 25 and manifest["severities"] == ["normal_mild", "moderate", "severe"]
@@ -90,6 +92,19 @@ def test_packed_models_can_be_packed_again(tmp_path: Path) -> None:
             opened.read("weights/yolo_scs_fold0.json"),
         ))  # fmt: skip
     assert packed["studies"] == own["studies"] > 0
+
+
+def test_a_run_whose_scores_are_with_a_member_that_is_gone_is_not_packed(tmp_path: Path) -> None:
+    run = shutil.copytree(ROOT / "outputs/pretrained", tmp_path / "run")
+    (run / "blend.json").write_text(json.dumps(json.loads((run / "blend.json").read_text()) | {"members": ["a", "b"]}))
+    with pytest.raises(UsageError, match=r"scores of the run in .* are with b, now absent: run it again"):
+        pack._contents(run, read_recipe(ROOT / "outputs/pretrained") | {"members": ["a"]})
+
+
+def test_the_published_method_is_not_made_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pack, "read_recipe", lambda _: {"kind": "published", "conditions": ["nfn", "scs", "ss"]})
+    with pytest.raises(UsageError, match="no blend to temper"):
+        pack.pack_ready(tmp_path, tmp_path / "out", None, 1)
 
 
 def test_ready_made_models_keep_no_cut_offs_of_rows_that_another_blend_graded(monkeypatch: pytest.MonkeyPatch) -> None:

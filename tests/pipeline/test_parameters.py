@@ -144,6 +144,8 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
         ("[{name: a}, b]", "number 2: needs a name"),
         ("[{name: a, squares: 5}]", "a: 'int' object is not iterable"),
         ("[{name: a, layers: 3}]", "a: unknown key 'layers'; keys are: name, squares, encoder"),
+        ("[{name: a, vit_views: 2}]", "a: unknown key 'vit_views'"),
+        ("[{name: a, vit_soften: 0.5}]", "a: unknown key 'vit_soften'"),
         ("[{name: a, head: linear}]", "a: vit_head is 'linear'; choose one of ordinal, softmax"),
         ("[{name: a, pooling: max}]", "a: vit_pooling is 'max'; choose one of attention, gru"),
         ("[{name: a, encoder: resnet1}]", "a: timm has no encoder 'resnet1'"),

@@ -21,7 +21,7 @@ from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.phantom import write_phantom
 from lsdc_utils.pipeline import arguments, commands, pack, temper
 from lsdc_utils.pipeline.arguments import UsageError
-from lsdc_utils.pipeline.parameters import PROFILES, check_start, parse_override
+from lsdc_utils.pipeline.parameters import PROFILES, check_start, parse_override, studies_seen
 from lsdc_utils.vit.model import load_vit
 from lsdc_utils.vocabulary import COLUMNS, GROUPS, SPINAL_CANAL, T2
 
@@ -174,6 +174,14 @@ def test_a_start_from_models_that_began_with_others_is_judged_by_the_studies_of_
         with pytest.raises(UsageError, match="studies that this run holds out"):
             check_start(demo | {"start_from": str(second)} | change)
     check_start(demo | {"points_from": str(models), "phantom": False, "phantom_seed": 2024})  # Kaggle's mount
+    packed = {"start_from": "models", "data_dir": "clinic", "seen": sorted(studies_seen(theirs))}  # without places
+    (second / "parameters.yml").write_text(yaml.safe_dump(demo | packed))
+    check_start(demo | {"start_from": str(second)})
+    with pytest.raises(UsageError, match="studies that this run holds out"):
+        check_start(demo | {"start_from": str(second), "phantom_seed": 2024})
+    (second / "parameters.yml").write_text(yaml.safe_dump(demo | {"data_dir": "/data/clinic", "pretrain_phantom": 100}))
+    with pytest.raises(UsageError, match="studies that this run holds out"):
+        check_start(demo | {"start_from": str(second), "phantom_seed": demo["phantom_seed"] + 9000})
 
 
 def test_a_start_is_a_run_by_name_or_a_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ MEAN = "mean_of_groups"  # of the parts that have rows, where some have none and
 WEIGHTS = np.array(SEVERITY_WEIGHTS)
 PROBABILITIES = list(SEVERITIES)
 SUM_TOLERANCE = 1e-4  # a row read back from a file of six decimals still sums to 1
-DRAWS, FEWEST = 1000, 10  # bootstrap samples behind an interval; patients under which there is none
+DRAWS, FEWEST = 1000, 10  # bootstrap samples behind an interval; studies or patients under which there is none
 BINS = 10  # of equal width, of the calibration error
 SMALLEST = np.finfo(np.float64).eps  # log loss clips here, as scikit-learn does: a hard 0 costs 36 x the weight
 
@@ -195,18 +195,18 @@ def skill(model: dict[str, float], prior: dict[str, float], oracle: dict[str, fl
 
 def resampled_scores(losses: dict[str, StudyLosses], patients: pd.Series | None = None) -> dict[str, np.ndarray]:
     """Scores (draws, 5 or 6) of each model in the order of its `parts`, on the same bootstrap draws for all. patients:
-    the patient of each study by its id, as text; the studies of one are drawn together. NaN under `FEWEST` patients,
-    whose draws are too alike to tell an interval."""
+    the patient of each study by its id, as text; the studies of one are drawn together."""
     studies = next(iter(losses.values())).studies
     codes, people = pd.factorize(studies if patients is None else patients[studies])
     counts = bootstrap(len(people))[:, codes]
-    unknown = 0.0 if len(people) >= FEWEST else np.nan
-    return {model: of_study.resampled(counts) + unknown for model, of_study in losses.items()}
+    return {model: of_study.resampled(counts) for model, of_study in losses.items()}
 
 
 def bootstrap(n_studies: int) -> np.ndarray:
-    """How often each study is drawn in each of `DRAWS` bootstrap samples (draws, n)."""
-    return np.random.default_rng(0).multinomial(n_studies, np.full(n_studies, 1 / n_studies), size=DRAWS)
+    """How often each study is drawn in each of `DRAWS` bootstrap samples (draws, n); NaN under `FEWEST` studies, whose
+    samples are too alike to tell an interval."""
+    drawn = np.random.default_rng(0).multinomial(n_studies, np.full(n_studies, 1 / n_studies), size=DRAWS)
+    return drawn if n_studies >= FEWEST else np.full(drawn.shape, np.nan)
 
 
 def interval(samples: np.ndarray) -> list[list[float]]:

@@ -18,6 +18,12 @@ def tables(rows):
     return solution, submission
 
 
+def good_model(copies=1):
+    """Solution and submission of four studies, or of some copies of each."""
+    [rows] = [case["rows"] for case in CASES if case["name"] == "good_model"]
+    return tables([(f"{k}{row}", *others) for k in range(1, copies + 1) for row, *others in rows])
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_worked_cases(case):
     ours = metric.score(*tables(case["rows"]))
@@ -158,8 +164,7 @@ def test_skill_is_0_at_the_prior_and_1_at_the_oracle():
 
 
 def test_models_are_resampled_together_and_an_interval_holds_the_score():
-    solution, submission = tables(max(CASES, key=lambda case: len(case["rows"]))["rows"])
-    losses = metric.study_losses(solution, submission)
+    losses = metric.study_losses(*good_model(copies=3))
     samples = metric.resampled_scores({"one": losses, "other": losses})
     np.testing.assert_array_equal(samples["one"], samples["other"])
     low, high = metric.interval(samples["one"])[-1]
@@ -191,10 +196,10 @@ def test_calibration_error_tells_calibrated_from_sharpened():
 
 
 def test_score_block_has_numbers_that_json_can_hold():
-    solution, submission = tables(next(case["rows"] for case in CASES if case["name"] == "good_model"))
+    solution, submission = good_model(copies=3)
     flat = submission.assign(normal_mild=1 / 3, moderate=1 / 3, severe=1 / 3)
     block = metric.score_block(solution, {"prior": flat, "ensemble": submission, "oracle": submission})
-    assert block["n_studies"] == 4
+    assert block["n_studies"] == 12
     assert block["skill"]["ensemble"]["total"] == 1 and block["skill"]["prior"]["total"] == 0
     for part in metric.PARTS:
         low, high = block["interval"]["ensemble"][part]
@@ -207,7 +212,7 @@ def test_score_block_has_numbers_that_json_can_hold():
 
 
 def test_the_mean_of_groups_stands_beside_a_total_without_value():
-    solution, submission = tables(next(case["rows"] for case in CASES if case["name"] == "good_model"))
+    solution, submission = good_model(copies=3)
     flat = submission.assign(normal_mild=1 / 3, moderate=1 / 3, severe=1 / 3)
     models = {"prior": flat, "ensemble": submission, "oracle": submission}
     whole = metric.score(solution, metric.weight_table(submission))

@@ -1,7 +1,7 @@
 """Key images of an export: which image shows a row, and how a structured report can refer to it. It refers to the
-sources if their UIDs are legal (PS3.5, 9.1) and unique in the data. The competition's are bare numbers and collide: key
-images are then written with UIDs derived from study, series and the file's bytes (PS3.5 B.2), with only geometry and
-contrast of the sources' headers. The patient is named by the study's number in the data set."""
+sources if the UIDs of all of them are legal (PS3.5, 9.1) and unique in the data. The competition's are bare numbers and
+collide: key images are then written with UIDs derived from study, series and the file's bytes (PS3.5 B.2), with only
+geometry and contrast of the sources' headers. The patient is named by the study's number in the data set."""
 
 import contextlib
 import hashlib
@@ -71,8 +71,9 @@ def find_keys(comp: Competition, counts: UidCounts, rows: pd.DataFrame) -> tuple
     study, split = int(rows["study_id"].iloc[0]), BLOCKS[rows["block"].iloc[0]]
     stacks, findings = read_study(comp, split, study)
     read, used, chosen = {}, {stack.series_id: stack for stack in stacks}, {}
-    left_out = findings.loc[~findings["series_id"].isin(used), ["series_id", "value"]]
-    problems = [f"series {number}: {value}" for number, value in left_out.to_numpy()]
+    left_out = findings[findings["rule"].str.startswith("series_") | (findings["rule"] == "patient_differs")]
+    left_out = left_out.loc[~left_out["series_id"].isin(used), ["series_id", "value"]].to_numpy()
+    problems = [text if text.startswith("series ") else f"series {number}: {text}" for number, text in left_out]
     for source, _, series_id, kind, labelled in described(comp, split, study):
         if series_id in used:
             series = read_series(select(source, kind)[0], labelled=labelled)

@@ -44,7 +44,7 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
         remedy = "it was adapted and keeps no study; use predict" if adapted else "run it to 05_ensemble_inference"
         raise ExportError(f"the run in {run} has no grades to export: {remedy}")
     comp, folder = read_data(run), (out or run / "exports").resolve()
-    if folder.is_relative_to(comp.root.resolve()):
+    if folder != (run / "exports").resolve() and folder.is_relative_to(comp.root.resolve()):
         raise ExportError(f"{folder} lies in the folder of the data: give another one with --out")
     known = {int(study): block for block, table in tables.items() for study in table["study_id"].unique()}
     last = max(known.values(), default="")  # "test" comes after "oof"
@@ -52,7 +52,7 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
     if unknown := [str(study) for study in asked if study not in known]:
         raise ExportError(f"the run in {run} did not grade {', '.join(unknown)}")
     for place in (folder / str(study) for study in asked):
-        if place.exists() and not (place / "grades.csv").is_file():
+        if place.exists() and not _is_export(place):
             raise ExportError(f"{place} is there, and no export wrote it: give another folder with --out")
     when = datetime.fromtimestamp((run / "scores.json").stat().st_mtime)
     counts, lines = functools.cache(lambda: count_uids(comp)), []
@@ -62,6 +62,12 @@ def export_studies(run_dir: str | Path, studies: Iterable[int] | None = None, ou
         if number % 20 == 0:
             print(f"exported study {number}/{len(asked)}", flush=True)
     return pd.DataFrame(lines, columns=["study_id", "block", "images_referred", "images_written", "problem"])
+
+
+def _is_export(place: Path) -> bool:
+    """Whether what lies in place of a study's folder is what an export wrote, and nothing else."""
+    names = {file.name for file in place.iterdir()} if place.is_dir() else set()
+    return "grades.csv" in names and names <= {"grades.csv", "sr.dcm", "images", "uids.csv"}
 
 
 def _export_study(comp: Competition, counts: UidCounts, rows: pd.DataFrame, folder: Path, when: datetime) -> tuple:

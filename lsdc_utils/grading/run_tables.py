@@ -60,7 +60,11 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
     if missing := _lacks(run, recipe):
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
     known = recipe.get("weights")  # which older recipes lack
-    if other := [name for name, digest in weight_sums(run, recipe).items() if known[name] != digest] if known else []:
+    if (
+        other := [name for name, digest in weight_sums(run, recipe).items() if known.get(name) != digest]
+        if known
+        else []
+    ):
         remedy = "run it again, to 05_ensemble_inference or further"
         raise RunError(f"the run in {run} was blended with other weights than its {', '.join(other)}: {remedy}")
     return recipe

@@ -81,7 +81,7 @@ def run_refined(base: Path, cores: int) -> int:
     copy_run(base, folder)
     if status := _work(folder, change, [*command, base.name], cores):
         return status
-    print(f"\n{refined_table(base, folder).to_string(index=False, float_format='{:.4f}'.format)}")
+    print(f"\n{refined_table(base, folder).to_string(index=False, float_format='{:.4f}'.format, na_rep='')}")
     return 0
 
 
@@ -151,7 +151,7 @@ def curve_table(runs: dict[int, Path]) -> pd.DataFrame:
         for name, block in _blocks(folder).items():
             low, high = block["interval"]["ensemble"][overall(block["scores"]["ensemble"])]
             rows.append({"n_train": n_train, "block": name, **_scores(block), "low": low, "high": high})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"low": float, "high": float})
 
 
 def _blocks(run: Path) -> dict[str, dict[str, Any]]:

@@ -62,10 +62,11 @@ def write_bundle(run: Path, out: Path, user: str, python: str = PYTHON) -> list[
     (dataset / "wheels").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         pack_run(run, Path(temporary) / "models.zip")  # first: an unfinished run replaces no bundle
+        models = unpack(Path(temporary) / "models.zip", Path(temporary))
         (dataset / "dataset-metadata.json").unlink(missing_ok=True)
         for part in ("models", "lsdc_utils"):
             shutil.rmtree(dataset / part, ignore_errors=True)
-        unpack(Path(temporary) / "models.zip", Path(temporary)).rename(dataset / "models")
+        models.rename(dataset / "models")
     shutil.copytree(ROOT / "lsdc_utils", dataset / "lsdc_utils", ignore=shutil.ignore_patterns("__pycache__"))
     fetch(read_wheels(), dataset / "wheels", python)
     notebook.mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
 """A run's models as one archive or as the folder of ready-made models: weights, blend, checksums, classes, model card.
-They name no study and no folder of the machine that made them. The same run gives the same bytes."""
+They name no study and no path of the machine that made them. The same run gives the same bytes."""
 
 import hashlib
 import json
@@ -92,6 +92,9 @@ def _contents(run: Path, recipe: dict[str, Any], measured: dict[str, pd.DataFram
     if known := trained_on(run):
         contents[TRAINED_ON] = _json(known)
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in weights}
+    told = {name: json.loads(contents[str(Path(name).with_suffix(".json"))])["sha256"] for name in weights}
+    if other := [name for name in weights if told[name] != digests[name]]:
+        raise UsageError(f"the run in {run}: {', '.join(other)} is not the file that its .json describes: run it again")
     contents["blend.json"] = _json(recipe | {"weights": {Path(name).stem: text for name, text in digests.items()}})
     contents["MODEL_CARD.md"] = model_card(Run(run), measured, digests).encode()
     listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}

@@ -1,6 +1,7 @@
 """Parameters of a run: profile demo, then the chosen profile, then KEY=VALUE, all in the types of the defaults."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -188,9 +189,10 @@ def check_start(parameters: dict[str, Any]) -> None:
 
 
 def _studies(parameters: dict[str, Any]) -> str:
-    """Which studies a run has: of a phantom its seed, of a folder its name, since it may have moved."""
-    folder = parameters["data_dir"]
-    return f"phantom {parameters['phantom_seed']}" if parameters["phantom"] and not folder else os.path.basename(folder)
+    """Which studies a run has, as a hash: of a phantom's seed, or of a folder's name, since it may have moved."""
+    name, folder = f"phantom {parameters['phantom_seed']}", parameters["data_dir"]
+    name = name if parameters["phantom"] and not folder else os.path.basename(folder)
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def studies_seen(parameters: dict[str, Any]) -> set[str]:

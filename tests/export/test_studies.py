@@ -276,9 +276,14 @@ def test_no_export_replaces_what_is_not_one(run, study, tmp_path):
     other = tmp_path / "other" / study.name / "1.txt"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
+    (other.parent / "grades.csv").write_text("of predict, which writes one as well")
     with pytest.raises(studies.ExportError, match=f"{study.name} is there, and no export wrote it"):
         studies.export_studies(tmp_path / "kept/run", out=tmp_path / "other")
     assert other.read_text() == "mine"
+    inside = shutil.copytree(run, root / "run", ignore=shutil.ignore_patterns("exports"))  # data around the repository
+    (inside / "data.json").write_text(json.dumps({"data_dir": str(root), "kind": "phantom"}))
+    for _ in range(2):  # its own export is replaced
+        assert len(studies.export_studies(inside)) == 1
 
 
 def test_nothing_private_is_copied(run, study, tmp_path):

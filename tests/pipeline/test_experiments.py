@@ -90,9 +90,10 @@ def test_the_increase_is_resampled_by_patient(tmp_path: Path) -> None:
     alone = ablation_table(folders[0], {folders[1]: ""}).set_index("name").loc["worse"]
     for folder in folders:
         labels = pd.read_parquet(folder / "tables/labels.parquet")
-        labels.assign(patient=labels["study_id"] // 10).to_parquet(folder / "tables/labels.parquet")
+        labels.assign(patient=labels["study_id"] // 3).to_parquet(folder / "tables/labels.parquet")
     pairs = ablation_table(folders[0], {folders[1]: ""}).set_index("name").loc["worse"]
     assert pairs["worse_by"] == alone["worse_by"] and (pairs["low"], pairs["high"]) != (alone["low"], alone["high"])
+    assert np.isfinite(pairs[["low", "high"]].astype(float)).all()
 
 
 def test_runs_on_other_studies_are_not_compared(tmp_path: Path) -> None:

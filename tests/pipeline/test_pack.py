@@ -101,6 +101,15 @@ def test_a_run_whose_scores_are_with_a_member_that_is_gone_is_not_packed(tmp_pat
         pack._contents(run, read_recipe(ROOT / "outputs/pretrained") | {"members": ["a"]})
 
 
+def test_weights_that_are_not_those_beside_their_record_are_not_packed(tmp_path: Path) -> None:
+    run = shutil.copytree(ROOT / "outputs/pretrained", tmp_path / "run")
+    with (run / "weights/yolo_ss_fold0.pt").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UsageError, match=r"yolo_ss_fold0\.pt is not the file that its \.json describes"):
+        pack_run(run, tmp_path / "models.zip")
+    assert not (tmp_path / "models.zip").exists()
+
+
 def test_the_published_method_is_not_made_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pack, "read_recipe", lambda _: {"kind": "published", "conditions": ["nfn", "scs", "ss"]})
     with pytest.raises(UsageError, match="no blend to temper"):

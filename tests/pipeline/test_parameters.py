@@ -82,6 +82,8 @@ def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
 def test_a_number_with_which_a_later_step_would_fail_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=rf"^{text}: expected [12] or more$"):
         load_parameters("smoke", [text])
+    with pytest.raises(UsageError, match=r"^vit_soften=1\.5: expected 0 to 1, "):
+        load_parameters("smoke", ["vit_soften=1.5"])
 
 
 def test_a_change_may_name_some_conditions_only() -> None:
@@ -146,6 +148,7 @@ def test_conditions_are_those_that_the_folder_has_grades_for(tmp_path, capsys) -
         ("[{name: a, layers: 3}]", "a: unknown key 'layers'; keys are: name, squares, encoder"),
         ("[{name: a, vit_views: 2}]", "a: unknown key 'vit_views'"),
         ("[{name: a, vit_soften: 0.5}]", "a: unknown key 'vit_soften'"),
+        ("[{name: a, vit_inner_folds: 3}]", "a: unknown key 'vit_inner_folds'"),
         ("[{name: a, head: linear}]", "a: vit_head is 'linear'; choose one of ordinal, softmax"),
         ("[{name: a, pooling: max}]", "a: vit_pooling is 'max'; choose one of attention, gru"),
         ("[{name: a, encoder: resnet1}]", "a: timm has no encoder 'resnet1'"),

@@ -134,3 +134,5 @@ def test_scores_show_test_first_and_out_of_fold_alone_without_test_labels() -> N
     lines = score_table({"oof": block, "test": None}).splitlines()
     assert "mean of groups" in lines[2] and "total" not in lines[2]
     assert lines[3].split() == ["ensemble", "-", "0.700", "-", "-", "0.700", "0.700"]
+    few = block | {"interval": {"ensemble": {"mean_of_groups": [None, None]}}}  # of few patients
+    assert score_table({"oof": few, "test": None}).splitlines() == lines

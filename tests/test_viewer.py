@@ -15,7 +15,7 @@ from lsdc_utils import figures, viewer
 from lsdc_utils.data.stacks import load_study
 from lsdc_utils.grading import marks, run_tables
 from lsdc_utils.pipeline import run
-from lsdc_utils.vocabulary import CONDITIONS, SERIES_TYPES
+from lsdc_utils.vocabulary import CONDITIONS, SERIES_TYPES, T1
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,15 @@ def test_a_study_without_images_says_so(rows):
     empty.slice.value = 1
     figures.use_style()
     assert marks.draw_still([], rows[rows["study_id"] == 1]).axes[0].get_title().endswith("nothing found")
+
+
+def test_a_picture_has_a_part_for_each_type_of_series_that_there_is(read, rows):
+    figures.use_style()
+    stacks, of_study = read(1), rows[rows["study_id"] == 1]
+    types = {stack.series_type for stack in stacks}
+    assert len(marks.draw_still(stacks, of_study).axes) == len(types) > 1
+    [ax] = marks.draw_still([stack for stack in stacks if stack.series_type == T1], of_study).axes
+    assert ax.get_title().startswith(T1)
 
 
 def test_rows_without_points_leave_the_slices(read, rows):

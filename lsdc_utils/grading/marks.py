@@ -48,9 +48,12 @@ def worst_slice(stacks: Sequence[Stack], rows: pd.DataFrame) -> tuple[int, int, 
 
 
 def draw_still(stacks: Sequence[Stack], rows: pd.DataFrame, title: str = "") -> Figure:
-    """One slice of each type of series: the one nearest to the worst mark on any slice, with the marks beside it."""
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
-    for ax, group in zip(figure.subplots(1, len(GROUPS)), GROUPS.values(), strict=True):
+    """One slice of each type of series that there is: the one nearest to the worst mark on any slice, with the marks
+    beside it."""
+    types = {stack.series_type for stack in stacks}
+    shown = [group for group in GROUPS.values() if group.series_type in types] or list(GROUPS.values())
+    figure = Figure(figsize=(1.5 + 2.5 * len(shown), 3.9), layout="constrained")
+    for ax, group in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         of_group = rows[rows["group"] == group.key].dropna(subset=["X"])
         of_type = [stack for stack in stacks if stack.series_type == group.series_type]
         if (place := worst_slice(of_type, of_group)) is None:

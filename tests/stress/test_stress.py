@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lsdc_utils import metric
 from lsdc_utils.phantom import labels
 from lsdc_utils.stress.answers import MODELS
 from lsdc_utils.stress.cases import DOSE_LEVELS, SETTINGS, USUAL, Case, dose_cases, setting_cases
@@ -91,14 +92,14 @@ def test_an_answer_that_moves_other_rows_leaks():
 
 
 def test_scores_by_setting_are_of_many_readers_and_tell_what_is_lost():
-    cases = setting_cases(6, 0, 3)
+    cases = setting_cases(metric.FEWEST, 0, 3)
     flat = np.tile([0.7, 0.2, 0.1], (25, 1))
     rows = answered(cases, lambda case: flat if case.setting == "4 times" else oracle(case))
     scores = scores_by_setting(cases, rows, RECIPE).set_index(["factor", "setting"])
     assert scores.loc[(USUAL, USUAL), ["skill", "lost"]].tolist() == [1.0, 0.0]
     worse = scores.loc[("noise", "4 times")]
     assert worse["skill"] == pytest.approx(0) and worse["lost"] == pytest.approx(1)
-    assert worse["lost_low"] == pytest.approx(1) and (scores["studies"] == 6).all()
+    assert worse["lost_low"] == pytest.approx(1) and (scores["studies"] == metric.FEWEST).all()
 
 
 # ---- in a finished run -----------------------------------------------------------------------------------------------

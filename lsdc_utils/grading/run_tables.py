@@ -59,12 +59,9 @@ def read_recipe(run_dir: str | Path) -> dict[str, Any]:
             recipe |= blends | {"members": others, "missing_members": [*recipe["missing_members"], name], "without": {}}
     if missing := _lacks(run, recipe):
         raise RunError(f"the run in {run} is not finished: it lacks {', '.join(missing)}")
-    known = recipe.get("weights")  # which older recipes lack
-    if (
-        other := [name for name, digest in weight_sums(run, recipe).items() if known.get(name) != digest]
-        if known
-        else []
-    ):
+    known = recipe.get("weights", {})  # which older recipes lack
+    sums = weight_sums(run, recipe) if known else {}
+    if other := [name for name in sums if known.get(name) != sums[name]]:
         remedy = "run it again, to 05_ensemble_inference or further"
         raise RunError(f"the run in {run} was blended with other weights than its {', '.join(other)}: {remedy}")
     return recipe

@@ -1,17 +1,21 @@
-"""Tables of several trainings: means, ranges and paired intervals, between their markers."""
+"""Tables of several trainings: means, ranges and paired intervals, between their markers; which figures are older than
+their code."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from report_run import make_rows
 
 from lsdc_utils import metric
+from lsdc_utils.pipeline import graph
 from lsdc_utils.vocabulary import SEVERITIES
 
 sys.path.append(str(ROOT / "tests/proofs"))
@@ -68,11 +72,70 @@ def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Pat
     assert high - low < 0.5 * (score[1] - score[0])  # differences vary less than scores
 
 
-def test_a_table_goes_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table seeds -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(reproduce, "PAGE", page)
-    reproduce.fill("seeds", "new")
+    reproduce.fill("seeds", "new", page)
     assert page.read_text() == "before\n<!-- table seeds -->\nnew\n<!-- end -->\nafter\n"
     with pytest.raises(AssertionError, match="no place for the table other"):
-        reproduce.fill("other", "new")
+        reproduce.fill("other", "new", page)
+
+
+def test_the_docs_say_which_figures_are_older_than_their_code() -> None:
+    listed = re.search(r"<!-- table figures -->\n(.*?)<!-- end -->", reproduce.LIST.read_text(), re.DOTALL)[1]
+    assert listed == reproduce.figures_list() + "\n", "run: python tests/proofs/reproduce.py --list"
+    assert set(reproduce.known_steps()) <= set(reproduce.STEPS)
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A list in which every step was made by the code at hand, and no run that is left of them."""
+    monkeypatch.setattr(reproduce, "TABLE", tmp_path / "figures.csv")
+    lines = [{"step": name, "commit": "0" * 12, "date": "2026-01-01", "code": reproduce.code_of(name), "status": 0}
+             for name in reproduce.STEPS]  # fmt: skip
+    pd.DataFrame(lines).to_csv(reproduce.TABLE, index=False)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "code_of", {line["step"]: line["code"] for line in lines}.__getitem__)
+    return tmp_path
+
+
+def set_line(name: str, **values: object) -> None:
+    """Change a step's line of the list."""
+    table = pd.read_csv(reproduce.TABLE, dtype=str, keep_default_na=False).set_index("step")
+    for column, value in values.items():
+        table.loc[name, column] = str(value)
+    table.reset_index().to_csv(reproduce.TABLE, index=False)
+
+
+def test_only_what_is_older_is_made_again_behind_what_it_needs(listed: Path) -> None:
+    assert reproduce.due(list(reproduce.STEPS)) == []
+    set_line("numbering", code="another")
+    set_line("localiser", status=1)  # failed
+    assert reproduce.due(list(reproduce.STEPS)) == ["pretrained", "numbering", "localiser"]  # no models are there
+    (listed / "outputs/pretrained").mkdir(parents=True)
+    assert reproduce.due(list(reproduce.STEPS)) == ["numbering", "localiser"]
+    assert reproduce.due(["localiser", "seeds"]) == ["localiser"]
+    states = [line.split("|")[-2].strip() for line in reproduce.figures_list().splitlines()[2:]]
+    assert states == ["older" if name in ("numbering", "localiser") else "yes" for name in reproduce.STEPS]
+
+
+@pytest.mark.parametrize(
+    ("notebook", "older"), [("07_stress_tests", "demo pages seeds doses"), ("08_report", "pages original")]
+)
+def test_a_changed_notebook_makes_older_what_it_decides(
+    notebook: str, older: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: reproduce.code_of(name) for name in reproduce.STEPS}
+    known = graph.source_hash
+    monkeypatch.setattr(graph, "source_hash", lambda name: known(name) + "changed" * (name == notebook))
+    changed = {name for name, code in before.items() if reproduce.code_of(name) != code}
+    assert changed >= set(older.split()) and not changed & {"localiser", "t1"}
+    assert ("demo" in changed) == (notebook == "07_stress_tests")
+
+
+def test_a_step_that_failed_stays_due(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "timed", lambda command, log: {"status": 3, "minutes": 1.5, "cpu_minutes": 2.0})
+    assert not reproduce.run_step("seeds", "1" * 12)
+    line = reproduce.known_steps()["seeds"]
+    assert (line["status"], line["commit"], line["minutes"]) == ("3", "1" * 12, "1.5")  # its second command did not run
+    assert reproduce.due(list(reproduce.STEPS)) == ["seeds"]

@@ -44,10 +44,7 @@ ON_PHANTOM = {  # parameters of a `phantom_run`, whatever the run's own are
     **dict.fromkeys(("pretrain_phantom", "example_study", "stress_bodies"), 0),
 }  # fmt: skip
 STEP_PARAMETERS = ("run_dir", "condition", "fold", "member", "inner")  # set by the run and the step, never by a profile
-MEMBER = {name: f"vit_{name}" for name in ("encoder", "head", "pooling")} | {
-    "weights": "vit_encoder_weights",
-    "seed": "seed",
-}
+MEMBER = {"encoder": "vit_encoder", "head": "vit_head", "pooling": "vit_pooling", "weights": "vit_encoder_weights"}
 
 
 @dataclass(frozen=True)
@@ -69,21 +66,19 @@ def all_steps(parameters: dict[str, Any]) -> list[Step]:
         given = [{"out_dir": f"{out}/shards/{k}", "studies_table": f"{out}/tables/{k}.parquet"} for k in shards]
         return [Step(f"{name}_{shard}", name, own) for shard, own in zip(shards, given, strict=True)]
     steps = {name: [Step(name, name)] for name in NOTEBOOK_ORDER}
-    yolo, folds = "03_train_yolo", parameters["folds"]
-    name = "03_train_localiser"
-    steps[name] = [Step(f"{name}_fold{fold}", name, {"fold": fold}) for fold in folds]
-    name, inner = "04_train_vit3d", range(parameters["vit_inner_folds"] if parameters["vit_soften"] else 0)
+    localiser, yolo, vit, folds = "03_train_localiser", "03_train_yolo", "04_train_vit3d", parameters["folds"]
+    steps[localiser] = [training(localiser, {"fold": fold}) for fold in folds]
+    steps[yolo] = [training(yolo, {"condition": c, "fold": fold}) for c in parameters["conditions"] for fold in folds]
+    inner = range(parameters["vit_inner_folds"] if parameters["vit_soften"] else 0)
     vits = [member_parameters(member, parameters) for member in parameters["vit_members"] or [{}]]
     if first := phantom_run(parameters):
         vits = [own | {"start_from": f"../outputs/{first[0]}"} for own in vits]
-    trainings = [own | {"fold": fold, "inner": k} for own in vits for fold in folds for k in inner]
-    steps[name] = [vit_step(own) for own in trainings + [own | {"fold": fold} for own in vits for fold in folds]]
-    trainings = [{"condition": condition, "fold": fold} for condition in parameters["conditions"] for fold in folds]
-    steps[yolo] = [Step(f"{yolo}_{own['condition']}_fold{own['fold']}", yolo, own) for own in trainings]
+    steps[vit] = [training(vit, own | {"fold": fold, "inner": k}) for own in vits for fold in folds for k in inner]
+    steps[vit] += [training(vit, own | {"fold": fold}) for own in vits for fold in folds]
     if parameters["data_dir"] or not parameters["phantom"]:
         del steps["phantom"]
     if parameters["published_method"]:  # whose detectors look at whole images
-        del steps["03_train_localiser"]
+        del steps[localiser]
     if not parameters["stress_bodies"]:
         del steps["07_stress_tests"]
     return [step for group in steps.values() for step in group]
@@ -115,11 +110,11 @@ def member_parameters(member: dict[str, Any], parameters: dict[str, Any]) -> dic
     return own | {"member": member.get("name", "")}
 
 
-def vit_step(given: dict[str, Any]) -> Step:
-    """The training of a transformer, or of one that softens its labels, with these parameters."""
-    name, vit = "04_train_vit3d", f"-{given['member']}" if given["member"] else ""
-    inner = f"_inner{given['inner']}" if "inner" in given else ""
-    return Step(f"{name}{vit}_fold{given['fold']}{inner}", name, given)
+def training(notebook: str, given: dict[str, Any]) -> Step:
+    """One training of a notebook; its name tells member (of 04), condition (of 03_train_yolo), fold and inner fold."""
+    marks = {"member": "-", "condition": "_", "fold": "_fold", "inner": "_inner"}
+    ending = [f"{mark}{given[key]}" for key, mark in marks.items() if given.get(key, "") != ""]
+    return Step(notebook + "".join(ending), notebook, given)
 
 
 def select_steps(steps: list[Step], name: str) -> list[Step]:
@@ -205,10 +200,14 @@ def module_files(source: str) -> set[Path]:
     return files
 
 
-@functools.cache
 def source_hash(notebook: str) -> str:
     """Hash of the code that a step runs: code cells without the parameters cell, and the modules that they import."""
-    cells = [source for source, tags in code_cells(notebook) if "parameters" not in tags]
+    return code_hash(*(source for source, tags in code_cells(notebook) if "parameters" not in tags))
+
+
+@functools.cache
+def code_hash(*cells: str) -> str:
+    """Hash of code and of the modules of lsdc_utils that it imports; comments and layout do not count."""
     digest = hashlib.sha256("\0".join(ast.dump(_tree(source)) for source in cells).encode())
     for file in sorted(module_files("\n".join(ast.unparse(_tree(source)) for source in cells))):
         content = ast.dump(_tree(file.read_text())).encode() if file.suffix == ".py" else file.read_bytes()

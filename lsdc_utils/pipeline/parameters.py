@@ -97,7 +97,7 @@ def check_members(parameters: dict[str, Any]) -> None:
     """UsageError unless `vit_members` are mappings with names of their own and settings that a transformer can have."""
     members, known = parameters["vit_members"], declared("04_train_vit3d") | {"squares": [], "name": ""}
     own = (name for name in known if name.startswith("vit_") and name not in COMMON)
-    keys = ["name", "squares", *graph.MEMBER, *own]
+    keys = ["name", "squares", *graph.MEMBER, "seed", *own]
     if members and parameters["published_method"]:
         raise UsageError("vit_members: published_method has one transformer")
     for number, member in enumerate(members, start=1):

@@ -120,6 +120,7 @@ COMMANDS = {  # command of the docs -> what is run ("": the same; SMALL: the abo
     "python tests/house.py": ("", "package"),
     "python tests/proofs/adapt.py CACHE": ("python tests/proofs/adapt.py --help", "usage: "),
     "python tests/proofs/doses.py outputs/demo": ("python tests/proofs/doses.py --help", "usage: "),
+    "python tests/proofs/reproduce.py --list": ("python tests/proofs/reproduce.py --help", "usage: "),
     "python tests/proofs/localiser.py": ("python tests/proofs/localiser.py --help", "usage: "),
 }
 NOT_RUN = {  # command of the docs -> why it is not run here

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from lsdc_utils import geometry, phantom
-from lsdc_utils.data import competition
+from lsdc_utils.data import competition, windows
 from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.vocabulary import LEVELS, T2
 
@@ -92,19 +92,38 @@ def test_mha_files_of_a_phantom_are_read_graded_and_judged(tmp_path: Path, monke
     write_mha(sitk, tmp_path / "spider", stack, truth)
 
     def graded(models, converted, split, studies):
-        [(made, _)] = [read_study(converted, split, one) for one in studies]
+        with monkeypatch.context() as flat:  # the stack was flattened once
+            flat.setattr(windows, "_gains", lambda images, *_: [np.full((1, 1), 255, np.float32) for _ in images])
+            [(made, _)] = [read_study(converted, split, one) for one in studies]
         assert same_places(stack, made[0]) > 0.97
         return {"points": truth.assign(study_id=studies[0], condition="scs", Y=truth["Y"] + 6)}
 
-    monkeypatch.setattr(spider, "read_recipe", lambda run: {"folds": [0], "vit_views": 1})
+    recipe = dict.fromkeys(("folds", "vit_views", "conditions", "members"))
+    monkeypatch.setattr(spider, "read_recipe", lambda run: recipe)
     monkeypatch.setattr(spider, "load_models", lambda *_: SimpleNamespace())
     monkeypatch.setattr(spider, "grade_studies", graded)
-    table = spider.main(tmp_path / "spider", tmp_path, tmp_path / "table.csv").set_index("source")
+    log = tmp_path / "log.csv"
+    for _ in range(2):
+        table = spider.main(tmp_path / "spider", tmp_path, tmp_path / "table.csv", log).set_index("source")
     assert table.loc["t2", "points"] == len(truth) >= 4
     assert table.loc["t2", "all_within_10_mm"].startswith("1.000") and table.loc["t2", "right_disc"].startswith("1.000")
     assert float(table.loc["t2", "within_5_mm"][:5]) < 0.5
     assert "x_t2.mha is skipped" in capsys.readouterr().out
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv").set_index("source"), table)
+    lines = pd.read_csv(log)  # of both times
+    assert list(lines["series"]) == ["t2", "all"] * 2 and lines["commit"].str.fullmatch("[0-9a-f]{12}").all()
+    assert list(lines["right_disc_points"]) == [1.0] * 4 and list(lines["points"]) == [len(truth)] * 4
+
+
+def test_the_docs_show_the_last_lines_of_the_log_of_real_scans() -> None:
+    log = pd.read_csv(ROOT / "docs/scans.csv").drop_duplicates(["models", "series"], keep="last")
+    section = (ROOT / "docs/results.md").read_text().partition("## Levels on real scans")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    assert len(rows) == len(log) + 1  # and the head
+    for models, series, *shares in rows[1:]:
+        count, kind = series.split(", ")
+        [line] = log[(log["models"] == models) & (log["series"] == kind)].to_numpy().tolist()
+        assert [float(share.split()[0]) for share in shares] == line[-5:] and line[4] == int(count)
 
 
 def write_mha(sitk, folder: Path, stack: Stack, truth: pd.DataFrame) -> None:

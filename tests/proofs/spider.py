@@ -1,4 +1,4 @@
-"""Localisation on real scans that anyone can get: `python tests/proofs/spider.py DIR [--run RUN] [--out CSV]`.
+"""Localisation on real scans that anyone can get: `python tests/proofs/spider.py DIR [--run RUN]`.
 
 DIR holds images/ and masks/ of SPIDER (van der Graaf et al., Scientific Data 2024; CC BY 4.0, see docs/real-data.md).
 Its masks number the discs from below (201 is L5/S1) and mark the spinal canal (100). Each series is graded alone, as a
@@ -10,8 +10,10 @@ shares with 95 % intervals (patients resampled). A point that was not found coun
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,13 @@ KINDS = {"t1": T1, "t2": T2, "t2_SPACE": T2}  # how the names of SPIDER's files 
 SLAB = 3.0  # mm along the canal to either side of a disc's back edge, over which the canal's middle is taken
 SHARES = ("right_disc", "within_10_mm", "within_5_mm")
 DRAWS = 2000
+LOGGED = {  # column of the log -> of the table
+    "right_disc_points": "right_disc",
+    "right_disc_series": "all_right_disc",
+    "within_10_mm_points": "within_10_mm",
+    "within_10_mm_series": "all_within_10_mm",
+    "within_5_mm_points": "within_5_mm",
+}
 
 
 def read_mha(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +151,19 @@ def with_interval(table: pd.DataFrame, column: str) -> str:
     return f"{table[column].mean():.3f} ({low:.3f} to {high:.3f})"
 
 
-def main(folder: Path, run: Path, out: Path | None) -> pd.DataFrame:
-    """Convert, grade, judge and print; the table is also written to `out`."""
+def add_to_log(log: Path, run: Path, table: pd.DataFrame) -> None:
+    """Add the table's shares to a log of all times that real scans were judged."""
+    git = ["git", "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    lines = pd.DataFrame({"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit, "models": run.name,
+                          "series": table["source"], "count": table["series"], "points": table["points"]})  # fmt: skip
+    for name, column in LOGGED.items():
+        lines[name] = table[column].str.split(n=1).str[0].astype(float)
+    lines.to_csv(log, mode="a", header=not log.exists(), index=False)
+
+
+def main(folder: Path, run: Path, out: Path | None, log: Path | None) -> pd.DataFrame:
+    """Convert, grade, judge and print; the table is also written to `out`, and its shares added to `log`."""
     recipe = read_recipe(run)
     chosen = (recipe[key] for key in ("folds", "vit_views", "conditions", "members"))
     models = load_models(run / "weights", *chosen)
@@ -155,6 +175,8 @@ def main(folder: Path, run: Path, out: Path | None) -> pd.DataFrame:
     print(table.to_string(index=False))
     if out:
         table.to_csv(out, index=False)
+    if log:
+        add_to_log(log, run, table)
     return table
 
 
@@ -163,5 +185,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="folder of SPIDER with images/ and masks/")
     parser.add_argument("--run", default="pretrained", help="a run in outputs/ (default: the ready-made models)")
     parser.add_argument("--out", type=Path, help="also write the table to this CSV, for pack --ready --measured")
+    parser.add_argument("--log", type=Path, help="add the shares to this CSV, e.g. docs/scans.csv")
     asked = parser.parse_args()
-    main(asked.folder, ROOT / "outputs" / asked.run, asked.out)
+    main(asked.folder, ROOT / "outputs" / asked.run, asked.out, asked.log)

@@ -25,9 +25,13 @@ ORDER = {  # plane -> patient direction in which its slices are sorted
     "coronal": (0.0, 1.0, 0.0),  # from front to back
     "axial": (0.0, 0.0, -1.0),  # from head to foot
 }
-SAME_TILT = 0.01  # direction cosines of one block differ by less, i.e. by about half a degree
+SAME_TILT = 0.01  # direction cosines of one block's normals differ by less, i.e. by about half a degree
+UPRIGHT = (
+    0.996  # cosine between the sides of images of one block: they may be stored mirrored or turned, within 5 degrees
+)
 SAME_SPACING = 1e-3  # mm; likewise
 SAME_PLACE = 0.01  # mm along the normal; slices are at least 0.3 mm apart
+NEARLY = 0.6  # mm; a patient moves so much between two scans: one place where a usual step is thrice as long
 FARTHEST = 1e4  # mm from the scanner's origin
 FINEST, COARSEST = 0.01, 50.0  # mm of a pixel
 MAX_SERIES = 1 << 28  # pixels of a series; 200 slices of 512 x 512 have a fifth
@@ -301,10 +305,13 @@ def _affine(image: _Image) -> np.ndarray:
 
 def _blocks(slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
     """Indices of the parallel slices of each block, sorted in it and among blocks along a patient direction (3,)."""
-    tilts = np.array([image.affine[:3, :2] / image.spacing for image in slices])
+    sides = np.array([geometry.unit(image.affine[:3, :2].T) for image in slices])  # (n, 2, 3)
+    normals = np.array([image.affine[:3, 2] for image in slices])
     blocks, left = [], np.arange(len(slices))
     while left.size:
-        same = np.abs(tilts[left] - tilts[left[0]]).max(axis=(1, 2)) < SAME_TILT
+        first = left[0]
+        same = np.linalg.norm(np.cross(normals[left], normals[first]), axis=1) < SAME_TILT
+        same &= np.abs(sides[left] @ sides[first].T).max(axis=(1, 2)) > UPRIGHT
         blocks += _by_gap(left[same], slices, direction)
         left = left[~same]
     return sorted(blocks, key=lambda block: np.mean([direction @ slices[i].centre for i in block]))
@@ -317,8 +324,9 @@ def _by_gap(members: np.ndarray, slices: list[Slice], direction: np.ndarray) -> 
     normal = normal if normal @ direction >= 0 else -normal
     positions = np.array([normal @ slices[i].affine[:3, 3] for i in members])
     order = positions.argsort()
-    place = np.empty(len(members), int)  # images at one place share a number
-    place[order] = np.cumsum(np.diff(positions[order], prepend=positions.min()) >= SAME_PLACE)
+    place, steps = np.empty(len(members), int), np.diff(positions[order], prepend=positions.min())
+    usual = np.percentile(apart, 75) if (apart := steps[steps >= SAME_PLACE]).size else 0.0  # half are short then
+    place[order] = np.cumsum(steps >= (NEARLY if usual >= 3 * NEARLY else SAME_PLACE))  # one number for one place
     order = np.lexsort(([slices[i].instance_number for i in members], place))
     members, positions, place = members[order], positions[order], place[order]
     rank = np.arange(len(members)) - np.searchsorted(place, place)  # of each image at its place

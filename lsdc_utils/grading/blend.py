@@ -2,8 +2,9 @@
 
     p  proportional to  exp( sum_m a_m log p_m  +  (1 - sum_m a_m) log prior  +  bias )
 
-with a weight a_m for each model and a bias for moderate and severe, by condition group. The prior takes the rest of the
-weight, so a model that knows nothing falls to the prior, and it takes the place of a model without evidence for a row.
+with a weight a_m >= 0 for each model and a bias for moderate and severe, by condition group. The prior takes the rest
+of the weight (below 0 where models are not sure enough), so a model that knows nothing falls to the prior, and it takes
+the place of a model without evidence for a row.
 """
 
 from collections.abc import Collection
@@ -73,7 +74,8 @@ def _fit_group(tables: Tables, rows: pd.DataFrame, freely: bool) -> Mixture:
     freely = freely and len(rows) > 0
     if freely:
         pull = SHRINKAGE / len(scorer.studies)  # towards the best simple blend
-        how = {"method": "L-BFGS-B", "options": {"maxiter": 60}}
+        bounds = [(0, None)] * n_models + [(None, None)] * 2  # no model is read backwards
+        how = {"method": "L-BFGS-B", "options": {"maxiter": 60}, "bounds": bounds}
         best = minimize(lambda x: loss(x) + float(pull * np.sum((x - start) ** 2)), start, **how).x
     weights = dict(zip(tables, best[:n_models].tolist(), strict=True))
     return {"weights": weights, "bias": best[n_models:].tolist(), "kept": "fitted" if freely else "simple", "gain": []}

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lsdc_utils import metric
@@ -12,14 +13,15 @@ from lsdc_utils.data import competition
 from lsdc_utils.grading import blend, grade
 from lsdc_utils.grading.blend import Tables
 from lsdc_utils.phantom import labels, write_phantom
-from lsdc_utils.vocabulary import row_id
+from lsdc_utils.vocabulary import COLUMNS, MISSING, row_id
 
 STUDIES, SEED = 40, 9001  # of each population; phantoms of training have other seeds
-POPULATIONS = {  # name -> arguments of `write_phantom`, and the factor of all narrowings
-    "scanner": ({"noise": 2.0, "pixel": 1.3, "field": 2.0, "stir": 1.0}, 1.0),
-    "prevalence": ({}, 0.6),
-    "reader": ({"label_wrong": 0.15}, 1.0),
-    "contrast": ({"population": "grey"}, 1.0),
+POPULATIONS = {  # name -> arguments of `write_phantom`, factor of all narrowings, how much higher readers' cut-offs are
+    "scanner": ({"noise": 2.0, "pixel": 1.3, "field": 2.0, "stir": 1.0}, 1.0, 0.0),
+    "prevalence": ({}, 0.6, 0.0),
+    "strict readers": ({}, 1.0, -0.06),
+    "lenient readers": ({}, 1.0, 0.06),
+    "contrast": ({"population": "grey"}, 1.0, 0.0),
 }
 Part = tuple[Tables, pd.DataFrame]  # of a population: the models' rows, and labels (row_id, study_id, severity)
 
@@ -28,21 +30,35 @@ def temper_run(run: Path, recipe: dict[str, Any], workers: int) -> tuple[dict[st
     """`temper` with the models of a run, which grade `STUDIES` new studies of each of `POPULATIONS`."""
     weights, parts = run / "weights", {}
     models = grade.load_models(weights, recipe["folds"], recipe["vit_views"], members=recipe["members"])
-    for number, (name, (choices, factor)) in enumerate(POPULATIONS.items()):
+    for number, (name, (choices, factor, higher)) in enumerate(POPULATIONS.items()):
         narrowing = factor * labels.draw_grades(STUDIES, [SEED, number]).narrowing
         print(f"population {name}: {STUDIES} studies are drawn and graded", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             options = {"narrowing": narrowing, "workers": workers, **choices}
             comp = competition.read(write_phantom(Path(folder) / "phantom", STUDIES, 0, SEED + number, **options))
             graded = grade.grade_studies(models, comp, "train", sorted(comp.labels["study_id"].unique()))
-        names = [row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].itertuples(index=False)]
-        parts[name] = {model: graded[model] for model in grade.models_in(recipe)}, comp.labels.assign(row_id=names)
+            read = read_again(comp, higher, SEED + number)
+        parts[name] = {model: graded[model] for model in grade.models_in(recipe)}, read
     return temper(recipe, parts)
+
+
+def read_again(comp: competition.Competition, higher: float, seed: int) -> pd.DataFrame:
+    """The labels of a phantom with their row_id, by readers whose cut-offs lie so much `higher`; missing ones stay."""
+    names = [row_id(*key) for key in comp.labels[["study_id", "condition", "level"]].itertuples(index=False)]
+    read = comp.labels.assign(row_id=names)
+    if higher:
+        rows = grade.rows_of(sorted(read["study_id"].unique()))["row_id"]
+        seen = pd.read_csv(comp.root / "latents.csv", index_col="row_id")["narrowing"][rows] - higher
+        told = labels.grade(seen.to_numpy().reshape(-1, len(COLUMNS)), seed).labels
+        own = read["row_id"].map(pd.Series(told.ravel(), index=rows))
+        read["severity"] = np.where(read["severity"] == MISSING, MISSING, own)
+    return read
 
 
 def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, Any], pd.DataFrame]:
     """The recipe with blends fitted on all populations, and a row for each: population, studies, and the official total
-    of `prior`, of the ensemble as `trained`, and `tempered` by numbers fitted on the other populations."""
+    of `prior`, of the ensemble as `trained`, and `tempered` by numbers fitted on the other populations. Where these are
+    not better in the mean, the recipe stays as it is."""
     rows = []
     for name, (tables, read) in parts.items():
         others, prior = _fitted(recipe, {key: parts[key] for key in parts if key != name}), _prior(recipe, read)
@@ -51,7 +67,10 @@ def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, An
         weighted = {key: metric.weight_table(table) for key, table in natural.items()}
         totals = {key: metric.score(metric.solution_of(read), table)["total"] for key, table in weighted.items()}
         rows.append({"population": name, "studies": read["study_id"].nunique(), **totals})
-    return _fitted(recipe, parts) | {"tempered_on": list(parts)}, pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if table["tempered"].mean() >= table["trained"].mean():
+        return recipe | {"tempered_on": []}, table
+    return _fitted(recipe, parts) | {"tempered_on": list(parts)}, table
 
 
 def _fitted(recipe: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:

@@ -90,6 +90,20 @@ def test_blocks_of_different_tilt_are_kept_apart(tmp_path: Path) -> None:
         assert series.to_pixel(*place) == pytest.approx((index, 3.5, 2.5, 0.0), abs=1e-6)
 
 
+def test_images_stored_mirrored_or_turned_are_of_one_block(tmp_path: Path) -> None:
+    right, down = np.eye(3)[:2]
+    for number, height in enumerate((0.0, 4.0, 8.0, 12.0, 16.0), 1):
+        sides = [(right, down), (-right, down), (down, right), (-down, -right), (right, down)][number - 1]
+        write_slice(tmp_path / f"{number}.dcm", number, (0.0, 0.0, height), np.array(sides))
+    series = read_series(tmp_path)
+    assert [(image.instance_number, image.block) for image in series.slices] == [(n, 0) for n in (5, 4, 3, 2, 1)]
+    assert series.steps() == pytest.approx([4.0] * 4)
+    turned = np.array([[np.cos(0.3), np.sin(0.3), 0], [-np.sin(0.3), np.cos(0.3), 0]])  # 17 degrees: not beside them
+    write_slice(tmp_path / "6.dcm", 6, (0.0, 0.0, 20.0), turned)
+    blocks = {image.instance_number: image.block for image in read_series(tmp_path).slices}
+    assert len({blocks[number] for number in range(1, 6)}) == 1 and blocks[6] != blocks[1]
+
+
 def test_a_wide_gap_ends_a_block(tmp_path: Path) -> None:
     heights = [0.0, 4.0, 8.0, 16.0, 43.0, 47.0]  # one slice lacks after 8, after 16 nothing was imaged for 27 mm
     series = read_series(write_stack(tmp_path, [(0.0, 0.0, z) for z in heights]))
@@ -102,6 +116,23 @@ def test_images_of_one_place_go_to_stacks_of_their_own(tmp_path: Path) -> None:
     assert [image.instance_number for image in series.slices] == [1, 3, 5, 2, 4, 6, 7]
     assert [image.block for image in series.slices] == [0, 0, 0, 1, 1, 1, 2]
     assert series.steps().tolist() == [4.0] * 4
+
+
+@pytest.mark.parametrize(("moved", "step", "stacks"), [(0.05, 4.0, 2), (0.4, 4.0, 2), (2.0, 4.0, 1), (0.3, 0.6, 1)])
+def test_a_second_scan_of_a_patient_who_moved_a_little_is_a_stack_of_its_own(
+    tmp_path: Path, moved: float, step: float, stacks: int
+) -> None:
+    heights = [k * step for k in range(5)]
+    series = read_series(write_stack(tmp_path, [(0.0, 0.0, z) for z in heights + [z + moved for z in heights]]))
+    blocks = [image.block for image in series.slices]
+    assert [blocks.count(block) for block in range(stacks)] == [10 // stacks] * stacks
+    assert np.median(series.steps()) == pytest.approx(step if stacks == 2 else step / 2)
+
+
+def test_two_slices_a_disc_are_no_second_scan(tmp_path: Path) -> None:
+    heights = [disc + step for disc in (0.0, 30.0, 60.0, 90.0) for step in (0.0, 4.0)]
+    series = read_series(write_stack(tmp_path, [(0.0, 0.0, z) for z in heights]))
+    assert [image.affine[2, 3] for image in series.slices] == heights[::-1]
 
 
 def test_stored_values_become_signal(tmp_path: Path) -> None:

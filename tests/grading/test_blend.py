@@ -56,6 +56,14 @@ def test_a_sharpened_model_is_cooled_and_noise_is_silenced(world):
     assert total(labels, honest) < total(labels, sharp) - 0.05
 
 
+def test_no_model_is_read_backwards(world):
+    labels, truth, _, _ = world
+    inverse = 1 / truth[list(SEVERITIES)].to_numpy()
+    backwards = table(truth["row_id"], inverse / inverse.sum(axis=1, keepdims=True))
+    for mixture in blend.fit_blend({"yolo": backwards}, metric.prior_out_of_fold(labels), labels).values():
+        assert mixture["weights"]["yolo"] == 0.0  # -1 would undo it
+
+
 def test_a_patients_studies_are_blended_by_numbers_fitted_on_neither(world, monkeypatch):
     labels, _, sharp, _ = world
     prior, fitted_on = metric.prior_out_of_fold(labels), []

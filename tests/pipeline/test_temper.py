@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from lsdc_utils import phantom
+from lsdc_utils.data import competition
 from lsdc_utils.grading import grade
 from lsdc_utils.pipeline import temper
-from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, SEVERITIES, parse_row_id
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, LEVELS, MISSING, SEVERITIES, parse_row_id
 
 BLENDS = grade.blends_of(["yolo", "vit3d"])
 
@@ -53,7 +54,27 @@ def test_blends_are_fitted_where_training_never_was_and_judged_on_another_popula
 
 @pytest.mark.parametrize("name", temper.POPULATIONS)
 def test_every_population_can_be_drawn(name: str) -> None:
-    choices, factor = temper.POPULATIONS[name]
+    choices, factor, higher = temper.POPULATIONS[name]
     usual = phantom.fingerprint(2, 0, temper.SEED)
-    assert factor != 1 or phantom.fingerprint(2, 0, temper.SEED, **choices) != usual
+    assert factor != 1 or higher or phantom.fingerprint(2, 0, temper.SEED, **choices) != usual
     assert 0 < factor <= 1
+
+
+def test_other_readers_grade_the_same_narrowings_by_other_cut_offs(tmp_path) -> None:
+    comp = competition.read(phantom.write_phantom(tmp_path / "phantom", 60, 0, 7, images=False, label_missing=0.1))
+    own, strict, lenient = (temper.read_again(comp, higher, 3) for higher in (0.0, -0.06, 0.06))
+    pd.testing.assert_frame_equal(own.drop(columns="row_id"), comp.labels)
+    gone = own["severity"] == MISSING
+    assert gone.any() and all((table["severity"] == MISSING).equals(gone) for table in (strict, lenient))
+    narrowing = own["row_id"].map(pd.read_csv(comp.root / "latents.csv", index_col="row_id")["narrowing"])
+    for table, order in ((strict, 1), (lenient, -1)):
+        assert order * (table["severity"] - own["severity"])[~gone].mean() > 0.03
+        assert table["severity"][~gone].corr(narrowing[~gone], method="spearman") > 0.5  # each row has its own
+
+
+def test_a_blend_that_does_not_gain_elsewhere_stays_as_it_was() -> None:
+    parts = {name: population(1000 * k) for k, name in enumerate("abc", start=1)}
+    fitted, _ = temper.temper(recipe_of(), parts)  # on all three: numbers of two are no better on the third
+    again, table = temper.temper(fitted, parts)
+    assert table["tempered"].mean() > table["trained"].mean()
+    assert again == fitted | {"tempered_on": []}

@@ -51,10 +51,12 @@ class Models:
         study = [(study_id, list(stacks))]
         looked = {name: self.predict(vits, study, points, self.views) for name, vits in self.vits.items()}
         types = sorted({stack.series_type for stack in stacks})
-        doubts = pd.DataFrame(_doubts(study_id, types, rows, points, self.yolos), columns=COLUMNS_OF["findings"])
+        looked = {name: metric.rows_of_groups(table, self.yolos) for name, table in looked.items()}
+        doubts = [*_doubts(study_id, types, rows, points, self.yolos), *_absent(study_id, [rows, *looked.values()])]
+        doubts = pd.DataFrame(doubts, columns=COLUMNS_OF["findings"])
         return {
             "yolo": rows,
-            **{name: metric.rows_of_groups(table, self.yolos) for name, table in looked.items()},
+            **looked,
             "points": points,
             "findings": doubts if findings is None else pd.concat([findings, doubts], ignore_index=True),
             "series": pd.DataFrame({"study_id": study_id, "series_type": types}),
@@ -75,6 +77,16 @@ def _doubts(
     if DOUBTFUL[0] < (height := points.get("s1_s2", pd.Series(dtype=float)).max()) < DOUBTFUL[1]:
         value = f"numbering uncertain (transitional): S1/S2 looks {height:.0%} as high as its distance from L5/S1"
         yield study_id, None, "numbering_uncertain", value, "graded as counted from below; check the levels on its page"
+
+
+def _absent(study_id: int, tables: Iterable[pd.DataFrame]) -> Iterator[tuple]:
+    """A finding of the places that no model graded, in groups of which one graded others."""
+    places = rows_of([study_id])
+    graded = places["row_id"].isin({row for table in tables for row in table["row_id"]})
+    lost = places[~graded & places["group"].isin(places["group"][graded])]
+    if len(lost):
+        levels = ", ".join(sorted(lost["level"].unique())).upper().replace("_", "/")
+        yield study_id, None, "place_not_shown", f"{len(lost)} places are on no image: {levels}", "rows by the prior"
 
 
 def blends_of(models: Iterable[str]) -> dict[str, list[str]]:

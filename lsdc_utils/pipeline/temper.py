@@ -1,5 +1,5 @@
-"""The blend of the ready-made models, fitted on phantom populations that no training draws, so that it hedges where
-scanner, prevalence or reader are new."""
+"""The blend of the ready-made models, fitted also on phantom populations that training does not draw, so that it hedges
+where scanner, prevalence or readers are new."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,9 @@ from lsdc_utils.phantom import labels, write_phantom
 from lsdc_utils.vocabulary import COLUMNS, MISSING, row_id
 
 STUDIES, SEED = 40, 9001  # of each population; phantoms of training have other seeds
+USUAL = "usual"  # as training draws them; the others it does not
 POPULATIONS = {  # name -> arguments of `write_phantom`, factor of all narrowings, how much higher readers' cut-offs are
+    USUAL: ({}, 1.0, 0.0),
     "scanner": ({"noise": 2.0, "pixel": 1.3, "field": 2.0, "stir": 1.0}, 1.0, 0.0),
     "prevalence": ({}, 0.6, 0.0),
     "strict readers": ({}, 1.0, -0.06),
@@ -56,20 +58,22 @@ def read_again(comp: competition.Competition, higher: float, seed: int) -> pd.Da
 
 
 def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The recipe with blends fitted on all populations, and a row for each: population, studies, and the official total
-    of `prior`, of the ensemble as `trained`, and `tempered` by numbers fitted on the other populations. Where these are
-    not better in the mean, the recipe stays as it is."""
-    rows = []
+    """The recipe with blends fitted on all populations, and a row for each but the usual one: population, studies, and
+    the official total of `prior`, and of the ensemble with numbers fitted on the usual population or, `tempered`, on
+    all others. Where these are not better in the mean, the recipe has those of the usual population."""
+    rows, usual = [], _fitted(recipe, {USUAL: parts[USUAL]})
     for name, (tables, read) in parts.items():
+        if name == USUAL:
+            continue
         others, prior = _fitted(recipe, {key: parts[key] for key in parts if key != name}), _prior(recipe, read)
-        blends = {"trained": recipe["ensemble"], "tempered": others["ensemble"]}
+        blends = {USUAL: usual["ensemble"], "tempered": others["ensemble"]}
         natural = {"prior": prior} | {key: blend.apply_blend(of, tables, prior) for key, of in blends.items()}
         weighted = {key: metric.weight_table(table) for key, table in natural.items()}
         totals = {key: metric.score(metric.solution_of(read), table)["total"] for key, table in weighted.items()}
         rows.append({"population": name, "studies": read["study_id"].nunique(), **totals})
     table = pd.DataFrame(rows)
-    if table["tempered"].mean() >= table["trained"].mean():
-        return recipe | {"tempered_on": []}, table
+    if table["tempered"].mean() >= table[USUAL].mean():
+        return usual | {"tempered_on": [USUAL]}, table
     return _fitted(recipe, parts) | {"tempered_on": list(parts)}, table
 
 

@@ -27,6 +27,7 @@ SLOTS = ((T2, ""), (T1, SIDES[0]), (T1, SIDES[1]), (AXIAL, SIDES[0]), (AXIAL, SI
 SLOT_AXES = np.array([np.eye(3)[[0, 1, 2] if kind == AXIAL else [1, 2, 0]] for kind, _ in SLOTS])
 SLOT_AXES[:, :, 0] *= np.array([[LATERAL[SIDES.index(side)] if side else 1.0] for _, side in SLOTS])
 SLICE_REACH = 14.0  # mm from where a slot looks that a slice may lie: three steps
+SHOWS = 8.0  # mm from there within which a slice must lie for its series to show the place at all: two steps
 SAME_SLICE = 1.0  # mm between slices that show the same
 CANAL_MIDDLE = (-1.0, 4.0)  # mm to posterior and to the head from a level's point to the middle of its square
 # mm outwards, to posterior and to the head from a level's point to its recess and foramen, if no point tells more:
@@ -181,7 +182,8 @@ def level_cuts(
 
 def _nearest(slices: list[tuple], anchor: np.ndarray, outwards: np.ndarray, count: int) -> list[tuple]:
     """Place (mm outwards of `anchor`), image, affine and normal outwards of the slices nearest to it, at most
-    `SLICE_REACH` from it; of a repeated slice only the first. Those that show what lies at the anchor come first."""
+    `SLICE_REACH` from it; of a repeated slice only the first. Those that show what lies at the anchor come first; none,
+    where no slice does."""
     placed = []
     for image, affine, normal in slices:
         normal = normal if normal @ outwards > 0 else -normal
@@ -190,6 +192,8 @@ def _nearest(slices: list[tuple], anchor: np.ndarray, outwards: np.ndarray, coun
             column, row, _ = geometry.to_pixels(affine, anchor)
             shown = 0 <= column < image.shape[1] and 0 <= row < image.shape[0]
             placed.append((place, image, affine, normal, shown))
+    if not any(shown and abs(place) <= SHOWS for place, *_, shown in placed):
+        return []
     chosen: list[tuple] = []
     for *candidate, _ in sorted(placed, key=lambda member: (not member[4], abs(member[0]))):
         if len(chosen) < count and all(abs(candidate[0] - other[0]) >= SAME_SLICE for other in chosen):

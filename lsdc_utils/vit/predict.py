@@ -11,7 +11,8 @@ from torch import nn
 
 from lsdc_utils.vit.augment import augment
 from lsdc_utils.vit.inputs import DEVICE, Rows, Studies, prediction_views, seen_studies, shown_slices, study_input
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, study_row_ids
+from lsdc_utils.vit.model import SLOTS_OF_SIDE, VitConfig
+from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, SEVERITIES, SIDES, study_row_ids
 
 DEVICES = [torch.device("cuda", k) for k in range(torch.cuda.device_count() * (DEVICE.type == "cuda"))] or [DEVICE]
 
@@ -62,6 +63,17 @@ def prediction_rows(study_ids: Iterable[int], natural: np.ndarray) -> pd.DataFra
     return rows
 
 
+def shown_rows(ids: Iterable[int], natural: np.ndarray, inputs: np.ndarray | Rows, config: VitConfig) -> pd.DataFrame:
+    """`prediction_rows` of studies with these inputs, without places that no slice of any series shows."""
+    rows = prediction_rows(ids, natural)
+    if not inputs[:1].dtype.names:  # of the published method
+        return rows
+    there = np.array([np.isfinite(inputs[k : k + 1]["places"][0]) for k in range(len(inputs))])  # (n, levels, images)
+    halves = [there[..., np.isin(config.slots, slots)].any(axis=-1) for slots in SLOTS_OF_SIDE]
+    of_side = {None: halves[0] | halves[1]} | dict(zip(SIDES, halves, strict=True))
+    return rows[np.concatenate([of_side[condition.side] for condition in CONDITIONS.values()], axis=1).ravel()]
+
+
 def answer_matrix(rows: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
     """Natural probabilities (n, 25, 3) in COLUMNS order from a prediction table, NaN where it has no row."""
     wanted = [row for study in study_ids for row in study_row_ids(study)]
@@ -73,13 +85,13 @@ def predict_studies(
     models: list[nn.Module], studies: Studies, points: pd.DataFrame,
     n_views: int = 1, see: Callable = study_input, views: Callable = prediction_views,
 ) -> pd.DataFrame:  # fmt: skip
-    """The prediction table of studies (id, stacks), 25 rows each, by the mean of `models`, which share one config.
+    """The prediction table of studies (id, stacks) by the mean of `models`, which share one config.
 
-    points: of all studies, as in `crop_centres`. A study without a canal point or a series has no rows. Studies are
-    read, cut and released one by one.
+    points: of all studies, as in `crop_centres`. A study without a canal point or a series has no rows, nor has a place
+    that no slice shows. Studies are read, cut and released one by one.
     """
-    ids, natural = [], [np.zeros((0, len(COLUMNS), len(SEVERITIES)))]
-    for study_id, seen in seen_studies(studies, points, models[0].config, see):
-        ids.append(study_id)
-        natural.append(probabilities(models, seen[None], n_views, views=views))
-    return prediction_rows(ids, np.concatenate(natural))
+    config, tables = models[0].config, [prediction_rows([], np.zeros((0, len(COLUMNS), len(SEVERITIES))))]
+    for study_id, seen in seen_studies(studies, points, config, see):
+        natural = probabilities(models, seen[None], n_views, views=views)
+        tables.append(shown_rows([study_id], natural, seen[None], config))
+    return pd.concat(tables, ignore_index=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsdc_utils import metric
+from lsdc_utils import geometry, metric
 from lsdc_utils.data import checks, competition
-from lsdc_utils.data.stacks import read_study
+from lsdc_utils.data.stacks import Stack, read_study
 from lsdc_utils.grading import blend, grade
 from lsdc_utils.grading.grade import (
     COLUMNS_OF,
@@ -78,7 +79,8 @@ def test_series_on_which_nothing_was_found_and_unsure_levels_are_findings(monkey
     """Images that can be read must not end as rows by the prior without a word."""
     point = {"study_id": 7, "level": "l1_l2", "side": "", "X": 0.0, "Y": 0.0, "Z": 0.0, "confidence": 0.4}
     points = pd.DataFrame([point | {"level_confidence": sure, "condition": "scs"} for sure in (0.9, 0.79)])
-    of_canal = pd.DataFrame([("7_spinal_canal_stenosis_l1_l2", *PRIOR)], columns=COLUMNS_OF["yolo"])
+    canal = [(f"7_spinal_canal_stenosis_{level}", *PRIOR) for level in LEVELS]
+    of_canal = pd.DataFrame(canal, columns=COLUMNS_OF["yolo"])
     stacks = [SimpleNamespace(series_type=kind) for kind in (T1, T2)]
     monkeypatch.setattr(grade, "axial_slices", lambda stacks, canal: pd.DataFrame(columns=COLUMNS_OF["slices"]))
     models = grade.Models([], {"nfn": [], "scs": []}, {"vit3d": []}, 1, lambda *asked: of_canal)
@@ -129,6 +131,45 @@ def test_a_study_is_graded_from_the_series_that_it_has(run: Path):
         left = [stack for stack in stacks if lacking and stack.series_type != lacking]
         tables, _ = blend_studies(recipe, join_graded([models.grade(study, left)]), [study])
         assert len(tables["ensemble"]) == 25 and tables["ensemble"][list(SEVERITIES)].notna().all(axis=None)
+
+
+def test_places_that_no_image_shows_have_the_prior_and_a_finding(run: Path):
+    """Black squares are no evidence: without them a model would give every patient the same, as if it had seen him."""
+    recipe = json.loads((run / "blend.json").read_text())
+    models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
+    comp = competition.read((run / json.loads((run / "data.json").read_text())["data_dir"]).resolve())
+    study = int(comp.series.loc[comp.series["split"] == "test", "study_id"].min())
+    stacks, _ = read_study(comp, "test", study)
+    canal = (whole := models.grade(study, stacks))["points"].query("condition == 'scs'").set_index("level")
+    assert "place_not_shown" not in set(whole["findings"]["rule"])
+    below = canal["Z"]["l2_l3"] + 0.45 * (canal["Z"]["l1_l2"] - canal["Z"]["l2_l3"])
+    part = models.grade(study, cut_above(stacks, below))
+    tables, sources = blend_studies(recipe, join_graded([part]), [study])
+    level = [row for row in sources.index if row.endswith("l1_l2")]
+    assert (sources[level] == "prior").all() and (sources.drop(level) != "prior").all()
+    prior = grade.prior_of(recipe, grade.rows_of([study])).set_index("row_id").loc[level]
+    for table in tables.values():
+        np.testing.assert_allclose(table.set_index("row_id").loc[level], prior)
+    [finding] = part["findings"][part["findings"]["rule"] == "place_not_shown"].itertuples()
+    assert finding.value == "5 places are on no image: L1/L2" and finding.rule in checks.RULES
+
+
+def cut_above(stacks: list[Stack], height: float) -> list[Stack]:
+    """A study's stacks without the sagittal rows and the axial slices that lie above a height."""
+    left = []
+    for stack in stacks:
+        if stack.series_type == AXIAL:
+            kept = geometry.to_patient(stack.affines, (stack.shapes[:, ::-1] - 1) / 2)[:, 2] < height
+            arrays = {key: value[kept] for key, value in vars(stack).items() if np.ndim(value)}
+            left.append(replace(stack, **arrays))
+            continue
+        rows = np.arange(stack.shapes[0, 0])
+        first = int((geometry.to_patient(stack.affines[0], np.column_stack([0 * rows, rows]))[:, 2] >= height).sum())
+        affines = stack.affines.copy()
+        affines[:, :3, 3] += first * affines[:, :3, 1]
+        pixels = np.ascontiguousarray(stack.pixels[:, first:])
+        left.append(replace(stack, pixels=pixels, shapes=stack.shapes - [first, 0], affines=affines))
+    return left
 
 
 def test_members_are_blended_together_and_left_out_one_by_one():

@@ -227,8 +227,8 @@ def test_labelled_and_missing_rows_are_counted_among_the_same(tmp_path):
     rows = pd.read_parquet(folder / "predictions/ensemble_oof.parquet")
     rows[rows["row_id"].str.split("_").str[0].astype(int) <= 12].to_parquet(folder / "predictions/ensemble_oof.parquet")
     run = tables.Run(folder)
-    [line] = [line for line in card.limits(run)["Labels"] if "labelled training rows" in line]
-    labelled, missing = map(int, re.search(r"of (\d+) labelled .* (\d+) training rows have no label", line).groups())
+    [line] = [line for line in card.limits(run)["Labels"] if "graded out of fold" in line]
+    labelled, missing = map(int, re.search(r"of (\d+) labelled .* (\d+) more have no label", line).groups())
     assert labelled + missing == 12 * 10 and missing > 0
 
 

@@ -187,6 +187,19 @@ def test_a_repeated_series_gives_no_slice_twice_and_far_slices_none():
     assert np.isnan(one[1][0, 15:]).all() and np.isfinite(one[1][:, :15]).all()
 
 
+@pytest.mark.parametrize(("off", "seen"), [(7.5, True), (8.5, False)])
+def test_a_slot_that_no_slice_shows_has_no_square(off, seen):
+    points = spine(x=0.0)
+    whole = make_stack(
+        ramp, make_affines(2, 2.0, 4.5, centre=(off + 2.25, 30, -40), size=(120, 90), **SAGITTAL), (120, 90)
+    )
+    shown = {level for level, *_ in level_cuts([whole], points, 6, [2.0] * 3, 3)}
+    assert shown == (set(range(5)) if seen else set())
+    cut_off = replace(whole, pixels=whole.pixels[:, :50], shapes=np.tile([50, 90], (2, 1)))  # above the lower levels
+    shown = {level for level, *_ in level_cuts([cut_off], points, 6, [2.0] * 3, 3)}
+    assert (0 in shown) == seen and 4 not in shown
+
+
 def test_a_wider_square_shows_the_same_place_in_larger_pixels():
     config = VitConfig(size=9, spacing=(2.0, 2.0, 2.0), margin=1, slices=3, channels=(8,), wider=((3.0, 1),))
     stacks, points = noisy_study(), spine(x=3.9)

@@ -23,6 +23,7 @@ from lsdc_utils.parallel import each
 TRAITS = {"manufacturer": "Manufacturer", "field_strength": "MagneticFieldStrength", "age": "PatientAge",
           "sex": "PatientSex", "slice_thickness": "SliceThickness"}  # fmt: skip
 TRAINED_ON = "trained_on.json"  # in a run's folder and in what `pack` makes of it
+MOST_STUDIES = 10  # of one patient; an identifier in more headers is a word for everyone
 FEW_STUDIES = 20  # below this, starting processes takes longer than reading
 # A legal UID with a root. Those of the competition are bare numbers, which collide: pixels alone tell them apart.
 REAL_UID = re.compile(r"[0-2](\.(0|[1-9]\d*)){4,}")
@@ -32,10 +33,13 @@ def describe(comp: Competition, studies: Sequence[int], workers: int = 1, graded
     """One line a study: study_id, patient (a number that its studies share) and `TRAITS` as text, '' if unknown. A
     patients.csv in the folder (study_id, and any of these) takes precedence over the patients in tables `graded`, these
     over headers; studies that it lacks go with those of the same header. Without an identifier, or where one stands for
-    more than half of the studies and there is no other, each is a patient of its own."""
+    more than half of the studies and there is no other, or in headers for more than 10 and a tenth of all, each is a
+    patient of its own."""
     facts = list(_of_studies(_facts, comp, studies, workers))
     table = pd.DataFrame(facts, pd.Index(studies, name="study_id"), ["patient", *TRAITS], dtype=object)
     table["patient"] = _names(table["patient"])
+    shared = table["patient"].map(table["patient"].value_counts()) > max(MOST_STUDIES, len(table) / 10)
+    table.loc[shared, "patient"] = np.nan
     for file, columns in [*((file, ["patient"]) for file in graded), (comp.root / "patients.csv", [*table])]:
         if file.is_file():
             given, ids = read_required_table(file, ()).rename(columns=dict.fromkeys(IDS[2:], "patient")), ["study_id"]

@@ -16,12 +16,12 @@ FORAMEN_REACH = (6.0, 30.0)  # and between which foramina lie
 
 
 def wanted(stack: Stack, config: DetectorConfig, canal: pd.DataFrame) -> np.ndarray:
-    """Slices (n,) bool on which the condition can be seen, by geometry and the study's canal points alone."""
+    """Slices (n,) bool that may show the condition at some level, by geometry and the study's canal points alone."""
     if config.condition == "ss":
         return axial_levels(stack, canal) >= 0
-    nearest = np.abs(geometry.plane_distances(stack.affines, canal[[*"XYZ"]].to_numpy(dtype=float))).min(axis=1)
+    off = np.abs(geometry.plane_distances(stack.affines, canal[[*"XYZ"]].to_numpy(dtype=float)))
     low, high = FORAMEN_REACH if config.condition == "nfn" else (0.0, CANAL_REACH)
-    return (nearest >= low) & (nearest <= high)
+    return ((off >= low) & (off <= high)).any(axis=1)
 
 
 def windows(stack: Stack, config: DetectorConfig, canal: pd.DataFrame | None) -> np.ndarray:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lsdc_utils.detector.classes import DetectorConfig
 from lsdc_utils.detector.detections import Detections
+from lsdc_utils.detector.images import FORAMEN_REACH
 from lsdc_utils.vocabulary import LEVELS, SIDES
 
 SAGITTAL_REACH = 12.0  # mm in the plane from where a level's canal or foramen is expected to what is detected of it
@@ -34,8 +35,8 @@ def find_places(detections: Detections, config: DetectorConfig, canal: pd.DataFr
     """The places of one condition: each level and side that has detections, at the mean of these by squared score.
 
     canal: the study's canal points (index level). Foramina of a side lie beside the canal at their height, where the
-    way from foramina to canal lets each level's be expected; a recess is of the level that its slice shows, and on the
-    side of the middle of the pair there.
+    way from foramina to canal lets each level's be expected (a bowed spine's slice shows foramina of one level and the
+    canal of another); a recess is of the level that its slice shows, and on the side of the middle of the pair there.
     """
     centres, points = canal[[*"XYZ"]].astype(float), detections.points
     numbers = np.array([LEVELS.index(level) for level in centres.index])
@@ -44,13 +45,14 @@ def find_places(detections: Detections, config: DetectorConfig, canal: pd.DataFr
         off = np.linalg.norm(points[:, None] - centres.to_numpy(), axis=2)
         off[(detections.levels[:, None] != numbers) | (off > RECESS_REACH)] = np.inf
     else:
-        expected, sides = centres[["Y", "Z"]].to_numpy(), np.zeros(len(points))
+        expected, sides, far = centres[["Y", "Z"]].to_numpy(), np.zeros(len(points)), np.zeros(len(points), bool)
         if config.condition == "nfn":
             expected = expected - np.array(config.canal_from_foramina)[numbers]
             line = centres.sort_values("Z")
-            sides = np.sign(points[:, 0] - np.interp(points[:, 2], line["Z"], line["X"]))
+            aside = points[:, 0] - np.interp(points[:, 2], line["Z"], line["X"])
+            far, sides = np.clip(np.abs(aside), *FORAMEN_REACH) != np.abs(aside), np.sign(aside)
         off = np.linalg.norm(points[:, None, 1:] - expected, axis=2)
-        off[off > SAGITTAL_REACH] = np.inf
+        off[(off > SAGITTAL_REACH) | far[:, None]] = np.inf
     near = np.where(np.isfinite(off.min(axis=1)), off.argmin(axis=1), -1)
     names, means, owner = [], [], np.full(len(points), -1)
     strength = detections.scores.sum(axis=1)

@@ -11,7 +11,7 @@ from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import Seen, cut_views
 from lsdc_utils.vit.loss import target_grades
 from lsdc_utils.vit.model import KINDS, VitConfig
-from lsdc_utils.vocabulary import CONDITIONS, LEVELS, SERIES_TYPES, SIDES, T1, T2
+from lsdc_utils.vocabulary import CONDITIONS, GROUPS, LEVELS, SERIES_TYPES, SIDES, T1, T2
 
 WARP_GRID = 4  # a side: points whose shifts a warp interpolates
 
@@ -87,6 +87,11 @@ def augment(
         disturb(image, strength, config.slots, rng)
     blank = torch.from_numpy(~kept).to(places.device)[:, None].expand_as(places)
     seen = images, places.masked_fill(blank, math.nan)
+    for k, condition in enumerate(CONDITIONS.values()):  # an exchanged half whose own series is gone: T2 is another's
+        if condition.side == SIDES[1]:
+            own = config.slots == SLOTS.index((GROUPS[condition.group].series_type, condition.side))
+            blind = exchanged & seen[1][..., own].isnan().all(dim=-1).cpu().numpy()
+            targets[:, k * len(LEVELS) : (k + 1) * len(LEVELS)][blind] = 0
     if strength.mixup:
         shares = np.array([rng.beta(strength.mixup, strength.mixup) for rng in rngs])
         seen, targets = mixed(seen, targets, np.maximum(shares, 1 - shares), config.head == "ordinal")

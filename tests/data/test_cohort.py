@@ -87,6 +87,17 @@ def test_studies_without_a_name_of_their_own_are_patients_of_their_own(tmp_path:
     assert cohort.describe(comp, studies)["patient"].is_unique
 
 
+def test_one_name_for_the_anonymous_beside_real_names_is_no_patient(tmp_path: Path, monkeypatch) -> None:
+    for study in range(1, 8):
+        write_study(tmp_path, study, study, PatientID="ANON" if study < 4 else f"{study // 6}")
+    comp, studies = read(tmp_path)
+    assert cohort.describe(comp, studies)["patient"].tolist() == [0, 0, 0, 1, 1, 2, 2]  # so few may be one patient's
+    monkeypatch.setattr(cohort, "MOST_STUDIES", 2)
+    assert cohort.describe(comp, studies)["patient"].tolist() == [0, 1, 2, 3, 3, 4, 4]
+    (tmp_path / "patients.csv").write_text("study_id,patient\n1,ann\n2,ann\n3,ann\n")  # a table is believed
+    assert cohort.describe(comp, studies)["patient"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
 def test_a_study_is_known_again_by_its_pixels_or_by_its_uids(trained, tmp_path: Path) -> None:
     comp, studies = trained
     blocks = cohort.fingerprints(comp, studies)

@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from spines import SAGITTAL, make_affines, make_stack, ramp
 from toy_spine import canal_points, config, foramen_points, ideal, level_centre, toy_points
 
 from lsdc_utils.detector.canal import canal_from_foramina
 from lsdc_utils.detector.classes import CANAL_FROM_FORAMINA
 from lsdc_utils.detector.detections import Detections
+from lsdc_utils.detector.images import wanted
 from lsdc_utils.detector.levels import level_evidence
 from lsdc_utils.detector.places import RECESS_REACH, SAGITTAL_REACH, find_places, recess_middles
-from lsdc_utils.vocabulary import LEVELS, SIDES
+from lsdc_utils.vocabulary import LEVELS, SIDES, T1
 
 CANAL = canal_points().set_index("level")
 
@@ -86,6 +88,20 @@ def test_foramina_of_the_left_are_never_right_in_a_curved_spine(curve):
                 truth.append((side, level))
     places = find_places(detections(points), config("nfn"), canal)
     assert [places.names[number] for number in places.owner] == truth
+
+
+def test_a_slice_with_the_foramen_of_one_level_and_the_canal_of_another_is_looked_at_for_the_first():
+    """In a bowed spine; what is detected on it beside the other level's canal is no foramen."""
+    size = (200, 160)
+    stack = make_stack(ramp, make_affines(17, 1.0, 4.0, centre=(0, 0, 0), size=size, **SAGITTAL), size, T1)
+    bowed = CANAL.assign(X=[-16.0, -8.0, 0.0, -8.0, -16.0]).reset_index()
+    looked = stack.affines[wanted(stack, config("nfn"), bowed), 0, 3]
+    assert looked.min() <= -32 and {-16.0, 0.0} <= set(looked.round(6))  # right foramina of L3/L4, left ones of L1/L2
+    points = foramen_points().set_index(["side", "level"])[[*"XYZ"]]
+    on_canal = points.loc["left", "l1_l2"].to_numpy() * (0, 1, 1) + np.array([-16 + 4.0, 0, 0])
+    beside = points.loc["left", "l1_l2"].to_numpy() * (0, 1, 1) + np.array([-16 + 15.0, 0, 0])
+    places = find_places(detections([on_canal, beside]), config("nfn"), bowed.set_index("level"))
+    assert places.names == [("left", "l1_l2")] and places.owner.tolist() == [-1, 0]
 
 
 def test_foramina_on_a_single_slice_have_the_side_of_that_slice():

@@ -83,7 +83,7 @@ def test_a_blend_that_does_not_gain_elsewhere_is_that_of_the_usual_population() 
     nonsense = read.assign(severity=np.random.default_rng(0).integers(0, 3, len(read)))  # which nobody can know
     tempered, table = temper.temper(recipe, parts | {"b": (tables, nonsense)})
     by_name = table.set_index("population")
-    assert by_name["tempered"]["a"] > by_name["usual"]["a"] + 0.1 and table["tempered"].mean() > table["usual"].mean()
+    assert by_name["tempered"]["a"] > by_name["usual"]["a"] + 0.05 and table["tempered"].mean() > table["usual"].mean()
     assert tempered["tempered_on"] == ["usual"]
     others = temper.temper(recipe, parts | {"b": population(4000)})[0]
     for name, mixture in others["ensemble"].items():  # all three agree

@@ -14,6 +14,7 @@ from lsdc_utils.vit.crops import SLOTS
 from lsdc_utils.vit.inputs import cut_views
 from lsdc_utils.vit.loss import row_losses, row_weights, target_grades, target_matrix
 from lsdc_utils.vit.model import Vit3d
+from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVELS, T1
 
 STILL = Augmentation(jitter=((0, 0, 0),) * len(SLOTS), rotation=0, scale=0, intensity=0, drop_series=0, recombine=0)
 STRONG = Augmentation(rotation=0.2094, scale=0.09, cut_off=2.5, warp=0.5, blur=1.0, noise=0.05, holes=0.3, mixup=0.4)
@@ -129,6 +130,24 @@ def seen_and_targets(n: int = 3):
     places = torch.from_numpy(inputs["places"].copy())
     places[0, 0, 0] = places[1, 0, 1] = torch.nan
     return (torch.from_numpy(inputs["images"]).float(), places), target_matrix(labels)
+
+
+def test_a_row_is_not_taught_another_study_s_label_beside_its_own_t2():
+    """The right half of a level is another study's; where its series is then left out, T2 would answer for it."""
+    inputs, labels = draw_studies(6, seed=3)
+    targets, rngs = target_matrix(np.where(labels < 0, 1, labels)), [np.random.default_rng(k) for k in range(6)]
+    dropping = replace(STILL, recombine=0.5, drop_series=0.5)
+    (_, places), taught = augment(inputs, targets, SMALL, dropping, rngs)
+    exchanged = taught != targets
+    for condition, kind in (("right_neural_foraminal_narrowing", T1), ("right_subarticular_stenosis", AXIAL)):
+        columns = [COLUMNS.index(f"{condition}_{level}") for level in LEVELS]
+        own = SMALL.slots == SLOTS.index((kind, "right"))
+        gone = places[..., own].isnan().all(dim=-1).numpy()
+        lost = taught[:, columns].sum(axis=-1) == 0
+        assert lost.any() and not lost[~gone].any() and (gone & ~lost).any()  # those that were not exchanged stay
+        np.testing.assert_array_equal(exchanged[:, columns].any(-1) & gone, lost)
+    left = [k for k, column in enumerate(COLUMNS) if column.startswith("left")]
+    np.testing.assert_array_equal(taught[:, left], targets[:, left])
 
 
 def test_mixup_at_1_changes_nothing():

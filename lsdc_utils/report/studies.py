@@ -89,10 +89,13 @@ def choose_studies(rows: pd.DataFrame, count: int, seed: int) -> dict[int, str]:
 
 def overview(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """A dict for each study: page, counts, confidence, agreement, loss, `cells` (grade, confidence, level of the worst
-    row of each condition of `GRID`), and `rows` (group, grade and confidence in per cent of each row, for filters)."""
+    row of each condition of `GRID`; where all are normal or mild, of the least sure one), and `rows` (group, grade and
+    confidence in per cent of each row, for filters)."""
     losses, lines = study_losses(rows), []
     for study, of_study in rows.groupby("study_id"):
-        worst = of_study.sort_values(["grade", "confidence"]).groupby("condition").last().loc[list(GRID)]
+        sure = of_study["confidence"].where(of_study["grade"] > 0, -of_study["confidence"])
+        worst = of_study.loc[(of_study["grade"] + sure).groupby(of_study["condition"]).idxmax()]
+        worst = worst.set_index("condition").loc[list(GRID)]
         levels = worst["level"].map(dict(zip(LEVELS, LEVEL_NAMES, strict=True)))
         known = of_study[of_study["severity"] != MISSING]
         line = {"study_id": study, "page": f"study_{study}.html", "loss": losses.get(study), "known": len(known)}

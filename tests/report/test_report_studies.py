@@ -13,7 +13,7 @@ from report_run import write_run
 from lsdc_utils.data.stacks import load_study
 from lsdc_utils.grading import run_tables
 from lsdc_utils.report import studies
-from lsdc_utils.vocabulary import COLUMNS, SEVERITIES
+from lsdc_utils.vocabulary import COLUMNS, SEVERITIES, SPINAL_CANAL
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,18 @@ def test_studies_are_chosen_by_loss_certainty_and_chance(rows):
     unlabelled = rows.assign(severity=-1)
     assert "among the least sure" in studies.choose_studies(unlabelled, 3, seed=0).values()
     assert len(studies.choose_studies(rows, 50, seed=0)) == 6 and studies.choose_studies(rows, 0, seed=0) == {}
+
+
+def test_a_study_without_a_narrow_place_shows_its_least_sure_level(rows):
+    mine = rows[rows["study_id"] == 4].copy()
+    columns = mine["condition"] + mine["level"]
+    for order, (grades, expected) in enumerate((((0, 0), (0, 0.55, "L3/L4")), ((1, 1), (1, 0.8, "L4/L5")))):
+        mine["grade"], mine["confidence"] = 0, 0.9
+        for level, grade, confidence in (("l3_l4", grades[0], 0.55), ("l4_l5", grades[1], 0.8)):
+            here = columns == f"{SPINAL_CANAL}{level}"
+            mine.loc[here, ["grade", "confidence"]] = grade, confidence
+        [line] = studies.overview(mine)
+        assert line["cells"][studies.GRID.index(SPINAL_CANAL)] == expected, order
 
 
 def test_a_studys_loss_is_the_scores(rows):

@@ -40,8 +40,8 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 15_036  # 13,290; labelled folders 747, recipe 709 of 700, uncertain numbering 58, silent faults 229
-    training: int = 8_171  # modules that TRAINING imports, transitively
+    package: int = 15_110  # 13,290; labelled folders 747, recipe 709 of 700, uncertain numbering 58, silent faults 303
+    training: int = 8_220  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50
     top: int = 16

@@ -283,8 +283,9 @@ def test_durations_read_well(seconds, text):
 
 def test_sentences_on_stress_tests_are_computed(run_dir):
     run = tables.Run(run_dir)
+    slope = "In the stress tests, the ensemble's dose-response slope is 0.71 of the oracle's"
     assert card.sentences(run, "stress") == [
-        "In the stress tests, the ensemble's dose-response slope is 0.71 of the oracle's, the mean over the conditions.",
+        f"{slope}, the mean over the conditions.",
         "Narrowing one location moves another row's probability of moderate or worse by up to 0.23.",
         "Mirroring, renumbering and rescaling (which rounds pixel values) change no probability by more than 0.0007.",
     ]

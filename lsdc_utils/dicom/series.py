@@ -26,9 +26,7 @@ ORDER = {  # plane -> patient direction in which its slices are sorted
     "axial": (0.0, 0.0, -1.0),  # from head to foot
 }
 SAME_TILT = 0.01  # direction cosines of one block's normals differ by less, i.e. by about half a degree
-UPRIGHT = (
-    0.996  # cosine between the sides of images of one block: they may be stored mirrored or turned, within 5 degrees
-)
+SAME_TURN = 0.996  # least cosine between sides of one block's images, which may be stored mirrored: 5 degrees
 SAME_SPACING = 1e-3  # mm; likewise
 SAME_PLACE = 0.01  # mm along the normal; slices are at least 0.3 mm apart
 NEARLY = 0.6  # mm; a patient moves so much between two scans: one place where a usual step is thrice as long
@@ -311,7 +309,7 @@ def _blocks(slices: list[Slice], direction: np.ndarray) -> list[np.ndarray]:
     while left.size:
         first = left[0]
         same = np.linalg.norm(np.cross(normals[left], normals[first]), axis=1) < SAME_TILT
-        same &= np.abs(sides[left] @ sides[first].T).max(axis=(1, 2)) > UPRIGHT
+        same &= np.abs(sides[left] @ sides[first].T).max(axis=(1, 2)) > SAME_TURN
         blocks += _by_gap(left[same], slices, direction)
         left = left[~same]
     return sorted(blocks, key=lambda block: np.mean([direction @ slices[i].centre for i in block]))

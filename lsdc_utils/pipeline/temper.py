@@ -60,7 +60,8 @@ def read_again(comp: competition.Competition, higher: float, seed: int) -> pd.Da
 def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, Any], pd.DataFrame]:
     """The recipe with blends fitted on all populations, and a row for each but the usual one: population, studies, and
     the official total of `prior`, and of the ensemble with numbers fitted on the usual population or, `tempered`, on
-    all others. Where these are not better in the mean, the recipe has those of the usual population."""
+    all others. Where these are not better on the population that is worst against the prior, the recipe has those of
+    the usual population: a blend hedges for what it does not know."""
     rows, usual = [], _fitted(recipe, {USUAL: parts[USUAL]})
     for name, (tables, read) in parts.items():
         if name == USUAL:
@@ -72,7 +73,8 @@ def temper(recipe: dict[str, Any], parts: dict[str, Part]) -> tuple[dict[str, An
         totals = {key: metric.score(metric.solution_of(read), table)["total"] for key, table in weighted.items()}
         rows.append({"population": name, "studies": read["study_id"].nunique(), **totals})
     table = pd.DataFrame(rows)
-    if table["tempered"].mean() >= table[USUAL].mean():
+    worst = table[["tempered", USUAL]].div(table["prior"], axis=0).max()
+    if worst["tempered"] >= worst[USUAL]:
         return usual | {"tempered_on": [USUAL]}, table
     return _fitted(recipe, parts) | {"tempered_on": list(parts)}, table
 

@@ -133,6 +133,14 @@ def test_a_changed_notebook_makes_older_what_it_decides(
     assert ("demo" in changed) == (notebook == "07_stress_tests")
 
 
+def test_a_changed_command_makes_older_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: reproduce.code_of(name) for name in reproduce.STEPS}
+    known = graph.code_hash
+    monkeypatch.setattr(graph, "code_hash", lambda *code: known(*code) + "changed" * ("pipeline.commands" in code[0]))
+    changed = {name for name, code in before.items() if reproduce.code_of(name) != code}
+    assert changed == {"pretrained", "scans", "numbering", "refine", "ablations", "curve"}
+
+
 def test_a_step_that_failed_stays_due(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "timed", lambda command, log: {"status": 3, "minutes": 1.5, "cpu_minutes": 2.0})
     assert not reproduce.run_step("seeds", "1" * 12)

@@ -101,6 +101,8 @@ def code_of(name: str) -> str:
             files |= {ABLATIONS} if "ablate" in words else set()
             parts += [json.dumps(yaml.safe_load(file.read_text()), sort_keys=True) for file in sorted(files)]
             parts += map(graph.source_hash, DECIDING)
+            if words[1:] and not words[1].startswith("-"):  # a command, such as pack, has code of its own
+                parts.append(graph.code_hash("import lsdc_utils.pipeline.commands"))
         elif words[1] == "-m":
             parts += [graph.code_hash(f"import {words[2]}.__main__"), graph.source_hash("08_report")]
         else:

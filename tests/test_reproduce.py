@@ -91,7 +91,7 @@ def test_the_docs_say_which_figures_are_older_than_their_code() -> None:
 def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A list in which every step was made by the code at hand, and no run that is left of them."""
     monkeypatch.setattr(reproduce, "TABLE", tmp_path / "figures.csv")
-    lines = [{"step": name, "commit": "0" * 12, "date": "2026-01-01", "code": reproduce.code_of(name), "status": 0}
+    lines = [{"step": name, "commit": "0" * 12, "date": "2026-01-01", "code": reproduce.code_of(name)}
              for name in reproduce.STEPS]  # fmt: skip
     pd.DataFrame(lines).to_csv(reproduce.TABLE, index=False)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -110,7 +110,7 @@ def set_line(name: str, **values: object) -> None:
 def test_only_what_is_older_is_made_again_behind_what_it_needs(listed: Path) -> None:
     assert reproduce.due(list(reproduce.STEPS)) == []
     set_line("numbering", code="another")
-    set_line("localiser", status=1)  # failed
+    set_line("localiser", code="another")
     assert reproduce.due(list(reproduce.STEPS)) == ["pretrained", "numbering", "localiser"]  # no models are there
     (listed / "outputs/pretrained").mkdir(parents=True)
     assert reproduce.due(list(reproduce.STEPS)) == ["numbering", "localiser"]
@@ -141,9 +141,27 @@ def test_a_changed_command_makes_older_what_it_makes(monkeypatch: pytest.MonkeyP
     assert changed == {"pretrained", "scans", "numbering", "refine", "ablations", "curve"}
 
 
-def test_a_step_that_failed_stays_due(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "timed", lambda command, log: {"status": 3, "minutes": 1.5, "cpu_minutes": 2.0})
-    assert not reproduce.run_step("seeds", "1" * 12)
-    line = reproduce.known_steps()["seeds"]
-    assert (line["status"], line["commit"], line["minutes"]) == ("3", "1" * 12, "1.5")  # its second command did not run
-    assert reproduce.due(list(reproduce.STEPS)) == ["seeds"]
+def test_a_step_that_failed_stays_due_and_what_needs_it_is_not_run(
+    listed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def timed(command: str, log: Path) -> dict[str, float]:
+        ran.append(command)
+        return {"status": int(command == "./run_all.sh"), "minutes": 1.5, "cpu_minutes": 2.0}
+
+    for name in ("demo", "pages", "t1", "original", "seeds"):
+        set_line(name, code="another")
+    for name, stand_in in (("timed", timed), ("committed", lambda *_: "1" * 12), ("fill", lambda *_: None),
+                           ("seeds_table", str)):  # fmt: skip
+        monkeypatch.setattr(reproduce, name, stand_in)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "demo", "pages", "seeds", "t1", "original"])
+    assert reproduce.main() == 1
+    assert ran == [
+        command for name in ("demo", "seeds", "t1", "original") for command in reproduce.STEPS[name].commands
+    ]
+    assert "pages: not run, since a step that it needs has failed" in capsys.readouterr().out
+    lines = reproduce.known_steps()
+    assert {name: lines[name]["commit"] for name in ("demo", "pages")} == {"demo": "0" * 12, "pages": "0" * 12}
+    assert (lines["t1"]["minutes"], lines["original"]["minutes"]) == ("1.5", "3.0")
+    assert reproduce.due(list(reproduce.STEPS)) == ["demo", "pages"]

@@ -120,7 +120,7 @@ def known_steps() -> dict[str, dict[str, str]]:
 def is_current(name: str) -> bool:
     """Whether the step's figures were made by the code at hand."""
     line = known_steps().get(name)
-    return line is not None and line["status"] == "0" and line["code"] == code_of(name)
+    return line is not None and line["code"] == code_of(name)
 
 
 def figures_list() -> str:
@@ -194,22 +194,22 @@ def fill(name: str, text: str, page: Path) -> None:
 
 
 def run_step(name: str, commit: str) -> bool:
-    """Run a step's commands, until one fails, and write its line of the list; whether all ended well."""
+    """Run a step's commands, until one fails; write its line of the list, if all ended well, which is returned."""
     line = {"step": name, "makes": STEPS[name].makes, "command": "; ".join(STEPS[name].commands), "commit": commit,
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "code": code_of(name)}  # fmt: skip
     measured = []
     for number, command in enumerate(STEPS[name].commands):
         measured.append(timed(command, ROOT / CACHE / f"logs/{name}{number}.txt"))
         print(name, command, *measured[-1].values(), sep=" | ", flush=True)
-        if measured[-1]["status"]:
-            break
-    line |= pd.DataFrame(measured).sum().round(1).to_dict() | {"status": measured[-1]["status"]}
+        if measured[-1].pop("status"):
+            return False
+    line |= pd.DataFrame(measured).sum().round(1).to_dict()
     tables = {"seeds": seeds_table, "ablations": ablation_table}
-    if name in tables and not line["status"]:
+    if name in tables:
         fill(name, tables[name](), PAGE)
     known = known_steps() | {name: line}
     pd.DataFrame([known[step] for step in STEPS if step in known]).to_csv(TABLE, index=False)
-    return not line["status"]
+    return True
 
 
 def due(names: list[str]) -> list[str]:
@@ -237,14 +237,18 @@ def main() -> int:
     if unknown := set(asked.steps) - set(STEPS):
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
 
-    failed = False
+    failed: set[str] = set()
     if not asked.list:
         commit = committed(parser, "lsdc_utils", "notebooks", "run_all.sh", "tests/proofs")
         for name in due(asked.steps or [name for name in STEPS if name != "scans"]):
-            failed |= not run_step(name, commit)
+            if failed.intersection(STEPS[name].after):
+                print(f"{name}: not run, since a step that it needs has failed", flush=True)
+                failed.add(name)
+            elif not run_step(name, commit):
+                failed.add(name)
     fill("figures", figures_list(), LIST)
     print(figures_list())
-    return int(failed)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

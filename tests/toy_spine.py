@@ -22,9 +22,9 @@ LATERAL = {"nfn": 18.0, "scs": 0.0, "ss": 12.0}  # mm off the midline
 
 def write_dataset(stacks, labels, folder, *settings) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Write the data set of these stacks; settings: those of `Dataset`."""
-    dataset = Dataset(folder, *settings)
+    dataset, labels = Dataset(folder, *settings), labels.assign(train_on=True)
     parts = [dataset.add(stack, labels[labels["study_id"] == stack.study_id]) for stack in stacks]
-    return dataset.finish(labels.assign(train_on=True), parts)
+    return dataset.finish(labels, parts)
 
 
 def config(condition: str, **values) -> DetectorConfig:
@@ -91,7 +91,7 @@ def toy_labels(stack: Stack, condition: str, severities: dict) -> pd.DataFrame:
             (row, stack.study_id, name, level, severities[name, level], stack.series_id, number, x, y, *clicked[:3])
         )
     names = ["row_id", "study_id", "condition", "level", "severity", "series_id", "instance_number"]
-    return pd.DataFrame(lines, columns=[*names, "x", "y", "X", "Y", "Z"])
+    return pd.DataFrame(lines, columns=[*names, "x", "y", "X", "Y", "Z"]).assign(train_on=True)
 
 
 def toy_study(condition: str, study_id: int = 1) -> tuple[Stack, pd.DataFrame]:
@@ -105,7 +105,7 @@ def canal_labels(study_id: int = 1) -> pd.DataFrame:
     """The label table's rows of a toy study's canal, clicked on another series than `toy_study` gives."""
     table = canal_points(study_id)[["study_id", "level", *"XYZ"]].assign(condition=SPINAL_CANAL, severity=0)
     rows = [row_id(study_id, SPINAL_CANAL, level) for level in LEVELS]
-    return table.assign(row_id=rows, series_id=study_id * 10 + 9, instance_number=1, x=48.0, y=48.0)
+    return table.assign(row_id=rows, series_id=study_id * 10 + 9, instance_number=1, x=48.0, y=48.0, train_on=True)
 
 
 def ideal(condition: str, severities: dict, table: pd.DataFrame | None = None) -> tuple[Detections, DetectorConfig]:

@@ -98,7 +98,13 @@ def test_02_keeps_a_patient_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFi
     exec(code[1] + "\n" + code[2], names)
     fold_of = names["labels"].groupby("study_id")["fold"].first()
     assert fold_of[studies[::2]].tolist() == fold_of[studies[1::2]].tolist() and set(fold_of) == {0, 1}
-    assert "several folds" not in capsys.readouterr().out
-    pd.DataFrame({"study_id": studies, "fold": [0, 1] * 4}).to_csv(tmp_path / "folds.csv", index=False)
-    exec(code[1] + "\n" + code[2], names | {"folds_csv": str(tmp_path / "folds.csv")})
-    assert "4 patients have studies in several folds" in capsys.readouterr().out
+    assert "8 studies of 4 patients\n" in capsys.readouterr().out
+    names |= {"folds_csv": str(tmp_path / "folds.csv")}
+    for folds, fault in (
+        ([0, 1] * 4, f"4 patients are in several folds, e.g. studies {studies[0]}, {studies[1]};"),
+        ([0, 0, 1, 1, 2, 2, 3, 3], "fold 2: with n_splits=2, folds are 0 to 1, and each has a study"),
+        ([0] * 8, "fold 1: with n_splits=2"),
+    ):
+        pd.DataFrame({"study_id": studies, "fold": folds}).to_csv(tmp_path / "folds.csv", index=False)
+        with pytest.raises(competition.CompetitionError, match=f"folds.csv: {fault}"):
+            exec(code[1] + "\n" + code[2], names)

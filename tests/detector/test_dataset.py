@@ -193,7 +193,7 @@ def labelled(tmp_path_factory):
     for file in (root / f"train_images/{lost['study_id']}/{lost['series_id']}").iterdir():
         file.write_bytes(b"no image")
     comp = competition.read(root)
-    return comp, checks.label_table(comp)
+    return comp, checks.label_table(comp).assign(train_on=True)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -208,7 +208,7 @@ def write_sets(comp, labels, root: Path, workers: int) -> dict[str, tuple]:
     }
     converted = convert_studies(comp, "train", sorted(use), root / "slices", workers, use)
     parts = [part for _, written in converted for part in written]
-    return {key: one.finish(labels.assign(train_on=True), parts) for key, one in sets.items()}
+    return {key: one.finish(labels, parts) for key, one in sets.items()}
 
 
 def test_data_sets_are_the_same_for_any_number_of_processes_and_for_saved_stacks(labelled, tmp_path, monkeypatch):
@@ -247,6 +247,19 @@ def test_what_is_not_trained_on_has_no_box_and_is_no_background(tmp_path):
     assert len(dataset.add(stack, labels.assign(severity=-1))[1]) == 0  # a condition that is left out as a whole
 
 
+def test_a_wrong_canal_point_that_is_not_trained_on_moves_no_window(tmp_path):
+    stack, labels = toy_study("nfn")
+    canal = canal_labels()
+    wrong = canal.assign(train_on=False, Y=canal["Y"] + 40.0)
+    parts = {}
+    for name, rows in (("none", canal.iloc[:0]), ("right", canal), ("wrong", wrong)):
+        dataset = Dataset(tmp_path / name, config("nfn"), 0.0, 0.0, 0)
+        parts[name] = dataset.add(stack, pd.concat([labels, rows], ignore_index=True))[2]
+    pd.testing.assert_frame_equal(parts["wrong"], parts["none"])
+    trusted = dataset.add(stack, pd.concat([labels, wrong.assign(train_on=True)], ignore_index=True))[2]
+    assert np.abs(trusted["x"].to_numpy() - parts["right"]["x"].to_numpy()).min() > 0.2  # such points do
+
+
 def test_a_data_set_that_was_not_finished_has_no_config(tmp_path, monkeypatch):
     stack, labels = toy_study("scs")
     dataset = Dataset(tmp_path / "d", config("scs"), 0.0, 0.0, 0)
@@ -254,7 +267,7 @@ def test_a_data_set_that_was_not_finished_has_no_config(tmp_path, monkeypatch):
     assert list((tmp_path / "d/images").iterdir())
     monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        dataset.finish(labels.assign(train_on=True), [part])
+        dataset.finish(labels, [part])
     assert not (tmp_path / "d/config.json").exists()
 
 

@@ -96,13 +96,12 @@ class Dataset:
     background: int  # slices beyond that, added from each series with boxes
 
     def add(self, stack: Stack, labels: pd.DataFrame) -> tuple | None:
-        """What `finish` needs of a series; None if it has no labels of this detector. labels: of its study, with
-        `train_on`; places of rows that are not trained on do not tell where to look."""
+        """What `finish` needs of a series; None if it has no labels of this detector. labels: of its study."""
         groups, condition = labels["condition"].map(GROUP_OF), self.config.condition
         here = labels[(groups == condition) & (labels["series_id"] == stack.series_id)]
         if stack.series_type != GROUPS[condition].series_type or here.empty:
             return None
-        trusted = labels[labels["train_on"]]
+        trusted = labels[labels["train_on"]]  # other rows do not tell where to look
         canal = readers_canal(trusted, self.config.canal_from_foramina)
         canal = recess_canal(trusted) if canal.empty else canal
         if canal.empty:  # nothing tells where to look

@@ -2,7 +2,7 @@
 
 import fcntl
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,23 +117,22 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
     return np.array(table.reindex(index=list(study_ids), columns=list(COLUMNS)).fillna(MISSING), dtype=np.int8)
 
 
-def crop_centres(labels: pd.DataFrame, detected: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
+def crop_centres(labels: pd.DataFrame, detected: Mapping[int, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Points to cut crops about: study_id, level, side, X, Y, Z (LPS mm), confidence, condition (of GROUPS).
 
-    A study in one of the tables `detected` takes its points from there. These are out of fold, so training meets the
-    errors that prediction will meet. Every other study takes the label table's points; without any of the canal, those
-    that its foramina let expect.
+    Studies of the folds in `detected` take their points from that fold's table, or have none. These are out of fold, so
+    training meets the errors of prediction. Every other study takes the label table's points, or without any of the
+    canal those that its foramina let expect.
     """
-    tables, columns = list(detected), ["study_id", "level", "side", *"XYZ", "confidence", "condition"]
+    columns = ["study_id", "level", "side", *"XYZ", "confidence", "condition"]
+    labels = labels[~labels["fold"].isin(detected := detected or {})]
     clicked = labels[labels["X"].notna()]
     named = [CONDITIONS[name] for name in clicked["condition"]]
     clicked = clicked.assign(side=[c.side or "" for c in named], condition=[c.group for c in named], confidence=1.0)
     canal = readers_canal(labels, CANAL_FROM_FORAMINA).assign(side="", condition="scs", confidence=1.0)
     others = ~canal["study_id"].isin(clicked.loc[clicked["condition"] == "scs", "study_id"])
     clicked = pd.concat([clicked, canal[others]]) if others.any() else clicked
-    for table in tables:
-        clicked = clicked[~clicked["study_id"].isin(table["study_id"])]
-    return pd.concat([table[columns] for table in (*tables, clicked)], ignore_index=True)
+    return pd.concat([table[columns] for table in (*detected.values(), clicked)], ignore_index=True)
 
 
 def centre_errors(labels: pd.DataFrame, detected: pd.DataFrame) -> pd.DataFrame:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import data_folders
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import yaml
+from conftest import ROOT
 
+from lsdc_utils import parallel
 from lsdc_utils.data import cohort, competition
+from lsdc_utils.files import write_json
+from lsdc_utils.grading.basis import PHANTOM_ONLY, grade_basis
 from lsdc_utils.vocabulary import AXIAL, T1, T2
 
 ROOT_UID = "1.2.826.0.1.3680043.8.498.55"
@@ -135,6 +140,36 @@ def test_hashes_are_salted_and_a_run_knows_those_of_the_run_it_began_with(traine
     assert cohort.trained_on(run) == second + first
     (base / cohort.TRAINED_ON).unlink()
     assert cohort.trained_on(run) == second and cohort.trained_on(base) == []
+
+
+def test_02_refuses_models_that_saw_a_study_whatever_its_folder_is_called(trained, tmp_path: Path) -> None:
+    comp, studies = trained
+    models, run = tmp_path / "models", tmp_path / "run"
+    models.mkdir()
+    (models / cohort.TRAINED_ON).write_text(json.dumps(cohort.fingerprints(comp, studies[1:])))
+    (models / "data.json").write_text(json.dumps({"kind": "folder", "studies": 1}))
+    cells = json.loads((ROOT / "notebooks/02_convert_labels.ipynb").read_text())["cells"]
+    [code] = ["".join(cell["source"]) for cell in cells if "cohort.overlap" in "".join(cell["source"])]
+    names = {
+        "labels": pd.DataFrame({"study_id": studies}),
+        "studies": studies,
+        "comp": comp,
+        "root": comp.root,
+        "run": run,
+    }
+    names |= {"cohort": cohort, "competition": competition, "parallel": parallel, "Path": Path, "points_from": ""}
+    names |= {"grade_basis": grade_basis, "PHANTOM_ONLY": PHANTOM_ONLY, "write_json": write_json}
+    run.mkdir()
+    for key in ("start_from", "points_from"):
+        asked = names | {"start_from": ""} | {key: str(models)}
+        with pytest.raises(
+            competition.CompetitionError, match=f"were trained on 1 of these 2 studies, e.g. {studies[1]}"
+        ):
+            exec(code, asked)
+    assert not (run / cohort.TRAINED_ON).exists()
+    (models / cohort.TRAINED_ON).write_text("[]")
+    exec(code, names | {"start_from": str(models)})
+    assert cohort.overlap(cohort.trained_on(run), comp, studies) == studies
 
 
 def test_images_of_one_value_and_uids_that_collide_tell_nothing(tmp_path: Path) -> None:

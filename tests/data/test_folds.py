@@ -90,12 +90,12 @@ def test_02_keeps_a_patient_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFi
     patients = pd.DataFrame({"study_id": studies, "patient": [k // 2 for k in range(8)]})
     patients.to_csv(tmp_path / "data/patients.csv", index=False)
     cells = json.loads((ROOT / "notebooks/02_convert_labels.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][:3]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][:4]
     names = {}
     exec(code[0], names)
     names |= {"run_dir": str(tmp_path / "run"), "data_dir": str(tmp_path / "data")}
     names["points_from"] = str(ROOT / "outputs/pretrained")  # these studies have no images
-    exec(code[1] + "\n" + code[2], names)
+    exec("\n".join(code[1:]), names)
     fold_of = names["labels"].groupby("study_id")["fold"].first()
     assert fold_of[studies[::2]].tolist() == fold_of[studies[1::2]].tolist() and set(fold_of) == {0, 1}
     assert "8 studies of 4 patients\n" in capsys.readouterr().out
@@ -107,4 +107,4 @@ def test_02_keeps_a_patient_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         pd.DataFrame({"study_id": studies, "fold": folds}).to_csv(tmp_path / "folds.csv", index=False)
         with pytest.raises(competition.CompetitionError, match=f"folds.csv: {fault}"):
-            exec(code[1] + "\n" + code[2], names)
+            exec("\n".join(code[1:]), names)

@@ -337,6 +337,8 @@ def test_the_form_of_the_start_page_scores_the_committed_models(tmp_path: Path) 
     [form] = [cell for cell in notebook.cells if "def run_all" in cell.source]
     said, out = "".join(output["text"] for output in form.outputs), project / "outputs/evaluation/clinic"
     assert "usable for: " in said and "test: 1 study," in said, said
+    grades = pd.read_csv(project / "outputs/predict/clinic/grades.csv")
+    assert f"grades: {project}/outputs/predict/clinic/grades.csv" in said and len(grades) == 25
     assert "ensemble" in said and f"report: {out}/report/index.html" in said and said.endswith("done\n"), said
     numbers, solution = json.loads((out / "evaluation.json").read_text()), pd.read_csv(root / "solution.csv")
     assert "Weighted log loss, 1 labelled study; lower is better" in said

@@ -344,17 +344,17 @@ def test_detected_points_take_the_place_of_clicked_ones():
     place, clicked = {"level": "l1_l2", "X": 1.0, "Y": 2.0, "Z": 3.0}, (("", "scs"), ("left", "ss"), ("left", "nfn"))
     labels = pd.DataFrame(
         [
-            {"study_id": study, "condition": condition, **place}
-            for study in (1, 2)
+            {"study_id": study, "condition": condition, "fold": fold, **place}
+            for study, fold in ((1, 0), (2, 1), (3, 1))
             for condition in ("spinal_canal_stenosis", "left_subarticular_stenosis", "left_neural_foraminal_narrowing")
         ]
     )
     detected = {"study_id": 2, "side": "", "condition": "scs", **place, "X": 9.0, "confidence": 0.4, "more": 1}
-    found = crop_centres(labels, [pd.DataFrame([detected])])
+    found = crop_centres(labels, {1: pd.DataFrame([detected])})  # study 3 was not found: it has no clicked points
     expected = [(2, "", 9.0, 0.4, "scs"), *((1, side, 1.0, 1.0, key) for side, key in clicked)]
     columns = ["study_id", "side", "X", "confidence", "condition"]
     assert [*found[columns].itertuples(index=False, name=None)] == expected
-    assert crop_centres(labels)["side"].tolist() == ["", "left", "left"] * 2
+    assert crop_centres(labels)["side"].tolist() == ["", "left", "left"] * 3
 
 
 def test_the_canal_is_expected_behind_the_foramina_of_a_study_without_canal_points():
@@ -365,7 +365,7 @@ def test_the_canal_is_expected_behind_the_foramina_of_a_study_without_canal_poin
             for side, x in sides
             for level, z in zip(LEVELS, (60.0, 30.0, 0.0, -30.0, -60.0), strict=True)
         ]
-    )
+    ).assign(fold=0)
     canal = crop_centres(labels).query("condition == 'scs'").set_index("level")
     assert canal["side"].eq("").all() and canal["X"].eq(1.0).all() and len(canal) == len(LEVELS)
     way = canal.loc[list(LEVELS), ["Y", "Z"]].to_numpy() - [[5.0, z] for z in (60.0, 30.0, 0.0, -30.0, -60.0)]

@@ -22,6 +22,12 @@ from lsdc_utils.pipeline import graph
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One file that needs the run of profile smoke comes first and makes it, the others last: so no process waits."""
+    need = sorted({item.path for item in items if "smoke_project" in getattr(item, "fixturenames", ())})
+    items.sort(key=lambda item: 2 if item.path in need[1:] else int(item.path not in need))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """On the build machine, where everything that the tests need is installed, a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -21,7 +21,8 @@ KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its pro
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay` seconds after a step begins, or while its second checkpoint is being written, or else when it is done."""
+    """`delay` seconds after a step begins; or, once its first checkpoint is there, while the next one is being written,
+    if that begins at once; or else when it is done."""
 
     step: str
     delay: float = 0.0
@@ -47,10 +48,14 @@ def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind
     if moment.in_checkpoint:
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
-        first = work / "checkpoint.safetensors"
-        _wait(
-            lambda: (first.exists() and [*work.glob(".writing-*")]) or ends.search(output.read_text()), running, output
-        )
+        first, there = work / "checkpoint.safetensors", []  # times at which it was seen
+
+        def reached() -> bool:
+            there.extend([time.time()] if first.exists() else [])
+            writes = there and (time.time() - there[0] > 0.1 or [*work.glob(".writing-*")])
+            return bool(writes or ends.search(output.read_text()))
+
+        _wait(reached, running, output)
     else:
         time.sleep(moment.delay)
     if kind == "kernel":

@@ -22,7 +22,7 @@ SECRETS = {
     "StudyDate": "20190223",
     "StudyTime": "031415.926535",
     "AcquisitionDateTime": "20190223031416.535897",
-    "AccessionNumber": "ZQACC77",
+    "AccessionNumber": "ZQACC771",
     "InstitutionName": "Zqhospital of Nowhere",
     "ReferringPhysicianName": "Zqreferring^Doctor",
     "OperatorsName": "Zqoperator",
@@ -61,7 +61,7 @@ def found_in(name: str, content: bytes, words: list[str]) -> Iterator[str]:
     for part in _parts(name, content):
         lower = part.lower()
         for word in words:
-            if word.encode() in lower or word.encode("utf-16-le") in lower:
+            if any(word.encode(code) in lower for code in ("utf-8", "utf-16-le", "utf-32-le")):
                 yield f"{name}: {word}"
 
 

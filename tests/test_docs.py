@@ -30,6 +30,21 @@ def test_links_lead_to_files(page: Path) -> None:
     assert targets or page.parent.name == "docs"  # the README leads to all others
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_into_pages_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)", page.read_text())
+    links = [(page.parent / target if target else page, anchor) for target, anchor in links if "://" not in target]
+    missing = [f"{target.name}#{anchor}" for target, anchor in links if anchor not in anchors_of(target)]
+    assert not missing and (links or page.name == "guarantees.md")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_parameters_in_examples_exist(page: Path) -> None:
     parameters = yaml.safe_load((ROOT / "notebooks/profiles/demo.yml").read_text())

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from conftest import looks_of, run_all
 from PIL import Image, PngImagePlugin
-from private import UID_ROOT, WORDS, found_in, leaks
+from private import SECRETS, UID_ROOT, WORDS, found_in, leaks
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -36,6 +36,10 @@ def test_the_planted_files_hold_what_is_looked_for(run: Path) -> None:
         *WORDS,
         UID_ROOT,
     }
+
+
+def test_every_planted_value_is_looked_for() -> None:
+    assert {value.lower() for value in SECRETS.values()} < set(WORDS)
 
 
 def test_nothing_private_leaves_the_headers(run: Path) -> None:
@@ -112,6 +116,7 @@ def zipped(word: str) -> bytes:
         ("a.ipynb", notebook),
         ("a.parquet", parquet),
         ("a.zip", zipped),
+        ("a.npz", arrays),
         ("a.gz", lambda word: gzip.compress(word.encode() * 9)),
         ("a.pdf", lambda word: b"%PDF stream\n" + zlib.compress(word.encode() * 9) + b"\nendstream"),
         ("a.html", lambda word: b'<img src="data:image/png;base64,' + base64.b64encode(png(word) + bytes(400)) + b'">'),
@@ -129,6 +134,8 @@ def test_a_word_is_found_wherever_it_hides(tmp_path: Path, name: str, make) -> N
 
 def test_a_whole_run_works_offline(smoke_project: Path) -> None:
     assert looks_of(smoke_project) == []
+    watched = (smoke_project / "looks.txt.watched").read_text()
+    assert watched.count("ipykernel_launcher") >= len(list((smoke_project / "outputs/demo/notebooks").glob("*.ipynb")))
     for log in (smoke_project / "outputs/demo/logs").glob("*.log"):
         text = log.read_text().lower()
         for word in ("no network in this test", "connectionerror", "name resolution", "offline", "max retries"):

@@ -286,7 +286,7 @@ def bench(asked: Namespace) -> int:
 def test(asked: Namespace) -> int:
     """Run the tests; without --all not those that take minutes each."""
     processes = min(usable_cores() + 1, 4)  # tests wait for runs; each takes some GiB, and those of a file share one
-    command = [sys.executable, "-m", "pytest", "-n", str(processes), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
     return subprocess.run(command + ([] if asked.all else ["-m", "not slow"]), cwd=ROOT).returncode
 
 

@@ -38,8 +38,10 @@ def html_table(table: pd.DataFrame) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table of text as Markdown; a column group stands before each of its columns."""
-    head = [table.index.name or "", *(name if isinstance(name, str) else ": ".join(name) for name in table.columns)]
+    """A table of text as Markdown; a column group stands before the first of its columns."""
+    names = [(name,) if isinstance(name, str) else name for name in table.columns]
+    pairs = zip([("",), *names], names, strict=False)
+    head = [table.index.name or "", *(": ".join(own[-1:] if own[:-1] == before[:-1] else own) for before, own in pairs)]
     lines = [head, ["---", *["---:"] * len(table.columns)], *table.reset_index().to_numpy().tolist()]
     return "\n".join("| " + " | ".join(re.sub(r"([|<>`*_])", r"\\\1", cell) for cell in line) + " |" for line in lines)
 

@@ -120,9 +120,8 @@ def label_matrix(labels: pd.DataFrame, study_ids: Iterable[int]) -> np.ndarray:
 def crop_centres(labels: pd.DataFrame, detected: Mapping[int, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Points to cut crops about: study_id, level, side, X, Y, Z (LPS mm), confidence, condition (of GROUPS).
 
-    Studies of the folds in `detected` take their points from that fold's table, or have none. These are out of fold, so
-    training meets the errors of prediction. Every other study takes the label table's points, or without any of the
-    canal those that its foramina let expect.
+    Studies of the folds in `detected` have that fold's points, out of fold, as at prediction, or none. All others have
+    those of the label table; without any of the canal, those that its foramina let expect.
     """
     columns = ["study_id", "level", "side", *"XYZ", "confidence", "condition"]
     labels = labels[~labels["fold"].isin(detected := detected or {})]

@@ -348,7 +348,7 @@ def counted(rows: pd.DataFrame) -> Counter:
 def test_everything_planted_is_found_and_nothing_invented(tmp_path: Path) -> None:
     """The table of what was planted and what was found is printed: `pytest -s -k planted tests/data/test_checks.py`."""
     rates = {"series_missing": 0.06, "second_axial": 0.4, "axial_split": 0.3, "short_stack": 0.06}
-    rates |= {"label_missing": 0.002, "point_missing": 0.01, "tilted_blocks": 0.1}
+    rates |= {"label_missing": 0.002, "point_missing": 0.01, "tilted_blocks": 0.1, "step": 1.5}
     n = 2 * len(spoil.KINDS)
     root = phantom.write_phantom(tmp_path / "spoilt", n, 0, seed=6, workers=2, sides_swapped=0.06, **rates)
     straight = phantom.write_phantom(tmp_path / "straight", n, 0, seed=6, images=False, sides_swapped=0.0, **rates)

@@ -160,7 +160,12 @@ def test_intervals_resample_patients_and_need_ten(judged):
     assert high - low == pytest.approx(2 * 1.96 * of_study.std() / np.sqrt(200), rel=0.2) and low < value < high
     ten = rows.assign(patient=rows["study_id"].astype(int) // 20)  # every patient has twenty studies
     narrow, wide = (np.ptp([end.loc[0, "share"] for end in evaluation.intervals(some, share)]) for some in (rows, ten))
-    assert np.isfinite(wide) and wide != narrow
+    twins = pd.concat([rows, rows.assign(study_id=rows["study_id"].astype(int) + 10**6)])  # two equal studies a patient
+    by_patient = np.ptp([end.loc[0, "share"] for end in evaluation.intervals(twins, share, draws=400)])
+    twins["patient"] = twins["study_id"]
+    by_study = np.ptp([end.loc[0, "share"] for end in evaluation.intervals(twins, share, draws=400)])
+    assert by_patient == pytest.approx(narrow, rel=0.15) and 1.2 < by_patient / by_study < 1.7  # in truth 1.41
+    assert np.isfinite(wide)
     nine = ten[ten["patient"] < 9]
     assert all(np.isnan(end.loc[0, "share"]) for end in evaluation.intervals(nine, share))
 

@@ -123,18 +123,6 @@ def test_a_run_s_test_studies_are_graded_here_as_its_tables_say(run: Path):
     assert set(graded["series"]["series_type"]) == set(SERIES_TYPES) and set(sources) <= {"yolo+vit3d", "vit3d"}
 
 
-def test_a_study_is_graded_from_the_series_that_it_has(run: Path):
-    recipe = json.loads((run / "blend.json").read_text())
-    models = load_models(run / "weights", recipe["folds"], recipe["vit_views"])
-    comp = competition.read((run / json.loads((run / "data.json").read_text())["data_dir"]).resolve())
-    study = int(comp.series.loc[comp.series["split"] == "test", "study_id"].min())
-    stacks, _ = read_study(comp, "test", study)
-    for lacking in (*SERIES_TYPES, None):
-        left = [stack for stack in stacks if lacking and stack.series_type != lacking]
-        tables, _ = blend_studies(recipe, join_graded([models.grade(study, left)]), [study])
-        assert len(tables["ensemble"]) == 25 and tables["ensemble"][list(SEVERITIES)].notna().all(axis=None)
-
-
 def test_places_that_no_image_shows_have_the_prior_and_a_finding(tmp_path: Path):
     """Black squares are no evidence: without them a model would give every patient the same, as if it had seen him."""
     ready = ROOT / "outputs/pretrained"  # which find the levels

@@ -41,7 +41,9 @@ def contents(root: Path, study_id: int) -> list:
 
 
 def test_each_kind_spoils_its_study_alone_and_is_listed(tmp_path):
-    clean = write_phantom(tmp_path / "clean", len(spoil.KINDS) + 1, 0, 4, workers=2, **CLEAN | {"second_axial": 1.0})
+    clean = write_phantom(
+        tmp_path / "clean", len(spoil.KINDS) + 1, 0, 4, workers=2, step=1.5, **CLEAN | {"second_axial": 1.0}
+    )
     root = shutil.copytree(clean, tmp_path / "spoilt")
     planted, spoilt = spoil.spoil(root)
     assert sorted(spoilt.values()) == sorted(spoil.KINDS)

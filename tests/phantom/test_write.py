@@ -11,7 +11,6 @@ import pydicom
 import pytest
 from scipy.stats import spearmanr
 from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
 
 from lsdc_utils import dicom, geometry, metric, vocabulary
@@ -23,11 +22,6 @@ from lsdc_utils.vocabulary import AXIAL, COLUMNS, LEVEL_NAMES, LEVELS, MISSING, 
 CLEAN = dict.fromkeys(study.Dirt.__dataclass_fields__, 0.0)
 ANATOMY = ("anatomy.csv", "discs.csv", "spines.csv")
 ANSWERS = (*("solution.csv", "solution_coordinates.csv", "latents.csv", "oracle.csv", "wrong_labels.csv"), *ANATOMY)
-
-
-@pytest.fixture(scope="module")
-def grades() -> labels.Grades:
-    return labels.draw_grades(50_000, 1)
 
 
 @pytest.fixture(scope="module")
@@ -43,71 +37,12 @@ def tables(tmp_path_factory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("phantom") / "tables", 200, 40, 2, workers=2, images=False)
 
 
-def as_rows(grades: labels.Grades, n: int) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """Solution, and the prediction tables of prior and oracle, of the first n studies drawn."""
-    rows = pd.DataFrame({"row_id": [f"{i}_{column}" for i in range(n) for column in COLUMNS]})
-    share = np.stack([(grades.labels == k).mean(axis=0) for k in range(3)], axis=1)
-    naturals = {"prior": np.tile(share, (n, 1)), "oracle": grades.oracle[:n].reshape(-1, 3)}
-    predictions = {name: rows.assign(**dict(zip(SEVERITIES, p.T, strict=True))) for name, p in naturals.items()}
-    return rows.assign(severity=grades.labels[:n].ravel()), predictions
-
-
 def digests(root: Path) -> dict[str, str]:
     return {
         str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(root.rglob("*"))
         if file.is_file()
     }
-
-
-def test_prevalence_is_real_after_reader_noise(grades):
-    drawn = np.stack([(grades.labels == k).mean(axis=0) for k in range(3)], axis=1)
-    assert np.abs(drawn - labels.real_prevalence()).max() < 0.01
-    any_severe = (grades.labels[:, :5] == 2).any(axis=1).mean()
-    assert abs(any_severe - 365 / 1975) < 0.03
-
-
-def test_correlation_of_each_pair_is_real_after_reader_noise(grades):
-    real = np.array(labels.real_facts()["label_spearman"])
-    assert np.abs(spearmanr(grades.labels).statistic - real).max() < 0.05
-
-
-def test_oracle_lands_where_the_best_solutions_did(grades):
-    solution, predictions = as_rows(grades, 3000)
-    scores = {name: metric.score(solution, metric.weight_table(table)) for name, table in predictions.items()}
-    for part, wanted in {"spinal": 0.25, "foraminal": 0.44, "subarticular": 0.52, "any_severe": 0.3}.items():
-        assert abs(scores["oracle"][part] - wanted) < 0.06, part
-    real = labels.real_facts()["best_constant_prediction_official_score"]
-    for part, name in {"spinal": "spinal", "foraminal": "foraminal", "subarticular": "subarticular"}.items():
-        assert abs(scores["prior"][part] - real[name]) < 0.03, part
-    assert abs(scores["prior"]["total"] - real["total"]) < 0.04
-
-
-def test_oracle_is_calibrated(grades):
-    assert np.allclose(grades.oracle.sum(axis=-1), 1)
-    assert metric.calibration_error(grades.oracle.reshape(-1, 3), grades.labels.ravel()) < 0.02
-    for column in range(len(COLUMNS)):
-        assert metric.calibration_error(grades.oracle[:, column], grades.labels[:, column]) < 0.02
-
-
-def test_readers_agree_as_people_do(grades):
-    one, other = (labels.read(grades.narrowing, np.random.default_rng(reader)) for reader in (1, 2))
-    for group in vocabulary.GROUPS:
-        columns = np.equal(labels.COLUMN_GROUPS, group)
-        assert 0.45 < cohen_kappa_score(one[:, columns].ravel(), other[:, columns].ravel(), weights="linear") < 0.75
-
-
-def test_a_longer_draw_begins_with_the_shorter_one(grades):
-    short = labels.draw_grades(50, 1)
-    assert np.array_equal(short.labels, grades.labels[:50])
-    assert np.array_equal(short.narrowing, grades.narrowing[:50])
-
-
-def test_nearest_correlation_of_a_correlation_is_itself():
-    matrix = np.array([[1, 0.5, 0.2], [0.5, 1, 0.3], [0.2, 0.3, 1]])
-    assert np.allclose(labels.nearest_correlation(matrix), matrix)
-    impossible = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
-    assert np.linalg.eigvalsh(labels.nearest_correlation(impossible)).min() > 0
 
 
 def test_layout(folder):
@@ -504,11 +439,11 @@ def test_wrong_labels_are_planted_in_training_alone_and_told(tmp_path):
 
 
 def test_missing_labels_do_not_depend_on_the_grade(tmp_path):
-    root = write_phantom(tmp_path / "p", 600, 0, 11, workers=2, images=False, short_stack=0.5)
+    root = write_phantom(tmp_path / "p", 250, 0, 11, workers=2, images=False, short_stack=0.5)
     latents = pd.read_csv(root / "latents.csv")
     narrowing = latents.loc[latents["row_id"].str.endswith("left_subarticular_stenosis_l1_l2"), "narrowing"].to_numpy()
     missing = pd.read_csv(root / "train.csv")["left_subarticular_stenosis_l1_l2"].isna().to_numpy()
-    assert abs(spearmanr(narrowing, missing).statistic) < 0.12  # 3 standard errors
+    assert abs(spearmanr(narrowing, missing).statistic) < 0.19  # 3 standard errors
 
 
 def test_points_lie_in_the_image_where_real_ones_do_and_more_widely():

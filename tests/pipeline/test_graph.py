@@ -29,6 +29,16 @@ def test_another_content_of_a_given_table_re_runs_the_steps_that_read_it(tmp_pat
     assert tracked("00_get_data", moved) == tracked("00_get_data", "")  # reads none of them
 
 
+def test_other_tables_of_a_data_folder_re_run_what_reads_it(tmp_path: Path) -> None:
+    seen, parameters = [], load_parameters("demo") | {"data_dir": str(tmp_path)}
+    for content in ("study_id\n1\n", "study_id\n2\n", "study_id\n1\n"):
+        (tmp_path / "train.csv").write_text(content)
+        seen.append(
+            [graph.tracked_parameters(graph.Step(name, name), parameters) for name in ("00_get_data", "01_eda")]
+        )
+    assert seen[0] == seen[2] and all(one != other for one, other in zip(*seen[:2], strict=True))
+
+
 @pytest.mark.parametrize(
     ("key", "name", "notebook"),
     [

@@ -40,6 +40,7 @@ def test_it_grades_elsewhere_as_the_run_does(smoke_project: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     graded, expected = (pd.read_csv(file) for file in (tmp_path / "graded/submission.csv",
                                                       smoke_project / "outputs/demo/submission.csv"))  # fmt: skip
+    assert len(graded) == len(expected) > 0
     pd.testing.assert_frame_equal(graded, expected[graded.columns].set_index("row_id").loc[graded.row_id].reset_index())
 
 

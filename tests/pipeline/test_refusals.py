@@ -109,6 +109,18 @@ def test_conditions_without_a_value_ask_for_one(value: str, capsys: pytest.Captu
     assert capsys.readouterr().err == said
 
 
+def test_labels_of_another_table_cannot_train_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "labels.csv").write_text("row_id,severity\n")
+    models = ROOT / "outputs/pretrained"
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path)
+    asked = ["adapt", str(tmp_path), "--run", str(models), "--out", "new", "--train", "--labels"]
+    assert commands.main([*asked, str(tmp_path / "labels.csv")]) == 2
+    assert "--labels cannot be used with --train, which reads train.csv" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_one_study_is_not_plural() -> None:
     assert [count_studies(n, "labelled") for n in (1, 2)] == ["1 labelled study", "2 labelled studies"]
     assert [count_studies(n) for n in (0, 1)] == ["0 studies", "1 study"]

@@ -332,3 +332,13 @@ def test_results_go_between_their_markers(index, run_dir, tmp_path):
     assert {file.name for file in (tmp_path / "docs").glob("*.png")} == {"made-up-example.png", "made-up-doses.png"}
     commands.write_results(tables.Run(run_dir), tmp_path)
     assert (tmp_path / "docs/results.md").read_text() == text
+
+
+def test_a_group_of_columns_is_named_once_in_markdown() -> None:
+    columns = [("Out of fold", "Score"), ("Out of fold", "Skill"), ("Test", "Score"), ("Test", "Skill")]
+    table = pd.DataFrame([["1", "2", "3", "4|"]], ["a_b"], pd.MultiIndex.from_tuples(columns)).rename_axis("Model")
+    head, _, line = card.markdown_table(table).splitlines()
+    assert head == "| Model | Out of fold: Score | Skill | Test: Score | Skill |"
+    assert line == r"| a\_b | 1 | 2 | 3 | 4\| |"
+    plain = table.droplevel(0, axis=1)
+    assert card.markdown_table(plain).splitlines()[0] == "| Model | Score | Skill | Score | Skill |"

@@ -1,5 +1,5 @@
 """Python imports this at its start if this folder is on PYTHONPATH: connections beyond this machine are refused, and
-listed in the file LSDC_LOOKS."""
+listed in the file LSDC_LOOKS. A second file, <LSDC_LOOKS>.watched, has a line for each process that is watched."""
 
 import os
 import socket
@@ -24,3 +24,5 @@ def _refuse(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_refuse)
+with open(f"{os.environ['LSDC_LOOKS']}.watched", "a") as watched:
+    watched.write(f"{' '.join(sys.orig_argv)[:300]}\n")

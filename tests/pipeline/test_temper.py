@@ -79,7 +79,10 @@ def test_other_readers_grade_the_same_narrowings_by_other_cut_offs(tmp_path) -> 
 
 def test_a_blend_that_is_no_better_where_it_is_worst_is_that_of_the_usual_population() -> None:
     recipe, parts = recipe_of(), {name: population(1000 * k) for k, name in enumerate(("usual", "a"), start=1)}
-    unknowable = {}
+    tables, read = parts["a"]  # where models are right to be sure
+    sure = tables["yolo"][list(SEVERITIES)].to_numpy()
+    drawn = (np.random.default_rng(1).random(len(read))[:, None] > sure.cumsum(axis=1)).sum(axis=1)
+    parts["a"], unknowable = (tables, read.assign(severity=drawn)), {}
     for name, first in (("b", 9000), ("c", 12000)):
         tables, read = population(first)
         unknowable[name] = tables, read.assign(severity=np.random.default_rng(first).integers(0, 3, len(read)))
@@ -87,7 +90,7 @@ def test_a_blend_that_is_no_better_where_it_is_worst_is_that_of_the_usual_popula
     by_name = table.set_index("population")
     assert by_name["tempered"]["a"] > by_name["usual"]["a"] + 0.05  # the price, where one is at home
     worst = by_name.div(by_name["prior"], axis=0).max()
-    assert worst["tempered"] > worst["usual"] and tempered["tempered_on"] == ["usual"]
+    assert worst["tempered"] > worst["usual"] and tempered["tempered_on"] == ["usual"]  # b is as a is not
     hedged = temper.temper(recipe, parts | unknowable)[0]
     assert hedged["tempered_on"] == ["usual", "a", "b", "c"]  # with c it is known that b may come
     surer, hedging = (sum(of["ensemble"]["scs"]["weights"].values()) for of in (tempered, hedged))

@@ -21,11 +21,12 @@ KINDS = ("top", "group", "kernel")  # the runner's process alone, all of its pro
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay` seconds after a step begins; or, once its first checkpoint is there, while the next one is being written,
-    if that begins at once; or else when it is done."""
+    """`delay` seconds after a step begins, or once its first checkpoint is there, or while its second one is being
+    written; of the last two, when it is done if that was missed."""
 
     step: str
     delay: float = 0.0
+    has_checkpoint: bool = False
     in_checkpoint: bool = False
 
 
@@ -45,15 +46,14 @@ def kill_run(project: Path, arguments: list[str], run: str, moment: Moment, kind
     begins = re.compile(rf"\] {re.escape(moment.step)}$", re.MULTILINE)
     _wait(lambda: begins.search(output.read_text()), running, output)
     folder = project / "outputs" / run
-    if moment.in_checkpoint:
+    if moment.has_checkpoint or moment.in_checkpoint:
         work = folder / "work" / re.sub(r"^\d+_train_", "", moment.step)
         ends = re.compile(rf"\] {re.escape(moment.step)} done", re.MULTILINE)
-        first, there = work / "checkpoint.safetensors", []  # times at which it was seen
+        first = work / "checkpoint.safetensors"
 
         def reached() -> bool:
-            there.extend([time.time()] if first.exists() else [])
-            writes = there and (time.time() - there[0] > 0.1 or [*work.glob(".writing-*")])
-            return bool(writes or ends.search(output.read_text()))
+            there = first.exists() and (moment.has_checkpoint or [*work.glob(".writing-*")])
+            return bool(there or ends.search(output.read_text()))
 
         _wait(reached, running, output)
     else:

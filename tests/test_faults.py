@@ -44,7 +44,7 @@ def test_killed_trainings_resume_to_the_same_weights(smoke_project: Path, smoke_
     (weights / "vit3d_fold0.safetensors").unlink()
     (smoke_copy / "outputs/demo/notebooks/04_train_vit3d_fold0.ipynb").unlink()
     kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", 3.0), "kernel")
-    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", in_checkpoint=True), "group")
+    kill_run(smoke_copy, again, "demo", Moment("04_train_vit3d_fold0", has_checkpoint=True), "group")
     assert_ends_as(smoke_project, smoke_copy, again)
     assert "resumes after epoch" in log_of(smoke_copy, "04_train_vit3d_fold0")
 

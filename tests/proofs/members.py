@@ -36,6 +36,8 @@ MEMBERS = [  # the demo's transformer, and one that joins slices and grades in a
 ]
 ALSO = {  # name -> what sets it apart from the demo's transformer
     "slices": {"vit_slice_epochs": 6},
+    "mixup": {"vit_augment": {"mixup": 0.4}},
+    "coarse": {"vit_wider": [[2.0, 3]]},
     "strong": {
         "vit_margin": 13,
         "vit_epochs": 30,

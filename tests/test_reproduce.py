@@ -21,30 +21,33 @@ from lsdc_utils.vocabulary import SEVERITIES
 sys.path.append(str(ROOT / "tests/proofs"))
 import reproduce
 
+RUNS = ("demo", *(f"demo-seed{seed}" for seed in reproduce.SEEDS))
+PART = "one_crop_view"
+
 
 @pytest.fixture
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three runs on the same labels, and each without a part: always worse by more doubt, the third seed most."""
     labels, tables = make_rows(np.random.default_rng(1), 24)
     solution, known = metric.solution_of(labels), tables["ensemble"]
-    for number, run in enumerate(reproduce.RUNS):
-        for folder, doubt in ((run, 0.1 * number), (f"{run}-one_crop_view", 0.1 * number + 0.05 * (number + 1))):
+    for number, run in enumerate(RUNS):
+        for folder, doubt in ((run, 0.1 * number), (f"{run}-{PART}", 0.1 * number + 0.05 * (number + 1))):
             own = known.copy()
             own[list(SEVERITIES)] = (1 - doubt) * known[list(SEVERITIES)] + doubt / 3
             (tmp_path / folder / "predictions").mkdir(parents=True)
             (tmp_path / folder / "tables").mkdir()
-            (tmp_path / folder / "weights").mkdir()
             own.to_parquet(tmp_path / folder / "predictions/ensemble_oof.parquet")
             labels.to_parquet(tmp_path / folder / "tables/labels.parquet")
             block = metric.score_block(solution, {"prior": tables["prior"], "ensemble": own, "oracle": known})
             (tmp_path / folder / "scores.json").write_text(json.dumps({"oof": block, "test": block}))
-            (tmp_path / folder / "weights/localiser_fold0.json").write_text('{"git_commit": "0123456789abcdef"}')
     monkeypatch.setattr(reproduce, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(reproduce, "TRAININGS", tmp_path / "trainings.csv")
+    reproduce.TRAININGS.write_text("run,without,commit,oof_score,oof_skill,test_score,test_skill,worse,low,high\n")
     return tmp_path
 
 
 def totals(outputs: Path, ending: str = "") -> list[float]:
-    blocks = [json.loads((outputs / f"{run}{ending}/scores.json").read_text())["oof"] for run in reproduce.RUNS]
+    blocks = [json.loads((outputs / f"{run}{ending}/scores.json").read_text())["oof"] for run in RUNS]
     return [block["scores"]["ensemble"]["total"] for block in blocks]
 
 
@@ -54,18 +57,25 @@ def cells(table: str, first: str) -> list[str]:
 
 
 def test_the_mean_and_range_of_trainings(outputs: Path) -> None:
+    for run in reversed(RUNS):  # in goes of their own, in any order
+        reproduce.keep([reproduce.training(run, f"commit of {run}")])
     table, scores = reproduce.seeds_table(), totals(outputs)
     assert cells(table, "mean")[0] == f"{np.mean(scores):.3f}" and cells(table, "mean")[0] == cells(table, "mean")[2]
     assert cells(table, "range")[0] == f"{min(scores):.3f} to {max(scores):.3f}" and scores == sorted(scores)
-    assert cells(table, "demo-seed53")[0] == f"{scores[1]:.3f}"
+    assert cells(table, "demo-seed53")[0] == f"{scores[1]:.3f}" and cells(table, "demo-seed53")[-1][-6:] == "seed53"
     assert float(cells(table, "demo")[1]) == 1.0  # the first is the oracle
-    assert "commit 0123456789ab." in table
 
 
 def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Path) -> None:
-    worse, interval, each = cells(reproduce.ablation_table(), r"one\_crop\_view")
-    differences = np.subtract(totals(outputs, "-one_crop_view"), totals(outputs))
+    assert reproduce.ablation_table() == "Not made with the present code."
+    for run in RUNS:
+        reproduce.keep([reproduce.training(run, "0123456789ab")])
+        reproduce.keep([reproduce.training(run, "old", PART)])
+        reproduce.keep([reproduce.training(run, "0123456789ab", PART)])  # instead of the old one
+    worse, interval, each, commit = cells(reproduce.ablation_table(), PART.replace("_", r"\_"))
+    differences = np.subtract(totals(outputs, f"-{PART}"), totals(outputs))
     assert worse == f"{differences.mean():+.3f}" and each == ", ".join(f"{value:+.3f}" for value in differences)
+    assert commit == "0123456789ab" and len(reproduce.known_trainings()) == 6
     low, high = map(float, interval.split(" to "))
     assert low <= differences.mean() <= high
     score = json.loads((outputs / "demo/scores.json").read_text())["oof"]["interval"]["ensemble"]["total"]
@@ -114,13 +124,13 @@ def test_only_what_is_older_is_made_again_behind_what_it_needs(listed: Path) -> 
     assert reproduce.due(list(reproduce.STEPS)) == ["pretrained", "numbering", "localiser"]  # no models are there
     (listed / "outputs/pretrained").mkdir(parents=True)
     assert reproduce.due(list(reproduce.STEPS)) == ["numbering", "localiser"]
-    assert reproduce.due(["localiser", "seeds"]) == ["localiser"]
+    assert reproduce.due(["localiser", "seed53"]) == ["localiser"]
     states = [line.split("|")[-2].strip() for line in reproduce.figures_list().splitlines()[2:]]
     assert states == ["older" if name in ("numbering", "localiser") else "yes" for name in reproduce.STEPS]
 
 
 @pytest.mark.parametrize(
-    ("notebook", "older"), [("07_stress_tests", "demo pages seeds doses"), ("08_report", "pages original")]
+    ("notebook", "older"), [("07_stress_tests", "demo pages seed53 doses"), ("08_report", "pages original")]
 )
 def test_a_changed_notebook_makes_older_what_it_decides(
     notebook: str, older: str, monkeypatch: pytest.MonkeyPatch
@@ -138,7 +148,8 @@ def test_a_changed_command_makes_older_what_it_makes(monkeypatch: pytest.MonkeyP
     known = graph.code_hash
     monkeypatch.setattr(graph, "code_hash", lambda *code: known(*code) + "changed" * ("pipeline.commands" in code[0]))
     changed = {name for name, code in before.items() if reproduce.code_of(name) != code}
-    assert changed == {"pretrained", "scans", "numbering", "refine", "ablations", "curve"}
+    ablations = {name for name in reproduce.STEPS if name.startswith("ablations")}
+    assert changed == {"pretrained", "scans", "numbering", "refine", "curve", *ablations}
 
 
 def test_a_step_that_failed_stays_due_and_what_needs_it_is_not_run(
@@ -150,15 +161,15 @@ def test_a_step_that_failed_stays_due_and_what_needs_it_is_not_run(
         ran.append(command)
         return {"status": int(command == "./run_all.sh"), "minutes": 1.5, "cpu_minutes": 2.0}
 
-    for name in ("demo", "pages", "t1", "original", "seeds"):
+    for name in ("demo", "pages", "t1", "original", "seed53"):
         set_line(name, code="another")
     for name, stand_in in (("timed", timed), ("committed", lambda *_: "1" * 12), ("fill", lambda *_: None),
-                           ("seeds_table", str)):  # fmt: skip
+                           ("training", lambda *_: {}), ("keep", lambda *_: None)):  # fmt: skip
         monkeypatch.setattr(reproduce, name, stand_in)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "demo", "pages", "seeds", "t1", "original"])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "demo", "pages", "seed53", "t1", "original"])
     assert reproduce.main() == 1
     assert ran == [
-        command for name in ("demo", "seeds", "t1", "original") for command in reproduce.STEPS[name].commands
+        command for name in ("demo", "seed53", "t1", "original") for command in reproduce.STEPS[name].commands
     ]
     assert "pages: not run, since a step that it needs has failed" in capsys.readouterr().out
     lines = reproduce.known_steps()

@@ -4,8 +4,8 @@ in this folder, and keeps the list of what was made by which commands, on which 
 The list also holds a hash of the code that decides each step's result, as the pipeline has one for each notebook. A
 step whose code has not changed is not run again, and each command resumes where it was stopped, so the chain may be
 stopped at any time and goes on in another clone. `--list` runs nothing: it writes the list to docs/development.md, and
-says which figures are older than their code. All of it takes a night on two cores. Tables of several trainings go to
-docs/results.md.
+says which figures are older than their code. All of it takes a night on two cores. Scores of several trainings are kept
+in docs/trainings.csv, so that these need not be run in one go, and their tables go to docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -27,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from chain import ROOT, committed, timed  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
+from lsdc_utils.grading.evaluation import difference  # noqa: E402
 from lsdc_utils.pipeline import graph  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
 from lsdc_utils.pipeline.experiments import ABLATIONS  # noqa: E402
@@ -34,8 +34,8 @@ from lsdc_utils.report.card import markdown_table  # noqa: E402
 
 TABLE, PAGE, CACHE = ROOT / "docs/figures.csv", ROOT / "docs/results.md", "outputs/reproduce"
 LIST = ROOT / "docs/development.md"
+TRAININGS = ROOT / "docs/trainings.csv"
 SEEDS = (53, 54)  # of folds and training, beside the demo's 52
-RUNS = ("demo", *(f"demo-seed{seed}" for seed in SEEDS))
 DECIDING = [name for name in graph.NOTEBOOK_ORDER if name not in ("phantom", "08_report")]  # a run's numbers
 
 
@@ -47,20 +47,27 @@ class Step:
     commands: tuple[str, ...]
     after: tuple[str, ...] = ()  # steps whose results it reads
     leaves: str = ""  # what must be there for a step after it
+    trains: str = ""  # the training of the demo whose scores, or whose ablations', it adds to the list of trainings
 
 
 STEPS = {
-    "demo": Step("scores and stress tests of the demo", ("./run_all.sh",), leaves="outputs/demo/scores.json"),
+    "demo": Step(
+        "scores and stress tests of the demo", ("./run_all.sh",), leaves="outputs/demo/scores.json", trains="demo"
+    ),
     "pages": Step(
         "README, results and sample: tables and pictures of the demo",
         tuple(f"python -m lsdc_utils.report {what} --run demo" for what in ("results", "sample")),
         after=("demo",),
     ),
-    "seeds": Step(
-        "the demo with two more seeds of folds and training",
-        tuple(f"./run_all.sh --run demo-seed{n} --until 06_evaluation seed={n} stress_bodies=0" for n in SEEDS),
-        leaves=f"outputs/{RUNS[-1]}/scores.json",
-    ),
+    **{
+        f"seed{seed}": Step(
+            f"the demo with seed {seed} of folds and training",
+            (f"./run_all.sh --run demo-seed{seed} --until 06_evaluation seed={seed} stress_bodies=0",),
+            leaves=f"outputs/demo-seed{seed}/scores.json",
+            trains=f"demo-seed{seed}",
+        )
+        for seed in SEEDS
+    },
     "doses": Step("slope and leak of twelve bodies", ("python tests/proofs/doses.py outputs/demo",), after=("demo",)),
     "pretrained": Step(
         "the ready-made models and their card",
@@ -83,7 +90,16 @@ STEPS = {
         ("./run_all.sh --profile original --run original", "python -m lsdc_utils.report results --run original"),
     ),
     "refine": Step("refinement", ("./run_all.sh refine --run demo",), after=("demo",)),
-    "ablations": Step("ablations", tuple(f"./run_all.sh ablate --run {run}" for run in RUNS), after=("demo", "seeds")),
+    "ablations": Step("ablations", ("./run_all.sh ablate --run demo",), after=("demo",), trains="demo"),
+    **{
+        f"ablations{seed}": Step(
+            f"ablations with seed {seed}",
+            (f"./run_all.sh ablate --run demo-seed{seed}",),
+            after=(f"seed{seed}",),
+            trains=f"demo-seed{seed}",
+        )
+        for seed in SEEDS
+    },
     "curve": Step("learning curve", ("./run_all.sh curve --run demo",), after=("demo",)),
 }
 
@@ -133,57 +149,59 @@ def figures_list() -> str:
     return markdown_table(pd.DataFrame(rows).T.rename_axis("Step"))
 
 
-def blocks_of(run: str) -> dict[str, dict]:
-    """The blocks of a run's scores.json."""
-    return json.loads((OUTPUTS / run / "scores.json").read_text())
+def training(run: str, commit: str, without: str = "") -> dict[str, object]:
+    """A line of the list of trainings: the ensemble's scores of a run, or of one of its ablations; for this also by how
+    much it is worse out of fold, with the paired 95 % interval over studies."""
+    folders = {"with": OUTPUTS / run, "without": OUTPUTS / f"{run}-{without}"}
+    own = folders["without" if without else "with"]
+    blocks = json.loads((own / "scores.json").read_text())
+    line: dict[str, object] = {"run": run, "without": without, "commit": commit}
+    for part in ("oof", "test"):
+        line[f"{part}_score"] = blocks[part]["scores"]["ensemble"]["total"]
+        line[f"{part}_skill"] = blocks[part]["skill"]["ensemble"]["total"]
+    if without:
+        solution = metric.solution_of(pd.read_parquet(folders["with"] / "tables/labels.parquet"))
+        tables = {key: pd.read_parquet(of / "predictions/ensemble_oof.parquet") for key, of in folders.items()}
+        line |= zip(("worse", "low", "high"), difference(solution, tables, "without", "with")["total"], strict=True)
+    return line
 
 
-def commit_of(run: str) -> str:
-    """The commit that a run's weights name, since a run that ends before its report has no provenance."""
-    return json.loads((OUTPUTS / run / "weights/localiser_fold0.json").read_text())["git_commit"][:12]
+def keep(lines: list[dict[str, object]]) -> None:
+    """Put trainings into their list, instead of earlier ones of the same run and part."""
+    table = pd.concat([known_trainings(), pd.DataFrame(lines)]).drop_duplicates(["run", "without"], keep="last")
+    table.sort_values(["without", "run"]).to_csv(TRAININGS, index=False, float_format="%.4f")
+
+
+def known_trainings() -> pd.DataFrame:
+    """The list of trainings: run, without ("": the run itself), commit, and the columns of `training`."""
+    return pd.read_csv(TRAININGS, keep_default_na=False, na_values={"worse": "", "low": "", "high": ""})
 
 
 def seeds_table() -> str:
     """Score and skill of the ensemble of each training of the demo, their mean and range, as Markdown."""
-    rows, runs = {}, [run for run in RUNS if (OUTPUTS / run / "scores.json").is_file()]
-    for run in runs:
-        parts = {name: blocks_of(run)[key] for key, name in (("oof", "Out of fold"), ("test", "Test"))}
-        rows[run] = {f"{name}: {what}": part[key]["ensemble"]["total"] for name, part in parts.items()
-                     for what, key in (("score", "scores"), ("skill", "skill"))}  # fmt: skip
-    table = pd.DataFrame(rows).T
+    runs = known_trainings().query("without == ''").set_index("run")
+    table = runs[["oof_score", "oof_skill", "test_score", "test_skill"]].astype(float)
+    table.columns = [f"{part}: {what}" for part in ("Out of fold", "Test") for what in ("score", "skill")]
     shown = table.map("{:.3f}".format)
     shown.loc["mean"] = table.mean().map("{:.3f}".format)
     shown.loc["range"] = [f"{low:.3f} to {high:.3f}" for low, high in zip(table.min(), table.max(), strict=True)]
-    commits = sorted({commit_of(run) for run in runs})
-    told = f"Run `demo` and other seeds ({len(runs) - 1}) on the same phantom, commit {', '.join(commits)}."
-    return f"{markdown_table(shown.rename_axis('Run'))}\n\n{told}"
+    shown["Commit"] = runs["commit"].reindex(shown.index, fill_value="")
+    return markdown_table(shown.rename_axis("Run"))
 
 
 def ablation_table() -> str:
-    """What the mean of three trainings loses without each part, out of fold, with the paired 95 % interval over
-    studies, as Markdown."""
+    """What the ensemble loses out of fold without each part: the mean of the trainings, and of their paired 95 %
+    intervals over the same studies, which is at least as wide as the interval of their mean, as Markdown."""
+    lines = known_trainings().query("without != ''")
+    if lines.empty:
+        return "Not made with the present code."
     rows = {}
-    for name in (
-        name
-        for name in yaml.safe_load(ABLATIONS.read_text())
-        if all((OUTPUTS / f"{run}-{name}/scores.json").is_file() for run in RUNS)
-    ):
-        drawn, scores = [], []
-        for run in RUNS:
-            labels = pd.read_parquet(OUTPUTS / run / "tables/labels.parquet")
-            tables = {key: pd.read_parquet(OUTPUTS / folder / "predictions/ensemble_oof.parquet")
-                      for key, folder in (("with", run), ("without", f"{run}-{name}"))}  # fmt: skip
-            losses = {key: metric.study_losses(metric.solution_of(labels), metric.weight_table(table))
-                      for key, table in tables.items()}  # fmt: skip
-            samples = metric.resampled_scores(losses)  # the same draws of studies for every seed
-            drawn.append((samples["without"] - samples["with"])[:, -1])
-            scores.append(losses["without"].score()["total"] - losses["with"].score()["total"])
-        [(low, high)] = metric.interval(np.mean(drawn, axis=0)[:, None])
-        rows[name] = {"Worse by": f"{np.mean(scores):+.3f}", "95 % interval": f"{low:+.3f} to {high:+.3f}",
-                      "Each seed": ", ".join(f"{score:+.3f}" for score in scores)}  # fmt: skip
-    commits = sorted({commit_of(run) for run in RUNS})
-    told = f"Run `demo` and two more seeds, each with and without the part, commit {', '.join(commits)}."
-    return f"{markdown_table(pd.DataFrame(rows).T.rename_axis('Without'))}\n\n{told}"
+    for name, known in lines.groupby("without", sort=False):
+        worse, low, high = known[["worse", "low", "high"]].astype(float).mean()
+        rows[name] = {"Worse by": f"{worse:+.3f}", "95 % interval": f"{low:+.3f} to {high:+.3f}",
+                      "Each training": ", ".join(map("{:+.3f}".format, known["worse"].astype(float))),
+                      "Commit": ", ".join(sorted(set(known["commit"])))}  # fmt: skip
+    return markdown_table(pd.DataFrame(rows).T.rename_axis("Without"))
 
 
 def fill(name: str, text: str, page: Path) -> None:
@@ -197,16 +215,18 @@ def run_step(name: str, commit: str) -> bool:
     """Run a step's commands, until one fails; write its line of the list, if all ended well, which is returned."""
     line = {"step": name, "makes": STEPS[name].makes, "command": "; ".join(STEPS[name].commands), "commit": commit,
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "code": code_of(name)}  # fmt: skip
-    measured = []
+    measured, run = [], STEPS[name].trains
     for number, command in enumerate(STEPS[name].commands):
         measured.append(timed(command, ROOT / CACHE / f"logs/{name}{number}.txt"))
         print(name, command, *measured[-1].values(), sep=" | ", flush=True)
         if measured[-1].pop("status"):
             return False
     line |= pd.DataFrame(measured).sum().round(1).to_dict()
-    tables = {"seeds": seeds_table, "ablations": ablation_table}
-    if name in tables:
-        fill(name, tables[name](), PAGE)
+    if run:
+        parts = yaml.safe_load(ABLATIONS.read_text()) if name.startswith("ablations") else [""]
+        keep([training(run, commit, without) for without in parts])
+        fill("seeds", seeds_table(), PAGE)
+        fill("ablations", ablation_table(), PAGE)
     known = known_steps() | {name: line}
     pd.DataFrame([known[step] for step in STEPS if step in known]).to_csv(TABLE, index=False)
     return True

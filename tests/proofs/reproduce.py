@@ -82,7 +82,7 @@ STEPS = {
     "numbering": Step(
         "transitional vertebrae", (f"python tests/proofs/numbering.py {CACHE}/numbering",), after=("pretrained",)
     ),
-    "localiser": Step("what frames, greys and varied spines bring", ("python tests/proofs/localiser.py",)),
+    "localiser": Step("ablations of the localiser", ("python tests/proofs/localiser.py",)),
     "t1": Step("sagittal T1 alone", (f"python tests/proofs/one_group.py {CACHE}/t1",)),
     "adapt": Step("adaptation", (f"python tests/proofs/adapt.py {CACHE}/adapt --train",), after=("demo",)),
     "original": Step(

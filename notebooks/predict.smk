@@ -45,7 +45,7 @@ rule grade:
         "logs/05_ensemble_inference_{shard}.tsv"
     threads: config["threads"]
     resources:
-        mem_mb=1500 + 500 * len(config["folds"]),  # 1,300 with the demo's two folds; largest detectors
+        mem_mb=1500 + 5 * sum(file.stat().st_size for file in MODELS) // 4 // 2**20,  # 1,300 with the demo's two folds
         gpu=1,  # none if --resources has none
     shell:
         "{PYTHON:q} -m lsdc_utils.pipeline.graph . {params.step:q}"

@@ -40,7 +40,7 @@ CELL_LINES = {
 class Bounds:
     """Largest numbers of lines; `top` is the number of files at the top of the package."""
 
-    package: int = 15_111  # 13,290; labelled folders 747, recipe 709 of 700, uncertain numbering 58, silent faults 304
+    package: int = 15_166  # 13,290; labelled folders 747, recipe 709 of 700, uncertain numbering 58, silent faults 359
     training: int = 8_220  # modules that TRAINING imports, transitively
     file: int = 450
     function: int = 50

@@ -199,3 +199,12 @@ def test_06_draws_patients_for_subgroups_and_gives_no_interval_to_few(
     table = names["table"]
     assert table["studies" if per_patient == 1 else "patients"].eq(counted).all()
     assert table["95 %"].eq("" if counted < 10 else "1.00 to 1.00").all()
+
+
+def test_the_proof_in_jupyterlab_looks_for_cells_that_there_are() -> None:
+    proof = ast.parse((ROOT / "tests/proofs/lab.py").read_text())
+    calls = [node for node in ast.walk(proof) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    named = [call.args[0] for call in calls if call.func.attr in ("cell", "run_all", "change") and call.args]
+    texts = {node.value for node in named if isinstance(node, ast.Constant)}
+    code = "\n".join(cell.source for name in (*NOTEBOOKS, ROOT / "notebooks/start.ipynb") for cell in code_cells(name))
+    assert len(texts) >= 7 and [text for text in texts if text not in code] == []

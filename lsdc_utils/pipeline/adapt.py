@@ -9,20 +9,21 @@ import numpy as np
 import pandas as pd
 
 from lsdc_utils import metric
-from lsdc_utils.data import cohort
-from lsdc_utils.files import git_commit, write_json, write_table
+from lsdc_utils.data import cohort, competition
+from lsdc_utils.files import atomic_folder, git_commit, write_json, write_table
 from lsdc_utils.grading import adapt, grade
 from lsdc_utils.grading.run_tables import read_recipe
 from lsdc_utils.pipeline import labelled
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import read_parameters
 from lsdc_utils.pipeline.parameters import load_parameters
+from lsdc_utils.vocabulary import groups_of
 
 FEWEST, THAWED = 20, 100  # labelled patients: to adapt; labelled studies: to train more than the transformer's head
 SHORTER, GENTLER = 3, 10  # further training takes this share of a training's steps, and of its learning rates
 FOLDS = 5  # of it at most, with few studies
 OTHERS = ("exclude_csv", "points_csv", "not_trained_csv", "folds_csv", "weights_dir", "out_dir", "studies_table",
-          "fit_blend", "workers")  # fmt: skip
+          "fit_blend", "workers", "blend_of", "vit_soften")  # fmt: skip
 
 
 def check(found: labelled.Labelled, trained: Path, cores: int) -> None:
@@ -45,6 +46,8 @@ def training_parameters(found: labelled.Labelled, trained: Path) -> dict[str, An
     if lacking := [name for name in needed if not (folder / name).is_file()]:
         raise UsageError(f"--train needs the competition's layout: {folder} lacks {lacking[0]}")
     parameters |= {k: v for k, v in read_parameters(trained).items() if k in parameters and k not in OTHERS}
+    graded = competition.graded_groups(competition.read_labels(folder))
+    parameters["conditions"] = [key for key in groups_of(parameters["conditions"]) if key in graded]
     parameters |= {key: max(1, parameters[key] // SHORTER) for key in ("vit_epochs", "localiser_batches")}
     parameters |= {key: parameters[key] / GENTLER for key in ("vit_lr", "localiser_rate")}
     parameters["yolo_rate"] = {key: rate / GENTLER for key, rate in parameters["yolo_rate"].items()}
@@ -81,7 +84,6 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     for name, table in graded.items():
         write_table(out / f"predictions/{name}_oof.parquet", table)
     write_table(out / "tables/labels.parquet", labels)
-    shutil.copytree(trained / "weights", out / "weights", dirs_exist_ok=True)
     for file in (trained / name for name in ("parameters.yml", "data.json") if (trained / name).is_file()):
         shutil.copyfile(file, out / file.name)
     known = cohort.fingerprints(found.comp, sorted(found.people["study_id"]), cores)
@@ -89,6 +91,8 @@ def adapt_run(found: labelled.Labelled, trained: Path, out: Path, cores: int, re
     about = {"adapted": new["adapted"] | {"run": trained.name, "commit": git_commit()}}
     write_json(out / "provenance.json", json.loads((trained / "provenance.json").read_text()) | about)
     write_json(out / "blend.json", new)
+    with atomic_folder(out / "weights") as copy:
+        shutil.copytree(trained / "weights", copy, dirs_exist_ok=True)
     scores = metric.score_block(solution, {"prior": metric.prior_out_of_fold(labels), **graded}, patients)
     shutil.rmtree(out / "work")
     write_json(out / "scores.json", {"oof": scores, "test": None})  # last: with it the run is finished

@@ -55,6 +55,13 @@ def finished_run(name: str) -> Path:
     return OUTPUTS / name
 
 
+def override(text: str) -> str:
+    """A parameter as KEY=VALUE, not a command that is spelt wrong."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text}: no command, and not KEY=VALUE; commands: {', '.join(COMMANDS)}")
+    return text
+
+
 COMMANDS = {  # name: arguments as shown in --help, what it does
     "run": ("[KEY=VALUE ...]", "run the pipeline, only steps that are not up to date; the default command"),
     "validate": ("DIR", "check a data folder; print findings; exit 1 if it cannot be used"),
@@ -66,7 +73,7 @@ COMMANDS = {  # name: arguments as shown in --help, what it does
     "kaggle-bundle": ("", "write a data set and a notebook that grade the hidden studies on Kaggle"),
     "ablate": ("[NAME ...]", "run the ablations of a finished run: remove one part at a time, compare scores"),
     "curve": ("[N ...]", "learning curve: repeat a finished run on a phantom with N training studies each"),
-    "refine": ("", "train the transformers of a finished run again, on labels softened by other models' predictions"),
+    "refine": ("", "train a run's transformers again, on labels softened by other models' predictions"),
     "bench": ("[NAME]", "measure the speed of reading, conversion, crops and training, and memory"),
     "test": ("[--all]", "run the tests"),
     "lab": ("[OPTION ...]", "open JupyterLab at the start page; options are passed on to JupyterLab"),
@@ -77,9 +84,10 @@ NOTES = {  # at the end of a command's --help
 }
 SWITCH, EITHER = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
 FOLDER, FILE = ({"type": partial(existing, kind)} for kind in ("folder", "file"))
+OVERRIDES = {"type": override, "nargs": "*"}
 FINISHED, COUNT = {"default": "demo", "type": finished_run}, {"type": at_least_one}
 OPTIONS = (  # commands, name, metavar, help, other settings of argparse
-    ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", {"nargs": "*"}),
+    ("run", "overrides", "KEY=VALUE", "a parameter of notebooks/profiles/demo.yml, e.g. folds=0", OVERRIDES),
     ("validate predict evaluate adapt", "folder", "DIR", "competition's layout, or DICOM files", FOLDER),
     ("export", "studies", "STUDY", "study ids (default: the test studies)", {"type": int, "nargs": "*"}),
     ("ablate", "names", "NAME", "only these of notebooks/ablations.yml", {"nargs": "*"}),

@@ -15,8 +15,8 @@ from pathlib import Path
 from lsdc_utils.files import count_studies, git_commit
 from lsdc_utils.parallel import usable_cores
 from lsdc_utils.pipeline import arguments
-from lsdc_utils.pipeline.arguments import OUTPUTS, READY, UsageError
-from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, member_parameters, select_steps
+from lsdc_utils.pipeline.arguments import OUTPUTS, READY, RESERVED, UsageError
+from lsdc_utils.pipeline.graph import NOTEBOOKS, ROOT, member_parameters, read_parameters, select_steps
 from lsdc_utils.pipeline.parameters import BORROWED, check_start, load_parameters, resolve_conditions
 from lsdc_utils.pipeline.progress import clock, score_table, shown
 from lsdc_utils.pipeline.run import Run, dry_run, locked, visible_gpus, work
@@ -108,6 +108,9 @@ def validate(asked: Namespace) -> int:
     """Check a data folder; 0 if it can be used, else 1."""
     from lsdc_utils.data import checks
 
+    ids = asked.out and asked.out.parent / "study_ids.csv"
+    if ids and ids.exists() and not asked.out.exists():  # not of an earlier check
+        raise UsageError(f"--out {asked.out}: {ids} would be replaced: name another folder")
     return checks.main(asked.folder.resolve(), asked.out, source=OUTPUTS / READY)
 
 
@@ -116,7 +119,8 @@ def grading(asked: Namespace, kind: str) -> tuple[Path, Path, str]:
     archive, ready = asked.run.endswith(".zip"), asked.run == READY
     folder, name = asked.folder.resolve(), Path(asked.run).stem if archive else asked.run
     trained = Path(asked.run) if archive else OUTPUTS / name
-    out = (asked.out or (OUTPUTS if ready else OUTPUTS / name) / kind / folder.name).resolve()  # READY is committed
+    kept = OUTPUTS if name in RESERVED else OUTPUTS / name  # what lies there is committed
+    out = (asked.out or kept / kind / folder.name).resolve()
     if archive and not trained.is_file():
         raise UsageError(f"--run {asked.run}: no such file")
     if not archive and not ready and not trained.is_dir():
@@ -195,6 +199,9 @@ def adapt(asked: Namespace) -> int:
     adapt.check(found, asked.run, cores)
     if asked.train:
         parameters = adapt.training_parameters(found, asked.run)
+        known = read_parameters(out) if (out / "parameters.yml").is_file() else parameters
+        if any(known.get(key) != parameters[key] for key in ("start_from", "data_dir")):
+            raise UsageError(f"--out {asked.out}: there is another run; give another name, or delete {shown(out)}")
         resolve_conditions(parameters)
         check_start(parameters)
         return finish(Run(out, parameters, asked.typed, cores), began)
@@ -219,6 +226,14 @@ def export(asked: Namespace) -> int:
     return int((written["images_referred"] == 0).any())  # of these no sr.dcm was written
 
 
+def _place(run: Path) -> Path:
+    """Where something made from a run goes by default: into its folder. UsageError for the ready-made models, which
+    hold their own files alone."""
+    if run == OUTPUTS / READY:
+        raise UsageError(f"--run {READY}: tell with --out where it goes; {shown(run)} holds its own files alone")
+    return run
+
+
 def pack(asked: Namespace) -> int:
     """Pack the models of a finished run."""
     from lsdc_utils.pipeline.pack import pack_ready, pack_run
@@ -229,7 +244,7 @@ def pack(asked: Namespace) -> int:
         table = pack_ready(asked.run, OUTPUTS / READY, asked.measured, usable_cores())
         print(f"{table.to_string(index=False)}\nready-made models: {shown(OUTPUTS / READY)}")
         return 0
-    out = (asked.out or asked.run / f"{asked.run.name}.zip").resolve()
+    out = (asked.out or _place(asked.run) / f"{asked.run.name}.zip").resolve()
     if out.suffix != ".zip":
         raise UsageError(f"--out {asked.out}: expected a name that ends in .zip")
     names = pack_run(asked.run, out)
@@ -241,7 +256,7 @@ def kaggle_bundle(asked: Namespace) -> int:
     """Write what grades the hidden studies on Kaggle."""
     from lsdc_utils.pipeline import kaggle
 
-    out, user = (asked.out or asked.run / "kaggle").resolve(), asked.user or kaggle.user_here()
+    out, user = (asked.out or _place(asked.run) / "kaggle").resolve(), asked.user or kaggle.user_here()
     wheels = kaggle.write_bundle(asked.run, out, user)
     print(f"{shown(out)}: models, package and {len(wheels)} wheels. Upload them with\n")
     print(f"  kaggle datasets create -p {shown(out / 'dataset')} --dir-mode zip")

@@ -45,38 +45,38 @@ def run_ablations(base: Path, names: list[str], cores: int) -> int:
     if unknown := set(names) - set(ablations):
         raise UsageError(f"no ablation {', '.join(sorted(unknown))}; there are: {', '.join(ablations)}")
     folders = {name: base.with_name(f"{base.name}-{name}") for name in ablations if not names or name in names}
-    command = ["ablate", *names, "--run", base.name]
-    if status := _work(base, read_parameters(base), command, cores, SCORES):  # by the code of the others
+    own, command = _parameters(base), ["ablate", *names, "--run", base.name]
+    if status := _work(base, own, command, cores, SCORES):  # by the code of the others
         return status
     for name, folder in folders.items():
         copy_run(base, folder)
-        parameters = changed(read_parameters(base), ablations[name]["change"])
-        if status := _work(folder, parameters, command, cores, SCORES):
+        if status := _work(folder, changed(own, ablations[name]["change"]), command, cores, SCORES):
             return status
     removed = {folder: ablations[name]["without"] for name, folder in folders.items()}
-    return _report_table(base, "ablation", ablation_table(base, removed), cores)
+    return _report_table(base, "ablation", ablation_table(base, removed), command, cores)
 
 
 def run_curve(base: Path, sizes: list[int], cores: int) -> int:
     """Repeat the run `base` on a phantom with other numbers of training studies; the exit status."""
-    parameters, runs = read_parameters(base), {}
+    parameters, runs, command = _parameters(base), {}, ["curve", *map(str, sizes), "--run", base.name]
+    if parameters["blend_of"]:
+        raise UsageError(f"--run {base.name}: its blend is of other rows; repeat --run {parameters['blend_of']}")
     if parameters["data_dir"] or not parameters["phantom"]:
         raise UsageError(f"--run {base.name}: its data is real; a learning curve needs a phantom")
     for n_train in sizes:
         runs[n_train] = base if n_train == parameters["n_train"] else base.with_name(f"{base.name}-n{n_train}")
-        command, change = ["curve", *map(str, sizes), "--run", base.name], changed(parameters, {"n_train": n_train})
-        if status := _work(runs[n_train], change, command, cores, SCORES):
+        if status := _work(runs[n_train], changed(parameters, {"n_train": n_train}), command, cores, SCORES):
             return status
-    return _report_table(base, "curve", curve_table(runs), cores)
+    return _report_table(base, "curve", curve_table(runs), command, cores)
 
 
 def run_refined(base: Path, cores: int) -> int:
     """Train the transformers of the run `base` on half label, half answer, and print how scores differ; the status."""
-    parameters, folder = load_parameters("demo") | read_parameters(base), base.with_name(f"{base.name}-refined")
+    parameters, folder = _parameters(base), base.with_name(f"{base.name}-refined")
     if parameters["vit_soften"]:
         raise UsageError(f"--run {base.name}: its labels are softened already")
     change, command = changed(parameters, {"vit_soften": REFINED_SHARE, "blend_of": base.name}), ["refine", "--run"]
-    if status := _work(base, read_parameters(base), [*command, base.name], cores, SCORES):  # by the code of the other
+    if status := _work(base, parameters, [*command, base.name], cores, SCORES):  # by the code of the other
         return status
     copy_run(base, folder)
     if status := _work(folder, change, [*command, base.name], cores):
@@ -85,16 +85,22 @@ def run_refined(base: Path, cores: int) -> int:
     return 0
 
 
+def _parameters(base: Path) -> dict[str, Any]:
+    """The parameters of a run, also of one made by older code: those that it lacks are the demo's."""
+    known = load_parameters("demo")
+    return known | {key: value for key, value in read_parameters(base).items() if key in known}
+
+
 def _work(folder: Path, parameters: dict[str, Any], command: list[str], cores: int, until: str | None = None) -> int:
     with locked(folder):
         return work(Run(folder, parameters, shlex.join(["./run_all.sh", *command]), cores, until))
 
 
-def _report_table(base: Path, name: str, table: pd.DataFrame, cores: int) -> int:
+def _report_table(base: Path, name: str, table: pd.DataFrame, command: list[str], cores: int) -> int:
     """Write a table of experiments, renew the run's report, which shows it, and print it; the exit status."""
     file = base / "experiments" / f"{name}.csv"
     write_table(file, table.assign(commit=git_commit()))
-    if status := _work(base, read_parameters(base), ["--run", base.name], cores):
+    if status := _work(base, _parameters(base), command, cores):
         return status
     print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{shown(file)}")
     return 0

@@ -23,7 +23,7 @@ from lsdc_utils.grading.run_tables import read_recipe, tables_of
 from lsdc_utils.pipeline import predict
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import Step, execute
-from lsdc_utils.pipeline.run import Run, work
+from lsdc_utils.pipeline.run import Run, locked, work
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ def grade(found: Labelled, trained: Path, out: Path, cores: int, resume: str) ->
     the parameters of the prediction. They are graded in `out`/work, which may be deleted afterwards; tables go to
     `out`/predictions. Errors as of `predict.prepare`; SystemExit where a step failed or was stopped."""
     place, studies = out / "work", sorted(found.labels["study_id"].unique().tolist())
-    parameters = predict.prepare(found.comp.root, trained.resolve(), place, cores, (found.comp, studies))
-    if status := work(Run(place, parameters, resume, cores, snakefile="predict.smk")):
-        raise SystemExit(status)
+    with locked(place):
+        parameters = predict.prepare(found.comp.root, trained.resolve(), place, cores, (found.comp, studies))
+        if status := work(Run(place, parameters, resume, cores, snakefile="predict.smk")):
+            raise SystemExit(status)
     members = [member["name"] for member in parameters["vit_members"]]
     for name in (*tables_of(members), "points", "sources", "slices"):
         write_table(out / f"predictions/{name}_test.parquet", predict.joined(parameters, name))

@@ -21,7 +21,8 @@ ARCHITECTURE = ("published_method", "localiser_widths", "yolo_model", "yolo_neig
     "head", "members",
 )))  # fmt: skip
 LEAST = {"vit_epochs": 1, "vit_views": 1, "vit_batch": 1, "yolo_batch": 1, "localiser_batch": 1, "threads": 1,
-         "workers": 1, "n_train": 2, "stress_doses": 2, "stress_studies": 1}  # fmt: skip
+         "workers": 1, "n_train": 2, "n_test": 0, "stress_doses": 2, "stress_studies": 1, "stress_bodies": 0,
+         "report_studies": 0, "vit_inner_folds": 2}  # fmt: skip
 BORROWED = ("start_from", "points_from")  # parameters that name other models
 COMMON = ("vit_views", "vit_soften", "vit_inner_folds")  # of all members: 05 reads one, others read the answers of each
 
@@ -76,7 +77,11 @@ def load_parameters(profile: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise UsageError(f"no profile {profile!r}; there are: {', '.join(sorted(files))}")
     parameters = yaml.safe_load(files["demo"].read_text())
     for name in filter(files.get, itertools.accumulate(profile.split("-"), "{}-{}".format)):
-        parameters = changed(parameters, yaml.safe_load(files[name].read_text()), f"profile {name}: ")
+        try:
+            given = yaml.safe_load(files[name].read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"profile {name}: {error}") from error
+        parameters = changed(parameters, given, f"profile {name}: ")
     parameters.update(parse_override(text, parameters) for text in overrides)
     names = set().union(*map(declared, NOTEBOOK_ORDER)) - set(STEP_PARAMETERS)
     if names != set(parameters):

@@ -1,5 +1,6 @@
 """What a person sees of a run: steps as Snakemake reports them, the cell and log of a failure, the scores."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -146,7 +147,9 @@ def failure(logs: Path, step: Step) -> str:
         import nbformat
 
         lines += [f"  as executed: {shown(executed)}"]
-        cells = nbformat.read(executed, as_version=4).cells
+        cells = []
+        with contextlib.suppress(ValueError, nbformat.ValidationError):  # half written, e.g. on a full disk
+            cells = nbformat.read(executed, as_version=4).cells
         own = [cell for cell in cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", ()))]
         code = [cell for cell in own if cell.cell_type == "code"]
         started = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]

@@ -38,6 +38,9 @@ TITLES = {  # of the columns that tables show, in this order
 }  # fmt: skip
 
 
+STEP = re.compile(r"[^-]*?(?:_(nfn|scs|ss))?(?:-(.+?))?(?:_fold(\d+)(?:_inner\d+)?)?")  # condition, member, fold
+
+
 class Run:
     """The files of a run that its report is made from; FileNotFoundError where 05 has not written scores.json."""
 
@@ -48,7 +51,6 @@ class Run:
         self.recipe = read_file(folder / "blend.json")
         self.conditions = self.recipe.get("conditions", list(GROUPS))  # that were trained
         self.evaluation = read_file(folder / "evaluation.json")  # from 06
-        self.stress = read_file(folder / "stress/numbers.json")  # from 07
         self.data = read_file(folder / "data.json")  # data_dir and kind
         self.parameters = read_file(folder / "parameters.yml")  # {} where the notebooks were executed by hand
         self.labels = read_file(folder / "tables/labels.parquet")
@@ -56,15 +58,23 @@ class Run:
         files = (folder / f"tables/{name}.csv" for name in ("findings", "training_findings"))  # from 01 and 05
         self.findings = pd.concat(read_file(file, dtype=str, keep_default_na=False) for file in files)
         self.localisation = read_file(folder / "localisation.csv")
-        self.doses, self.settings = (read_file(folder / f"stress/{name}.csv") for name in ("doses", "settings"))
+        stress = folder / ("stress" if self.asks_for("07_stress_tests") else "no stress tests")
+        self.stress = read_file(stress / "numbers.json")  # from 07
+        self.doses, self.settings = (read_file(stress / f"{name}.csv") for name in ("doses", "settings"))
         tables = {name: read_file(folder / f"experiments/{name}.csv") for name in ("ablation", "curve")}
         self.experiments = {name: t.assign(total=t[overall(t)]) for name, t in tables.items() if len(t)}
-        self.steps = step_table(folder)
+        table = step_table(folder)
+        self.steps = table.loc[[self.asks_for(step) for step in table.index]]
 
     def asks_for(self, step: str) -> bool:
-        """Whether the run's parameters ask for this step: an earlier start may have trained more folds."""
-        fold = re.search(r"_fold(\d+)(_inner\d+)?$", step)
-        return fold is None or int(fold[1]) in self.parameters.get("folds", [int(fold[1])])
+        """Whether this step is part of the run as its parameters are now: an earlier start may have had other folds,
+        conditions or members, or stress tests."""
+        own, (key, member, fold) = self.parameters, STEP.fullmatch(step).groups()
+        if step == "07_stress_tests":
+            return own.get("stress_bodies", 1) > 0 and len(self.conditions) == len(GROUPS)
+        members = [one["name"] for one in own.get("vit_members", [{"name": member}])] or [None]
+        asked = fold is None or int(fold) in own.get("folds", [int(fold)])
+        return asked and (key is None or key in self.conditions) and (not step.startswith("04_") or member in members)
 
 
 def read_file(file: Path, **options: Any) -> Any:

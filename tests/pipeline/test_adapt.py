@@ -17,9 +17,10 @@ from lsdc_utils.data import cohort
 from lsdc_utils.files import write_json
 from lsdc_utils.grading import evaluation, grade
 from lsdc_utils.grading.run_tables import FORMAT, read_recipe, weight_files
-from lsdc_utils.pipeline import adapt, labelled
+from lsdc_utils.pipeline import adapt, arguments, commands, labelled
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.parameters import check_start, load_parameters
+from lsdc_utils.pipeline.run import Run, locked, work
 from lsdc_utils.vocabulary import COLUMNS, CONDITIONS, GROUPS, LEVELS, SERIES_TYPES, SEVERITIES
 
 BLENDS = grade.blends_of(["yolo", "vit3d"])
@@ -179,12 +180,57 @@ def test_too_few_known_or_published(trained: Path, monkeypatch: pytest.MonkeyPat
         adapt.check(found, trained, 1)
 
 
+def write_grades(file: Path, columns: list[str]) -> None:
+    pd.DataFrame({"study_id": [1000, 1001]} | dict.fromkeys(columns, "Moderate")).to_csv(file, index=False)
+
+
+def test_a_run_of_adapt_is_not_replaced_by_another(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe = json.loads((trained / "blend.json").read_text())
+    write_json(trained / "blend.json", recipe | {"adapted": {"patients": 30}})
+    with pytest.raises(UsageError, match="was made by adapt and would be replaced"):
+        work(Run(trained, load_parameters("demo"), "", 1))
+    monkeypatch.setattr(commands, "OUTPUTS", trained.parent)
+    monkeypatch.setattr(arguments, "OUTPUTS", trained.parent)
+    (trained.parent / "other").mkdir()
+    theirs = load_parameters("demo") | {"data_dir": "/elsewhere"}
+    (trained.parent / "other/parameters.yml").write_text(yaml.safe_dump(theirs))
+    (trained / "scores.json").touch()
+    folder = tmp_path / SECRET
+    folder.mkdir()
+    write_grades(folder / "train.csv", COLUMNS)
+    monkeypatch.setattr(labelled, "find", lambda *_: found_in(folder, 30)[0])
+    monkeypatch.setattr(adapt, "check", lambda *_: None)
+    monkeypatch.setattr(commands, "finish", lambda *_: 0)
+    asked = ["adapt", str(folder), "--run", "first", "--train", "--out"]
+    assert commands.main([*asked, "other"]) == 2
+    assert "--out other: there is another run; give another name" in capsys.readouterr().err
+    assert commands.main([*asked, "new"]) == 0
+
+
+def test_a_second_grading_waits_for_no_process_that_was_left(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    found, _ = found_in(tmp_path, 20)
+
+    def prepare(*_: object) -> None:
+        with pytest.raises(UsageError, match="locked by another"), locked(tmp_path / "out/work"):
+            pass
+        raise UsageError("asked for nothing more")
+
+    monkeypatch.setattr(labelled.predict, "prepare", prepare)
+    with pytest.raises(UsageError, match="asked for nothing more"):
+        labelled.grade(found, trained, tmp_path / "out", 1, "")
+
+
 def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / SECRET
     folder.mkdir()
     found, _ = found_in(folder, 30)
-    (folder / "train.csv").touch()
+    write_grades(folder / "train.csv", COLUMNS)
+    theirs = yaml.safe_load((trained / "parameters.yml").read_text())
+    refined = {"blend_of": "other", "vit_soften": 0.5}  # by rows of other studies
+    (trained / "parameters.yml").write_text(yaml.safe_dump(theirs | refined))
     parameters, demo = adapt.training_parameters(found, trained), load_parameters("demo")
+    assert parameters["blend_of"] == "" and parameters["vit_soften"] == 0.0
+    assert parameters["conditions"] == list(GROUPS)
     assert parameters["vit_epochs"] == 3 and parameters["yolo_epochs"] == {"nfn": 4, "scs": 1, "ss": 2}
     assert parameters["vit_lr"] == demo["vit_lr"] / 10 and parameters["yolo_rate"]["ss"] == demo["yolo_rate"]["ss"] / 10
     assert parameters["localiser_batches"] == demo["localiser_batches"] // 3
@@ -200,3 +246,5 @@ def test_parameters_of_further_training(trained: Path, tmp_path: Path) -> None:
     assert parameters["folds"] == [0, 1] and parameters["n_splits"] == 2
     thawed = adapt.training_parameters(more, trained)
     assert thawed["vit_encoder_rate"] == demo["vit_encoder_rate"] and thawed["points_from"] == ""
+    write_grades(folder / "train.csv", [column for column in COLUMNS if "foraminal" not in column])
+    assert adapt.training_parameters(more, trained)["conditions"] == ["scs", "ss"]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,7 @@ def test_help_lists_every_command_once(capsys) -> None:
     ("arguments", "message"),
     [
         (["n_trian=3"], "n_train"),
+        (["predit", "."], "predit: no command, and not KEY=VALUE; commands: run, validate, predict"),
         (["n_train=3.5"], "int"),
         (["run_dir=elsewhere"], "unknown key"),
         (["--profile", "nope"], "other"),
@@ -91,6 +93,28 @@ def test_validate_hands_over_a_folder_that_exists(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         commands.main(["validate", str(tmp_path / "nowhere")])
     assert ended.value.code == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_a_check_does_not_replace_the_ids_of_others(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("lsdc_utils.data.checks.main", lambda folder, out, source: 0)
+    out = tmp_path / "findings.csv"
+    assert commands.main(["validate", str(tmp_path), "--out", str(out)]) == 0
+    (tmp_path / "study_ids.csv").touch()
+    assert commands.main(["validate", str(tmp_path), "--out", str(out)]) == 2
+    assert "study_ids.csv would be replaced" in capsys.readouterr().err
+    out.touch()  # both are of an earlier check
+    assert commands.main(["validate", str(tmp_path), "--out", str(out)]) == 0
+
+
+def test_nothing_goes_into_the_folder_of_the_ready_made_models(tmp_path: Path, monkeypatch) -> None:
+    archive = tmp_path / "pretrained.zip"
+    archive.touch()
+    asked = Namespace(run=str(archive), folder=tmp_path / "dicom", out=None)
+    assert commands.grading(asked, "predict")[1] == commands.OUTPUTS / "predict/dicom"
+    ready = Namespace(run=commands.OUTPUTS / "pretrained", out=None, ready=False, measured=None, user=None)
+    for command in (commands.pack, commands.kaggle_bundle):
+        with pytest.raises(commands.UsageError, match="tell with --out where it goes"):
+            command(ready)
 
 
 def test_a_stop_is_a_sentence_and_a_missing_table_is_refused_at_once(tmp_path, monkeypatch, capsys) -> None:

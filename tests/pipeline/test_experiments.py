@@ -167,6 +167,21 @@ def test_a_run_is_brought_up_to_date_before_its_ablations_are_copied(tmp_path: P
     assert (tmp_path / f"demo-{name}/submission.csv").read_text() == "by the present code"
 
 
+def test_a_run_by_older_code_is_repeated_with_the_demo_s_other_parameters(tmp_path: Path, monkeypatch) -> None:
+    base, started = write_run(tmp_path / "demo", 1.0), []
+    older = load_parameters("demo", ["vit_epochs=9"]) | {"no_more": 1}
+    del older["vit_slice_epochs"]
+    (base / "parameters.yml").write_text(yaml.safe_dump(older))
+    monkeypatch.setattr(experiments, "work", lambda run: started.append(run) or 0)
+    assert experiments.run_curve(base, [160], 1) == 0
+    first, report = started
+    assert first.parameters == report.parameters == load_parameters("demo", ["vit_epochs=9"])
+    assert report.until is None and report.resume == "./run_all.sh curve 160 --run demo"  # not a run of a profile
+    (base / "parameters.yml").write_text(yaml.safe_dump(older | {"blend_of": "first"}))
+    with pytest.raises(experiments.UsageError, match="its blend is of other rows; repeat --run first"):
+        experiments.run_curve(base, [40], 1)
+
+
 def test_every_ablation_changes_parameters_that_there_are() -> None:
     parameters = load_parameters("demo")
     ablations = yaml.safe_load(ABLATIONS.read_text())

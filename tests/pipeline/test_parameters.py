@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import data_folders
 import pytest
 import yaml
 
+from lsdc_utils.pipeline import parameters
 from lsdc_utils.pipeline.arguments import UsageError
 from lsdc_utils.pipeline.graph import all_steps
 from lsdc_utils.pipeline.parameters import changed, load_parameters, parse_override, resolve_conditions
@@ -78,12 +81,26 @@ def test_a_wrong_key_or_type_is_an_error(text: str) -> None:
         parse_override(text, DEFAULTS)
 
 
-@pytest.mark.parametrize("text", ["stress_studies=0", "stress_doses=1", "vit_epochs=0", "vit_batch=-2", "n_train=1"])
+@pytest.mark.parametrize("text", ["stress_studies=0", "stress_doses=1", "vit_epochs=0", "vit_batch=-2", "n_train=1",
+                                  "stress_bodies=-1", "vit_inner_folds=1"])  # fmt: skip
 def test_a_number_with_which_a_later_step_would_fail_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=rf"^{text}: expected [12] or more$"):
+    with pytest.raises(UsageError, match=rf"^{text}: expected [012] or more$"):
         load_parameters("smoke", [text])
     with pytest.raises(UsageError, match=r"^vit_soften=1\.5: expected 0 to 1, "):
         load_parameters("smoke", ["vit_soften=1.5"])
+
+
+@pytest.mark.parametrize(("text", "words"), [("# nothing yet\n", ""), ("vit_epochs: [1\n", "profile own: .*line 2")])
+def test_a_profile_may_be_empty_and_a_broken_one_is_named(text: str, words: str, tmp_path: Path, monkeypatch) -> None:
+    shutil.copyfile(parameters.PROFILES / "demo.yml", tmp_path / "demo.yml")
+    (tmp_path / "own.yml").write_text(text)
+    demo = load_parameters("demo")
+    monkeypatch.setattr(parameters, "PROFILES", tmp_path)
+    if words:
+        with pytest.raises(UsageError, match=f"(?s){words}"):
+            load_parameters("own")
+    else:
+        assert load_parameters("own") == demo
 
 
 def test_a_change_may_name_some_conditions_only() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsdc_utils.pipeline.progress import PARTS, Progress, last_lines, score_table
+from lsdc_utils.pipeline.graph import Step
+from lsdc_utils.pipeline.progress import PARTS, Progress, failure, last_lines, score_table
 
 MESSAGES = Path(__file__).resolve().parents[1] / "data" / "snakemake_demo.log"  # of a demo from 03 on, one core
 EARLIER = {  # seconds of an earlier demo on the same machine, by other code
@@ -112,6 +113,13 @@ Error in rule train_vit3d:
     jobid: 1
     log: logs/04_train_vit3d_fold0.log (check log file(s) for error details)
 """
+
+
+@pytest.mark.parametrize("content", ["", '{"cells": [{"cell_ty', "{}"])
+def test_a_failure_is_told_where_the_notebook_is_half_written(content: str, tmp_path: Path) -> None:
+    (tmp_path / "01_eda.ipynb").write_text(content)
+    (tmp_path / "01_eda.log").write_text("OSError: No space left on device\n")
+    assert "No space left on device" in failure(tmp_path, Step("01_eda", "01_eda", {}))
 
 
 def test_scores_show_test_first_and_out_of_fold_alone_without_test_labels() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -336,6 +337,27 @@ def test_runs_share_a_first_one_unless_its_trainings_differ() -> None:
         assert graph.phantom_run(asked | change)[0] == name, change
     for change in ({"pretrain_phantom": 201}, {"vit_lr": 1e-4}, {"seed": 1}, {"conditions": ["nfn"]}):
         assert graph.phantom_run(asked | change)[0] != name, change
+
+
+def test_a_step_is_forced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = "vit_members=[{name: a}, {name: b}]"
+    asked = parameters.load_parameters("demo", [members, "allow_missing_members=true", "pretrain_phantom=2"])
+    (tmp_path / "own").mkdir()
+    given = run.Run(tmp_path / "own", asked, "", 1, force=("04_train_vit3d-b_fold0",))
+    calls: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        calls.append(command)
+        last = "--forcerun" in command
+        return subprocess.CompletedProcess(command, int(last))  # the forced training fails
+
+    failed = SimpleNamespace(failed=["04_train_vit3d-b_fold0"], spans={})
+    monkeypatch.setattr(run.subprocess, "Popen", popen)
+    monkeypatch.setattr(run, "follow", lambda *_: failed)
+    assert run.work(given) == 0
+    assert calls[0][-1] == "notebooks/02_convert_labels.ipynb"
+    forced = ["--forcerun" in command for command in calls]  # 02, the phantom's run, the run; then without the member
+    assert forced == [False, False, True, False, False, False]
 
 
 def starts_of(folder: Path) -> list[str]:

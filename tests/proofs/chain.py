@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lsdc_utils.files import atomic  # noqa: E402
 
 
 def committed(parser: argparse.ArgumentParser, *paths: str) -> str:
@@ -22,6 +25,14 @@ def committed(parser: argparse.ArgumentParser, *paths: str) -> str:
     if changed := git("status", "--porcelain", "--", *paths):
         parser.error(f"there are changes that are not committed:\n{changed}")
     return git("rev-parse", "--short=12", "HEAD")
+
+
+def fill(name: str, text: str, page: Path) -> None:
+    """Write a table between its markers in a page."""
+    head, marker, rest = page.read_text().partition(f"<!-- table {name} -->\n")
+    assert marker, f"{page} has no place for the table {name}"
+    with atomic(page) as temporary:
+        temporary.write_text(f"{head}{marker}{text}\n{rest[rest.index('<!-- end -->') :]}")
 
 
 def timed(command: str, log: Path) -> dict[str, float]:

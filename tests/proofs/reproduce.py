@@ -23,7 +23,7 @@ import yaml
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from chain import ROOT, committed, timed  # noqa: E402
+from chain import ROOT, committed, fill, timed  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
 from lsdc_utils.grading.evaluation import difference  # noqa: E402
@@ -202,13 +202,6 @@ def ablation_table() -> str:
                       "Each training": ", ".join(map("{:+.3f}".format, known["worse"].astype(float))),
                       "Commit": ", ".join(sorted(set(known["commit"])))}  # fmt: skip
     return markdown_table(pd.DataFrame(rows).T.rename_axis("Without"))
-
-
-def fill(name: str, text: str, page: Path) -> None:
-    """Write a table between its markers in a page."""
-    head, marker, rest = page.read_text().partition(f"<!-- table {name} -->\n")
-    assert marker, f"{page} has no place for the table {name}"
-    page.write_text(f"{head}{marker}{text}\n{rest[rest.index('<!-- end -->') :]}")
 
 
 def run_step(name: str, commit: str) -> bool:

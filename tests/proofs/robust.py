@@ -18,7 +18,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from chain import ROOT, committed, timed
+from chain import ROOT, committed, fill, timed
 
 TABLE, PAGE = ROOT / "docs/robust.csv", ROOT / "docs/guarantees.md"
 PYTEST = "python -m pytest -p no:cacheprovider"
@@ -67,10 +67,7 @@ def write(lines: dict[str, dict]) -> None:
     rows = [f"| {line['what']} | {outcome_of(line)} | {line['minutes']:g} | {line['commit']} |"
             for line in table.to_dict("records")]  # fmt: skip
     head = ["| Check | Outcome | Minutes | Commit |", "|---|---|---:|---|"]
-    text = "\n".join(["<!-- table robust -->", *head, *rows, "<!-- end -->"])
-    page, changed = re.subn(r"(?s)<!-- table robust -->.*?<!-- end -->", lambda _: text, PAGE.read_text())
-    assert changed == 1, f"{PAGE} has no place for the table"
-    PAGE.write_text(page)
+    fill("robust", "\n".join([*head, *rows]), PAGE)
 
 
 def outcome_of(line: dict) -> str:

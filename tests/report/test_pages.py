@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 matplotlib.use("Agg")
 
@@ -212,6 +213,28 @@ def test_experiments_of_some_conditions_show_the_mean_of_their_groups(tmp_path):
     assert "320 0.250" in pictures.plot_curve(run.experiments["curve"], run.scores).alt
 
 
+def test_steps_that_are_no_longer_part_of_a_run_are_not_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "changed")
+    own, before = yaml.safe_load((folder / "parameters.yml").read_text()), tables.Run(folder)
+    assert before.stress and len(before.doses) and before.asks_for("07_stress_tests")
+    assert all(map(before.asks_for, ("04_train_vit3d_fold0", "03_train_yolo_scs_fold0", "05_ensemble_inference")))
+    now = {"stress_bodies": 0, "vit_members": [{"name": "a"}], "folds": [0]}
+    (folder / "parameters.yml").write_text(yaml.safe_dump(own | now))
+    (folder / "blend.json").write_text('{"conditions": ["nfn"]}')
+    run = tables.Run(folder)
+    assert not run.stress and run.doses.empty and run.settings.empty and "07_stress_tests" not in run.steps.index
+    asked = [
+        "00_get_data",
+        "03_train_localiser_fold0",
+        "03_train_yolo_nfn_fold0",
+        "04_train_vit3d-a_fold0",
+        "08_report",
+    ]
+    left = ["07_stress_tests", "03_train_localiser_fold1", "03_train_yolo_scs_fold0", "04_train_vit3d_fold0",
+            "04_train_vit3d-b_fold0", "04_train_vit3d-a_fold1_inner0", "05_x-Copy1-Copy2_fold3"]  # fmt: skip
+    assert all(map(run.asks_for, asked)) and not any(map(run.asks_for, left))
+
+
 def test_an_adapted_run_is_not_said_to_be_of_the_phantom(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("demo", "own")]
     assert "synthetic" in card.sentences(tables.Run(runs[1]), "about")[0]
@@ -285,7 +308,7 @@ def test_sentences_on_stress_tests_are_computed(run_dir):
     run = tables.Run(run_dir)
     slope = "In the stress tests, the ensemble's dose-response slope is 0.71 of the oracle's"
     assert card.sentences(run, "stress") == [
-        f"{slope}, the mean over the conditions.",
+        f"{slope}, the mean over conditions and two events (moderate or worse, severe).",
         "Narrowing one location moves another row's probability of moderate or worse by up to 0.23.",
         "Mirroring, renumbering and rescaling (which rounds pixel values) change no probability by more than 0.0007.",
     ]

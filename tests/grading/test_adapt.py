@@ -135,14 +135,16 @@ def test_the_prior_counts_both_sides_and_is_worth_its_pseudo_labels(recipe: dict
 
 def test_a_study_is_graded_by_numbers_fitted_on_others(recipe: dict) -> None:
     given, labels = population(60, 9, (0.6, -1.2))
+    labels = labels[labels["condition"].str.contains("canal")].reset_index(drop=True)  # one group, to save time
     labels["fold"] = labels["study_id"].astype(int) % 5
     before = adapt.cross_fitted(recipe, given, labels, set())["ensemble"]
     first = labels["fold"] == labels["fold"].iloc[0]
     other = labels.assign(severity=labels["severity"].where(~first, 2 - labels["severity"]))
     after = adapt.cross_fitted(recipe, given, other, set())["ensemble"]
     same = (before[list(SEVERITIES)].to_numpy() == after[list(SEVERITIES)].to_numpy()).all(axis=1)
-    assert same[first].all() and not same[~first].all()
-    assert list(before["row_id"]) == list(labels["row_id"])
+    held_out = before["row_id"].str.split("_").str[0].isin(labels["study_id"][first])
+    assert same[held_out].all() and not same[~held_out].all()
+    assert list(before["row_id"]) == list(given["yolo"]["row_id"])
 
 
 def test_one_patient_of_a_group_is_no_evidence(recipe: dict) -> None:

@@ -128,10 +128,14 @@ def test_after_is_graded_as_before_was_where_a_listed_series_could_not_be_read(
     assert told == [UNREAD] and len(UNREAD) == 10
 
 
-def test_studies_of_a_patient_are_never_fitted_and_graded_apart(trained: Path, graded: dict, tmp_path: Path) -> None:
+def test_studies_of_a_patient_are_never_fitted_and_graded_apart(
+    trained: Path, graded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, tables = found_in(tmp_path / SECRET, STUDIES)
     graded |= tables
     found.people["patient"] //= 2
+    monkeypatch.setattr(adapt.adapt, "fit_recipe", lambda recipe, *_: recipe | {"adapted": {}})
+    monkeypatch.setattr(adapt.adapt, "cross_fitted", lambda *_: dict.fromkeys(BLENDS, tables["ensemble"]))
     adapt.adapt_run(found, trained, trained.with_name("second"), 1, "")
     labels = pd.read_parquet(trained.with_name("second") / "tables/labels.parquet")
     assert (labels.groupby("patient")["fold"].nunique() == 1).all() and labels["patient"].nunique() == STUDIES // 2
@@ -149,13 +153,13 @@ def test_conditions_that_were_not_trained_are_not_fitted_or_scored(
     trained: Path, graded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = json.loads((trained / "blend.json").read_text())
-    write_json(trained / "blend.json", recipe | {"conditions": ["nfn", "ss"]})
+    write_json(trained / "blend.json", recipe | {"conditions": ["ss"]})
     found, tables = found_in(tmp_path / SECRET, STUDIES)
     graded |= tables
     about = adapt.adapt_run(found, trained, trained.with_name("second"), 1, "")
     assert about["before"]["spinal"] is None and "scs" not in about["changed"] and about["changed"]
     block = json.loads((trained.with_name("second") / "scores.json").read_text())["oof"]
-    assert block["groups"] == ["nfn", "ss"] and read_recipe(trained.with_name("second"))["prior"] != recipe["prior"]
+    assert block["groups"] == ["ss"] and read_recipe(trained.with_name("second"))["prior"] != recipe["prior"]
     monkeypatch.setattr(labelled, "check_overlap", lambda *_: ([], ""))
     canal = found.labels["condition"].eq("spinal_canal_stenosis") | (found.labels["study_id"] < 1019)
     alone = replace(found, labels=found.labels[canal])  # of 19 studies there are others than of the canal

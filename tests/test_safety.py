@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from lsdc_utils.detector.localiser import load_localiser
-from lsdc_utils.detector.training import load_detector
+from lsdc_utils.detector.training import check_settings, load_detector
 from lsdc_utils.vit.model import load_vit
 
 CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "__import__", "pickle.load", "pickle.loads", "torch.load",
@@ -85,6 +85,17 @@ def test_weights_that_would_run_are_refused_before_they_do(tmp_path: Path, forge
     assert not ran.exists()
     torch.load(weights, weights_only=False)
     assert ran.exists()  # it would have
+
+
+def test_weights_of_one_s_own_that_a_detector_starts_from_are_read_through_the_list_too(tmp_path: Path) -> None:
+    ran, weights = tmp_path / "ran", tmp_path / "own.pt"
+    torch.save({"model": Payload(ran)}, weights)
+    check_settings({"model": str(weights), "epochs": 1, "batch": 1, "seed": 1})
+    from ultralytics.nn.tasks import load_checkpoint  # which its trainer calls
+
+    with pytest.raises(TypeError, match=r"own\.pt"):
+        load_checkpoint(weights)
+    assert not ran.exists()
 
 
 def test_checksums_are_asked_for_before_anything_is_read(tmp_path: Path) -> None:

@@ -26,11 +26,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from chain import ROOT, committed, fill, timed  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
-from lsdc_utils.grading.evaluation import difference  # noqa: E402
+from lsdc_utils.data.competition import data_dir  # noqa: E402
+from lsdc_utils.grading.evaluation import difference, judge  # noqa: E402
 from lsdc_utils.pipeline import graph  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
 from lsdc_utils.pipeline.experiments import ABLATIONS  # noqa: E402
 from lsdc_utils.report.card import markdown_table  # noqa: E402
+from lsdc_utils.stress.responses import slopes  # noqa: E402
+from lsdc_utils.vocabulary import GROUP_OF, GROUPS  # noqa: E402
 
 TABLE, PAGE, CACHE = ROOT / "docs/figures.csv", ROOT / "docs/results.md", "outputs/reproduce"
 LIST = ROOT / "docs/development.md"
@@ -204,6 +207,31 @@ def ablation_table() -> str:
     return markdown_table(pd.DataFrame(rows).T.rename_axis("Without"))
 
 
+def details_table() -> str:
+    """By condition group, of the demo's ensemble: the weights of its blend, the slope for either event as a share of
+    the oracle's, and how many severe test rows have at least a probability, as Markdown."""
+    run, lines = OUTPUTS / "demo", {}
+    weights, curves = (
+        json.loads((run / "blend.json").read_text())["ensemble"],
+        slopes(pd.read_csv(run / "stress/doses.csv")),
+    )
+    share = (curves["ensemble"] / curves["oracle"]).rename("share").reset_index()
+    rows = judge(
+        pd.read_parquet(run / "predictions/ensemble_test.parquet"), pd.read_csv(data_dir(run) / "solution.csv")
+    )
+    for key, group in GROUPS.items():
+        severe = rows.loc[(rows["group"] == key) & (rows["severity"] == 2), "severe"]
+        own = share[share["condition"].map(GROUP_OF) == key].groupby("event")["share"].mean()
+        line = {f"Weight, {name}": f"{weights[key]['weights'][model]:.2f}"
+                for model, name in (("yolo", "detectors"), ("vit3d", "3D ViT"))}  # fmt: skip
+        line |= {f"Slope, {words}": f"{own[event]:.2f}"
+                 for event, words in (("moderate", "moderate or worse"), ("severe", "severe"))}  # fmt: skip
+        line |= {f"Severe found at {least} (%)": f"{100 * (severe >= least).mean():.0f}" for least in (0.2, 0.5)}
+        lines[group.score] = line | {"Severe rows": str(len(severe))}
+    told = f"Run `demo`, three bodies and the test studies, commit {known_trainings().set_index('run').loc['demo', 'commit']}."
+    return f"{markdown_table(pd.DataFrame(lines).T.rename_axis('Group'))}\n\n{told}"
+
+
 def run_step(name: str, commit: str) -> bool:
     """Run a step's commands, until one fails; write its line of the list, if all ended well, which is returned."""
     line = {"step": name, "makes": STEPS[name].makes, "command": "; ".join(STEPS[name].commands), "commit": commit,
@@ -220,6 +248,8 @@ def run_step(name: str, commit: str) -> bool:
         keep([training(run, commit, without) for without in parts])
         fill("seeds", seeds_table(), PAGE)
         fill("ablations", ablation_table(), PAGE)
+    if name == "pages":
+        fill("details", details_table(), PAGE)
     known = known_steps() | {name: line}
     pd.DataFrame([known[step] for step in STEPS if step in known]).to_csv(TABLE, index=False)
     return True

@@ -211,14 +211,10 @@ def details_table() -> str:
     """By condition group, of the demo's ensemble: the weights of its blend, the slope for either event as a share of
     the oracle's, and how many severe test rows have at least a probability, as Markdown."""
     run, lines = OUTPUTS / "demo", {}
-    weights, curves = (
-        json.loads((run / "blend.json").read_text())["ensemble"],
-        slopes(pd.read_csv(run / "stress/doses.csv")),
-    )
+    weights = json.loads((run / "blend.json").read_text())["ensemble"]
+    curves, solution = slopes(pd.read_csv(run / "stress/doses.csv")), pd.read_csv(data_dir(run) / "solution.csv")
     share = (curves["ensemble"] / curves["oracle"]).rename("share").reset_index()
-    rows = judge(
-        pd.read_parquet(run / "predictions/ensemble_test.parquet"), pd.read_csv(data_dir(run) / "solution.csv")
-    )
+    rows = judge(pd.read_parquet(run / "predictions/ensemble_test.parquet"), solution)
     for key, group in GROUPS.items():
         severe = rows.loc[(rows["group"] == key) & (rows["severity"] == 2), "severe"]
         own = share[share["condition"].map(GROUP_OF) == key].groupby("event")["share"].mean()
@@ -228,7 +224,8 @@ def details_table() -> str:
                  for event, words in (("moderate", "moderate or worse"), ("severe", "severe"))}  # fmt: skip
         line |= {f"Severe found at {least} (%)": f"{100 * (severe >= least).mean():.0f}" for least in (0.2, 0.5)}
         lines[group.score] = line | {"Severe rows": str(len(severe))}
-    told = f"Run `demo`, three bodies and the test studies, commit {known_trainings().set_index('run').loc['demo', 'commit']}."
+    commit = known_trainings().query("run == 'demo' and without == ''")["commit"].item()
+    told = f"Run `demo`, three bodies and the test studies, commit {commit}."
     return f"{markdown_table(pd.DataFrame(lines).T.rename_axis('Group'))}\n\n{told}"
 
 

@@ -82,6 +82,15 @@ def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Pat
     assert high - low < 0.5 * (score[1] - score[0])  # differences vary less than scores
 
 
+def test_shares_of_the_bodies_stay_under_their_heading() -> None:
+    shares = [f"{number / 10:.2f} (0.10 to 0.90)" for number in range(15)]
+    rows = {model: shares[5 * k : 5 * k + 5] for k, model in enumerate(("yolo", "vit3d", "ensemble"))}
+    printed = pd.DataFrame(rows, index=["spinal", "foraminal", "subarticular", "median", "leak"]).T.to_string()
+    table = reproduce.doses_table(f"drew and graded part 1/1\n{printed}", "0123456789ab")
+    assert table.splitlines()[0].startswith("| Model | Slope, spinal | Slope, foraminal | Slope, subarticular | Median")
+    assert cells(table, "Ensemble") == rows["ensemble"] and cells(table, "YOLOv10 detectors") == rows["yolo"]
+
+
 def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table seeds -->\nold\n<!-- end -->\nafter\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from lsdc_utils.pipeline import graph  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
 from lsdc_utils.pipeline.experiments import ABLATIONS  # noqa: E402
 from lsdc_utils.report.card import markdown_table  # noqa: E402
+from lsdc_utils.report.run import MODEL_NAMES  # noqa: E402
+from lsdc_utils.stress.answers import MODELS  # noqa: E402
 from lsdc_utils.stress.responses import slopes  # noqa: E402
 from lsdc_utils.vocabulary import GROUP_OF, GROUPS  # noqa: E402
 
@@ -229,6 +232,15 @@ def details_table() -> str:
     return f"{markdown_table(pd.DataFrame(lines).T.rename_axis('Group'))}\n\n{told}"
 
 
+def doses_table(printed: str, commit: str) -> str:
+    """What tests/proofs/doses.py printed last, as Markdown."""
+    (_, *given), *rows = (re.split(r"\s{2,}", line) for line in printed.splitlines()[-1 - len(MODELS) :])
+    titles = {"median": "Median slope", "leak": "Leak, 95th percentile"}
+    heads = [titles.get(name, f"Slope, {name}") for name in given]
+    shown = pd.DataFrame({MODEL_NAMES[model]: dict(zip(heads, shares, strict=True)) for model, *shares in rows})
+    return f"{markdown_table(shown.T.rename_axis('Model'))}\n\nRun `demo`, twelve bodies, commit {commit}."
+
+
 def run_step(name: str, commit: str) -> bool:
     """Run a step's commands, until one fails; write its line of the list, if all ended well, which is returned."""
     line = {"step": name, "makes": STEPS[name].makes, "command": "; ".join(STEPS[name].commands), "commit": commit,
@@ -245,6 +257,8 @@ def run_step(name: str, commit: str) -> bool:
         keep([training(run, commit, without) for without in parts])
         fill("seeds", seeds_table(), PAGE)
         fill("ablations", ablation_table(), PAGE)
+    if name == "doses":
+        fill("doses", doses_table((ROOT / CACHE / "logs/doses0.txt").read_text().strip(), commit), PAGE)
     if name == "pages":
         fill("details", details_table(), PAGE)
     known = known_steps() | {name: line}

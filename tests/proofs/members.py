@@ -93,6 +93,8 @@ def judge_blend(folders: list[Path]) -> bool:
         lines[name] = compared(*given, "blend", "best")
         lines[name] |= {m["name"]: compared(*given, m["name"], "best")[m["name"]] for m in MEMBERS}
     print(pd.DataFrame(lines).T.round(4).to_string())
+    for name in (member["name"] for member in MEMBERS):  # the same one on every phantom; given are the rows of both
+        print(f"over {name}: {pd.Series(compared(*given, 'blend', name)).round(4).to_dict()}")
     holds = lines["both"]["low"] > 0
     print(f"{'holds' if holds else 'MISSED'}: the blend beats the best member, interval above 0")
     return holds

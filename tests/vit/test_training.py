@@ -270,6 +270,19 @@ def test_a_first_run_of_one_fold_measures_its_shifts_on_the_held_out_studies(sma
     assert trained_at["confidence"].unique().tolist() == ([0.5] if 1 in folds else [1.0])  # detected, or clicked
 
 
+def test_a_training_without_a_study_whose_levels_are_named_stops_in_a_sentence(small_run):
+    for file in small_run.glob("predictions/points_*.parquet"):
+        table = pd.read_parquet(file)
+        table["level_confidence"] = np.where(table["study_id"] == 2, 0.9, 0.7)  # study 2 is of fold 0
+        table.to_parquet(file)
+    given = {"folds": [0, 1], "points_from": str(small_run)}
+    names = run_cells(small_run, "config", "model", "data", fold=1, **given)
+    assert names["train_labels"]["study_id"].unique().tolist() == [2]
+    words = "fold 0: no study to train the transformer on; 0 of 4 studies have levels named with confidence 0.8 or more"
+    with pytest.raises(ValueError, match=words):
+        run_cells(small_run, "config", "model", "data", fold=0, **given)
+
+
 def test_labels_are_softened_by_transformers_that_saw_neither_study_nor_fold(small_run):
     size = {"vit_size": 8, "vit_width": 32, "vit_margin": 2, "vit_epochs": 1, "vit_views": 1, "folds": [0, 1]}
     cells = ("config", "model", "data", "errors", "crops", "targets", *LOOP)

@@ -9,6 +9,7 @@ stand on the pages is asserted. RUN is of profile smoke, e.g. outputs/smoke. Nee
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -71,8 +72,16 @@ class Lab:
 
     def run_all(self, last: str) -> None:
         """Run all cells by the menu and wait until that with the text `last` has run; no cell may fail."""
-        self.page.get_by_role("menuitem", name="Run", exact=True).click()
-        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        prompt = self.cell(last).locator(".jp-InputPrompt")
+        before = prompt.inner_text()
+        for _ in range(5):  # a page that is still being built may miss a click
+            self.page.get_by_role("menuitem", name="Run", exact=True).click()
+            self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            with contextlib.suppress(AssertionError):
+                expect(prompt).not_to_have_text(before, timeout=15_000)
+                break
+        else:
+            raise AssertionError(f"{self.name}: its cells do not run")
         self.finished(last)
 
     def finished(self, last: str) -> None:
@@ -88,11 +97,12 @@ class Lab:
         """Edit the cell whose source holds a text, as by the keyboard; the cell."""
         cell = self.cell(text)
         editor = cell.locator(".cm-content")
+        editor.click()  # a cell that was out of sight gets its editor now
+        expect(editor).to_contain_text(text)
         lines = editor.locator(".cm-line").all_inner_texts()
         before = "\n".join(line.rstrip("\n") for line in lines)
         after = edit(before)
         assert after != before, f"{self.name}: nothing to change in the cell with {text!r}"
-        editor.click()
         self.page.keyboard.press("Control+A")
         self.page.keyboard.insert_text(after)
         return cell
@@ -150,7 +160,7 @@ def halve_the_loss(lab: Lab) -> None:
     def losses() -> list[float]:
         shown = lab.cell("saved = checkpoint.Checkpoint").locator(".jp-Cell-outputArea")
         expect(shown).to_contain_text(re.compile(r"epoch (\d+)/\1 loss"))
-        text = shown.inner_text()
+        text = shown.text_content()  # also of what is out of sight
         return [float(number) for number in re.findall(r"epoch \d+/\d+ loss (\d+\.\d+)", text)]
 
     before = losses()

@@ -137,6 +137,7 @@ NOT_RUN = {  # command of the docs -> why it is not run here
     "python tests/proofs/docs.py": "this proof",
     "python tests/proofs/kaggle.py outputs/demo": "downloads an environment",
     "python tests/proofs/lab.py RUN": "a proof of its own, with a browser",
+    "python tests/proofs/members.py 112 --also strong mixup coarse slices": "trains for an hour; is run by hand",
     "python tests/proofs/one_group.py DIR": "trains for most of an hour; is run by hand",
     "python tests/proofs/reproduce.py": "trains for a night; is run by hand",
     "python tests/proofs/reproduce.py seed53 seed54": "trains for most of an hour; is run by hand",

@@ -216,7 +216,7 @@ def work(run: Run) -> int:
     """Let Snakemake run what is not up to date in a locked folder, and print what happens; the exit status. What comes
     in a `first_run` is done as soon as the run's own data are found usable. UsageError where `adapt` made the run."""
     kept = run.folder / "blend.json"
-    if run.snakefile == "Snakefile" and kept.is_file() and "adapted" in json.loads(kept.read_text()):
+    if run.snakefile == "Snakefile" and kept.is_file() and '"adapted"' in kept.read_text():
         raise UsageError(f"{shown(run.folder)} was made by adapt and would be replaced: name another run, or delete it")
     if first := first_run(run):
         if status := work(replace(run, until="02_convert_labels", force=())):

@@ -46,7 +46,7 @@ class Bounds:
     function: int = 50
     top: int = 16
     cell: int = 25
-    notebook: int = 324  # a training without a study says so
+    notebook: int = 320
 
 
 def count(file: Path) -> int:

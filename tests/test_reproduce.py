@@ -91,6 +91,54 @@ def test_shares_of_the_bodies_stay_under_their_heading() -> None:
     assert cells(table, "Ensemble") == rows["ensemble"] and cells(table, "YOLOv10 detectors") == rows["yolo"]
 
 
+def test_tables_that_a_proof_prints_are_found_between_its_other_lines() -> None:
+    printed = (
+        "  0:30  [1/2] done | block 1\n\nWay\tScore\nas it is\t0.5\nadapted_\t\n\nholds: gain, aim 0\nWay\tGain\na\t1\n"
+    )
+    first, second = reproduce.printed_tables(printed)
+    assert first.splitlines()[0] == "| Way | Score |" and cells(first, "as it is") == ["0.5"]
+    assert cells(first, r"adapted\_") == [""] and cells(second, "a") == ["1"] and len(second.splitlines()) == 3
+
+
+def test_tables_of_refinement_and_curve_keep_signs_and_blocks(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {
+        "block": "test",
+        "model": "vit3d",
+        "unrefined": 0.5,
+        "refined": 0.52,
+        "added": 0.02,
+        "low": -0.01,
+        "high": 0.05,
+    }
+    monkeypatch.setattr(reproduce, "refined_table", lambda *_: pd.DataFrame([line]))
+    assert cells(reproduce.refinement_table(), "Test: 3D ViT") == ["0.500", "0.520", "+0.020", "-0.010 to +0.050"]
+    known = {"low": 0.4, "high": 0.7}
+    scores = ((80, "oof", 0.6), (80, "test", 0.55), (160, "oof", 0.5), (160, "test", 0.45))
+    lines = [{"n_train": n, "block": block, "total": score, "skill": 0.5, **known} for n, block, score in scores]
+    (outputs / "demo/experiments").mkdir()
+    pd.DataFrame(lines).to_csv(outputs / "demo/experiments/curve.csv", index=False)
+    table = reproduce.curve_table()
+    assert table.splitlines()[0].split(" | ")[1::3] == ["Out of fold: score", "Test: score"]
+    assert cells(table, "160") == ["0.500", "0.50", "0.400 to 0.700", "0.450", "0.50", "0.400 to 0.700"]
+
+
+def test_each_table_of_a_step_has_its_place_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = reproduce.PAGE.read_text()
+    for name in (
+        "refinement_table",
+        "curve_table",
+        "seeds_table",
+        "ablation_table",
+        "details_table",
+        "Run",
+        "score_lines",
+    ):
+        monkeypatch.setattr(reproduce, name, lambda *_: "")
+    for name, step in reproduce.STEPS.items():
+        tables = step.prints or (() if name == "doses" else reproduce.tables_of(name, "commit"))
+        assert all(f"<!-- table {table} -->" in page for table in tables), name
+
+
 def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table seeds -->\nold\n<!-- end -->\nafter\n")
@@ -173,7 +221,8 @@ def test_a_step_that_failed_stays_due_and_what_needs_it_is_not_run(
     for name in ("demo", "pages", "t1", "original", "seed53"):
         set_line(name, code="another")
     for name, stand_in in (("timed", timed), ("committed", lambda *_: "1" * 12), ("fill", lambda *_: None),
-                           ("training", lambda *_: {}), ("keep", lambda *_: None)):  # fmt: skip
+                           ("training", lambda *_: {}), ("keep", lambda *_: None),
+                           ("tables_of", lambda *_: {})):  # fmt: skip
         monkeypatch.setattr(reproduce, name, stand_in)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "demo", "pages", "seed53", "t1", "original"])
     assert reproduce.main() == 1

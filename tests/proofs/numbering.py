@@ -63,14 +63,18 @@ def main(cache: Path, models: Path, studies: int) -> None:
             write_phantom(folder, studies, 0, seed, workers=2, transitional=name == "transitional")
         tables.append(measure(folder, models).assign(drawn=name))
     table = pd.concat(tables, ignore_index=True)
-    print(table.groupby(["drawn", "remnant"])["finding"].agg(["sum", "size", "mean"]).round(3).to_string())
-    drawn = (table["drawn"] == "transitional").to_numpy()
-    print(f"sensitivity {table['finding'][drawn].mean():.3f}, specificity {1 - table['finding'][~drawn].mean():.3f}")
-    kept = (~drawn | (table["remnant"] == "S1/S2")).to_numpy()
-    for name in ("height", "map"):
-        area = auc(drawn[kept], table[name].fillna(0)[kept].to_numpy())
-        print(f"area under the ROC curve, S1/S2, {name}: {area:.3f}")
-    print(f"tip of the cord within 10 mm: {(table['cord'] <= 10).mean():.3f}")
+    counts = table.groupby(["drawn", "remnant"])["finding"].agg(["sum", "size"])
+    counts.columns = ["With the finding", "Studies"]
+    print(counts.rename_axis(["Drawn", "Residual disc at"]).to_csv(sep="\t"))
+    drawn, low = (table["drawn"] == "transitional").to_numpy(), (table["remnant"] == "S1/S2").to_numpy()
+    found = table["finding"].to_numpy()
+    measures = {"Sensitivity": found[drawn].mean(), "Sensitivity, disc at S1/S2": found[low].mean()}
+    measures["Specificity"] = 1 - found[~drawn].mean()
+    for name, words in (("height", "height in the pixels"), ("map", "the localiser's map")):
+        area = auc(low[low | ~drawn], table[name].fillna(0)[low | ~drawn].to_numpy())
+        measures[f"Area under the ROC curve, disc at S1/S2: {words}"] = area
+    measures["Tip of the cord within 10 mm"] = (table["cord"] <= 10).mean()
+    print(pd.Series(measures, name="Share").rename_axis("Measure").to_csv(sep="\t", float_format="%.2f"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -31,9 +32,9 @@ from lsdc_utils.data.competition import data_dir  # noqa: E402
 from lsdc_utils.grading.evaluation import difference, judge  # noqa: E402
 from lsdc_utils.pipeline import graph  # noqa: E402
 from lsdc_utils.pipeline.arguments import OUTPUTS  # noqa: E402
-from lsdc_utils.pipeline.experiments import ABLATIONS  # noqa: E402
-from lsdc_utils.report.card import markdown_table  # noqa: E402
-from lsdc_utils.report.run import MODEL_NAMES  # noqa: E402
+from lsdc_utils.pipeline.experiments import ABLATIONS, refined_table  # noqa: E402
+from lsdc_utils.report.card import markdown_table, score_lines  # noqa: E402
+from lsdc_utils.report.run import BLOCK_NAMES, MODEL_NAMES, Run  # noqa: E402
 from lsdc_utils.stress.answers import MODELS  # noqa: E402
 from lsdc_utils.stress.responses import slopes  # noqa: E402
 from lsdc_utils.vocabulary import GROUP_OF, GROUPS  # noqa: E402
@@ -53,6 +54,7 @@ class Step:
     commands: tuple[str, ...]
     after: tuple[str, ...] = ()  # steps whose results it reads
     leaves: str = ""  # what must be there for a step after it
+    prints: tuple[str, ...] = ()  # tables of docs/results.md that the last command prints, tab-separated
     trains: str = ""  # the training of the demo whose scores, or whose ablations', it adds to the list of trainings
 
 
@@ -86,11 +88,19 @@ STEPS = {
         after=("demo", "pretrained"),
     ),
     "numbering": Step(
-        "transitional vertebrae", (f"python tests/proofs/numbering.py {CACHE}/numbering",), after=("pretrained",)
+        "transitional vertebrae",
+        (f"python tests/proofs/numbering.py {CACHE}/numbering",),
+        after=("pretrained",),
+        prints=("numbering", "numbering measures"),
     ),
     "localiser": Step("ablations of the localiser", ("python tests/proofs/localiser.py",)),
     "t1": Step("sagittal T1 alone", (f"python tests/proofs/one_group.py {CACHE}/t1",)),
-    "adapt": Step("adaptation", (f"python tests/proofs/adapt.py {CACHE}/adapt --train",), after=("demo",)),
+    "adapt": Step(
+        "adaptation",
+        (f"python tests/proofs/adapt.py {CACHE}/adapt --train",),
+        after=("demo",),
+        prints=("adaptation", "further training"),
+    ),
     "original": Step(
         "the published method",
         ("./run_all.sh --profile original --run original", "python -m lsdc_utils.report results --run original"),
@@ -241,6 +251,51 @@ def doses_table(printed: str, commit: str) -> str:
     return f"{markdown_table(shown.T.rename_axis('Model'))}\n\nRun `demo`, twelve bodies, commit {commit}."
 
 
+def refinement_table() -> str:
+    """What refinement adds to the demo's scores, with paired 95 % intervals, as Markdown."""
+    lines = refined_table(OUTPUTS / "demo", OUTPUTS / "demo-refined").to_dict("records")
+    rows = {
+        f"{BLOCK_NAMES[line['block']]}: {MODEL_NAMES[line['model']]}": {
+            "Unrefined": f"{line['unrefined']:.3f}", "Refined": f"{line['refined']:.3f}",
+            "Refinement adds": f"{line['added']:+.3f}", "95 % interval": f"{line['low']:+.3f} to {line['high']:+.3f}",
+        } for line in lines
+    }  # fmt: skip
+    return markdown_table(pd.DataFrame(rows).T.rename_axis("Model"))
+
+
+def curve_table() -> str:
+    """The ensemble's score, skill and 95 % interval by the number of training studies, as Markdown."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in pd.read_csv(OUTPUTS / "demo/experiments/curve.csv").to_dict("records"):
+        block, row = BLOCK_NAMES[line["block"]], rows.setdefault(str(line["n_train"]), {})
+        row |= {f"{block}: score": f"{line['total']:.3f}", f"{block}: skill": f"{line['skill']:.2f}"}
+        row[f"{block}: 95 % interval"] = f"{line['low']:.3f} to {line['high']:.3f}"
+    return markdown_table(pd.DataFrame(rows).T.rename_axis("Training studies"))
+
+
+def printed_tables(text: str) -> list[str]:
+    """The tab-separated tables in what a command printed, as Markdown; between two there is at least an empty line."""
+    found = [list(lines) for has, lines in itertools.groupby(text.splitlines(), lambda line: "\t" in line) if has]
+    rows = ([line.split("\t") for line in lines] for lines in found)
+    return [markdown_table(pd.DataFrame(own, columns=head).set_index(head[0])) for head, *own in rows]
+
+
+def tables_of(name: str, commit: str) -> dict[str, str]:
+    """What a step that has ended says in docs/results.md, by the name in the markers."""
+    last = ROOT / f"{CACHE}/logs/{name}{len(STEPS[name].commands) - 1}.txt"
+    if STEPS[name].trains:
+        return {"seeds": seeds_table(), "ablations": ablation_table()}
+    if name == "pages":
+        return {"details": details_table()}
+    if name == "doses":
+        return {"doses": doses_table(last.read_text().strip(), commit)}
+    made = {"t1": lambda: score_lines(Run(OUTPUTS / "t1-alone")), "refine": refinement_table, "curve": curve_table}
+    tables = {name: made[name]()} if name in made else {}
+    if STEPS[name].prints:
+        tables = dict(zip(STEPS[name].prints, printed_tables(last.read_text()), strict=True))
+    return {table: f"{text}\n\nCommit {commit}." for table, text in tables.items()}
+
+
 def run_step(name: str, commit: str) -> bool:
     """Run a step's commands, until one fails; write its line of the list, if all ended well, which is returned."""
     line = {"step": name, "makes": STEPS[name].makes, "command": "; ".join(STEPS[name].commands), "commit": commit,
@@ -255,12 +310,8 @@ def run_step(name: str, commit: str) -> bool:
     if run:
         parts = yaml.safe_load(ABLATIONS.read_text()) if name.startswith("ablations") else [""]
         keep([training(run, commit, without) for without in parts])
-        fill("seeds", seeds_table(), PAGE)
-        fill("ablations", ablation_table(), PAGE)
-    if name == "doses":
-        fill("doses", doses_table((ROOT / CACHE / "logs/doses0.txt").read_text().strip(), commit), PAGE)
-    if name == "pages":
-        fill("details", details_table(), PAGE)
+    for table, text in tables_of(name, commit).items():
+        fill(table, text, PAGE)
     known = known_steps() | {name: line}
     pd.DataFrame([known[step] for step in STEPS if step in known]).to_csv(TABLE, index=False)
     return True

@@ -13,6 +13,8 @@ import yaml
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "tests/proofs"))
+import reproduce
+
 import docs
 
 PAGES = docs.PAGES
@@ -53,7 +55,7 @@ def test_parameters_in_examples_exist(page: Path) -> None:
     assert set(named) <= set(parameters)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/results.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *reproduce.PAGES], ids=lambda page: page.name)
 def test_tables_of_results_name_their_run_and_commit(page: Path) -> None:
     tables = re.findall(r"<!-- (?:table|scores) [\w ]+ -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
     assert tables

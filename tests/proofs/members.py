@@ -5,7 +5,8 @@ round points of the ready-made models, so no detector is trained. Rows out of fo
 seeds are pooled: is the members' blend better than the member that was best out of fold with its seed? The paired 95 %
 interval is over studies. Runs lie in outputs/ and resume; a seed takes about 25 minutes of one core.
 
---also NAME ...: further settings of `ALSO` are trained too, to the out-of-fold rows alone, and compared with `plain`.
+--also NAME ...: further settings of `ALSO` are trained too, on the phantom of the first seed, to the out-of-fold rows
+alone, and compared with `plain`.
 """
 
 from __future__ import annotations
@@ -84,36 +85,34 @@ def compared(solutions: list[pd.DataFrame], tables: list[dict[str, pd.DataFrame]
     return {"studies": studies, old: score[old], new: score[new], "gain": -worse, "low": -high, "high": -low}
 
 
-def judge_blend(folders: list[Path]) -> bool:
-    """Print the gain of the blend over the best member; whether its interval lies above 0."""
-    lines = {}
-    for name, parts in {"out of fold": ["oof"], "test": ["test"], "both": ["oof", "test"]}.items():
-        pairs = [(folder, part) for folder in folders for part in parts]
-        given = [solution_of(*pair) for pair in pairs], [tables_of(*pair) for pair in pairs]
-        lines[name] = compared(*given, "blend", "best")
-        lines[name] |= {m["name"]: compared(*given, m["name"], "best")[m["name"]] for m in MEMBERS}
-    print(pd.DataFrame(lines).T.round(4).to_string())
-    for name in (member["name"] for member in MEMBERS):  # the same one on every phantom; given are the rows of both
-        print(f"over {name}: {pd.Series(compared(*given, 'blend', name)).round(4).to_dict()}")
-    holds = lines["both"]["low"] > 0
+def judge_blend(folders: list[Path]) -> list[dict[str, str]]:
+    """The gain of the blend over the best member and over each, on rows out of fold and of test studies together."""
+    pairs = [(folder, part) for folder in folders for part in ("oof", "test")]
+    given = [solution_of(*pair) for pair in pairs], [tables_of(*pair) for pair in pairs]
+    others = {"best": "the best out of fold on its phantom"} | {m["name"]: f"{m['name']} on all" for m in MEMBERS}
+    lines = {words: compared(*given, "blend", key) | {"key": key} for key, words in others.items()}
+    holds = lines[others["best"]]["low"] > 0
     print(f"{'holds' if holds else 'MISSED'}: the blend beats the best member, interval above 0")
-    return holds
+    return [{"Member": words, "Its score": f"{line[line['key']]:.3f}", "Score of the blend": f"{line['blend']:.3f}",
+             **gain_of(line), "Studies": str(line["studies"])} for words, line in lines.items()]  # fmt: skip
 
 
-def judge_also(name: str, pairs: list[tuple[Path, Path]]) -> None:
-    """Print the gain of a further setting over the demo's transformer, out of fold; and how its curve ended."""
-    solutions, tables, ends = [], [], []
-    for base, folder in pairs:
-        folds = yaml.safe_load((folder / "parameters.yml").read_text())["folds"]
-        read = [folder / f"predictions/vit3d-{name}_fold{fold}_oof.parquet" for fold in folds]
-        tables.append({name: pd.concat(map(pd.read_parquet, read)), "plain": tables_of(base, "oof")["plain"]})
-        shared = set(tables[-1][name]["row_id"]) & set(tables[-1]["plain"]["row_id"])
-        solution = solution_of(base, "oof")
-        solutions.append(solution[solution["row_id"].isin(shared)])
-        ends += [curve_end(folder / f"logs/04_train_vit3d-{name}_fold{fold}.log") for fold in folds]
-    print(f"\n{name}: {ALSO[name]}")
-    print(pd.DataFrame([compared(solutions, tables, name, "plain")]).round(4).to_string(index=False))
-    print(f"held-out loss at the end minus its minimum: {', '.join(f'{end:.3f}' for end in ends)}")
+def judge_also(name: str, base: Path, folder: Path) -> dict[str, str]:
+    """The gain of a further setting over the demo's transformer, out of fold; and how its curve ended."""
+    folds = yaml.safe_load((folder / "parameters.yml").read_text())["folds"]
+    read = [folder / f"predictions/vit3d-{name}_fold{fold}_oof.parquet" for fold in folds]
+    tables = {name: pd.concat(map(pd.read_parquet, read)), "plain": tables_of(base, "oof")["plain"]}
+    solution = solution_of(base, "oof")
+    shared = solution["row_id"].isin(tables[name]["row_id"]) & solution["row_id"].isin(tables["plain"]["row_id"])
+    line = compared([solution[shared]], [tables], name, "plain")
+    ends = [curve_end(folder / f"logs/04_train_vit3d-{name}_fold{fold}.log") for fold in folds]
+    return {"Change": name, "Its score": f"{line[name]:.3f}", "Score without it": f"{line['plain']:.3f}",
+            **gain_of(line), "Held-out loss above its minimum": ", ".join(f"{end:.3f}" for end in ends)}  # fmt: skip
+
+
+def gain_of(line: dict) -> dict[str, str]:
+    """The gain and its interval as text."""
+    return {"Gain": f"{line['gain']:+.3f}", "95 % interval": f"{line['low']:+.3f} to {line['high']:+.3f}"}
 
 
 def curve_end(log: Path) -> float:
@@ -122,21 +121,21 @@ def curve_end(log: Path) -> float:
     return losses[-1] - min(losses)
 
 
-def main() -> int:
-    """Train what is not there yet and print tables; the exit status."""
+def main() -> None:
+    """Train what is not there yet and print tables, tab-separated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--also", nargs="*", default=[], choices=ALSO)
     asked = parser.parse_args()
     folders = [run(f"members-{seed}", seed, MEMBERS, "05_ensemble_inference") for seed in asked.seeds]
-    holds = judge_blend(folders)
+    print(pd.DataFrame(judge_blend(folders)).to_csv(sep="\t", index=False))
+    base, lines = folders[0], []
     for name in asked.also:
-        member = [{"name": name, **ALSO[name]}]
-        pairs = [(base, run(f"{base.name}-{name}", seed, member, "04_train_vit3d"))
-                 for base, seed in zip(folders, asked.seeds, strict=True)]  # fmt: skip
-        judge_also(name, pairs)
-    return 0 if holds else 1
+        folder = run(f"{base.name}-{name}", asked.seeds[0], [{"name": name, **ALSO[name]}], "04_train_vit3d")
+        lines.append(judge_also(name, base, folder))
+    if lines:
+        print(pd.DataFrame(lines).to_csv(sep="\t", index=False))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,7 +4,7 @@ in this folder, and keeps the list of what was made by which commands, on which 
 The list also holds a hash of the code that decides each step's result, as the pipeline has one for each notebook. A
 step whose code has not changed is not run again, and each command resumes where it was stopped, so the chain may be
 stopped at any time and goes on in another clone. `--list` runs nothing: it writes the list to docs/development.md, and
-says which figures are older than their code. All of it takes a night on two cores. Scores of several trainings are kept
+says which figures are older than their code. All of it takes two nights on two cores. Scores of several trainings are kept
 in docs/trainings.csv, so that these need not be run in one go, and their tables go to docs/results.md.
 """
 
@@ -39,7 +39,8 @@ from lsdc_utils.stress.answers import MODELS  # noqa: E402
 from lsdc_utils.stress.responses import slopes  # noqa: E402
 from lsdc_utils.vocabulary import GROUP_OF, GROUPS  # noqa: E402
 
-TABLE, PAGE, CACHE = ROOT / "docs/figures.csv", ROOT / "docs/results.md", "outputs/reproduce"
+TABLE, CACHE = ROOT / "docs/figures.csv", "outputs/reproduce"
+PAGES = (ROOT / "docs/results.md", ROOT / "docs/real-data.md")
 LIST = ROOT / "docs/development.md"
 TRAININGS = ROOT / "docs/trainings.csv"
 SEEDS = (53, 54)  # of folds and training, beside the demo's 52
@@ -54,7 +55,7 @@ class Step:
     commands: tuple[str, ...]
     after: tuple[str, ...] = ()  # steps whose results it reads
     leaves: str = ""  # what must be there for a step after it
-    prints: tuple[str, ...] = ()  # tables of docs/results.md that the last command prints, tab-separated
+    prints: tuple[str, ...] = ()  # tables of the docs that the last command prints, tab-separated
     trains: str = ""  # the training of the demo whose scores, or whose ablations', it adds to the list of trainings
 
 
@@ -117,6 +118,16 @@ STEPS = {
         for seed in SEEDS
     },
     "curve": Step("learning curve", ("./run_all.sh curve --run demo",), after=("demo",)),
+    "members": Step(
+        "blend of members; augmentation",
+        ("python tests/proofs/members.py 112 111 113 114 115 --also strong mixup coarse slices",),
+        after=("pretrained",),
+        prints=("members", "augmentation"),
+    ),
+    "rehearsal": Step("time, memory and disk of the real data set", ("python tests/proofs/rehearsal.py",)),
+    "operations": Step(
+        "operations of training on the real data set", ("python tests/benchmarks/bench_training.py kaggle --count",)
+    ),
 }
 
 
@@ -138,7 +149,9 @@ def code_of(name: str) -> str:
         elif words[1] == "-m":
             parts += [graph.code_hash(f"import {words[2]}.__main__"), graph.source_hash("08_report")]
         else:
-            parts.append(graph.code_hash((ROOT / words[1]).read_text()))
+            parts.append(graph.code_hash(script := (ROOT / words[1]).read_text()))
+            if "run_all" in script or "pipeline.run" in script:  # it executes notebooks
+                parts += map(graph.source_hash, DECIDING)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -281,7 +294,7 @@ def printed_tables(text: str) -> list[str]:
 
 
 def tables_of(name: str, commit: str) -> dict[str, str]:
-    """What a step that has ended says in docs/results.md, by the name in the markers."""
+    """What a step that has ended says in the docs, by the name in the markers."""
     last = ROOT / f"{CACHE}/logs/{name}{len(STEPS[name].commands) - 1}.txt"
     if STEPS[name].trains:
         return {"seeds": seeds_table(), "ablations": ablation_table()}
@@ -311,7 +324,7 @@ def run_step(name: str, commit: str) -> bool:
         parts = yaml.safe_load(ABLATIONS.read_text()) if name.startswith("ablations") else [""]
         keep([training(run, commit, without) for without in parts])
     for table, text in tables_of(name, commit).items():
-        fill(table, text, PAGE)
+        fill(table, text, next(page for page in PAGES if f"<!-- table {table} -->" in page.read_text()))
     known = known_steps() | {name: line}
     pd.DataFrame([known[step] for step in STEPS if step in known]).to_csv(TABLE, index=False)
     return True

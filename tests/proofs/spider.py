@@ -10,7 +10,6 @@ shares with 95 % intervals (patients resampled). A point that was not found coun
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lsdc_utils.data import competition  # noqa: E402
+from lsdc_utils.files import git_commit  # noqa: E402
 from lsdc_utils.grading.grade import grade_studies, load_models  # noqa: E402
 from lsdc_utils.grading.run_tables import read_recipe  # noqa: E402
 from lsdc_utils.phantom.files import write_slice  # noqa: E402
@@ -153,10 +153,9 @@ def with_interval(table: pd.DataFrame, column: str) -> str:
 
 def add_to_log(log: Path, run: Path, table: pd.DataFrame) -> None:
     """Add the table's shares to a log of all times that real scans were judged."""
-    git = ["git", "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    lines = pd.DataFrame({"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit, "models": run.name,
-                          "series": table["source"], "count": table["series"], "points": table["points"]})  # fmt: skip
+    lines = pd.DataFrame({"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": git_commit()[:12],
+                          "models": run.name, "series": table["source"], "count": table["series"],
+                          "points": table["points"]})  # fmt: skip
     for name, column in LOGGED.items():
         lines[name] = table[column].str.split(n=1).str[0].astype(float)
     lines.to_csv(log, mode="a", header=not log.exists(), index=False)

@@ -4,8 +4,8 @@ in this folder, and keeps the list of what was made by which commands, on which 
 The list also holds a hash of the code that decides each step's result, as the pipeline has one for each notebook. A
 step whose code has not changed is not run again, and each command resumes where it was stopped, so the chain may be
 stopped at any time and goes on in another clone. `--list` runs nothing: it writes the list to docs/development.md, and
-says which figures are older than their code. All of it takes two nights on two cores. Scores of several trainings are kept
-in docs/trainings.csv, so that these need not be run in one go, and their tables go to docs/results.md.
+says which figures are older than their code. All of it takes two nights on two cores. Scores of several trainings are
+kept in docs/trainings.csv, so that these need not be run in one go. Tables go to docs/results.md and docs/real-data.md.
 """
 
 from __future__ import annotations

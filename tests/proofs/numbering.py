@@ -65,7 +65,7 @@ def main(cache: Path, models: Path, studies: int) -> None:
     table = pd.concat(tables, ignore_index=True)
     counts = table.groupby(["drawn", "remnant"])["finding"].agg(["sum", "size"])
     counts.columns = ["With the finding", "Studies"]
-    print(counts.rename_axis(["Drawn", "Residual disc at"]).to_csv(sep="\t"))
+    print(counts.rename_axis(["Drawn", "Low disc at"]).to_csv(sep="\t"))
     drawn, low = (table["drawn"] == "transitional").to_numpy(), (table["remnant"] == "S1/S2").to_numpy()
     found = table["finding"].to_numpy()
     measures = {"Sensitivity": found[drawn].mean(), "Sensitivity, disc at S1/S2": found[low].mean()}

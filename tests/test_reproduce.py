@@ -64,6 +64,9 @@ def test_the_mean_and_range_of_trainings(outputs: Path) -> None:
     assert cells(table, "range")[0] == f"{min(scores):.3f} to {max(scores):.3f}" and scores == sorted(scores)
     assert cells(table, "demo-seed53")[0] == f"{scores[1]:.3f}" and cells(table, "demo-seed53")[-1][-6:] == "seed53"
     assert float(cells(table, "demo")[1]) == 1.0  # the first is the oracle
+    both = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+    told = f"The ensemble, mean and range of 3 seeds: out of fold {both}, test {both}. Commits commit of demo,"
+    assert reproduce.trainings_sentence().startswith(told)
 
 
 def test_what_a_part_is_worth_is_paired_by_study_over_all_trainings(outputs: Path) -> None:
@@ -127,6 +130,7 @@ def test_each_table_of_a_step_has_its_place_in_the_results(monkeypatch: pytest.M
     for name in (
         "refinement_table",
         "curve_table",
+        "trainings_sentence",
         "seeds_table",
         "ablation_table",
         "details_table",

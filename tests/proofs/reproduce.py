@@ -40,7 +40,7 @@ from lsdc_utils.stress.responses import slopes  # noqa: E402
 from lsdc_utils.vocabulary import GROUP_OF, GROUPS  # noqa: E402
 
 TABLE, CACHE = ROOT / "docs/figures.csv", "outputs/reproduce"
-PAGES = (ROOT / "docs/results.md", ROOT / "docs/real-data.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/real-data.md")
 LIST = ROOT / "docs/development.md"
 TRAININGS = ROOT / "docs/trainings.csv"
 SEEDS = (53, 54)  # of folds and training, beside the demo's 52
@@ -218,6 +218,19 @@ def seeds_table() -> str:
     return markdown_table(shown.rename_axis("Run"))
 
 
+def trainings_sentence() -> str:
+    """Mean and range of the ensemble's score over the trainings of the demo."""
+    runs = known_trainings().query("without == ''")
+    words = {
+        name: f"{scores.mean():.3f} ({scores.min():.3f} to {scores.max():.3f})"
+        for name in ("oof", "test")
+        for scores in [runs[f"{name}_score"].astype(float)]
+    }
+    commits = ", ".join(sorted(set(runs["commit"])))
+    shown = f"out of fold {words['oof']}, test {words['test']}"
+    return f"The ensemble, mean and range of {len(runs)} seeds: {shown}. Commits {commits}."
+
+
 def ablation_table() -> str:
     """What the ensemble loses out of fold without each part: the mean of the trainings, and of their paired 95 %
     intervals over the same studies, which is at least as wide as the interval of their mean, as Markdown."""
@@ -297,7 +310,7 @@ def tables_of(name: str, commit: str) -> dict[str, str]:
     """What a step that has ended says in the docs, by the name in the markers."""
     last = ROOT / f"{CACHE}/logs/{name}{len(STEPS[name].commands) - 1}.txt"
     if STEPS[name].trains:
-        return {"seeds": seeds_table(), "ablations": ablation_table()}
+        return {"trainings": trainings_sentence(), "seeds": seeds_table(), "ablations": ablation_table()}
     if name == "pages":
         return {"details": details_table()}
     if name == "doses":

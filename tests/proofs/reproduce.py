@@ -237,12 +237,15 @@ def ablation_table() -> str:
     lines = known_trainings().query("without != ''")
     if lines.empty:
         return "Not made with the present code."
-    rows = {}
+    rows, parts = {}, yaml.safe_load(ABLATIONS.read_text())
     for name, known in lines.groupby("without", sort=False):
         worse, low, high = known[["worse", "low", "high"]].astype(float).mean()
-        rows[name] = {"Worse by": f"{worse:+.3f}", "95 % interval": f"{low:+.3f} to {high:+.3f}",
-                      "Each training": ", ".join(map("{:+.3f}".format, known["worse"].astype(float))),
-                      "Commit": ", ".join(sorted(set(known["commit"])))}  # fmt: skip
+        rows[f"{parts[name]['without']}: {name}"] = {
+            "Worse by": f"{worse:+.3f}",
+            "95 % interval": f"{low:+.3f} to {high:+.3f}",
+            "Each training": ", ".join(map("{:+.3f}".format, known["worse"].astype(float))),
+            "Commit": ", ".join(sorted(set(known["commit"]))),
+        }
     return markdown_table(pd.DataFrame(rows).T.rename_axis("Without"))
 
 

@@ -56,11 +56,14 @@ def test_parameters_in_examples_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", reproduce.PAGES, ids=lambda page: page.name)
-def test_tables_of_results_name_their_commit(page: Path) -> None:
-    tables = re.findall(r"<!-- (?:table|scores) [\w ]+ -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
+def test_tables_of_results_name_their_run_and_commit(page: Path) -> None:
+    tables = re.findall(r"<!-- (?:table|scores) ([\w ]+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
     assert tables
-    for table in tables:
-        named = re.search(r"\b[Cc]ommits? [0-9a-f]{12}\b", table)
+    of_proofs = {"trainings", "t1", "refine", "curve", *(name for s in reproduce.STEPS.values() for name in s.prints)}
+    for name, table in tables:
+        named = re.search(r"[Rr]un `\w+`.* commit [0-9a-f]{12}", table)
+        if name in of_proofs:
+            named = re.search(r"\bCommits? [0-9a-f]{12}\b", table)
         if "| Commit |" in table:  # each line its own, but for what is made of several
             rows = [row for row in table.splitlines()[2:] if not row.startswith(("| mean", "| range"))]
             named = rows and all(re.search(r"\b[0-9a-f]{12} \|$", row) for row in rows)

@@ -25,7 +25,9 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from chain import MISSED  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
 from lsdc_utils.data import competition  # noqa: E402
@@ -48,7 +50,7 @@ SEEDS = {"first": 77_000, "second": 78_000}  # of the first block; training draw
 LABELLED, SIZES, DRAWS = 100, (20, 50, 100), 5
 TRAINED = 50  # studies of --train
 OWN = ("epochs", "batches", "rate", "lr")  # last words of parameters that further training has its own of
-BETTER, WORSE = 0.05, -0.005  # aim: gain at 50 studies of the second population; bar: the worst gain of any draw
+BETTER, WORSE = 0.05, -0.005  # bars: gain at 50 studies of the second population, and of any draw
 
 
 def narrowing_of(name: str, seed: int) -> np.ndarray:
@@ -182,7 +184,7 @@ def train(run: Path, cache: Path, read: pd.DataFrame, test: int) -> pd.DataFrame
 
 
 def main() -> int:
-    """Print the tables, the gain beside its aim, and whether the bar of losses holds; the exit status."""
+    """Print the tables and whether the bars hold; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--run", default="demo")
@@ -206,12 +208,12 @@ def main() -> int:
     )  # fmt: skip
     print(shown.rename_axis(["Population", "Labelled studies"]).to_csv(sep="\t", float_format="%.3f"))
     at_50 = table.loc[(table["population"] == "second") & (table["studies"] == 50), "gain"].mean()
-    held = {
-        f"gain at 50 studies of the second population {at_50:.3f}, aim {BETTER}": at_50 >= BETTER,
-        f"worst gain of all draws {table['gain'].min():.4f}, bar {WORSE}": (holds := table["gain"].min() >= WORSE),
+    bars = {
+        f"gain at 50 studies of the second population {at_50:.3f}, bar {BETTER}": at_50 >= BETTER,
+        f"worst gain of all draws {table['gain'].min():.4f}, bar {WORSE}": table["gain"].min() >= WORSE,
     }
-    for words, met in held.items():
-        print(f"{'holds' if met else 'MISSED'}: {words}")
+    for bar, holds in bars.items():
+        print(f"{'holds' if holds else 'MISSED'}: {bar}")
     if asked.train:
         [drawn] = table[(table["population"] == "second") & (table["studies"] == TRAINED)][:1].to_dict("records")
         known = {"the run as it is": drawn["none"], "its blend adapted": drawn["adapted"]}
@@ -220,7 +222,7 @@ def main() -> int:
         print(f"second population, one draw of {TRAINED} studies; gain over the run's own blend")
         ways = ways.assign(gain=drawn["none"] - ways["total"]).set_axis(["Way", "Score", "Gain"], axis=1)
         print(ways.to_csv(sep="\t", index=False, float_format="%.3f"))
-    return 0 if holds else 1
+    return 0 if all(bars.values()) else MISSED
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from chain import MISSED  # noqa: E402
 
 from lsdc_utils import metric  # noqa: E402
 from lsdc_utils.data.competition import data_dir  # noqa: E402
@@ -85,16 +87,16 @@ def compared(solutions: list[pd.DataFrame], tables: list[dict[str, pd.DataFrame]
     return {"studies": studies, old: score[old], new: score[new], "gain": -worse, "low": -high, "high": -low}
 
 
-def judge_blend(folders: list[Path]) -> list[dict[str, str]]:
-    """The gain of the blend over the best member and over each, on rows out of fold and of test studies together."""
+def judge_blend(folders: list[Path]) -> tuple[list[dict[str, str]], bool]:
+    """The gain of the blend over the best member and over each, on rows out of fold and of test studies together; and
+    whether the interval of the first lies above 0."""
     pairs = [(folder, part) for folder in folders for part in ("oof", "test")]
     given = [solution_of(*pair) for pair in pairs], [tables_of(*pair) for pair in pairs]
     others = {"best": "the best out of fold on its phantom"} | {m["name"]: f"{m['name']} on all" for m in MEMBERS}
     lines = {words: compared(*given, "blend", key) | {"key": key} for key, words in others.items()}
-    holds = lines[others["best"]]["low"] > 0
-    print(f"{'holds' if holds else 'MISSED'}: the blend beats the best member, interval above 0")
-    return [{"Member": words, "Its score": f"{line[line['key']]:.3f}", "Score of the blend": f"{line['blend']:.3f}",
+    rows = [{"Member": words, "Its score": f"{line[line['key']]:.3f}", "Score of the blend": f"{line['blend']:.3f}",
              **gain_of(line), "Studies": str(line["studies"])} for words, line in lines.items()]  # fmt: skip
+    return rows, lines[others["best"]]["low"] > 0
 
 
 def judge_also(name: str, base: Path, folder: Path) -> dict[str, str]:
@@ -121,21 +123,24 @@ def curve_end(log: Path) -> float:
     return losses[-1] - min(losses)
 
 
-def main() -> None:
-    """Train what is not there yet and print tables, tab-separated."""
+def main() -> int:
+    """Train what is not there yet, print tables, tab-separated, and whether the bar holds; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--also", nargs="*", default=[], choices=ALSO)
     asked = parser.parse_args()
     folders = [run(f"members-{seed}", seed, MEMBERS, "05_ensemble_inference") for seed in asked.seeds]
-    print(pd.DataFrame(judge_blend(folders)).to_csv(sep="\t", index=False))
+    rows, holds = judge_blend(folders)
+    print(f"{'holds' if holds else 'MISSED'}: the blend beats the best member, interval above 0")
+    print(pd.DataFrame(rows).to_csv(sep="\t", index=False))
     base, lines = folders[0], []
     for name in asked.also:
         folder = run(f"{base.name}-{name}", asked.seeds[0], [{"name": name, **ALSO[name]}], "04_train_vit3d")
         lines.append(judge_also(name, base, folder))
     if lines:
         print(pd.DataFrame(lines).to_csv(sep="\t", index=False))
+    return 0 if holds else MISSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
